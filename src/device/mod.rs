@@ -1,0 +1,3 @@
+//! Streams, events and memory.
+
+pub mod map;

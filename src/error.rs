@@ -1,0 +1,73 @@
+//! The one error type of the library, and the exit code that each kind of error has on the command line.
+
+use std::path::{Path, PathBuf};
+
+/// What went wrong, in words that name the thing and the fix.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The caller asked for something that cannot be: an option, a token id, a combination. Exit code 2.
+    #[error("{0}")]
+    Usage(String),
+    /// A model folder, or a file in it, that cannot be used. `what` names the field or tensor and the fix. Exit code 3.
+    #[error("{}: {what}", file.display())]
+    Model {
+        /// The file or folder at fault.
+        file: PathBuf,
+        /// Which field or tensor is wrong, and what would be right.
+        what: String,
+    },
+    /// A memory budget that a request does not fit in. Found by arithmetic before anything is allocated. Exit code 4.
+    #[error("out of {memory} memory: {what} needs {needed} bytes, {available} bytes are available; {fix}")]
+    OutOfMemory {
+        /// `device` or `host`.
+        memory: &'static str,
+        /// What was to be placed there.
+        what: String,
+        /// Bytes that it needs.
+        needed: u64,
+        /// Bytes that were left.
+        available: u64,
+        /// What the user can change.
+        fix: String,
+    },
+    /// NaN or infinity where numbers belong; the request that met it fails, others go on. Exit code 1.
+    #[error("{0}")]
+    NotFinite(String),
+    /// Reading or writing a file failed. Exit code 1.
+    #[error("{}: {source}", file.display())]
+    Io {
+        /// The file.
+        file: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// Ctrl-C. Exit code 130.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// `Result` with the library's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// A model file that cannot be used.
+    pub fn model(file: impl AsRef<Path>, what: impl Into<String>) -> Self {
+        Error::Model { file: file.as_ref().to_owned(), what: what.into() }
+    }
+
+    /// A failed read or write of `file`.
+    pub fn io(file: impl AsRef<Path>, source: std::io::Error) -> Self {
+        Error::Io { file: file.as_ref().to_owned(), source }
+    }
+
+    /// The exit code of the command line: 1 failure, 2 usage, 3 model invalid, 4 out of memory, 130 interrupted.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Error::Io { .. } | Error::NotFinite(_) => 1,
+            Error::Usage(_) => 2,
+            Error::Model { .. } => 3,
+            Error::OutOfMemory { .. } => 4,
+            Error::Interrupted => 130,
+        }
+    }
+}

@@ -1,0 +1,6 @@
+//! SpeCache in Rust.
+
+pub mod device;
+pub mod error;
+pub mod kv;
+pub mod model;

@@ -1,0 +1,60 @@
+//! The model: its configuration, its weights, and where both come from.
+//!
+//! A leaf of the dependency tree: nothing here knows about devices, caches or decoding.
+
+pub mod config;
+pub mod loader;
+pub mod rope;
+pub mod synthetic;
+pub mod weights;
+
+pub use config::{Arch, Config, Dtype, Rope, RopeScaling};
+pub use weights::{Layer, Linear, Matrix, Weights};
+
+use crate::error::Result;
+
+/// A configuration together with its weights.
+pub struct Model {
+    /// A short name for tables: the folder's last component or `synthetic:<shape>`.
+    pub name: String,
+    /// Shapes and constants.
+    pub config: Config,
+    /// All tensors.
+    pub weights: Weights,
+    /// Defaults that `generation_config.json` sets; all absent for synthetic models.
+    pub generation: GenerationConfig,
+    /// Whether the weights are random, so that quality figures mean nothing.
+    pub synthetic: bool,
+}
+
+/// What `generation_config.json` may set. `None`: the file says nothing about it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GenerationConfig {
+    /// Sample (true) or take the argmax (false).
+    pub do_sample: Option<bool>,
+    /// Softmax temperature.
+    pub temperature: Option<f32>,
+    /// Keep the k most likely tokens.
+    pub top_k: Option<usize>,
+    /// Keep the smallest set of tokens whose probability reaches p.
+    pub top_p: Option<f32>,
+    /// Drop tokens below this share of the most likely token's probability.
+    pub min_p: Option<f32>,
+    /// Divide (positive) or multiply (negative) the logits of seen tokens by this.
+    pub repetition_penalty: Option<f32>,
+    /// Tokens that end generation (wins over config.json's).
+    pub eos_token_ids: Option<Vec<u32>>,
+}
+
+impl Model {
+    /// Loads a Hugging Face folder, or makes `synthetic:<shape>` with random weights.
+    ///
+    /// # Errors
+    /// [`crate::Error::Model`] with file, field or tensor, and the fix.
+    pub fn load(spec: &str) -> Result<Model> {
+        match spec.strip_prefix("synthetic:") {
+            Some(shape) => synthetic::model(shape),
+            None => loader::load(std::path::Path::new(spec)),
+        }
+    }
+}
