@@ -1,6 +1,8 @@
 //! SpeCache in Rust.
 
+pub mod cpu;
 pub mod device;
 pub mod error;
 pub mod kv;
 pub mod model;
+pub mod ops;

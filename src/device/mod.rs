@@ -1,3 +1,121 @@
-//! Streams, events and memory.
+//! Where the engine computes: memory that is metered, streams that run in order, values that are in flight between them.
+//!
+//! Everything above is written once against this layer. The CPU device computes in line on the calling thread (rayon
+//! inside) and has a copy stream of its own, one worker thread, so that transfers really overlap with computation.
 
+pub mod buffer;
 pub mod map;
+pub mod stream;
+
+use std::sync::Arc;
+
+pub use buffer::{Buffer, Meter};
+pub use stream::{InFlight, Stream};
+
+use crate::cpu::Isa;
+use crate::error::{Error, Result};
+
+/// What a device is to be like.
+#[derive(Clone, Debug, Default)]
+pub struct DeviceOptions {
+    /// Compute threads; `None`: as many as the process may use.
+    pub threads: Option<usize>,
+    /// Most bytes of device memory; `None`: no limit of our own.
+    pub device_budget: Option<u64>,
+    /// Most bytes of host memory for KV pages; `None`: no limit of our own.
+    pub host_budget: Option<u64>,
+    /// Fill new buffers with a pattern that reads as NaN, so that a read of what nobody wrote shows (tests).
+    pub poison: bool,
+}
+
+/// A compute device with its memory meters and its copy stream. Cheap to clone.
+#[derive(Clone)]
+pub struct Device(Arc<Inner>);
+
+struct Inner {
+    isa: Isa,
+    pool: rayon::ThreadPool,
+    copy: Stream,
+    device_memory: Meter,
+    host_memory: Meter,
+    poison: bool,
+}
+
+impl Device {
+    /// The CPU device.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for an unknown `SPECACHE_ISA` or zero threads.
+    pub fn cpu(options: &DeviceOptions) -> Result<Device> {
+        let isa = Isa::from_env()?;
+        let threads = match options.threads {
+            Some(0) => return Err(Error::Usage("--threads 0: at least one thread is needed".into())),
+            Some(t) => t,
+            None => std::thread::available_parallelism().map_or(1, |n| n.get()),
+        };
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(|i| format!("compute-{i}"))
+            .build()
+            .map_err(|e| Error::Usage(format!("--threads {threads}: {e}")))?;
+        Ok(Device(Arc::new(Inner {
+            isa,
+            pool,
+            copy: Stream::new("copy"),
+            device_memory: Meter::new("device", options.device_budget),
+            host_memory: Meter::new("host", options.host_budget),
+            poison: options.poison,
+        })))
+    }
+
+    /// One line for people: what this device is.
+    pub fn describe(&self) -> String {
+        format!("CPU, {} threads, {}", self.threads(), self.0.isa)
+    }
+
+    /// Compute threads.
+    pub fn threads(&self) -> usize {
+        self.0.pool.current_num_threads()
+    }
+
+    /// The instruction set that kernels use.
+    pub fn isa(&self) -> Isa {
+        self.0.isa
+    }
+
+    /// Runs `work` with this device's compute threads as the current rayon pool.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        self.0.pool.install(work)
+    }
+
+    /// The stream that moves KV pages between host and device.
+    pub fn copy_stream(&self) -> &Stream {
+        &self.0.copy
+    }
+
+    /// Bytes and budget of device memory.
+    pub fn device_memory(&self) -> &Meter {
+        &self.0.device_memory
+    }
+
+    /// Bytes and budget of host memory for KV pages.
+    pub fn host_memory(&self) -> &Meter {
+        &self.0.host_memory
+    }
+
+    /// Device memory of `len` bytes, zeroed (or poisoned). Metered until it is dropped.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] when the budget is used up.
+    pub fn alloc(&self, len: usize, what: &str) -> Result<Buffer> {
+        Buffer::new(len, &self.0.device_memory, self.0.poison, what)
+    }
+
+    /// Host memory of `len` bytes for KV pages, metered as such.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] when the budget is used up.
+    pub fn alloc_host(&self, len: usize, what: &str) -> Result<Buffer> {
+        Buffer::new(len, &self.0.host_memory, self.0.poison, what)
+    }
+}

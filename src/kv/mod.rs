@@ -1,5 +1,13 @@
-//! The KV cache of a sequence.
+//! The KV cache of a sequence: what lies where, what moves when.
 
+pub mod cache;
+pub mod counters;
+pub mod host;
+pub mod layout;
 pub mod options;
+pub mod prefetch;
 
+pub use cache::{Cache, LayerCache};
+pub use counters::Counters;
+pub use layout::KvShape;
 pub use options::{KvMode, KvOptions, PAGE};

@@ -1,0 +1,524 @@
+//! The arithmetic of decode attention: scores and values of one chunk of pages for a handful of query rows.
+//!
+//! Low-bit pages are never unpacked to memory. With `x = code * scale + zero`, a score is
+//! `q . k = sum_c (q_c scale_c) code_c + q . zero`: the scale goes into q once per page and group, the zero is a bias,
+//! and what is left per code is one multiply-add. Likewise `sum_t p_t v_t = sum_t (p_t scale_t) code_t + p . zero`.
+#![allow(unsafe_op_in_unsafe_fn)] // As in `simd`: a block around each lane operation would say nothing.
+
+use super::attn_decode::CHUNK_PAGES;
+use super::simd::{LANES, Simd};
+use crate::kv::options::PAGE;
+use crate::ops::attn_decode::{Far, KvView, Replaced, SeqRows};
+
+/// One chunk of one KV head of one sequence.
+pub(crate) struct Task<'a> {
+    pub(crate) view: &'a KvView<'a>,
+    pub(crate) rows: SeqRows,
+    pub(crate) group_heads: usize,
+    pub(crate) n_heads: usize,
+    pub(crate) head: usize,
+    pub(crate) chunk: usize,
+    /// `[rows, n_heads, head_dim]`.
+    pub(crate) q: &'a [f32],
+}
+
+/// What a chunk leaves behind.
+pub(crate) struct Outputs<'a> {
+    /// `[queries][tokens of the chunk]`.
+    pub(crate) probs: &'a mut [f32],
+    /// `[queries][D]`.
+    pub(crate) partial: &'a mut [f32],
+    /// `[queries]`.
+    pub(crate) max: &'a mut [f32],
+    /// `[queries]`.
+    pub(crate) sum: &'a mut [f32],
+}
+
+/// Memory of a task.
+#[derive(Default)]
+pub(crate) struct Temp {
+    /// `[queries][D]`, scaled by `1 / sqrt(D)`.
+    q: Vec<f32>,
+    /// `[queries][D]` (scores) or `[queries][64]` (values): with a page's scales folded in.
+    folded: Vec<f32>,
+    /// `[queries][64]`: probabilities of a page without the replaced positions.
+    p: Vec<f32>,
+    /// Zeros and scales of one group, widened: `2 * max(D, 64)`.
+    params: Vec<f32>,
+}
+
+/// A number type of wide pages.
+pub(crate) trait Wide {
+    const BYTES: usize;
+    unsafe fn load<S: Simd>(p: *const u8) -> S::V;
+    unsafe fn one(p: *const u8) -> f32;
+}
+
+pub(crate) struct Bf16;
+pub(crate) struct F16;
+pub(crate) struct F32;
+
+impl Wide for Bf16 {
+    const BYTES: usize = 2;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const u8) -> S::V {
+        S::load_bf16(p)
+    }
+    #[inline(always)]
+    unsafe fn one(p: *const u8) -> f32 {
+        half::bf16::from_bits(p.cast::<u16>().read_unaligned()).to_f32()
+    }
+}
+
+impl Wide for F16 {
+    const BYTES: usize = 2;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const u8) -> S::V {
+        S::load_f16(p)
+    }
+    #[inline(always)]
+    unsafe fn one(p: *const u8) -> f32 {
+        half::f16::from_bits(p.cast::<u16>().read_unaligned()).to_f32()
+    }
+}
+
+impl Wide for F32 {
+    const BYTES: usize = 4;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const u8) -> S::V {
+        S::load_f32(p)
+    }
+    #[inline(always)]
+    unsafe fn one(p: *const u8) -> f32 {
+        p.cast::<f32>().read_unaligned()
+    }
+}
+
+/// One KV head of one page.
+enum Page<'a> {
+    Packed(&'a [u8]),
+    Wide(&'a [u8]),
+}
+
+fn page<'a>(view: &KvView<'a>, head: usize, page: usize) -> Page<'a> {
+    let shape = &view.shape;
+    let wide_head = head * shape.wide_head_bytes()..(head + 1) * shape.wide_head_bytes();
+    match (page.checked_sub(view.split / PAGE), view.far) {
+        (Some(in_tail), _) => Page::Wide(&view.tail[in_tail].bytes()[wide_head]),
+        (None, Far::Packed(bytes)) => Page::Packed(&bytes[shape.packed_head(page, head)]),
+        (None, Far::Wide(pages)) => Page::Wide(&pages[page].bytes()[wide_head]),
+        (None, Far::None) => unreachable!("the split is 0 without far pages"),
+    }
+}
+
+/// The replaced positions that lie in one page: where they stand there, and their pairs.
+fn replaced_in<'a>(view: &KvView<'a>, head: usize, page: usize) -> impl Iterator<Item = (usize, &'a [u8])> {
+    let none = Replaced { count: 0, stride: 0, positions: &[], pairs: &[] };
+    let r = view.replaced.unwrap_or(none);
+    let positions = &r.positions[head * r.stride..head * r.stride + r.count];
+    let pair = view.shape.pair_bytes();
+    let pairs = &r.pairs[head * r.stride * pair..];
+    let first = positions.partition_point(|&p| (p as usize) < page * PAGE);
+    let here = positions[first..].iter().map(|&p| p as usize).take_while(move |&p| p < (page + 1) * PAGE);
+    here.enumerate().map(move |(i, p)| (p % PAGE, &pairs[(first + i) * pair..][..pair]))
+}
+
+/// Scores, softmax and values of one chunk.
+///
+/// # Safety
+/// The features of `S` are switched on, `E` and `BITS` are those of the view's shape, and the shapes are as
+/// [`crate::ops::attn_decode::attend`] checks them.
+#[inline(always)]
+pub(crate) unsafe fn chunk<S: Simd, E: Wide, const BITS: usize>(task: &Task, out: Outputs, temp: &mut Temp) {
+    let Task { view, rows, group_heads, head, .. } = *task;
+    let (d, queries) = (view.shape.head_dim, rows.n_rows * group_heads);
+    let first = task.chunk * CHUNK_PAGES;
+    let last = (first + CHUNK_PAGES).min(rows.padded_tokens() / PAGE);
+    let tokens = (last - first) * PAGE;
+    // Pages that lie wholly behind the window of the first row lie behind that of the second too.
+    let hidden = view.window.map_or(0, |w| (rows.position + 1).saturating_sub(w));
+    let begin = first.max(hidden / PAGE).min(last);
+
+    temp.q.resize(queries * d, 0.0);
+    temp.folded.resize(queries * d.max(PAGE), 0.0);
+    temp.p.resize(queries * PAGE, 0.0);
+    temp.params.resize(2 * d.max(PAGE), 0.0);
+    scale_queries(task, &mut temp.q);
+
+    for page_index in begin..last {
+        let scores = &mut out.probs[(page_index - first) * PAGE..];
+        match page(view, head, page_index) {
+            Page::Packed(bytes) => {
+                score_packed::<S, BITS>(&view.shape.packed, bytes, queries, temp, scores, tokens);
+                for (token, pair) in replaced_in(view, head, page_index) {
+                    score_wide::<S, E>(pair, 1, d, queries, &temp.q, &mut scores[token..], tokens);
+                }
+            }
+            Page::Wide(bytes) => {
+                let valid = (rows.position + rows.n_rows - page_index * PAGE).min(PAGE);
+                score_wide::<S, E>(bytes, valid, d, queries, &temp.q, scores, tokens);
+            }
+        }
+    }
+
+    for query in 0..queries {
+        let scores = &mut out.probs[query * tokens..][(begin - first) * PAGE..tokens];
+        let position = rows.position + query / group_heads;
+        let visible = (view.window.map_or(0, |w| (position + 1).saturating_sub(w)), position + 1);
+        let local = |p: usize| p.saturating_sub(begin * PAGE).min(scores.len());
+        let visible = local(visible.0)..local(visible.1);
+        (out.max[query], out.sum[query]) = softmax::<S>(scores, visible);
+    }
+
+    out.partial.fill(0.0);
+    for page_index in begin..last {
+        let probs = &out.probs[(page_index - first) * PAGE..];
+        match page(view, head, page_index) {
+            Page::Packed(bytes) => {
+                for query in 0..queries {
+                    temp.p[query * PAGE..][..PAGE].copy_from_slice(&probs[query * tokens..][..PAGE]);
+                }
+                for (token, pair) in replaced_in(view, head, page_index) {
+                    mix_wide::<S, E>(pair, 1, d, queries, &probs[token..], tokens, out.partial);
+                    (0..queries).for_each(|query| temp.p[query * PAGE + token] = 0.0);
+                }
+                mix_packed::<S, BITS>(&view.shape.packed, bytes, queries, temp, out.partial);
+            }
+            Page::Wide(bytes) => {
+                let valid = (rows.position + rows.n_rows - page_index * PAGE).min(PAGE);
+                mix_wide::<S, E>(bytes, valid, d, queries, probs, tokens, out.partial);
+            }
+        }
+    }
+}
+
+/// `q / sqrt(D)` of all query rows of a KV head: row r, head h of the group at `[r * G + h]`.
+fn scale_queries(task: &Task, q: &mut [f32]) {
+    let d = task.view.shape.head_dim;
+    let scale = 1.0 / (d as f32).sqrt();
+    for (query, to) in q.chunks_exact_mut(d).enumerate() {
+        let row = task.rows.first_row + query / task.group_heads;
+        let head = task.head * task.group_heads + query % task.group_heads;
+        let from = &task.q[(row * task.n_heads + head) * d..][..d];
+        to.iter_mut().zip(from).for_each(|(t, f)| *t = f * scale);
+    }
+}
+
+/// Turns scores into `e^(s - max)` where they are visible and 0 elsewhere. Returns max and sum; `(-inf, 0)` if nothing is
+/// visible.
+///
+/// # Safety
+/// The features of `S`; `visible` is inside of `scores`, whose length is a multiple of 16.
+#[inline(always)]
+unsafe fn softmax<S: Simd>(scores: &mut [f32], visible: std::ops::Range<usize>) -> (f32, f32) {
+    if visible.is_empty() {
+        scores.fill(0.0);
+        return (f32::NEG_INFINITY, 0.0);
+    }
+    scores[..visible.start].fill(f32::NEG_INFINITY);
+    scores[visible.end..].fill(f32::NEG_INFINITY);
+    let mut max = S::splat(f32::NEG_INFINITY);
+    for s in scores.chunks_exact(LANES) {
+        max = S::max(max, S::load(s.as_ptr()));
+    }
+    let max = S::reduce_max(max);
+    let (shift, mut sum) = (S::splat(max), S::zero());
+    for s in scores.chunks_exact_mut(LANES) {
+        let p = S::exp(S::sub(S::load(s.as_ptr()), shift));
+        S::store(s.as_mut_ptr(), p);
+        sum = S::add(sum, p);
+    }
+    (max, S::sum(sum))
+}
+
+/// Runs `$f::<.., T>(first query, ..)` over all queries in tiles of 8, 4, 2 and 1: the queries of a tile share every
+/// load and every expansion of codes.
+macro_rules! tiles {
+    ($queries:expr, $at:ident, $T:ident => $call:expr) => {{
+        let mut $at = 0;
+        while $at < $queries {
+            match $queries - $at {
+                8.. => {
+                    const $T: usize = 8;
+                    $call;
+                    $at += $T;
+                }
+                4..8 => {
+                    const $T: usize = 4;
+                    $call;
+                    $at += $T;
+                }
+                2..4 => {
+                    const $T: usize = 2;
+                    $call;
+                    $at += $T;
+                }
+                _ => {
+                    const $T: usize = 1;
+                    $call;
+                    $at += $T;
+                }
+            }
+        }
+    }};
+}
+
+/// Widens `n` fp16 numbers; `n` is a multiple of 32 (zeros and scales come by D or 64).
+///
+/// # Safety
+/// The features of `S`; `from` holds `2 n` bytes.
+#[inline(always)]
+unsafe fn widen_f16<S: Simd>(from: &[u8], to: &mut [f32]) {
+    for (f, t) in from.chunks_exact(2 * LANES).zip(to.chunks_exact_mut(LANES)) {
+        S::store(t.as_mut_ptr(), S::load_f16(f.as_ptr()));
+    }
+}
+
+/// `(sum_i a_i b_i, a_i := a_i c_i into to)` in one pass over a multiple of 16 numbers.
+///
+/// # Safety
+/// The features of `S`; all slices have the same length.
+#[inline(always)]
+unsafe fn fold<S: Simd>(a: &[f32], b: &[f32], c: &[f32], to: &mut [f32]) -> f32 {
+    let mut dot = S::zero();
+    for i in (0..a.len()).step_by(LANES) {
+        let x = S::load(a.as_ptr().add(i));
+        dot = S::fma(x, S::load(b.as_ptr().add(i)), dot);
+        S::store(to.as_mut_ptr().add(i), S::mul(x, S::load(c.as_ptr().add(i))));
+    }
+    S::sum(dot)
+}
+
+/// Scores of all queries against one head of a packed page: `scores[query * stride + token]`.
+///
+/// # Safety
+/// The features of `S`; `bytes` is one head of a page of this layout; `temp` is laid out for it.
+#[inline(always)]
+unsafe fn score_packed<S: Simd, const BITS: usize>(
+    layout: &crate::kv::layout::PackedLayout,
+    bytes: &[u8],
+    queries: usize,
+    temp: &mut Temp,
+    scores: &mut [f32],
+    stride: usize,
+) {
+    let (d, g) = (layout.head_dim, layout.group_size);
+    let codes = &bytes[layout.k_codes()];
+    let mut bias = [0f32; super::attn_decode::MAX_QUERIES];
+    for (group, params) in bytes[layout.k_params()].chunks_exact(4 * d).enumerate() {
+        widen_f16::<S>(params, &mut temp.params);
+        let (zero, scale) = temp.params.split_at(d);
+        for query in 0..queries {
+            let (q, to) = (&temp.q[query * d..][..d], &mut temp.folded[query * d..][..d]);
+            bias[query] = fold::<S>(q, zero, &scale[..d], to);
+        }
+        for block in group * g / 32..(group + 1) * g / 32 {
+            let codes = codes.as_ptr().add(block * 4 * BITS);
+            tiles!(queries, at, T => {
+                let folded = temp.folded[at * d..].as_ptr();
+                let to = scores[at * stride + block * 32..].as_mut_ptr();
+                multiply_codes::<S, BITS, T>(codes, d, 8 * BITS, folded, d, &bias[at..at + T], to, stride)
+            });
+        }
+    }
+}
+
+/// `to[i * to_stride + 0..32] = bias[i] + sum_j by[i * by_stride + j] * codes of block j`, for `T` rows i and `n` blocks
+/// that lie `step` bytes apart.
+///
+/// # Safety
+/// The features of `S`; all pointers are good for what the formula reads and writes.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)] // Two strided operands, as in any matrix product.
+unsafe fn multiply_codes<S: Simd, const BITS: usize, const T: usize>(
+    codes: *const u8,
+    n: usize,
+    step: usize,
+    by: *const f32,
+    by_stride: usize,
+    bias: &[f32],
+    to: *mut f32,
+    to_stride: usize,
+) {
+    let mut acc = [(S::zero(), S::zero()); T];
+    for i in 0..T {
+        acc[i] = (S::splat(bias[i]), S::splat(bias[i]));
+    }
+    for j in 0..n {
+        let (lo, hi) = S::codes::<BITS>(codes.add(j * step));
+        for i in 0..T {
+            let x = S::splat(*by.add(i * by_stride + j));
+            acc[i] = (S::fma(x, lo, acc[i].0), S::fma(x, hi, acc[i].1));
+        }
+    }
+    for i in 0..T {
+        S::store(to.add(i * to_stride), acc[i].0);
+        S::store(to.add(i * to_stride + LANES), acc[i].1);
+    }
+}
+
+/// Scores of all queries against the first `tokens` pairs of a wide page: `scores[query * stride + token]`.
+///
+/// # Safety
+/// The features of `S`; `bytes` holds `tokens` pairs of `2 d` numbers of type `E`.
+#[inline(always)]
+unsafe fn score_wide<S: Simd, E: Wide>(
+    bytes: &[u8],
+    tokens: usize,
+    d: usize,
+    queries: usize,
+    q: &[f32],
+    scores: &mut [f32],
+    stride: usize,
+) {
+    assert!(bytes.len() >= tokens * 2 * d * E::BYTES);
+    for token in 0..tokens {
+        let k = bytes.as_ptr().add(token * 2 * d * E::BYTES);
+        tiles!(queries, at, T => {
+            let dots = dots::<S, E, T>(k, d, q[at * d..].as_ptr());
+            for i in 0..T {
+                scores[(at + i) * stride + token] = dots[i];
+            }
+        });
+    }
+}
+
+/// `q_i . k` for `T` rows of q.
+///
+/// # Safety
+/// The features of `S`; `k` holds `d` numbers, `q` `T * d`.
+#[inline(always)]
+unsafe fn dots<S: Simd, E: Wide, const T: usize>(k: *const u8, d: usize, q: *const f32) -> [f32; T] {
+    let mut acc = [S::zero(); T];
+    let whole = d / LANES * LANES;
+    for c in (0..whole).step_by(LANES) {
+        let k = E::load::<S>(k.add(c * E::BYTES));
+        for i in 0..T {
+            acc[i] = S::fma(k, S::load(q.add(i * d + c)), acc[i]);
+        }
+    }
+    let mut dots = [0f32; T];
+    for i in 0..T {
+        dots[i] = S::sum(acc[i]);
+        for c in whole..d {
+            dots[i] += E::one(k.add(c * E::BYTES)) * *q.add(i * d + c);
+        }
+    }
+    dots
+}
+
+/// `partial[query] += sum_t p[query][t] v_t` over one head of a packed page, with `temp.p` as the probabilities.
+///
+/// # Safety
+/// As [`score_packed`].
+#[inline(always)]
+unsafe fn mix_packed<S: Simd, const BITS: usize>(
+    layout: &crate::kv::layout::PackedLayout,
+    bytes: &[u8],
+    queries: usize,
+    temp: &mut Temp,
+    partial: &mut [f32],
+) {
+    let (d, g) = (layout.head_dim, layout.group_size);
+    let codes = &bytes[layout.v_codes()];
+    let step = d / 32 * 4 * BITS;
+    let mut bias = [0f32; super::attn_decode::MAX_QUERIES];
+    let mut mixed = [0f32; 8 * 32];
+    for (group, params) in bytes[layout.v_params()].chunks_exact(4 * PAGE).enumerate() {
+        widen_f16::<S>(params, &mut temp.params);
+        let (zero, scale) = temp.params.split_at(PAGE);
+        for query in 0..queries {
+            let (p, to) = (&temp.p[query * PAGE..][..PAGE], &mut temp.folded[query * PAGE..][..PAGE]);
+            bias[query] = fold::<S>(p, zero, &scale[..PAGE], to);
+        }
+        for block in group * g / 32..(group + 1) * g / 32 {
+            let codes = codes.as_ptr().add(block * 4 * BITS);
+            tiles!(queries, at, T => {
+                let folded = temp.folded[at * PAGE..].as_ptr();
+                let bias = &bias[at..at + T];
+                multiply_codes::<S, BITS, T>(codes, PAGE, step, folded, PAGE, bias, mixed.as_mut_ptr(), 32);
+                for i in 0..T {
+                    let to = partial[(at + i) * d + block * 32..][..32].as_mut_ptr();
+                    for c in [0, LANES] {
+                        let from = S::load(mixed.as_ptr().add(i * 32 + c));
+                        S::store(to.add(c), S::add(S::load(to.add(c)), from));
+                    }
+                }
+            });
+        }
+    }
+}
+
+/// `partial[query] += sum_t p[query * stride + t] v_t` over the first `tokens` pairs of a wide page.
+///
+/// # Safety
+/// As [`score_wide`].
+#[inline(always)]
+unsafe fn mix_wide<S: Simd, E: Wide>(
+    bytes: &[u8],
+    tokens: usize,
+    d: usize,
+    queries: usize,
+    p: &[f32],
+    stride: usize,
+    partial: &mut [f32],
+) {
+    assert!(bytes.len() >= tokens * 2 * d * E::BYTES && p.len() >= (queries - 1) * stride + tokens);
+    assert!(partial.len() >= queries * d);
+    let v = bytes.as_ptr().add(d * E::BYTES);
+    let step = 2 * d * E::BYTES;
+    tiles!(queries, at, T => {
+        let (p, to) = (p.as_ptr().add(at * stride), partial.as_mut_ptr().add(at * d));
+        let mut c = 0;
+        while c + 2 * LANES <= d {
+            mix_columns::<S, E, T, 2>(v.add(c * E::BYTES), step, tokens, p, stride, to.add(c), d);
+            c += 2 * LANES;
+        }
+        if c + LANES <= d {
+            mix_columns::<S, E, T, 1>(v.add(c * E::BYTES), step, tokens, p, stride, to.add(c), d);
+            c += LANES;
+        }
+        for c in c..d {
+            for i in 0..T {
+                for t in 0..tokens {
+                    *to.add(i * d + c) += *p.add(i * stride + t) * E::one(v.add(t * step + c * E::BYTES));
+                }
+            }
+        }
+    });
+}
+
+/// [`mix_wide`] for `W` vectors of channels and `T` rows.
+///
+/// # Safety
+/// As [`mix_wide`].
+#[inline(always)]
+unsafe fn mix_columns<S: Simd, E: Wide, const T: usize, const W: usize>(
+    v: *const u8,
+    step: usize,
+    tokens: usize,
+    p: *const f32,
+    p_stride: usize,
+    to: *mut f32,
+    to_stride: usize,
+) {
+    let mut acc = [[S::zero(); W]; T];
+    for t in 0..tokens {
+        let mut lanes = [S::zero(); W];
+        for w in 0..W {
+            lanes[w] = E::load::<S>(v.add(t * step + w * LANES * E::BYTES));
+        }
+        for i in 0..T {
+            let x = S::splat(*p.add(i * p_stride + t));
+            for w in 0..W {
+                acc[i][w] = S::fma(x, lanes[w], acc[i][w]);
+            }
+        }
+    }
+    for i in 0..T {
+        for w in 0..W {
+            let at = to.add(i * to_stride + w * LANES);
+            S::store(at, S::add(S::load(at), acc[i][w]));
+        }
+    }
+}

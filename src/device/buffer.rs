@@ -1,0 +1,173 @@
+//! Metered memory, aligned to a cache line.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::error::{Error, Result};
+
+/// Counts the bytes of one kind of memory against a budget. Cheap to clone; clones count together.
+#[derive(Clone, Debug)]
+pub struct Meter(Arc<Counts>);
+
+#[derive(Debug)]
+struct Counts {
+    memory: &'static str,
+    budget: u64,
+    used: AtomicU64,
+    peak: AtomicU64,
+}
+
+impl Meter {
+    /// A meter for `memory` ("device" or "host"); no budget counts only.
+    pub fn new(memory: &'static str, budget: Option<u64>) -> Meter {
+        let (used, peak) = (AtomicU64::new(0), AtomicU64::new(0));
+        Meter(Arc::new(Counts { memory, budget: budget.unwrap_or(u64::MAX), used, peak }))
+    }
+
+    /// Bytes held now.
+    pub fn used(&self) -> u64 {
+        self.0.used.load(Ordering::Relaxed)
+    }
+
+    /// The most bytes that were ever held at once.
+    pub fn peak(&self) -> u64 {
+        self.0.peak.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that may still be taken.
+    pub fn available(&self) -> u64 {
+        self.0.budget.saturating_sub(self.used())
+    }
+
+    /// Takes `bytes` from the budget.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] naming `what`, the bytes needed and the bytes available; nothing is taken then.
+    pub fn take(&self, bytes: u64, what: &str) -> Result<()> {
+        let add = |used: u64| used.checked_add(bytes).filter(|&sum| sum <= self.0.budget);
+        match self.0.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add) {
+            Ok(before) => {
+                self.0.peak.fetch_max(before + bytes, Ordering::Relaxed);
+                Ok(())
+            }
+            Err(used) => Err(self.refusal(bytes, self.0.budget - used, what)),
+        }
+    }
+
+    /// Checks that `bytes` could be taken, without taking them: admission of a request before it starts.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] as [`Meter::take`].
+    pub fn admit(&self, bytes: u64, what: &str) -> Result<()> {
+        if bytes <= self.available() { Ok(()) } else { Err(self.refusal(bytes, self.available(), what)) }
+    }
+
+    fn refusal(&self, needed: u64, available: u64, what: &str) -> Error {
+        let option = if self.0.memory == "device" { "--vram-budget" } else { "--host-kv-budget" };
+        let fix = format!("raise {option}, shorten the context, or use fewer sequences");
+        Error::OutOfMemory { memory: self.0.memory, what: what.to_string(), needed, available, fix }
+    }
+
+    fn give_back(&self, bytes: u64) {
+        self.0.used.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}
+
+/// One cache line; the unit that keeps a buffer aligned for 64-byte vectors.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+/// A byte range in metered memory, aligned to 64 bytes. Read and written as numbers through [`Buffer::as_slice`].
+pub struct Buffer {
+    lines: Vec<Line>,
+    len: usize,
+    meter: Meter,
+}
+
+impl Buffer {
+    pub(super) fn new(len: usize, meter: &Meter, poison: bool, what: &str) -> Result<Buffer> {
+        let n_lines = len.div_ceil(64);
+        let bytes = n_lines as u64 * 64;
+        meter.take(bytes, what)?;
+        let mut lines = Vec::new();
+        if lines.try_reserve_exact(n_lines).is_err() {
+            meter.give_back(bytes);
+            return Err(meter.refusal(bytes, 0, what));
+        }
+        // 0xFF in every byte is NaN as f32, fp16 and bf16, and an absurd position as u32.
+        lines.resize(n_lines, Line([if poison { 0xFF } else { 0 }; 64]));
+        Ok(Buffer { lines, len, meter: meter.clone() })
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Bytes that the meter counts for it: whole cache lines.
+    pub fn metered_bytes(&self) -> u64 {
+        self.lines.len() as u64 * 64
+    }
+
+    /// All bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.lines)[..self.len]
+    }
+
+    /// All bytes, to write.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
+    }
+
+    /// The bytes as numbers.
+    pub fn as_slice<T: Pod>(&self) -> &[T] {
+        bytemuck::cast_slice(self.bytes())
+    }
+
+    /// The bytes as numbers, to write.
+    pub fn as_mut_slice<T: Pod>(&mut self) -> &mut [T] {
+        bytemuck::cast_slice_mut(self.bytes_mut())
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        self.meter.give_back(self.metered_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn budget_is_hard_and_drop_gives_back() {
+        let meter = Meter::new("device", Some(256));
+        let a = Buffer::new(100, &meter, false, "a").unwrap();
+        assert_eq!((meter.used(), a.metered_bytes(), a.len()), (128, 128, 100));
+        let refused = Buffer::new(129, &meter, false, "the second").err().unwrap();
+        assert_eq!(refused.exit_code(), 4);
+        let text = refused.to_string();
+        assert!(text.contains("the second") && text.contains("192") && text.contains("128"), "{text}");
+        assert_eq!(meter.used(), 128, "a refusal takes nothing");
+        drop(a);
+        assert_eq!((meter.used(), meter.peak()), (0, 128));
+    }
+
+    #[test]
+    fn poison_reads_as_nan() {
+        let meter = Meter::new("device", None);
+        let b = Buffer::new(64, &meter, true, "b").unwrap();
+        assert!(b.as_slice::<f32>().iter().all(|x| x.is_nan()));
+        assert!(b.as_slice::<u16>().iter().all(|&x| half::bf16::from_bits(x).is_nan()));
+        assert_eq!(b.bytes().as_ptr() as usize % 64, 0);
+    }
+}

@@ -1,0 +1,351 @@
+//! The cache of one sequence over all layers, and how pages change their place in it.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::counters::Counters;
+use super::host::{HostLayer, WidePage, page_in, page_out};
+use super::layout::KvShape;
+use super::options::{KvMode, KvOptions, PAGE};
+use super::prefetch::Prefetch;
+use crate::device::{Buffer, Device, InFlight};
+use crate::error::Result;
+use crate::ops;
+
+/// One layer of a sequence's cache.
+pub struct LayerCache {
+    /// Wide pages on the device from position `nq` on: the residual, with room for the rows of this step.
+    pub tail: Vec<WidePage>,
+    /// Packed pages `[pages][n_kv_heads][head_bytes]`; empty in modes without a low-bit copy.
+    pub packed: Buffer,
+    /// The 16-bit copy, in modes that have one.
+    pub host: Option<Arc<HostLayer>>,
+    /// Prefetched pairs; no slots in modes that do not fetch.
+    pub prefetch: Prefetch,
+}
+
+/// The cache of one sequence.
+pub struct Cache {
+    /// Shape of pages.
+    pub shape: KvShape,
+    /// How it is kept.
+    pub options: KvOptions,
+    /// Which tokens are where.
+    pub counters: Counters,
+    /// One entry a layer.
+    pub layers: Vec<LayerCache>,
+    device: Device,
+    capacity: usize,
+    /// Wide pages that no layer uses, the longest unused first: what the copy stream may still read is at the back.
+    spare: VecDeque<WidePage>,
+    /// `offload` only: two sets of pages that whole layers come back into, by turns.
+    loads: [Load; 2],
+}
+
+/// A set of device pages that a layer's host pages are loaded into.
+#[derive(Default)]
+struct Load {
+    pages: Vec<WidePage>,
+    in_flight: Option<InFlight<Vec<WidePage>>>,
+}
+
+/// Bytes that the cache of one sequence takes, by kind. Known before anything is allocated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CacheBytes {
+    /// Packed pages.
+    pub packed: u64,
+    /// Wide pages on the device: the residual, or everything in `full`.
+    pub wide: u64,
+    /// Prefetched pairs and their positions.
+    pub slots: u64,
+    /// Layers that come back whole (`offload`).
+    pub loads: u64,
+    /// Wide pages on the host.
+    pub host: u64,
+}
+
+impl CacheBytes {
+    /// Bytes on the device.
+    pub fn device(&self) -> u64 {
+        self.packed + self.wide + self.slots + self.loads
+    }
+
+    /// The plan for a sequence of at most `capacity` tokens.
+    pub fn plan(shape: &KvShape, options: &KvOptions, capacity: usize) -> CacheBytes {
+        let line = |bytes: usize| bytes.next_multiple_of(64) as u64;
+        let layers = shape.n_layers as u64;
+        let (offloadable, tail) = page_counts(options, capacity);
+        let wide_page = line(shape.wide_page_bytes());
+        let mode = options.mode;
+        let pairs = shape.n_kv_heads * options.top_k;
+        let slots = line(pairs * 4) + line(pairs * shape.pair_bytes());
+        CacheBytes {
+            packed: if mode.low_bit() { layers * line(offloadable * shape.packed_page_bytes()) } else { 0 },
+            wide: layers * tail as u64 * wide_page,
+            slots: if mode.fetches() { layers * slots } else { 0 },
+            loads: if mode == KvMode::Offload { 2 * offloadable as u64 * wide_page } else { 0 },
+            host: if mode.on_host() { layers * offloadable as u64 * wide_page } else { 0 },
+        }
+    }
+}
+
+/// Pages per layer of a sequence of at most `capacity` tokens: how many can be offloaded, and how many wide ones the
+/// device holds. One more than the tail needs where pages are copied out, so that a step never waits for the copy of
+/// the page that it is about to reuse.
+fn page_counts(options: &KvOptions, capacity: usize) -> (usize, usize) {
+    let counters = Counters::new(options);
+    let mut offloadable = counters.offloaded_after_prefill(capacity);
+    if options.mode != KvMode::Full {
+        // The method offloads during decode at n - no >= R + P, never further than a prefill of the same length would.
+        offloadable = offloadable.min(capacity / PAGE * PAGE);
+    }
+    let spare = usize::from(options.mode.on_host());
+    (offloadable / PAGE, counters.tail_pages(capacity) + spare)
+}
+
+impl Cache {
+    /// An empty cache with room for `capacity` tokens; everything that decoding will need is allocated here.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`] before anything is allocated if the plan does not fit a budget.
+    pub fn new(device: &Device, shape: KvShape, options: KvOptions, capacity: usize) -> Result<Cache> {
+        let mut cache = Cache {
+            shape,
+            options,
+            counters: Counters::new(&options),
+            layers: Vec::with_capacity(shape.n_layers),
+            device: device.clone(),
+            capacity: 0,
+            spare: VecDeque::new(),
+            loads: Default::default(),
+        };
+        let top_k = if options.mode.fetches() { options.top_k } else { 0 };
+        let plan = CacheBytes::plan(&shape, &options, capacity);
+        device.device_memory().admit(plan.device(), "the KV cache of a sequence")?;
+        device.host_memory().admit(plan.host, "the 16-bit KV copy of a sequence")?;
+        for _ in 0..shape.n_layers {
+            cache.layers.push(LayerCache {
+                tail: Vec::new(),
+                packed: device.alloc(0, "")?,
+                host: if options.mode.on_host() { Some(Arc::new(HostLayer::new(device, &shape, 0)?)) } else { None },
+                prefetch: Prefetch::new(device, &shape, top_k)?,
+            });
+        }
+        cache.reserve(capacity)?;
+        Ok(cache)
+    }
+
+    /// Tokens that it has room for.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Grows to at least `capacity` tokens.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`]; the cache is as usable as before then.
+    pub fn reserve(&mut self, capacity: usize) -> Result<()> {
+        if capacity <= self.capacity {
+            return Ok(());
+        }
+        let (device, shape) = (self.device.clone(), self.shape);
+        let (offloadable, tail) = page_counts(&self.options, capacity);
+        for layer in &mut self.layers {
+            let packed_bytes = offloadable * shape.packed_page_bytes();
+            if self.options.mode.low_bit() && layer.packed.len() < packed_bytes {
+                let mut grown = device.alloc(packed_bytes, "packed KV pages")?;
+                grown.bytes_mut()[..layer.packed.len()].copy_from_slice(layer.packed.bytes());
+                layer.packed = grown;
+            }
+            if let Some(host) = &layer.host {
+                host.reserve(&device, &shape, offloadable)?;
+            }
+        }
+        self.top_up_spare(tail * shape.n_layers)?;
+        if self.options.mode == KvMode::Offload {
+            for load in &mut self.loads {
+                while load.pages.len() < offloadable {
+                    load.pages.push(Arc::new(device.alloc(shape.wide_page_bytes(), "layers that come back")?));
+                }
+            }
+        }
+        self.capacity = capacity;
+        Ok(())
+    }
+
+    /// Bytes that this cache holds now.
+    pub fn bytes(&self) -> CacheBytes {
+        let wide = |n: usize| n as u64 * self.shape.wide_page_bytes().next_multiple_of(64) as u64;
+        CacheBytes {
+            packed: self.layers.iter().map(|l| l.packed.metered_bytes()).sum(),
+            wide: wide(self.wide_pages()),
+            slots: self.layers.iter().map(|l| l.prefetch.slots().metered_bytes()).sum(),
+            loads: wide(self.loads.iter().map(|l| l.pages.len()).sum()),
+            host: self.layers.iter().flat_map(|l| &l.host).map(|h| h.bytes()).sum(),
+        }
+    }
+
+    fn wide_pages(&self) -> usize {
+        self.spare.len() + self.layers.iter().map(|l| l.tail.len()).sum::<usize>()
+    }
+
+    /// Makes sure that spare and tail pages together are at least `total`.
+    fn top_up_spare(&mut self, total: usize) -> Result<()> {
+        for _ in self.wide_pages()..total {
+            let page = self.device.alloc(self.shape.wide_page_bytes(), "wide KV pages")?;
+            self.spare.push_front(Arc::new(page));
+        }
+        Ok(())
+    }
+
+    /// Takes a page that nobody else reads any more, waiting for the copy stream if it must.
+    fn take_spare(&mut self) -> WidePage {
+        let mut page = self.spare.pop_front().expect("pages were reserved for this many tokens");
+        while Arc::get_mut(&mut page).is_none() {
+            self.device.copy_stream().launch((), |_| ()).wait(&mut Duration::default());
+        }
+        page
+    }
+
+    /// Rounds K and V of one row to 16 bits and writes them at `position` of `layer`. The counters do not move: a
+    /// speculative row's pair lies one position behind the real one's and is overwritten in the next step.
+    ///
+    /// `k`, `v`: `[n_kv_heads, head_dim]`, K after RoPE.
+    pub fn write(&mut self, layer: usize, position: usize, k: &[f32], v: &[f32]) {
+        let page = position / PAGE - self.counters.nq / PAGE;
+        while self.layers[layer].tail.len() <= page {
+            let fresh = self.take_spare();
+            self.layers[layer].tail.push(fresh);
+        }
+        let page = Arc::get_mut(&mut self.layers[layer].tail[page]).expect("an incomplete page has one owner");
+        ops::kv::write_pairs(&self.shape, page, position % PAGE, k, v);
+    }
+
+    /// The end of a decode step: the counters move, and a page that counts as offloaded from now on is packed and sent
+    /// to the host in every layer. Returns the bytes sent.
+    pub fn advance(&mut self) -> u64 {
+        let before = self.counters;
+        let offloaded = self.counters.advance();
+        if self.counters.nq > before.nq {
+            for layer in &mut self.layers {
+                self.spare.push_back(layer.tail.remove(0));
+            }
+        }
+        let Some(page) = offloaded else { return 0 };
+        let in_tail = page - self.counters.nq / PAGE;
+        (0..self.shape.n_layers).map(|l| self.offload(l, page, self.layers[l].tail[in_tail..=in_tail].to_vec())).sum()
+    }
+
+    /// Packs complete wide pages, beginning with page `first`, and sends them to the host. Returns the bytes sent.
+    fn offload(&mut self, layer: usize, first: usize, pages: Vec<WidePage>) -> u64 {
+        let layer = &mut self.layers[layer];
+        if self.options.mode.low_bit() {
+            ops::pack::pack_pages(&self.device, &self.shape, &pages, first, &mut layer.packed);
+        }
+        let Some(host) = &layer.host else { return 0 };
+        let bytes = pages.iter().map(|p| p.len() as u64).sum();
+        page_out(&self.device, host, first, pages);
+        bytes
+    }
+
+    /// Starts the prefill of more tokens, up to `n` in all: reserves room, and the device pages that two layers need
+    /// while they are computed (one is written while the copy stream still reads the other).
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`]; nothing has changed then.
+    pub fn begin_prefill(&mut self, n: usize) -> Result<()> {
+        let mut exposed = Duration::ZERO;
+        for layer in &mut self.layers {
+            layer.prefetch.arrive(&mut exposed);
+        }
+        self.reserve(n)?;
+        if self.options.mode == KvMode::Full {
+            return Ok(());
+        }
+        let pages_per_layer = n.div_ceil(PAGE);
+        let tails = self.layers.len() * page_counts(&self.options, self.capacity).1;
+        self.top_up_spare(tails + 2 * pages_per_layer)
+    }
+
+    /// The device pages of one layer for a prefill up to `n` tokens: all that the new tokens must see at 16 bits and all
+    /// that they will fill. In modes with a host copy they begin at position 0 and the offloaded ones come back from
+    /// there; in `kivi` they begin at `nq`. Give them back with [`Cache::settle_prefill`].
+    pub fn prefill_pages(&mut self, layer: usize, n: usize) -> Vec<WidePage> {
+        let mut pages = Vec::with_capacity(n.div_ceil(PAGE));
+        if let Some(host) = self.layers[layer].host.clone() {
+            let loaded = (0..self.counters.nq / PAGE).map(|_| self.take_spare()).collect();
+            pages = page_in(&self.device, &host, self.counters.nq, loaded).wait(&mut Duration::default());
+        }
+        pages.append(&mut self.layers[layer].tail);
+        let wanted = n.div_ceil(PAGE) - self.prefill_first_page();
+        pages.truncate(wanted); // a page that only a speculative row had begun
+        while pages.len() < wanted {
+            pages.push(self.take_spare());
+        }
+        pages
+    }
+
+    /// Page that [`Cache::prefill_pages`] begins with.
+    pub fn prefill_first_page(&self) -> usize {
+        if self.options.mode.on_host() { 0 } else { self.counters.nq / PAGE }
+    }
+
+    /// Puts the pages of a prefilled layer where they belong: newly offloaded ones are packed and sent to the host, the
+    /// residual becomes the tail, the rest is spare again.
+    pub fn settle_prefill(&mut self, layer: usize, n: usize, mut pages: Vec<WidePage>) {
+        let first = self.prefill_first_page();
+        let (old, new) = (self.counters.no / PAGE, self.counters.offloaded_after_prefill(n) / PAGE);
+        self.layers[layer].tail = pages.split_off(new - first);
+        if new > old {
+            self.offload(layer, old, pages[old - first..].to_vec());
+        }
+        self.spare.extend(pages);
+    }
+
+    /// The end of a prefill that brought the cache to `n` tokens: counters, and no selection is valid any more. Pages
+    /// that only the prefill needed are freed.
+    pub fn end_prefill(&mut self, n: usize) {
+        self.counters.after_prefill(n);
+        for layer in &mut self.layers {
+            layer.prefetch.slots_mut().count = 0;
+        }
+        let keep = self.layers.len() * page_counts(&self.options, self.capacity).1;
+        while self.wide_pages() > keep && self.spare.pop_front().is_some() {}
+    }
+
+    /// `offload`: begins to bring `layer` back. Returns the bytes that this moves.
+    pub fn begin_load(&mut self, layer: usize) -> u64 {
+        let (Some(host), n) = (&self.layers[layer].host, self.counters.nq) else { return 0 };
+        let load = &mut self.loads[layer % 2];
+        load.in_flight = Some(page_in(&self.device, host, n, std::mem::take(&mut load.pages)));
+        (n / PAGE * self.shape.wide_page_bytes()) as u64
+    }
+
+    /// `offload`: waits until `layer` is back.
+    pub fn finish_load(&mut self, layer: usize, exposed: &mut Duration) {
+        let load = &mut self.loads[layer % 2];
+        if let Some(in_flight) = load.in_flight.take() {
+            load.pages = in_flight.wait(exposed);
+        }
+    }
+
+    /// What attention reads of `layer`, for rows that begin at `position`.
+    pub fn view(&self, layer: usize, window: Option<usize>) -> ops::attn_decode::KvView<'_> {
+        use ops::attn_decode::{Far, KvView};
+        let cache = &self.layers[layer];
+        let far = match self.options.mode {
+            KvMode::Full => Far::None,
+            KvMode::Offload => Far::Wide(&self.loads[layer % 2].pages),
+            KvMode::Kivi | KvMode::Fetch | KvMode::SpeCache => Far::Packed(cache.packed.bytes()),
+        };
+        let slots = self.options.mode.fetches().then(|| cache.prefetch.slots());
+        let replaced = slots.map(|s| ops::attn_decode::Replaced {
+            count: s.count,
+            stride: s.top_k,
+            positions: s.positions.as_slice(),
+            pairs: s.pairs.bytes(),
+        });
+        KvView { shape: self.shape, split: self.counters.nq, far, tail: &cache.tail, replaced, window }
+    }
+}

@@ -1,0 +1,40 @@
+//! Causal attention of a chunk of prompt rows.
+
+use crate::cpu;
+use crate::device::Device;
+use crate::kv::host::WidePage;
+use crate::kv::layout::KvShape;
+use crate::kv::options::PAGE;
+
+/// What a chunk of prompt rows reads of one layer of one sequence.
+pub struct PrefillView<'a> {
+    /// Shape of the pages.
+    pub shape: KvShape,
+    /// Packed pages before the wide ones; empty unless a `kivi` cache is continued.
+    pub packed: &'a [u8],
+    /// Wide pages from page `first_page` on, the chunk's own pairs included.
+    pub pages: &'a [WidePage],
+    /// Pages that are read packed.
+    pub first_page: usize,
+    /// Position i sees j > i - w.
+    pub window: Option<usize>,
+}
+
+/// Softmax attention of `rows` rows at `position ..`, each seeing everything up to itself, scaled by `1 / sqrt(D)`.
+///
+/// `q`, `out`: `[rows, n_heads, head_dim]`.
+pub fn attend(
+    device: &Device,
+    n_heads: usize,
+    view: &PrefillView,
+    position: usize,
+    rows: usize,
+    q: &[f32],
+    out: &mut [f32],
+) {
+    let width = n_heads * view.shape.head_dim;
+    assert_eq!((q.len(), out.len()), (rows * width, rows * width), "attend: q and out");
+    assert!((view.first_page + view.pages.len()) * PAGE >= position + rows, "attend: pages");
+    assert!(view.packed.len() >= view.first_page * view.shape.packed_page_bytes(), "attend: packed pages");
+    cpu::attn_prefill::attend(device.isa(), n_heads, view, position, rows, q, out);
+}

@@ -1,0 +1,126 @@
+//! The dense part of a layer: embedding, norms, projections, RoPE, MLP.
+
+use crate::cpu::linear::{Part, project, project_add, swiglu};
+pub use crate::cpu::linear::Path;
+use crate::cpu::{embed as embedding, norm};
+use crate::device::Device;
+use crate::model::rope::RopeTable;
+use crate::model::{Config, Layer, Model};
+
+/// Buffers that the rows of a call share, layer after layer. Row-major; grown to the largest call and then kept.
+#[derive(Default)]
+pub struct Rows {
+    /// Rows of this call.
+    pub n: usize,
+    /// `[n, hidden]`: the residual stream.
+    pub x: Vec<f32>,
+    /// `[n, hidden]`: x after a norm.
+    pub normed: Vec<f32>,
+    /// `[n, n_heads, head_dim]`: after RoPE.
+    pub q: Vec<f32>,
+    /// `[n, n_kv_heads, head_dim]`: after RoPE.
+    pub k: Vec<f32>,
+    /// `[n, n_kv_heads, head_dim]`.
+    pub v: Vec<f32>,
+    /// `[n, n_heads, head_dim]`: attention's output.
+    pub attn: Vec<f32>,
+    /// `[n, intermediate]`.
+    pub mlp: Vec<f32>,
+    /// `[head_dim / 2]` of the position at hand.
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl Rows {
+    /// Room for `n` rows of a model. Old contents mean nothing afterwards.
+    pub fn resize(&mut self, config: &Config, n: usize) {
+        self.n = n;
+        let kv = config.n_kv_heads * config.head_dim;
+        for (buffer, width) in [
+            (&mut self.x, config.hidden_size),
+            (&mut self.normed, config.hidden_size),
+            (&mut self.q, config.n_heads * config.head_dim),
+            (&mut self.k, kv),
+            (&mut self.v, kv),
+            (&mut self.attn, config.n_heads * config.head_dim),
+            (&mut self.mlp, config.intermediate_size),
+        ] {
+            buffer.resize(n * width, 0.0);
+        }
+        self.cos.resize(config.head_dim / 2, 0.0);
+        self.sin.resize(config.head_dim / 2, 0.0);
+    }
+}
+
+/// `x[i]` = embedding of `tokens[i]`. Ids were checked against the vocabulary.
+pub fn embed(model: &Model, tokens: impl Iterator<Item = u32>, x: &mut [f32]) {
+    embedding::embed(&model.weights.embed, tokens, x);
+}
+
+/// RMS norm, q, k, v (with the per-head norms of Qwen3), RoPE at `position(row)`. `not_finite(row)` is called for rows
+/// whose input is no longer a number.
+pub fn norm_qkv_rope(
+    device: &Device,
+    config: &Config,
+    layer: &Layer,
+    rope: &RopeTable,
+    path: Path,
+    rows: &mut Rows,
+    position: impl Fn(usize) -> usize,
+    not_finite: impl FnMut(usize),
+) {
+    let Rows { n, x, normed, q, k, v, cos, sin, .. } = rows;
+    let eps = config.rms_norm_eps;
+    norm::rms_norm(device.isa(), x, *n, &layer.input_norm, eps, normed, not_finite);
+    let mut parts = [
+        Part { linear: &layer.q, out: &mut q[..] },
+        Part { linear: &layer.k, out: &mut k[..] },
+        Part { linear: &layer.v, out: &mut v[..] },
+    ];
+    project(device.isa(), path, normed, *n, &mut parts);
+    for (heads, weight) in [(&mut *q, &layer.q_norm), (&mut *k, &layer.k_norm)] {
+        if let Some(weight) = weight {
+            norm::rms_norm_in_place(heads, weight, eps);
+        }
+    }
+    for row in 0..*n {
+        rope.angles(position(row), cos, sin);
+        for heads in [&mut *q, &mut *k] {
+            let width = heads.len() / *n;
+            heads[row * width..][..width].chunks_exact_mut(config.head_dim).for_each(|head| rotate(head, cos, sin));
+        }
+    }
+}
+
+/// RoPE of one head in place, halves rotated against each other as Hugging Face has it.
+fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let (a, b) = head.split_at_mut(cos.len());
+    for i in 0..cos.len() {
+        (a[i], b[i]) = (a[i] * cos[i] - b[i] * sin[i], b[i] * cos[i] + a[i] * sin[i]);
+    }
+}
+
+/// `x += W_o attn`.
+pub fn out_residual(device: &Device, layer: &Layer, path: Path, rows: &mut Rows) {
+    project_add(device.isa(), path, &rows.attn, rows.n, &layer.o, &mut rows.x);
+}
+
+/// RMS norm, then `silu(W_gate x) * W_up x`.
+pub fn norm_gate_up(device: &Device, config: &Config, layer: &Layer, path: Path, rows: &mut Rows) {
+    let Rows { n, x, normed, mlp, .. } = rows;
+    norm::rms_norm(device.isa(), x, *n, &layer.post_norm, config.rms_norm_eps, normed, |_| ());
+    swiglu(device.isa(), path, normed, *n, &layer.gate, &layer.up, mlp);
+}
+
+/// `x += W_down mlp`.
+pub fn down_residual(device: &Device, layer: &Layer, path: Path, rows: &mut Rows) {
+    project_add(device.isa(), path, &rows.mlp, rows.n, &layer.down, &mut rows.x);
+}
+
+/// Final norm and LM head of `n` rows of x: `logits` is `[n, vocab]`.
+pub fn norm_logits(device: &Device, model: &Model, x: &[f32], n: usize, normed: &mut Vec<f32>, logits: &mut [f32]) {
+    normed.resize(n * model.config.hidden_size, 0.0);
+    let eps = model.config.rms_norm_eps;
+    norm::rms_norm(device.isa(), x, n, &model.weights.final_norm, eps, normed, |_| ());
+    project(device.isa(), Path::Rows, normed, n, &mut [Part { linear: &model.weights.lm_head, out: logits }]);
+}

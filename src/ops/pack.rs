@@ -1,0 +1,19 @@
+//! KIVI quantisation of complete pages.
+
+use crate::cpu;
+use crate::device::{Buffer, Device};
+use crate::kv::host::WidePage;
+use crate::kv::layout::KvShape;
+
+/// Quantises wide pages into the packed pages `first ..` of `packed`.
+pub fn pack_pages(device: &Device, shape: &KvShape, pages: &[WidePage], first: usize, packed: &mut Buffer) {
+    let page_bytes = shape.packed_page_bytes();
+    assert!(
+        packed.len() >= (first + pages.len()) * page_bytes,
+        "pack: room for pages {first}..{}",
+        first + pages.len()
+    );
+    assert!(pages.iter().all(|p| p.len() == shape.wide_page_bytes()), "pack: size of the wide pages");
+    let to = &mut packed.bytes_mut()[first * page_bytes..(first + pages.len()) * page_bytes];
+    cpu::pack::pack_pages(device.isa(), shape, pages, to);
+}

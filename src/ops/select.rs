@@ -1,0 +1,58 @@
+//! Which pairs the next step needs: top-k of the mean attention over a KV head's query heads (method.md, decode 3).
+
+use std::ops::Range;
+
+use crate::cpu;
+use crate::device::Device;
+use crate::kv::prefetch::Slots;
+
+/// One sequence's part of a selection.
+pub struct Selection<'a> {
+    /// Index of the sequence in the attention before.
+    pub seq: usize,
+    /// Row of the sequence whose attention decides.
+    pub row: usize,
+    /// Positions that may be selected.
+    pub candidates: Range<usize>,
+    /// Where the selected positions go.
+    pub slots: &'a mut Slots,
+}
+
+/// Selects `min(k, candidates)` positions per KV head, ties to the lower position, ascending.
+pub fn select(
+    device: &Device,
+    group_heads: usize,
+    n_kv_heads: usize,
+    scratch: &cpu::attn_decode::Scratch,
+    selection: Selection,
+) {
+    let Selection { seq, row, candidates, slots } = selection;
+    slots.count = slots.top_k.min(candidates.len());
+    let (top_k, count) = (slots.top_k, slots.count);
+    if count == 0 {
+        return;
+    }
+    let positions = &mut slots.positions.as_mut_slice::<u32>()[..n_kv_heads * top_k];
+    assert_eq!(positions.len(), n_kv_heads * top_k, "select: room for the positions");
+    let queries = row * group_heads..(row + 1) * group_heads;
+    cpu::select::select(device.isa(), scratch, seq, queries, candidates, positions, top_k, count);
+}
+
+/// How many of a row's own top-k among `candidates` are in `slots`, and how many there are, over all KV heads: the live
+/// hit rate (method.md, "Quantities to report").
+pub fn hits(
+    group_heads: usize,
+    n_kv_heads: usize,
+    scratch: &cpu::attn_decode::Scratch,
+    seq: usize,
+    candidates: Range<usize>,
+    slots: &Slots,
+) -> (u64, u64) {
+    let count = slots.top_k.min(candidates.len());
+    if count == 0 {
+        return (0, 0);
+    }
+    let selected = |head: usize| slots.selected(head);
+    let hits = cpu::select::hits(scratch, seq, 0..group_heads, candidates, count, n_kv_heads, selected);
+    (hits, (n_kv_heads * count) as u64)
+}
