@@ -4,3 +4,4 @@ pub mod device;
 pub mod error;
 pub mod kv;
 pub mod model;
+pub mod reference;
