@@ -15,6 +15,19 @@ use specache::reference::{self, Run, kl_divergence, teacher_forced};
 /// The golden case's prompt: the first 300 of its 400 ids.
 const PREFILL: usize = 300;
 
+/// Of any logit. Two f32 implementations differ by 1e-5 until a K or V lies so near to the middle of two bf16 numbers
+/// that the order of a sum decides where it goes: then it differs by 1/256 of itself, and the rows that attend to it
+/// show it. Another order of the sums in this same oracle moves single logits by up to 1.4e-2, a flipped selection by
+/// 4e-2.
+const MAX_DIFFERENCE: f32 = 5e-2;
+/// Of the row in the middle: 2e-4 were seen with 1-bit codes, 5e-5 without.
+const MEDIAN_DIFFERENCE: f32 = 5e-4;
+/// Of the prompt's row, where nothing is low-bit yet: 1.5e-5 were seen. RoPE frequencies that are not computed in f32
+/// alone make it 1.1e-4.
+const PREFILL_DIFFERENCE: f32 = 5e-5;
+/// In nats: 2e-8 was seen. The quantisation itself costs 3e-4 (2-bit) to 3e-2 (1-bit) against `full`.
+const MEAN_KLD: f64 = 1e-6;
+
 static MODEL: LazyLock<Model> = LazyLock::new(recall);
 
 fn fixture(name: &str) -> PathBuf {
@@ -109,6 +122,13 @@ fn max_difference(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
     a.iter().flatten().zip(b.iter().flatten()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
+/// The median over the rows of the row's largest difference.
+fn row_median(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
+    let mut rows: Vec<f32> = a.iter().zip(b).map(|(a, b)| max_difference(&[a.clone()], &[b.clone()])).collect();
+    rows.sort_by(f32::total_cmp);
+    rows[rows.len() / 2]
+}
+
 fn mean_kld(p: &[Vec<f32>], q: &[Vec<f32>]) -> f64 {
     p.iter().zip(q).map(|(p, q)| kl_divergence(p, q)).sum::<f64>() / p.len() as f64
 }
@@ -125,8 +145,8 @@ struct Selections {
     steps: Vec<Vec<Vec<Option<Vec<u32>>>>>,
 }
 
-/// Runs one golden case and prints what was seen. Logits must agree within `tolerance`.
-fn check(name: &str, kv: KvOptions, tolerance: f32) -> Run {
+/// Runs one golden case and prints what was seen.
+fn check(name: &str, kv: KvOptions) -> Run {
     kv.validate(&MODEL.config).unwrap();
     let ids: Vec<u32> = json("golden/ids.json");
     let spec: Option<Vec<u32>> = (kv.mode == KvMode::SpeCache).then(|| json(&format!("golden/{name}.spec.json")));
@@ -145,8 +165,12 @@ fn check(name: &str, kv: KvOptions, tolerance: f32) -> Run {
         mean_kld(&full, &golden),
         elapsed.as_secs_f64(),
     );
-    assert!(difference <= tolerance, "{name}: {difference}");
-    assert!(from_golden <= 1e-6, "{name}: {from_golden}");
+    let median = row_median(&run.logits, &golden);
+    println!("{name}: median over the rows of max |difference| {median:.2e}");
+    assert!(difference <= MAX_DIFFERENCE, "{name}: {difference}");
+    assert!(median <= MEDIAN_DIFFERENCE, "{name}: {median}");
+    assert!(max_difference(&run.logits[..1], &golden[..1]) <= PREFILL_DIFFERENCE, "{name}: prompt");
+    assert!(from_golden <= MEAN_KLD, "{name}: {from_golden}");
     if let Some(spec) = spec {
         assert_eq!(run.speculative, spec, "{name}: the model's own speculative tokens");
         check_selections(name, &run);
@@ -177,7 +201,7 @@ fn check_selections(name: &str, run: &Run) {
 
 #[test]
 fn golden_full() {
-    let run = check("full", options(KvMode::Full, 1, 64, 64, 0), 1e-3);
+    let run = check("full", options(KvMode::Full, 1, 64, 64, 0));
     // The prompt is longer than R, so the low-bit options are there to be ignored.
     let offload = teacher_forced(&MODEL, &options(KvMode::Offload, 2, 32, 32, 0), &ids(), PREFILL, None);
     assert_eq!(run, offload);
@@ -185,22 +209,22 @@ fn golden_full() {
 
 #[test]
 fn golden_kivi_1_bit() {
-    check("kivi-b1-g64-R64", options(KvMode::Kivi, 1, 64, 64, 0), 1e-3);
+    check("kivi-b1-g64-R64", options(KvMode::Kivi, 1, 64, 64, 0));
 }
 
 #[test]
 fn golden_kivi_2_bit() {
-    check("kivi-b2-g32-R100", options(KvMode::Kivi, 2, 32, 100, 0), 1e-3);
+    check("kivi-b2-g32-R100", options(KvMode::Kivi, 2, 32, 100, 0));
 }
 
 #[test]
 fn golden_specache_1_bit() {
-    check("specache-b1-g64-R64-k16", options(KvMode::SpeCache, 1, 64, 64, 16), 1e-3);
+    check("specache-b1-g64-R64-k16", options(KvMode::SpeCache, 1, 64, 64, 16));
 }
 
 #[test]
 fn golden_specache_2_bit() {
-    check("specache-b2-g32-R100-k64", options(KvMode::SpeCache, 2, 32, 100, 64), 1e-3);
+    check("specache-b2-g32-R100-k64", options(KvMode::SpeCache, 2, 32, 100, 64));
 }
 
 fn ids() -> Vec<u32> {

@@ -75,18 +75,22 @@ pub fn silu_mul(gate: &[f32], up: &[f32]) -> Vec<f32> {
 
 /// The RoPE frequencies `[head_dim / 2]`: `theta^(-2i / head_dim)`, stretched as `rope.scaling` says.
 ///
-/// Formulas of `modeling_rope_utils.py` in Hugging Face transformers; computed in f64 and rounded once.
+/// Formulas and f32 arithmetic of `modeling_rope_utils.py` in Hugging Face transformers. Models were trained with those
+/// f32 frequencies, and at position 300 the last bit of one is visible: with frequencies rounded once from f64 the
+/// recall model's logits move by 1e-4.
 pub fn rope_inv_freq(rope: &Rope, head_dim: usize) -> Vec<f32> {
-    let base = |i: usize| rope.theta.powf(-((2 * i) as f64) / head_dim as f64);
+    let wave = |i: usize| (rope.theta as f32).powf((2 * i) as f32 / head_dim as f32);
+    let base = |i: usize| 1.0 / wave(i);
     let scaled = |i: usize| match rope.scaling {
         // `Dynamic` differs only beyond max_position_embeddings, where it is refused.
         RopeScaling::Default | RopeScaling::Dynamic { .. } => base(i),
-        RopeScaling::Linear { factor } => base(i) / factor,
+        RopeScaling::Linear { factor } => base(i) / factor as f32,
         RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => {
-            let turns = original_max_positions as f64 * base(i) / std::f64::consts::TAU;
+            let turns = original_max_positions as f32 / (std::f32::consts::TAU / base(i));
             // 0: fewer turns than low_freq_factor, stretched in full. 1: more than high_freq_factor, kept.
-            let kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
-            (1.0 - kept) * base(i) / factor + kept * base(i)
+            let kept = (turns - low_freq_factor as f32) / (high_freq_factor - low_freq_factor) as f32;
+            let kept = kept.clamp(0.0, 1.0);
+            (1.0 - kept) * base(i) / factor as f32 + kept * base(i)
         }
         RopeScaling::Yarn { factor, original_max_positions, beta_fast, beta_slow, truncate, .. } => {
             // The (fractional) dimension that makes `turns` turns within the original context.
@@ -100,11 +104,12 @@ pub fn rope_inv_freq(rope: &Rope, head_dim: usize) -> Vec<f32> {
             if low == high {
                 high += 0.001; // Hugging Face's guard against 0 / 0
             }
-            let stretched = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
-            stretched * base(i) / factor + (1.0 - stretched) * base(i)
+            let stretched = ((i as f32 - low as f32) / (high - low) as f32).clamp(0.0, 1.0);
+            let kept = 1.0 - stretched;
+            (1.0 / (factor as f32 * wave(i))) * (1.0 - kept) + base(i) * kept
         }
     };
-    (0..head_dim / 2).map(|i| scaled(i) as f32).collect()
+    (0..head_dim / 2).map(scaled).collect()
 }
 
 /// Cosines and sines `[head_dim / 2]` of the angles `position * inv_freq` (an f32 product), times YaRN's attention
