@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::slice::from_ref;
 use std::sync::LazyLock;
 
 use specache::device::map::Bytes;
@@ -124,7 +125,7 @@ fn max_difference(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
 
 /// The median over the rows of the row's largest difference.
 fn row_median(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
-    let mut rows: Vec<f32> = a.iter().zip(b).map(|(a, b)| max_difference(&[a.clone()], &[b.clone()])).collect();
+    let mut rows: Vec<f32> = a.iter().zip(b).map(|(a, b)| max_difference(from_ref(a), from_ref(b))).collect();
     rows.sort_by(f32::total_cmp);
     rows[rows.len() / 2]
 }
