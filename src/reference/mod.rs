@@ -4,7 +4,7 @@
 //! the model's types. Tests compare every fast op, and the engine as a whole, with what stands here. Where a formula
 //! has a source other than the design's method page (a paper, Hugging Face transformers), the item names it.
 //!
-//! This file holds the ops; [`decode`](teacher_forced) strings them together to a model.
+//! This file holds the ops; `decode` strings them together to a model.
 
 mod decode;
 
