@@ -1,8 +1,16 @@
 //! SpeCache in Rust.
 
 pub mod cpu;
+pub mod decode;
 pub mod device;
+pub mod engine;
 pub mod error;
 pub mod kv;
 pub mod model;
 pub mod ops;
+pub mod prefill;
+pub mod reference;
+
+pub use engine::{Engine, EngineOptions, Session};
+pub use error::{Error, Result};
+pub use kv::{KvMode, KvOptions};
