@@ -95,11 +95,8 @@ impl CacheBytes {
 /// the page that it is about to reuse.
 fn page_counts(options: &KvOptions, capacity: usize) -> (usize, usize) {
     let counters = Counters::new(options);
-    let mut offloadable = counters.offloaded_after_prefill(capacity);
-    if options.mode != KvMode::Full {
-        // The method offloads during decode at n - no >= R + P, never further than a prefill of the same length would.
-        offloadable = offloadable.min(capacity / PAGE * PAGE);
-    }
+    // Decoding offloads a page at n - no >= R + P, so never more than a prefill of the same length.
+    let offloadable = counters.offloaded_after_prefill(capacity);
     let spare = usize::from(options.mode.on_host());
     (offloadable / PAGE, counters.tail_pages(capacity) + spare)
 }
@@ -292,15 +289,14 @@ impl Cache {
     }
 
     /// Puts the pages of a prefilled layer where they belong: newly offloaded ones are packed and sent to the host, the
-    /// residual becomes the tail, the rest is spare again.
-    pub fn settle_prefill(&mut self, layer: usize, n: usize, mut pages: Vec<WidePage>) {
+    /// residual becomes the tail, the rest is spare again. Returns the bytes sent.
+    pub fn settle_prefill(&mut self, layer: usize, n: usize, mut pages: Vec<WidePage>) -> u64 {
         let first = self.prefill_first_page();
         let (old, new) = (self.counters.no / PAGE, self.counters.offloaded_after_prefill(n) / PAGE);
         self.layers[layer].tail = pages.split_off(new - first);
-        if new > old {
-            self.offload(layer, old, pages[old - first..].to_vec());
-        }
+        let sent = if new > old { self.offload(layer, old, pages[old - first..].to_vec()) } else { 0 };
         self.spare.extend(pages);
+        sent
     }
 
     /// The end of a prefill that brought the cache to `n` tokens: counters, and no selection is valid any more. Pages
@@ -328,6 +324,15 @@ impl Cache {
         if let Some(in_flight) = load.in_flight.take() {
             load.pages = in_flight.wait(exposed);
         }
+    }
+
+    /// The slots of `layer` and the host pages that fill them.
+    ///
+    /// # Panics
+    /// In modes that do not fetch.
+    pub fn fetching(&mut self, layer: usize) -> (&mut Prefetch, &Arc<HostLayer>) {
+        let LayerCache { prefetch, host, .. } = &mut self.layers[layer];
+        (prefetch, host.as_ref().expect("a mode that fetches has a host copy"))
     }
 
     /// What attention reads of `layer`, for rows that begin at `position`.

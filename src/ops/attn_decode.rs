@@ -58,6 +58,11 @@ pub struct SeqRows {
 }
 
 impl SeqRows {
+    /// Position of row `row` of the pass, if it is one of these.
+    pub fn position_of(&self, row: usize) -> Option<usize> {
+        (self.first_row..self.first_row + self.n_rows).contains(&row).then(|| self.position + row - self.first_row)
+    }
+
     /// Tokens that any row sees or hides, in whole pages.
     pub fn padded_tokens(&self) -> usize {
         (self.position + self.n_rows).next_multiple_of(PAGE)

@@ -1,0 +1,263 @@
+//! One token's whole story: pre-decode and the decode step of SpeCache, and of the modes beside it (method.md, "The
+//! three algorithms").
+//!
+//! A step decodes the real token `T_t` (row 0, at position n) and in `specache` a speculative one `T'_{t+1}` (row 1, at
+//! n + 1) over the same cache. Row 1's attention chooses the 16-bit pairs that the **next** step will need, and their
+//! copy from the host begins at once, layer by layer: it has almost a whole step to hide in.
+
+use crate::device::Device;
+use crate::engine::{Buffers, Engine, Member, Next, Session};
+use crate::error::{Error, Result};
+use crate::kv::KvMode;
+use crate::ops::attn_decode::{self, SeqRows};
+use crate::ops::linear::{self, Path};
+use crate::ops::select::{self, Selection};
+use crate::sampler::argmax;
+
+/// Feeds each session's token. A `specache` session that comes fresh from a prefill is pre-decoded first: its token
+/// alone guesses what follows it and what the step will need.
+///
+/// # Errors
+/// Before anything has changed: a token beyond the vocabulary, a session that is full or has failed,
+/// [`Error::Interrupted`]. A sequence that meets NaN fails alone: see [`Buffers::logits`].
+pub fn decode(engine: &Engine, batch: &mut [Next], buffers: &mut Buffers) -> Result<()> {
+    engine.check_interrupt()?;
+    for Next { session, token } in batch.iter() {
+        session.check_usable()?;
+        engine.check_tokens(&[*token])?;
+        check_room(session)?;
+    }
+    let fresh = |session: &Session| session.needs_pre_decode();
+    if batch.iter().any(|next| fresh(next.session)) {
+        pass(engine, batch, buffers, fresh, Pass::PreDecode);
+    }
+    pass(engine, batch, buffers, |_| true, Pass::Step);
+    for next in batch.iter_mut() {
+        next.session.stats.offloaded_bytes += next.session.cache.advance();
+        next.session.stats.steps += 1;
+    }
+    Ok(())
+}
+
+fn check_room(session: &Session) -> Result<()> {
+    let (n, capacity) = (session.n_tokens(), session.cache.capacity());
+    match n {
+        0 => Err(Error::Usage("decode: the session is empty; prefill a prompt first".into())),
+        _ if n < capacity => Ok(()),
+        _ => Err(Error::Usage(format!("decode: the session is full with {n} of {capacity} tokens"))),
+    }
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Pass {
+    /// One row, which selects for itself; nothing is appended.
+    PreDecode,
+    /// The real row and, in `specache`, the speculative one.
+    Step,
+}
+
+/// All layers for the rows of those sessions that take part.
+fn pass(engine: &Engine, batch: &mut [Next], buffers: &mut Buffers, takes_part: impl Fn(&Session) -> bool, kind: Pass) {
+    let (model, device) = (engine.model(), engine.device());
+    let (config, rope) = (&model.config, engine.rope());
+    plan_rows(batch, buffers, takes_part, kind);
+    let Buffers { rows, attention, members, seqs, logits, .. } = buffers;
+    let n_rows = seqs.iter().map(|s| s.n_rows).sum();
+    rows.resize(config, n_rows);
+    let tokens = members.iter().zip(&*seqs).flat_map(|(m, s)| m.tokens.into_iter().take(s.n_rows));
+    linear::embed(model, tokens, &mut rows.x);
+    let position = |row: usize| seqs.iter().find_map(|s| s.position_of(row)).expect("a row of the pass");
+    for m in members.iter() {
+        begin_loads(batch[m.index].session);
+    }
+
+    for (l, layer) in model.weights.layers.iter().enumerate() {
+        let not_finite = |row| mark_bad(batch, members, seqs, row, l);
+        linear::norm_qkv_rope(device, config, layer, rope, Path::Rows, rows, position, not_finite);
+        for (m, s) in members.iter().zip(&*seqs) {
+            let session = &mut *batch[m.index].session;
+            append(session, l, s, rows);
+            arrive(session, l);
+        }
+        if members.iter().any(|m| batch[m.index].session.kv().mode == KvMode::Fetch) {
+            fetch_on_demand(engine, batch, members, seqs, l, rows, attention);
+        }
+        let view = |i: usize| batch[members[i].index].session.cache.view(l, config.sliding_window);
+        attn_decode::attend(device, config.n_heads, seqs, view, &rows.q, &mut rows.attn, attention);
+        for (i, (m, s)) in members.iter().zip(&*seqs).enumerate() {
+            let session = &mut *batch[m.index].session;
+            match session.kv().mode {
+                KvMode::SpeCache => select_ahead(engine, session, l, i, s, attention, kind),
+                KvMode::Offload => load_ahead(session, l),
+                KvMode::Full | KvMode::Kivi | KvMode::Fetch => {}
+            }
+        }
+        linear::out_residual(device, layer, Path::Rows, rows);
+        linear::norm_gate_up(device, config, layer, Path::Rows, rows);
+        linear::down_residual(device, layer, Path::Rows, rows);
+    }
+
+    logits.resize(n_rows * config.vocab_size, 0.0);
+    linear::norm_logits(device, model, &rows.x, n_rows, &mut rows.normed, logits);
+    finish(batch, buffers, config.vocab_size, kind);
+}
+
+/// Which sessions take part, with which rows and tokens.
+fn plan_rows(batch: &mut [Next], buffers: &mut Buffers, takes_part: impl Fn(&Session) -> bool, kind: Pass) {
+    buffers.members.clear();
+    buffers.seqs.clear();
+    let mut first_row = 0;
+    for (index, Next { session, token }) in batch.iter_mut().enumerate().filter(|(_, n)| takes_part(n.session)) {
+        session.bad_layer = None;
+        if kind == Pass::PreDecode {
+            session.last_guess = None;
+        }
+        let speculative = match kind {
+            Pass::PreDecode => None,
+            Pass::Step => session.speculative,
+        };
+        if let (Pass::Step, Some(trace)) = (kind, &mut session.trace) {
+            trace.speculative.extend(speculative);
+            trace.steps.push(Vec::new());
+        }
+        let n_rows = 1 + usize::from(speculative.is_some());
+        buffers.members.push(Member { index, tokens: [*token, speculative.unwrap_or(0)] });
+        buffers.seqs.push(SeqRows { position: session.n_tokens(), first_row, n_rows });
+        first_row += n_rows;
+    }
+}
+
+/// Notes the layer at which a row of some sequence stopped being a number.
+fn mark_bad(batch: &mut [Next], members: &[Member], seqs: &[SeqRows], row: usize, layer: usize) {
+    for (m, s) in members.iter().zip(seqs).filter(|(_, s)| s.position_of(row).is_some()) {
+        // A bad speculative row costs a guess, not the sequence.
+        if row == s.first_row {
+            let bad = &mut batch[m.index].session.bad_layer;
+            *bad = bad.or(Some(layer));
+        }
+    }
+}
+
+/// K and V of every row, rounded to 16 bits, at its position. What row 1 writes, the next step's row 0 overwrites; what a
+/// pre-decode writes, its step does.
+fn append(session: &mut Session, layer: usize, seq: &SeqRows, rows: &linear::Rows) {
+    let width = rows.k.len() / rows.n;
+    for r in 0..seq.n_rows {
+        let row = (seq.first_row + r) * width..(seq.first_row + r + 1) * width;
+        session.cache.write(layer, seq.position + r, &rows.k[row.clone()], &rows.v[row]);
+    }
+}
+
+/// Waits for what an earlier step or layer has asked the host for.
+fn arrive(session: &mut Session, layer: usize) {
+    session.cache.layers[layer].prefetch.arrive(&mut session.stats.exposed);
+    session.cache.finish_load(layer, &mut session.stats.exposed);
+}
+
+/// `specache`: the last row's attention selects what the next step will read at 16 bits, and the copy begins.
+fn select_ahead(
+    engine: &Engine,
+    session: &mut Session,
+    layer: usize,
+    seq: usize,
+    rows: &SeqRows,
+    attention: &crate::cpu::attn_decode::Scratch,
+    kind: Pass,
+) {
+    let config = &engine.model().config;
+    let (group_heads, n_kv_heads) = (config.group_heads(), config.n_kv_heads);
+    let row = rows.n_rows - 1;
+    if kind == Pass::Step {
+        // How good the last selection was: row 0's own top-k among what is read low-bit or prefetched.
+        let seen = session.candidates(rows.position, session.cache.counters.nq, config.sliding_window);
+        let slots = session.cache.layers[layer].prefetch.slots();
+        let (hits, of) = select::hits(group_heads, n_kv_heads, attention, seq, seen, slots);
+        let sum = &mut session.stats.hits[layer];
+        *sum = (sum.0 + hits, sum.1 + of);
+    }
+    let candidates = session.candidates(rows.position + row, session.cache.counters.no, config.sliding_window);
+    let slots = session.cache.layers[layer].prefetch.slots_mut();
+    let selection = Selection { seq, row, candidates, slots };
+    select::select(engine.device(), group_heads, n_kv_heads, attention, selection);
+    begin_fetch(engine.device(), session, layer, kind);
+}
+
+/// `fetch`: the real row scores the low-bit cache, and waits while what it needs comes from the host.
+fn fetch_on_demand(
+    engine: &Engine,
+    batch: &mut [Next],
+    members: &[Member],
+    seqs: &[SeqRows],
+    layer: usize,
+    rows: &mut linear::Rows,
+    attention: &mut crate::cpu::attn_decode::Scratch,
+) {
+    let config = &engine.model().config;
+    for m in members.iter().filter(|m| batch[m.index].session.kv().mode == KvMode::Fetch) {
+        batch[m.index].session.cache.layers[layer].prefetch.slots_mut().count = 0;
+    }
+    let view = |i: usize| batch[members[i].index].session.cache.view(layer, config.sliding_window);
+    attn_decode::attend(engine.device(), config.n_heads, seqs, view, &rows.q, &mut rows.attn, attention);
+    for (seq, (m, s)) in members.iter().zip(seqs).enumerate() {
+        let session = &mut *batch[m.index].session;
+        if session.kv().mode == KvMode::Fetch {
+            let candidates = session.candidates(s.position, session.cache.counters.nq, config.sliding_window);
+            let slots = session.cache.layers[layer].prefetch.slots_mut();
+            let selection = Selection { seq, row: 0, candidates, slots };
+            select::select(engine.device(), config.group_heads(), config.n_kv_heads, attention, selection);
+            begin_fetch(engine.device(), session, layer, Pass::Step);
+            arrive(session, layer);
+        }
+    }
+}
+
+/// Keeps the selection if it is traced, and starts the copy of its pairs.
+fn begin_fetch(device: &Device, session: &mut Session, layer: usize, kind: Pass) {
+    let shape = session.cache.shape;
+    let (prefetch, host) = session.cache.fetching(layer);
+    if let Some(trace) = &mut session.trace {
+        let slots = prefetch.slots();
+        let selected = (0..shape.n_kv_heads).map(|head| slots.selected(head).to_vec()).collect();
+        match kind {
+            Pass::PreDecode => trace.pre_decode.push(selected),
+            Pass::Step => trace.steps.last_mut().expect("a step has begun").push(selected),
+        }
+    }
+    session.stats.fetched_bytes += prefetch.begin(device, host, shape);
+}
+
+/// `offload`: the first two layers begin to come back.
+fn begin_loads(session: &mut Session) {
+    if session.kv().mode == KvMode::Offload {
+        for layer in 0..session.cache.layers.len().min(2) {
+            session.stats.fetched_bytes += session.cache.begin_load(layer);
+        }
+    }
+}
+
+/// `offload`: the pages of this layer are free for the one after the next.
+fn load_ahead(session: &mut Session, layer: usize) {
+    if layer + 2 < session.cache.layers.len() {
+        session.stats.fetched_bytes += session.cache.begin_load(layer + 2);
+    }
+}
+
+/// Row 0's logits are the result; the last row's argmax is the next speculative token.
+fn finish(batch: &mut [Next], buffers: &mut Buffers, vocab: usize, kind: Pass) {
+    let Buffers { members, seqs, logits, results, .. } = buffers;
+    buffers.vocab = vocab;
+    results.clear();
+    for (m, s) in members.iter().zip(seqs) {
+        let Next { session, token } = &mut batch[m.index];
+        let row = |r: usize| &logits[(s.first_row + r) * vocab..][..vocab];
+        results.push(session.check_finite(row(0)).map(|()| s.first_row));
+        if session.kv().mode != KvMode::SpeCache {
+            continue;
+        }
+        if kind == Pass::Step {
+            session.stats.compare(session.last_guess.replace(m.tokens[1]), *token);
+        }
+        let own = argmax(row(s.n_rows - 1));
+        session.speculative = Some(session.forced.as_mut().and_then(|f| f.pop_front()).unwrap_or(own));
+    }
+}

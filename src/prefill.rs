@@ -1,0 +1,109 @@
+//! Prefill: a prompt's exact causal attention over 16-bit-rounded K and V, layer by layer (method.md, "The three
+//! algorithms").
+//!
+//! Layer-major: all chunks of all sequences pass layer l before any passes layer l + 1. So the device needs the wide
+//! pages of only two layers: one that is being computed, one that the copy stream sends to the host meanwhile.
+
+use crate::engine::{Buffers, Engine, Prompt};
+use crate::error::Result;
+use crate::kv::PAGE;
+use crate::kv::host::WidePage;
+use crate::ops::attn_prefill::{self, PrefillView};
+use crate::ops::linear::{self, Path};
+
+/// Rows of a chunk: enough that widening a panel of weights costs below 1 % of the product with it.
+const CHUNK: usize = 512;
+/// Chunks shorter than this go row by row: a panel would cost more than it saves. Depends on the sequence alone, like
+/// everything that decides a result's bits.
+const PANEL_MIN: usize = 8;
+
+/// Prefills all prompts, each behind what its session already holds. Returns the logits of each prompt's last row, or why
+/// that sequence failed; one that fails does not disturb the others.
+///
+/// # Errors
+/// Before anything has changed: a prompt that is empty or has ids beyond the vocabulary, a context that the model or a
+/// memory budget does not allow. Later: [`crate::Error::Interrupted`], which leaves the sessions unusable.
+pub fn prefill(engine: &Engine, prompts: &mut [Prompt], buffers: &mut Buffers) -> Result<Vec<Result<Vec<f32>>>> {
+    for prompt in prompts.iter() {
+        prompt.session.check_usable()?;
+        engine.check_tokens(prompt.tokens)?;
+        engine.check_context(prompt.end())?;
+    }
+    for prompt in prompts.iter_mut() {
+        prompt.session.cache.begin_prefill(prompt.end())?;
+    }
+    let hidden = engine.model().config.hidden_size;
+    let mut streams: Vec<Vec<f32>> = Vec::new(); // the residual stream of every prompt, [tokens, hidden]
+    for prompt in prompts.iter() {
+        let mut x = vec![0.0; prompt.tokens.len() * hidden];
+        linear::embed(engine.model(), prompt.tokens.iter().copied(), &mut x);
+        streams.push(x);
+    }
+    for layer in 0..engine.model().config.n_layers {
+        for (prompt, x) in prompts.iter_mut().zip(&mut streams) {
+            if let Err(interrupted) = engine.check_interrupt() {
+                prompts.iter_mut().for_each(|p| p.session.fail("its prefill was interrupted"));
+                return Err(interrupted);
+            }
+            prefill_layer(engine, prompt, layer, x, buffers);
+        }
+    }
+    Ok(prompts.iter_mut().zip(&streams).map(|(prompt, x)| finish(engine, prompt, x, buffers)).collect())
+}
+
+/// One layer of one prompt, chunk by chunk: every chunk sees the K and V of those before it.
+fn prefill_layer(engine: &Engine, prompt: &mut Prompt, l: usize, x: &mut [f32], buffers: &mut Buffers) {
+    let (device, config) = (engine.device(), &engine.model().config);
+    let layer = &engine.model().weights.layers[l];
+    let (start, end, hidden) = (prompt.session.cache.counters.n, prompt.end(), config.hidden_size);
+    let cache = &mut prompt.session.cache;
+    let mut pages = cache.prefill_pages(l, end);
+    let first_page = cache.prefill_first_page();
+    for (chunk, x) in x.chunks_mut(CHUNK * hidden).enumerate() {
+        let rows = &mut buffers.rows;
+        rows.resize(config, x.len() / hidden);
+        rows.x.copy_from_slice(x);
+        let path = if rows.n < PANEL_MIN { Path::Rows } else { Path::Panel };
+        let position = start + chunk * CHUNK;
+        let bad = &mut prompt.session.bad_layer;
+        let not_finite = |_| *bad = bad.or(Some(l));
+        linear::norm_qkv_rope(device, config, layer, engine.rope(), path, rows, |row| position + row, not_finite);
+        write_chunk(&cache.shape, &mut pages, position - first_page * PAGE, rows);
+        let view = PrefillView {
+            shape: cache.shape,
+            packed: cache.layers[l].packed.bytes(),
+            pages: &pages,
+            first_page,
+            window: config.sliding_window,
+        };
+        attn_prefill::attend(device, config.n_heads, &view, position, rows.n, &rows.q, &mut rows.attn);
+        linear::out_residual(device, layer, path, rows);
+        linear::norm_gate_up(device, config, layer, path, rows);
+        linear::down_residual(device, layer, path, rows);
+        x.copy_from_slice(&rows.x);
+    }
+    prompt.session.stats.offloaded_bytes += cache.settle_prefill(l, end, pages);
+}
+
+/// K and V of a chunk, rounded, into the pages; `at` is the first row's place in them.
+fn write_chunk(shape: &crate::kv::KvShape, pages: &mut [WidePage], at: usize, rows: &linear::Rows) {
+    let width = shape.n_kv_heads * shape.head_dim;
+    for (row, (k, v)) in rows.k.chunks_exact(width).zip(rows.v.chunks_exact(width)).enumerate() {
+        let (page, token) = ((at + row) / PAGE, (at + row) % PAGE);
+        let page = WidePage::get_mut(&mut pages[page]).expect("a page that is filled has one owner");
+        crate::ops::kv::write_pairs(shape, page, token, k, v);
+    }
+}
+
+/// The counters move, and the last row's logits are what the first token is taken from.
+fn finish(engine: &Engine, prompt: &mut Prompt, x: &[f32], buffers: &mut Buffers) -> Result<Vec<f32>> {
+    let config = &engine.model().config;
+    let (end, session) = (prompt.end(), &mut *prompt.session);
+    session.cache.end_prefill(end);
+    session.speculative = None;
+    let last = &x[x.len() - config.hidden_size..];
+    let mut logits = vec![0.0; config.vocab_size];
+    linear::norm_logits(engine.device(), engine.model(), last, 1, &mut buffers.rows.normed, &mut logits);
+    session.check_finite(&logits)?;
+    Ok(logits)
+}
