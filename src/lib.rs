@@ -10,7 +10,9 @@ pub mod model;
 pub mod ops;
 pub mod prefill;
 pub mod reference;
+pub mod sampler;
+pub mod tokenizer;
 
-pub use engine::{Engine, EngineOptions, Session};
+pub use engine::{Buffers, Engine, Next, Prompt, Session};
 pub use error::{Error, Result};
 pub use kv::{KvMode, KvOptions};

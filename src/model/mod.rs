@@ -3,12 +3,17 @@
 //! A leaf of the dependency tree: nothing here knows about devices, caches or decoding.
 
 pub mod config;
+mod fields;
+mod generation;
 pub mod loader;
 pub mod rope;
+mod rope_config;
 pub mod synthetic;
+mod tensors;
 pub mod weights;
 
 pub use config::{Arch, Config, Dtype, Rope, RopeScaling};
+pub use rope::RopeTable;
 pub use weights::{Layer, Linear, Matrix, Weights};
 
 use crate::error::Result;

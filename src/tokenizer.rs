@@ -1,0 +1,141 @@
+//! Text to token ids and back: `tokenizer.json` through the `tokenizers` crate.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+
+/// The tokenizer of a model folder.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    file: PathBuf,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json` of a model folder; `None` if there is none (token ids still work).
+    ///
+    /// # Errors
+    /// [`Error::Model`] if the file is not a tokenizer.
+    pub fn load(dir: &Path) -> Result<Option<Tokenizer>> {
+        let file = dir.join("tokenizer.json");
+        let bytes = match std::fs::read(&file) {
+            Ok(bytes) => bytes,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(Error::io(file, e)),
+        };
+        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
+            .map_err(|e| Error::model(&file, format!("not a usable tokenizer: {e}; download the file again")))?;
+        // Files carry what training used; a prompt must be neither cut nor filled up.
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(|e| Error::model(&file, format!("truncation: {e}")))?;
+        Ok(Some(Tokenizer { inner, file }))
+    }
+
+    /// The ids of a text. `add_special` adds what the model's post-processor adds, such as a first token.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if the tokenizer has no id for a part of the text.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, add_special).map_err(|e| self.error("encode", e))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of some ids, without special tokens. Bytes that are not UTF-8 become U+FFFD.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if the tokenizer's decoder fails.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.inner.decode(ids, true).map_err(|e| self.error("decode", e))
+    }
+
+    /// The id of one token, written as in `tokenizer.json`.
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// The highest id plus one.
+    pub fn n_ids(&self) -> usize {
+        self.inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1)
+    }
+
+    /// Checks that every id has a row in the embedding of `vocab_size` rows. (More rows than ids are common: padding.)
+    ///
+    /// # Errors
+    /// [`Error::Model`] naming both sizes.
+    pub fn check_vocab(&self, vocab_size: usize) -> Result<()> {
+        let vocab = self.inner.get_vocab(true);
+        match vocab.into_iter().max_by_key(|(_, id)| *id) {
+            Some((token, id)) if id as usize >= vocab_size => Err(Error::model(
+                &self.file,
+                format!(
+                    "token {token:?} has id {id}, but config.json has a vocab_size of {vocab_size}; \
+                     the tokenizer belongs to another model"
+                ),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// A decoder for ids that arrive one by one and continue a text that ends with `context` (may be empty): tokenizers
+    /// of the SentencePiece kind drop the space before a text's first token, and must see that it is not the first.
+    pub fn stream(&self, context: &[u32]) -> Stream<'_> {
+        let tail = context.len().saturating_sub(MAX_PENDING);
+        Stream { tokenizer: self, context: context[tail..].to_vec(), pending: Vec::new() }
+    }
+
+    fn error(&self, action: &str, fault: impl std::fmt::Display) -> Error {
+        Error::model(&self.file, format!("cannot {action}: {fault}"))
+    }
+}
+
+/// Ids that may wait for the rest of a character. A character has at most 4 bytes and every id yields at least one;
+/// ids that end inside a character several times in a row are rare, so whatever waits longer is not text.
+const MAX_PENDING: usize = 16;
+
+/// Turns ids into text as they arrive, and holds bytes back until their character is whole.
+pub struct Stream<'a> {
+    tokenizer: &'a Tokenizer,
+    /// Ids just before `pending`, already shown: decoders look at neighbours.
+    context: Vec<u32>,
+    /// Ids whose text is not shown yet.
+    pending: Vec<u32>,
+}
+
+impl Stream<'_> {
+    /// Takes the next id and returns the text that is now complete, often empty for a part of a character.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn push(&mut self, id: u32) -> Result<String> {
+        self.pending.push(id);
+        let text = self.text()?;
+        let whole = text.as_ref().is_some_and(|t| !t.is_empty() && !t.ends_with(char::REPLACEMENT_CHARACTER));
+        match text {
+            Some(text) if whole => {
+                self.context = std::mem::take(&mut self.pending);
+                Ok(text)
+            }
+            _ if self.pending.len() >= MAX_PENDING => self.flush(),
+            _ => Ok(String::new()),
+        }
+    }
+
+    /// Returns what was held back, with U+FFFD for bytes that never became a character.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn flush(&mut self) -> Result<String> {
+        let text = match self.text()? {
+            Some(text) => text,
+            None => self.tokenizer.decode(&self.pending)?,
+        };
+        self.context = std::mem::take(&mut self.pending);
+        Ok(text)
+    }
+
+    /// The text that the pending ids add to the context; `None` while they change how the context itself is decoded.
+    fn text(&self) -> Result<Option<String>> {
+        let shown = self.tokenizer.decode(&self.context)?;
+        let all: Vec<u32> = self.context.iter().chain(&self.pending).copied().collect();
+        Ok(self.tokenizer.decode(&all)?.strip_prefix(&shown).map(str::to_string))
+    }
+}
