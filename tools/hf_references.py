@@ -7,6 +7,7 @@ Each case is one feature of a Llama, Mistral or Qwen checkpoint. A case folder h
     model.safetensors    (or shards and an index) random weights in the case's dtype
     ids.json             a bare array of token ids
     logits.npy           float32 [len(ids), vocab]: transformers, CPU, float32, eager attention
+    logits_kv16.npy      the same with K (after RoPE) and V rounded to 16 bits before attention reads them
 
 The logits are computed in float32 from the weights as they are stored, so the dtype of the file is part of the input
 and not of the tolerance. Everything is seeded: the same versions of torch and transformers give the same files.
@@ -30,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import shutil
 import zlib
@@ -39,12 +39,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import numpy as np
 import safetensors.torch
 import torch
 import transformers
+from hf_models import EAGER, kv16_attention, load_model, logits_of
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 Json = dict[str, Any]
@@ -54,6 +53,7 @@ DEFAULT_OUT = Path(__file__).resolve().parent.parent / "tests" / "fixtures" / "h
 N_TOKENS = 40
 MUST_DIFFER = 0.1
 MUST_EQUAL = 1e-5
+MAX_ROUNDING = MUST_DIFFER
 
 BASE: Json = dict(
     hidden_size=64,
@@ -201,7 +201,10 @@ def tiled_kv_heads(n_heads: int, n_kv_heads: int, head_dim: int) -> Callable[[We
     def rows(weight: torch.Tensor) -> torch.Tensor:
         return weight.view(n_heads, head_dim, -1)[order].reshape(weight.shape)
 
-    return chain(edit("q_proj.weight", rows), edit("o_proj.weight", lambda weight: rows(weight.T.contiguous()).T.contiguous()))
+    def columns(weight: torch.Tensor) -> torch.Tensor:
+        return rows(weight.T.contiguous()).T.contiguous()
+
+    return chain(edit("q_proj.weight", rows), edit("o_proj.weight", columns))
 
 
 # --- The cases -------------------------------------------------------------------------------------------------------
@@ -226,7 +229,8 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "llama_gqa",
-        "4 query and 2 KV heads, theta 500,000; old spelling: `rope_theta`, `rope_scaling` null, `torch_dtype`, no `head_dim`",
+        "4 query and 2 KV heads, theta 500,000; old spelling: `rope_theta`, `rope_scaling` null, `torch_dtype`, "
+        "no `head_dim`",
         config=dict(rope_parameters=default_rope(500000.0)),
         rewrite=old_spelling(),
         controls=(
@@ -242,8 +246,12 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "llama_defaults",
-        "config with no `num_key_value_heads`, `head_dim`, `rope_theta`, RoPE dictionary, `rms_norm_eps`, dtype or bias fields",
-        config=dict(hidden_size=32, num_attention_heads=2, num_key_value_heads=2, rms_norm_eps=1e-6, rope_parameters=default_rope()),
+        "config with no `num_key_value_heads`, `head_dim`, `rope_theta`, RoPE dictionary, `rms_norm_eps`, dtype, bias "
+        "or tie fields",
+        config=dict(
+            hidden_size=32, num_attention_heads=2, num_key_value_heads=2, rms_norm_eps=1e-6,
+            rope_parameters=default_rope(),
+        ),
         rewrite=old_spelling(
             num_key_value_heads=..., rope_theta=..., rope_scaling=..., rms_norm_eps=..., torch_dtype=...,
             attention_bias=..., mlp_bias=..., tie_word_embeddings=...,
@@ -396,7 +404,8 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "qwen2",
-        "biases on q, k and v without a field that says so; `sliding_window` 8 with `use_sliding_window` false is no window",
+        "biases on q, k and v without a field that says so; `sliding_window` 8 with `use_sliding_window` "
+        "false is no window",
         family="qwen2",
         config=dict(rope_parameters=default_rope(1000000.0)),
         rewrite=old_spelling(sliding_window=8, layer_types=...),
@@ -437,9 +446,11 @@ def make_config(case: Case, overrides: Json | None = None) -> PretrainedConfig:
     return AutoConfig.for_model(case.family, **fields)
 
 
-def make_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model with eager attention; its weights are still transformers' own."""
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).eval()
+def make_model(
+    config: PretrainedConfig, dtype: torch.dtype = torch.float32, attention: str = EAGER
+) -> PreTrainedModel:
+    """A model whose weights are still transformers' own."""
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype).eval()
 
 
 def gain(name: str) -> float:
@@ -482,18 +493,6 @@ def set_weights(model: PreTrainedModel, weights: Weights) -> None:
 def random_ids(vocab_size: int, generator: torch.Generator) -> list[int]:
     """BOS, then ordinary tokens."""
     return [1, *torch.randint(4, vocab_size, (N_TOKENS - 1,), generator=generator).tolist()]
-
-
-@torch.no_grad()
-def logits_of(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
-    """Logits of all positions, [len, vocab]."""
-    assert model.dtype == torch.float32 and model.config._attn_implementation == "eager"
-    return model(torch.tensor([ids]), use_cache=False).logits[0]
-
-
-def load_folder(folder: Path) -> PreTrainedModel:
-    """Load a model folder in float32."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 @torch.no_grad()
@@ -560,8 +559,15 @@ def make_case(case: Case, out: Path) -> str:
     (folder / "ids.json").write_text(json.dumps(ids) + "\n")
     np.save(folder / "logits.npy", reference.numpy().astype("<f4"))
 
-    loaded = load_folder(folder)
-    back = (logits_of(loaded, ids) - reference).abs().max().item()
+    rounding_model = make_model(make_config(case), attention=kv16_attention(folder))
+    set_weights(rounding_model, weights)
+    rounded = logits_of(rounding_model, ids)
+    np.save(folder / "logits_kv16.npy", rounded.numpy().astype("<f4"))
+    rounding = (rounded - reference).abs().max().item()
+    if not 0 < rounding < MAX_ROUNDING:
+        raise SystemExit(f"{case.name}: rounding K and V changes a logit by {rounding:g}")
+
+    back = (logits_of(load_model(folder), ids) - reference).abs().max().item()
     results = []
     if case.ship_lm_head == "other":  # transformers 5 uses this head, so the folder loads to other logits there
         if back <= MUST_DIFFER:
@@ -584,26 +590,41 @@ def make_case(case: Case, out: Path) -> str:
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(
         f"{case.name:28} {size:7} bytes  logit range {spread:4.1f}  attention peak {peak:.2f}  "
-        f"read back {back:.1e}  {'; '.join(results)}"
+        f"rounding {rounding:.3f}  read back {back:.1e}  {'; '.join(results)}"
     )
-    return f"| `{case.name}` | {case.about} | {'; '.join(results)} |"
+    return f"| `{case.name}` | {case.about} | {rounding:.3f} | {'; '.join(results)} |"
 
 
 README = """# Reference logits from Hugging Face transformers
 
-Small random models, one feature each, with logits computed by transformers. Made by `tools/hf_references.py`, which says how to run it. The committed files were made with transformers {transformers}, torch {torch}, safetensors {safetensors}, Python {python}, on the CPU in float32 with eager attention.
+Small random models, one feature each, with logits computed by transformers. Made by `tools/hf_references.py`, which \
+says how to run it. The committed files were made with transformers {transformers}, torch {torch}, safetensors \
+{safetensors}, Python {python}, on the CPU in float32 with eager attention.
 
-Each folder: `config.json`; `model.safetensors`, or shards and an index; `ids.json`, {n_tokens} token ids; `logits.npy`, float32 `[{n_tokens}, vocab]`, one row for every position. The logits are computed in float32 from the weights as they are stored, so the dtype of the file is part of the input and not of the tolerance.
+Each folder: `config.json`; `model.safetensors`, or shards and an index; `ids.json`, {n_tokens} token ids; \
+`logits.npy`, float32 `[{n_tokens}, vocab]`, one row for every position. The logits are computed in float32 from the \
+weights as they are stored, so the dtype of the file is part of the input and not of the tolerance.
 
-The last column lists what a wrong implementation would do and by how much its largest logit would be off; the script refuses a case where that is not above {must_differ}. A row's largest and smallest logit are about 10 apart.
+`logits_kv16.npy` is the same with K (after RoPE) and V rounded to 16 bits before attention reads them, as in the \
+engine's 16-bit cache: to float16 where the config's dtype is float16, else to bfloat16. Compare the engine with it \
+when the tolerance should be tight; the column "rounding" is its largest difference from `logits.npy`.
 
-| case | what it has | wrong implementations, max \\|difference\\| |
-|---|---|---|
+The last column lists what a wrong implementation would do and by how much its largest logit would be off; the \
+script refuses a case where that is not above {must_differ}. A row's largest and smallest logit are about 10 apart.
+
+| case | what it has | rounding | wrong implementations, max \\|difference\\| |
+|---|---|---|---|
 {rows}
 
-Two ways of writing the same thing occur. Configs written by transformers 5 have `rope_parameters` (with `rope_theta` inside) and `dtype`; the older ones, which most published models still have, `rope_theta`, `rope_scaling` (with `rope_type` or `type`) and `torch_dtype`. The script rewrites some of the configs to the older way and checks that transformers loads them to the same logits.
+Two ways of writing the same thing occur. Configs written by transformers 5 have `rope_parameters` (with \
+`rope_theta` inside) and `dtype`; the older ones, which most published models still have, `rope_theta`, \
+`rope_scaling` (with `rope_type` or `type`) and `torch_dtype`. The script rewrites some of the configs to the older \
+way and checks that transformers loads them to the same logits.
 
-`tied_other_lm_head` has `tie_word_embeddings` true and an `lm_head` in the file that is not the embedding. Its reference ties, as the config says. transformers {transformers} does not: where both tensors are in the file and differ, it warns and uses the shipped head (a copy of the embedding, as in `tied_same_lm_head`, is tied). So this is the one folder that does not load to its reference there, and that difference is the one in its last column.
+`tied_other_lm_head` has `tie_word_embeddings` true and an `lm_head` in the file that is not the embedding. Its \
+reference ties, as the config says. transformers {transformers} does not: where both tensors are in the file and \
+differ, it warns and uses the shipped head (a copy of the embedding, as in `tied_same_lm_head`, is tied). So this is \
+the one folder that does not load to its reference there, and that difference is the one in its last column.
 """
 
 
