@@ -61,11 +61,12 @@ fn pass(engine: &Engine, batch: &mut [Next], buffers: &mut Buffers, takes_part: 
     let (model, device) = (engine.model(), engine.device());
     let (config, rope) = (&model.config, engine.rope());
     plan_rows(batch, buffers, takes_part, kind);
-    let Buffers { rows, attention, members, seqs, logits, .. } = buffers;
+    let Buffers { rows, attention, members, seqs, tokens, logits, .. } = buffers;
     let n_rows = seqs.iter().map(|s| s.n_rows).sum();
     rows.resize(config, n_rows);
-    let tokens = members.iter().zip(&*seqs).flat_map(|(m, s)| m.tokens.into_iter().take(s.n_rows));
-    linear::embed(model, tokens, &mut rows.x);
+    tokens.clear();
+    tokens.extend(members.iter().zip(&*seqs).flat_map(|(m, s)| m.tokens.into_iter().take(s.n_rows)));
+    linear::embed(device, model, tokens, &mut rows.x);
     let position = |row: usize| seqs.iter().find_map(|s| s.position_of(row)).expect("a row of the pass");
     for m in members.iter() {
         begin_loads(batch[m.index].session);
@@ -193,8 +194,11 @@ fn fetch_on_demand(
     attention: &mut crate::cpu::attn_decode::Scratch,
 ) {
     let config = &engine.model().config;
-    for m in members.iter().filter(|m| batch[m.index].session.kv().mode == KvMode::Fetch) {
-        batch[m.index].session.cache.layers[layer].prefetch.slots_mut().count = 0;
+    for m in members {
+        let session = &mut *batch[m.index].session;
+        if session.kv().mode == KvMode::Fetch {
+            session.cache.layers[layer].prefetch.slots_mut().count = 0;
+        }
     }
     let view = |i: usize| batch[members[i].index].session.cache.view(layer, config.sliding_window);
     attn_decode::attend(engine.device(), config.n_heads, seqs, view, &rows.q, &mut rows.attn, attention);

@@ -254,6 +254,7 @@ pub struct Buffers {
     /// Batch index, rows and tokens of each sequence that takes part in a pass.
     pub(crate) members: Vec<Member>,
     pub(crate) seqs: Vec<SeqRows>,
+    pub(crate) tokens: Vec<u32>,
     /// `[rows, vocab]`.
     pub(crate) logits: Vec<f32>,
     /// Logits row of each sequence of the batch, or why it failed.

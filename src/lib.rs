@@ -11,6 +11,7 @@ pub mod ops;
 pub mod prefill;
 pub mod reference;
 pub mod sampler;
+pub mod teacher;
 pub mod tokenizer;
 
 pub use engine::{Buffers, Engine, Next, Prompt, Session};

@@ -36,7 +36,7 @@ pub fn prefill(engine: &Engine, prompts: &mut [Prompt], buffers: &mut Buffers) -
     let mut streams: Vec<Vec<f32>> = Vec::new(); // the residual stream of every prompt, [tokens, hidden]
     for prompt in prompts.iter() {
         let mut x = vec![0.0; prompt.tokens.len() * hidden];
-        linear::embed(engine.model(), prompt.tokens.iter().copied(), &mut x);
+        linear::embed(engine.device(), engine.model(), prompt.tokens, &mut x);
         streams.push(x);
     }
     for layer in 0..engine.model().config.n_layers {

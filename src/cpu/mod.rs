@@ -4,11 +4,15 @@
 pub mod attn_decode;
 mod attn_kernels;
 pub mod attn_prefill;
+pub mod bandwidth;
 mod disjoint;
+mod element;
+pub mod embed;
+pub mod linear;
+pub mod norm;
 pub mod pack;
+mod parallel;
 pub mod select;
-// The kernels that will use all of it come one by one.
-#[allow(dead_code)]
 pub mod simd;
 
 pub use simd::Isa;

@@ -1,7 +1,7 @@
 //! The dense part of a layer: embedding, norms, projections, RoPE, MLP.
 
-use crate::cpu::linear::{Part, project, project_add, swiglu};
 pub use crate::cpu::linear::Path;
+use crate::cpu::linear::{Part, project, project_add, swiglu};
 use crate::cpu::{embed as embedding, norm};
 use crate::device::Device;
 use crate::model::rope::RopeTable;
@@ -53,8 +53,8 @@ impl Rows {
 }
 
 /// `x[i]` = embedding of `tokens[i]`. Ids were checked against the vocabulary.
-pub fn embed(model: &Model, tokens: impl Iterator<Item = u32>, x: &mut [f32]) {
-    embedding::embed(&model.weights.embed, tokens, x);
+pub fn embed(device: &Device, model: &Model, tokens: &[u32], x: &mut [f32]) {
+    embedding::embed(device.isa(), &model.weights.embed, tokens, x);
 }
 
 /// RMS norm, q, k, v (with the per-head norms of Qwen3), RoPE at `position(row)`. `not_finite(row)` is called for rows
@@ -67,11 +67,16 @@ pub fn norm_qkv_rope(
     path: Path,
     rows: &mut Rows,
     position: impl Fn(usize) -> usize,
-    not_finite: impl FnMut(usize),
+    mut not_finite: impl FnMut(usize),
 ) {
     let Rows { n, x, normed, q, k, v, cos, sin, .. } = rows;
     let eps = config.rms_norm_eps;
-    norm::rms_norm(device.isa(), x, *n, &layer.input_norm, eps, normed, not_finite);
+    if let Some(first) = norm::rms_norm(device.isa(), x, *n, &layer.input_norm, eps, normed) {
+        // Rare: which of the rows from there on are bad?
+        let bad =
+            |row: &usize| !x[row * config.hidden_size..][..config.hidden_size].iter().all(|v| (v * v).is_finite());
+        (first..*n).filter(bad).for_each(&mut not_finite);
+    }
     let mut parts = [
         Part { linear: &layer.q, out: &mut q[..] },
         Part { linear: &layer.k, out: &mut k[..] },
@@ -80,7 +85,7 @@ pub fn norm_qkv_rope(
     project(device.isa(), path, normed, *n, &mut parts);
     for (heads, weight) in [(&mut *q, &layer.q_norm), (&mut *k, &layer.k_norm)] {
         if let Some(weight) = weight {
-            norm::rms_norm_in_place(heads, weight, eps);
+            heads.chunks_exact_mut(config.head_dim).for_each(|head| norm_head(head, weight, eps));
         }
     }
     for row in 0..*n {
@@ -90,6 +95,13 @@ pub fn norm_qkv_rope(
             heads[row * width..][..width].chunks_exact_mut(config.head_dim).for_each(|head| rotate(head, cos, sin));
         }
     }
+}
+
+/// RMS norm of one head in place.
+fn norm_head(head: &mut [f32], weight: &[f32], eps: f32) {
+    let mean = head.iter().map(|x| x * x).sum::<f32>() / head.len() as f32;
+    let scale = 1.0 / (mean + eps).sqrt();
+    head.iter_mut().zip(weight).for_each(|(x, w)| *x = *x * scale * w);
 }
 
 /// RoPE of one head in place, halves rotated against each other as Hugging Face has it.
@@ -108,7 +120,7 @@ pub fn out_residual(device: &Device, layer: &Layer, path: Path, rows: &mut Rows)
 /// RMS norm, then `silu(W_gate x) * W_up x`.
 pub fn norm_gate_up(device: &Device, config: &Config, layer: &Layer, path: Path, rows: &mut Rows) {
     let Rows { n, x, normed, mlp, .. } = rows;
-    norm::rms_norm(device.isa(), x, *n, &layer.post_norm, config.rms_norm_eps, normed, |_| ());
+    norm::rms_norm(device.isa(), x, *n, &layer.post_norm, config.rms_norm_eps, normed);
     swiglu(device.isa(), path, normed, *n, &layer.gate, &layer.up, mlp);
 }
 
@@ -121,6 +133,6 @@ pub fn down_residual(device: &Device, layer: &Layer, path: Path, rows: &mut Rows
 pub fn norm_logits(device: &Device, model: &Model, x: &[f32], n: usize, normed: &mut Vec<f32>, logits: &mut [f32]) {
     normed.resize(n * model.config.hidden_size, 0.0);
     let eps = model.config.rms_norm_eps;
-    norm::rms_norm(device.isa(), x, n, &model.weights.final_norm, eps, normed, |_| ());
+    norm::rms_norm(device.isa(), x, n, &model.weights.final_norm, eps, normed);
     project(device.isa(), Path::Rows, normed, n, &mut [Part { linear: &model.weights.lm_head, out: logits }]);
 }

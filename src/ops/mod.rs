@@ -5,5 +5,6 @@
 pub mod attn_decode;
 pub mod attn_prefill;
 pub mod kv;
+pub mod linear;
 pub mod pack;
 pub mod select;

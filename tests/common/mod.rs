@@ -1,0 +1,93 @@
+//! What the integration tests share: fixtures, NPY files, distances between logits.
+#![allow(dead_code)] // Each test binary uses its own part.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use specache::device::DeviceOptions;
+use specache::kv::{KvMode, KvOptions};
+use specache::teacher::{Forced, forced};
+use specache::{Engine, Session};
+
+pub fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+pub fn json<T: serde::de::DeserializeOwned>(path: impl AsRef<Path>) -> T {
+    let path = path.as_ref();
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// A NPY file of little-endian float32 `[rows, cols]`, version 1.
+pub fn npy(path: impl AsRef<Path>) -> Vec<Vec<f32>> {
+    let path = path.as_ref();
+    let file = fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    assert_eq!(&file[..8], b"\x93NUMPY\x01\x00", "{}", path.display());
+    let header_len = u16::from_le_bytes([file[8], file[9]]) as usize;
+    let header = std::str::from_utf8(&file[10..10 + header_len]).unwrap();
+    assert!(header.contains("'<f4'") && header.contains("'fortran_order': False"), "{header}");
+    let shape = header.split_once("'shape': (").unwrap().1.split_once(')').unwrap().0;
+    let dims: Vec<usize> = shape.split(',').filter_map(|d| d.trim().parse().ok()).collect();
+    let numbers: Vec<f32> =
+        file[10 + header_len..].chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+    assert_eq!(numbers.len(), dims.iter().product::<usize>());
+    numbers.chunks_exact(dims[1]).map(<[f32]>::to_vec).collect()
+}
+
+/// An engine whose buffers are poisoned, so that whatever nobody wrote reads as NaN.
+pub fn engine(spec: &str) -> Engine {
+    Engine::load(spec, &DeviceOptions { threads: Some(2), poison: true, ..Default::default() }).unwrap()
+}
+
+pub fn recall() -> Engine {
+    engine(fixture("recall").to_str().unwrap())
+}
+
+pub fn kv(mode: KvMode, bits: usize, group_size: usize, residual_len: usize, top_k: usize) -> KvOptions {
+    KvOptions { mode, bits, group_size, residual_len, top_k, dtype: None }
+}
+
+/// All rows of a teacher-forced run, with the session for its trace and figures.
+pub fn run(
+    engine: &Engine,
+    kv: KvOptions,
+    ids: &[u32],
+    prefill: usize,
+    speculative: Option<&[u32]>,
+) -> (Vec<Vec<f32>>, Session) {
+    let mut rows = Vec::new();
+    let session = forced(engine, kv, Forced { ids, prefill, speculative, trace: true }, |row| {
+        rows.push(row.to_vec());
+        Ok(())
+    })
+    .unwrap();
+    (rows, session)
+}
+
+pub fn max_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(x, y)| (x - y).abs()).fold(0.0, |m, d| if d.is_nan() { f32::NAN } else { m.max(d) })
+}
+
+/// How far two runs are apart.
+#[derive(Debug)]
+pub struct Distance {
+    pub max: f32,
+    /// Of the rows' maxima.
+    pub median: f32,
+    pub first_row: f32,
+    pub mean_kld: f64,
+}
+
+impl Distance {
+    pub fn between(ours: &[Vec<f32>], theirs: &[Vec<f32>]) -> Distance {
+        assert_eq!(ours.len(), theirs.len());
+        let mut rows: Vec<f32> = ours.iter().zip(theirs).map(|(a, b)| max_difference(a, b)).collect();
+        let first_row = rows[0];
+        let kld = |(a, b): (&Vec<f32>, &Vec<f32>)| specache::reference::kl_divergence(b, a);
+        let mean_kld = ours.iter().zip(theirs).map(kld).sum::<f64>() / rows.len() as f64;
+        assert!(rows.iter().all(|r| r.is_finite()), "NaN at row {:?}", rows.iter().position(|r| !r.is_finite()));
+        rows.sort_by(f32::total_cmp);
+        Distance { max: rows[rows.len() - 1], median: rows[rows.len() / 2], first_row, mean_kld }
+    }
+}
