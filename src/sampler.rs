@@ -104,6 +104,7 @@ pub struct Sampler {
     options: SamplingOptions,
     rng: Pcg64Mcg,
     scores: Vec<f32>,
+    scratch: Vec<f32>,
     candidates: Vec<Candidate>,
 }
 
@@ -115,7 +116,7 @@ impl Sampler {
     pub fn new(options: SamplingOptions) -> Result<Sampler> {
         options.validate()?;
         let rng = Pcg64Mcg::seed_from_u64(options.seed);
-        Ok(Sampler { options, rng, scores: Vec::new(), candidates: Vec::new() })
+        Ok(Sampler { options, rng, scores: Vec::new(), scratch: Vec::new(), candidates: Vec::new() })
     }
 
     /// The options in use.
@@ -151,7 +152,7 @@ impl Sampler {
     fn fill_candidates(&mut self) {
         // Divided in f64 and after the best is subtracted, so that a tiny temperature cannot overflow.
         let best = self.scores[argmax(&self.scores) as usize];
-        let least = kth_largest(&self.scores, self.options.top_k);
+        let least = kth_largest(&self.scores, self.options.top_k, &mut self.scratch);
         let temperature = f64::from(self.options.temperature);
         let weigh = |score: f32| ((f64::from(score) - f64::from(best)) / temperature).exp();
         self.candidates.clear();
@@ -201,12 +202,13 @@ fn penalise(scores: &mut [f32], logits: &[f32], history: &[u32], penalty: f32) {
 }
 
 /// The k-th largest score, or -inf where k = 0 or there are no more than k.
-fn kth_largest(scores: &[f32], k: usize) -> f32 {
+fn kth_largest(scores: &[f32], k: usize, scratch: &mut Vec<f32>) -> f32 {
     if k == 0 || k >= scores.len() {
         return f32::NEG_INFINITY;
     }
-    let mut copy = scores.to_vec();
-    *copy.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
+    scratch.clear();
+    scratch.extend_from_slice(scores);
+    *scratch.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
 }
 
 /// Keeps the most likely candidates up to and with the one at which the probability reaches `top_p`; sorts them.

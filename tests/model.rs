@@ -274,7 +274,7 @@ fn rope_yarn() {
 
     let exact = r#""original_max_position_embeddings": 4096,
         "rope_scaling": {"rope_type": "yarn", "factor": 16.0, "truncate": false}"#;
-    let some = [(29, 0.010_570_178), (32, 0.005_696_213_8), (40, 8.164_705e-4), (48, 6.25e-5), (63, 7.217_387e-6)];
+    let some = [(29, 0.010_570_178), (32, 0.005_696_214), (40, 8.164_705e-4), (48, 6.25e-5), (63, 7.217_387e-6)];
     check_rope(exact, &some, 7.371371859379906, 1.2772588722239782, [-0.084268, -0.298579, 1.276701]);
 
     let given = r#""rope_scaling": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.5}"#;

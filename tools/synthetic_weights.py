@@ -48,5 +48,4 @@ def main():
 
 
 if __name__ == "__main__":
-    np.seterr(over="ignore")
     main()

@@ -231,3 +231,39 @@ fn splitmix64(mut z: u64) -> u64 {
 fn fnv1a64(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xCBF2_9CE4_8422_2325, |h, &b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01B3))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_checked_before_anything_is_allocated() {
+        for shape in shapes() {
+            let config = config(shape).unwrap();
+            let needed = matrix_bytes(&config);
+            check_memory(shape, &config, Some(needed)).unwrap();
+            check_memory(shape, &config, None).unwrap();
+            let error = check_memory(shape, &config, Some(needed - 1)).unwrap_err();
+            assert_eq!(error.exit_code(), 4);
+            assert!(error.to_string().contains(&format!("synthetic:{shape} needs {needed} bytes")), "{error}");
+        }
+        let published_parameters = 8_030_261_248;
+        let in_norms = (2 * 32 + 1) * 4096;
+        assert_eq!(matrix_bytes(&config("llama-3-8b").unwrap()), 2 * (published_parameters - in_norms));
+        assert!(cfg!(not(target_os = "linux")) || host_bytes_available().is_some());
+    }
+
+    #[test]
+    fn the_bytes_made_are_the_bytes_planned() {
+        let model = model("tiny").unwrap();
+        assert_eq!(model.weights.bytes(false), matrix_bytes(&model.config));
+    }
+
+    #[test]
+    fn a_part_of_four_numbers_at_the_end() {
+        let (mut long, mut short) = ([0; 24], [0; 18]);
+        fill(7, 1.0, &mut long);
+        fill(7, 1.0, &mut short);
+        assert_eq!(short, long[..18]);
+    }
+}
