@@ -335,13 +335,3 @@ fn synthetic_shapes() {
     let message = error.to_string();
     assert!(synthetic::shapes().all(|shape| message.contains(shape)), "{message}");
 }
-
-/// `cargo test --release --test model -- --ignored --nocapture`: how fast weights are made.
-#[test]
-#[ignore = "needs 2.2 GB; prints a rate"]
-fn synthetic_speed() {
-    let start = std::time::Instant::now();
-    let model = Model::load("synthetic:tinyllama-1.1b").unwrap();
-    let numbers = model.weights.bytes(false) as f64 / 2.0;
-    eprintln!("{:.0} M numbers/s", numbers / 1e6 / start.elapsed().as_secs_f64());
-}

@@ -1,16 +1,13 @@
 //! The oracle against the golden case of the recall model, and the two invariants of the method on it.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+mod common;
+
 use std::slice::from_ref;
 use std::sync::LazyLock;
 
-use specache::device::map::Bytes;
+use common::{fixture, json, npy};
 use specache::kv::{KvMode, KvOptions};
-use specache::model::weights::widen;
-use specache::model::{
-    Arch, Config, Dtype, GenerationConfig, Layer, Linear, Matrix, Model, Rope, RopeScaling, Weights,
-};
+use specache::model::Model;
 use specache::reference::{self, Run, kl_divergence, teacher_forced};
 
 /// The golden case's prompt: the first 300 of its 400 ids.
@@ -31,91 +28,8 @@ const MEAN_KLD: f64 = 1e-6;
 
 static MODEL: LazyLock<Model> = LazyLock::new(recall);
 
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
-}
-
-fn json<T: serde::de::DeserializeOwned>(name: &str) -> T {
-    serde_json::from_slice(&fs::read(fixture(name)).unwrap()).unwrap()
-}
-
-/// The recall model, by hand: its shapes are known.
 fn recall() -> Model {
-    let file = fs::read(fixture("recall/model.safetensors")).unwrap();
-    let tensors = safetensors::SafeTensors::deserialize(&file).unwrap();
-    let matrix = |name: &str| {
-        let tensor = tensors.tensor(name).unwrap();
-        assert_eq!(tensor.dtype(), safetensors::Dtype::BF16);
-        let bytes = Bytes::filled(tensor.data().len(), |to| to.copy_from_slice(tensor.data())).unwrap();
-        Matrix::new(bytes, Dtype::Bf16, tensor.shape()[0], tensor.shape()[1])
-    };
-    let vector = |name: &str| {
-        let data = tensors.tensor(name).unwrap().data().to_vec();
-        let mut out = vec![0.0; data.len() / 2];
-        widen(Dtype::Bf16, &data, &mut out);
-        out
-    };
-    let layer = |l: usize| {
-        let linear =
-            |part: &str| Linear { weight: matrix(&format!("model.layers.{l}.{part}_proj.weight")), bias: None };
-        Layer {
-            input_norm: vector(&format!("model.layers.{l}.input_layernorm.weight")),
-            q: linear("self_attn.q"),
-            k: linear("self_attn.k"),
-            v: linear("self_attn.v"),
-            o: linear("self_attn.o"),
-            q_norm: None,
-            k_norm: None,
-            post_norm: vector(&format!("model.layers.{l}.post_attention_layernorm.weight")),
-            gate: linear("mlp.gate"),
-            up: linear("mlp.up"),
-            down: linear("mlp.down"),
-        }
-    };
-    let config = Config {
-        arch: Arch::Llama,
-        hidden_size: 256,
-        intermediate_size: 640,
-        n_layers: 4,
-        n_heads: 4,
-        n_kv_heads: 2,
-        head_dim: 64,
-        vocab_size: 1536,
-        max_positions: 4096,
-        rms_norm_eps: 1e-5,
-        rope: Rope { theta: 500_000.0, scaling: RopeScaling::Default },
-        sliding_window: None,
-        tie_word_embeddings: true,
-        qkv_bias: false,
-        o_bias: false,
-        mlp_bias: false,
-        qk_norm: false,
-        dtype: Some(Dtype::Bf16),
-        bos_token_id: Some(0),
-        eos_token_ids: vec![1],
-    };
-    let embed = matrix("model.embed_tokens.weight");
-    let weights = Weights {
-        embed: embed.clone(),
-        layers: (0..config.n_layers).map(layer).collect(),
-        final_norm: vector("model.norm.weight"),
-        lm_head: Linear { weight: embed, bias: None },
-    };
-    Model { name: "recall".into(), config, weights, generation: GenerationConfig::default(), synthetic: false }
-}
-
-/// A version 1 `.npy` file of little-endian f32 in C order, as rows.
-fn npy(name: &str) -> Vec<Vec<f32>> {
-    let file = fs::read(fixture(name)).unwrap();
-    assert_eq!(&file[..8], b"\x93NUMPY\x01\x00");
-    let data = 10 + u16::from_le_bytes([file[8], file[9]]) as usize;
-    let header = std::str::from_utf8(&file[10..data]).unwrap();
-    assert!(header.contains("'descr': '<f4', 'fortran_order': False"), "{header}");
-    let shape = header.split("'shape': (").nth(1).unwrap().split(')').next().unwrap();
-    let shape: Vec<usize> = shape.split(',').filter_map(|n| n.trim().parse().ok()).collect();
-    let mut values = vec![0.0; shape.iter().product()];
-    widen(Dtype::F32, &file[data..], &mut values);
-    values.chunks(shape[1]).map(<[f32]>::to_vec).collect()
+    Model::load(fixture("recall").to_str().unwrap()).unwrap()
 }
 
 fn max_difference(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
@@ -149,16 +63,17 @@ struct Selections {
 /// Runs one golden case and prints what was seen.
 fn check(name: &str, kv: KvOptions) -> Run {
     kv.validate(&MODEL.config).unwrap();
-    let ids: Vec<u32> = json("golden/ids.json");
-    let spec: Option<Vec<u32>> = (kv.mode == KvMode::SpeCache).then(|| json(&format!("golden/{name}.spec.json")));
+    let ids: Vec<u32> = json(fixture("golden/ids.json"));
+    let spec: Option<Vec<u32>> =
+        (kv.mode == KvMode::SpeCache).then(|| json(fixture(&format!("golden/{name}.spec.json"))));
     let start = std::time::Instant::now();
     let run = teacher_forced(&MODEL, &kv, &ids, PREFILL, spec.as_deref());
     let elapsed = start.elapsed();
 
-    let golden = npy(&format!("golden/{name}.logits.npy"));
+    let golden = npy(fixture(&format!("golden/{name}.logits.npy")));
     let difference = max_difference(&run.logits, &golden);
     let from_golden = mean_kld(&golden, &run.logits);
-    let full = npy("golden/full.logits.npy");
+    let full = npy(fixture("golden/full.logits.npy"));
     println!(
         "{name}: max |difference of logits| {difference:.2e}, mean KLD from golden {from_golden:.2e}, \
          mean KLD from full {:.5} (golden {:.5}), {:.1} s",
@@ -181,7 +96,7 @@ fn check(name: &str, kv: KvOptions) -> Run {
 
 /// Selections may differ where two positions nearly tie at the k-th place: in few sets, and there in few positions.
 fn check_selections(name: &str, run: &Run) {
-    let golden: Selections = json(&format!("golden/{name}.selections.json"));
+    let golden: Selections = json(fixture(&format!("golden/{name}.selections.json")));
     let golden_steps = golden.steps.iter().flatten().flatten();
     let sets: Vec<_> = run.steps.iter().flatten().flatten().zip(golden_steps).collect();
     let pre_decode: Vec<_> = run.pre_decode.iter().flatten().zip(golden.pre_decode.iter().flatten()).collect();
@@ -229,7 +144,7 @@ fn golden_specache_2_bit() {
 }
 
 fn ids() -> Vec<u32> {
-    json("golden/ids.json")
+    json(fixture("golden/ids.json"))
 }
 
 /// Invariant: without prefetched pairs SpeCache and fetch are KIVI.
