@@ -1,5 +1,6 @@
 //! SpeCache in Rust.
 
+pub mod cpu;
 pub mod device;
 pub mod error;
 pub mod kv;
