@@ -143,6 +143,8 @@ pub(crate) trait Simd: Copy + 'static {
     type V: Copy;
     /// One truth value per lane.
     type M: Copy;
+    /// How many [`Simd::V`] the registers hold: what bounds the tile of a kernel.
+    const REGISTERS: usize;
 
     unsafe fn zero() -> Self::V;
     unsafe fn splat(x: f32) -> Self::V;
@@ -292,7 +294,9 @@ macro_rules! dispatch {
                     || $call,
                 );
                 // SAFETY: asserted above.
-                unsafe { $crate::cpu::simd::with_avx2(task) }
+                #[allow(unused_unsafe, clippy::let_and_return)] // Where the caller is unsafe itself.
+                let result = unsafe { $crate::cpu::simd::with_avx2(task) };
+                result
             }
             $crate::cpu::simd::Isa::Avx512 => {
                 type $S = $crate::cpu::simd::Avx512;
@@ -301,7 +305,9 @@ macro_rules! dispatch {
                     || $call,
                 );
                 // SAFETY: asserted above.
-                unsafe { $crate::cpu::simd::with_avx512(task) }
+                #[allow(unused_unsafe, clippy::let_and_return)] // Where the caller is unsafe itself.
+                let result = unsafe { $crate::cpu::simd::with_avx512(task) };
+                result
             }
         }
     }};

@@ -88,6 +88,7 @@ unsafe fn codes4(index: __m256i) -> __m256 {
 impl Simd for Avx2 {
     type V = V;
     type M = V;
+    const REGISTERS: usize = 8;
 
     #[inline(always)]
     unsafe fn zero() -> V {

@@ -26,6 +26,7 @@ unsafe fn lookup(table: __m512, index: __m512i) -> __m512 {
 impl Simd for Avx512 {
     type V = __m512;
     type M = __mmask16;
+    const REGISTERS: usize = 32;
 
     #[inline(always)]
     unsafe fn zero() -> __m512 {

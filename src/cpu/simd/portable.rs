@@ -33,6 +33,7 @@ fn fold(mut v: V, f: impl Fn(f32, f32) -> f32) -> f32 {
 impl Simd for Portable {
     type V = V;
     type M = [bool; LANES];
+    const REGISTERS: usize = 4;
 
     #[inline(always)]
     unsafe fn zero() -> V {

@@ -1,0 +1,68 @@
+//! The limit of decode: how fast this machine reads memory.
+#![allow(unsafe_code)] // Raw loads.
+#![allow(unsafe_op_in_unsafe_fn)] // Lane operations; the contract is that of `Simd`.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use rayon::prelude::*;
+
+use super::parallel::{SERIAL_WORK, for_blocks};
+use super::simd::{Isa, LANES, Simd, dispatch};
+use crate::device::map::Bytes;
+use crate::error::{Error, Result};
+
+/// Bytes that are read: 1 GiB, far more than any cache (the largest last-level caches of one socket have 1.1 GiB, but
+/// a thread's share of those is small).
+const BUFFER: usize = 1 << 30;
+
+/// Bytes of a task.
+const BLOCK: usize = 1 << 20;
+
+/// Passes over the buffer; the best one counts, as other users of the machine can only slow a pass down.
+const PASSES: usize = 8;
+
+/// Gigabytes (10^9) per second that `threads` threads read from memory: each sums f32 in one sequential stream of
+/// 512 bytes per step. Neither software prefetch nor more streams improved on it on a Zen 5. Takes about a second.
+///
+/// # Errors
+/// If 1 GiB or the threads are not to be had.
+pub fn read_gbps(threads: usize) -> Result<f64> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+    let pool = pool.map_err(|e| Error::Usage(format!("{threads} threads: {e}")))?;
+    pool.install(|| {
+        // Filled by the threads that read it, so that its pages are spread over the memory next to them.
+        let buffer = Bytes::filled(BUFFER, |b| b.par_chunks_mut(BLOCK).for_each(|b| b.fill(1)))?;
+        let best = (0..PASSES).map(|_| seconds(&buffer)).fold(f64::INFINITY, f64::min);
+        Ok(BUFFER as f64 / best / 1e9)
+    })
+}
+
+/// One pass.
+fn seconds(buffer: &[u8]) -> f64 {
+    let isa = Isa::detect();
+    let start = Instant::now();
+    for_blocks(buffer.len() / BLOCK, SERIAL_WORK, &|i| {
+        let block = &buffer[i * BLOCK..(i + 1) * BLOCK];
+        // SAFETY: reads the block only.
+        black_box(dispatch!(isa, S => unsafe { sum::<S>(block) }));
+    });
+    start.elapsed().as_secs_f64()
+}
+
+/// Sum of the f32 in whole steps of 512 bytes.
+#[inline(always)]
+unsafe fn sum<S: Simd>(bytes: &[u8]) -> f32 {
+    const STREAMS: usize = 8;
+    let mut sums = [S::zero(); STREAMS];
+    for step in bytes.chunks_exact(STREAMS * LANES * 4) {
+        for (i, sum) in sums.iter_mut().enumerate() {
+            *sum = S::add(*sum, S::load_f32(step.as_ptr().add(i * LANES * 4)));
+        }
+    }
+    let mut total = 0.0;
+    for sum in sums {
+        total += S::sum(sum);
+    }
+    total
+}

@@ -1,0 +1,215 @@
+//! `y = W x + b` over rows of activations, W in the file's number type.
+//!
+//! - [`Path::Rows`], for decode: reads W once at the speed of memory ([`rows`]). A row's bits depend on that row alone.
+//! - [`Path::Panel`], for prefill: widens W panel by panel and multiplies at the speed of the cores ([`panel`]).
+//!
+//! The output features are cut into blocks; a task fills its block for all rows. On neither path do the bits depend on
+//! the number of threads: each output is computed by one task, in an order that the shapes fix.
+#![allow(unsafe_code)] // Tasks fill disjoint columns of one output.
+
+mod panel;
+mod rows;
+#[cfg(test)]
+mod tests;
+
+use std::ops::Range;
+
+use super::parallel::{Scratch, Tile, for_blocks, with_scratch};
+use super::simd::{Isa, LANES, Simd, dispatch};
+use crate::model::Linear;
+
+/// How to multiply; the caller knows which phase it is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Path {
+    /// Decode: a few rows, usually of different sequences.
+    Rows,
+    /// Prefill: a chunk of rows of one sequence.
+    Panel,
+}
+
+/// One of several matrices that are applied to the same rows.
+pub struct Part<'a> {
+    /// `[n, k]`.
+    pub linear: &'a Linear,
+    /// `[rows, n]`, overwritten.
+    pub out: &'a mut [f32],
+}
+
+/// What happens to the numbers that the output holds.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Store {
+    Overwrite,
+    Add,
+}
+
+/// `[rows, k]` activations.
+#[derive(Clone, Copy)]
+struct Input<'a> {
+    x: &'a [f32],
+    rows: usize,
+    k: usize,
+}
+
+/// `out = W x + b` for each part, in one parallel region.
+///
+/// # Panics
+/// If a shape does not fit.
+pub fn project(isa: Isa, path: Path, x: &[f32], rows: usize, parts: &mut [Part<'_>]) {
+    let Some(first) = parts.first() else { return };
+    let input = Input::new(x, rows, first.linear);
+    for part in parts.iter() {
+        check(&input, part.linear, part.out);
+    }
+    let block = path.block(input.k);
+    let blocks: usize = parts.iter().map(|p| p.n().div_ceil(block)).sum();
+    let work = parts.iter().map(|p| p.n()).sum::<usize>() * rows * input.k;
+    // The mutable borrows become tiles for the time of the region; nothing may be allocated for them.
+    let parts = Parts(parts);
+    for_blocks(blocks, work, &|index| {
+        let (part, range) = parts.find(index, block);
+        // SAFETY: `check` and `find` keep the range within the part; each index is another part or range of columns.
+        unsafe { fill(isa, path, input, part.linear, range.clone(), part.tile().right(range.start), Store::Overwrite) }
+    });
+}
+
+/// `out += W x + b`: a projection back into the residual stream.
+///
+/// # Panics
+/// If a shape does not fit.
+pub fn project_add(isa: Isa, path: Path, x: &[f32], rows: usize, linear: &Linear, out: &mut [f32]) {
+    let input = Input::new(x, rows, linear);
+    check(&input, linear, out);
+    let (n, block) = (linear.weight.rows(), path.block(input.k));
+    let tile = Tile::new(out, n);
+    for_blocks(n.div_ceil(block), n * rows * input.k, &|index| {
+        let range = block_range(index, block, n);
+        // SAFETY: the range is within n, and each index has other columns.
+        unsafe { fill(isa, path, input, linear, range.clone(), tile.right(range.start), Store::Add) }
+    });
+}
+
+/// `out = silu(gate x) * (up x)`; a task computes both for its features.
+///
+/// # Panics
+/// If a shape does not fit.
+pub fn swiglu(isa: Isa, path: Path, x: &[f32], rows: usize, gate: &Linear, up: &Linear, out: &mut [f32]) {
+    let input = Input::new(x, rows, gate);
+    check(&input, gate, out);
+    check(&input, up, out);
+    let (n, block) = (gate.weight.rows(), path.block(input.k));
+    let tile = Tile::new(out, n);
+    for_blocks(n.div_ceil(block), 2 * n * rows * input.k, &|index| {
+        let range = block_range(index, block, n);
+        let (width, gated) = (range.len(), tile.right(range.start));
+        with_scratch(Scratch::Up, rows * width, |up_out| {
+            let up_tile = Tile::new(up_out, width);
+            // SAFETY: the range is within n, each index has other columns, and the second tile is this thread's own.
+            unsafe {
+                fill(isa, path, input, gate, range.clone(), gated, Store::Overwrite);
+                fill(isa, path, input, up, range, up_tile, Store::Overwrite);
+                dispatch!(isa, S => silu_mul::<S>(gated, up_tile, rows, width));
+            }
+        });
+    });
+}
+
+impl Path {
+    /// Output features of a task, for rows of W of `k` numbers.
+    fn block(self, k: usize) -> usize {
+        match self {
+            Path::Rows => rows::block(k),
+            Path::Panel => panel::BLOCK,
+        }
+    }
+}
+
+impl<'a> Input<'a> {
+    fn new(x: &'a [f32], rows: usize, linear: &Linear) -> Input<'a> {
+        let k = linear.weight.cols();
+        assert_eq!(x.len(), rows * k, "linear: x must be [rows, k] = [{rows}, {k}]");
+        Input { x, rows, k }
+    }
+}
+
+fn check(input: &Input<'_>, linear: &Linear, out: &[f32]) {
+    let (n, k, rows) = (linear.weight.rows(), linear.weight.cols(), input.rows);
+    assert_eq!(k, input.k, "linear: the matrices of one call must have the same input features");
+    assert_eq!(out.len(), rows * n, "linear: out must be [rows, n] = [{rows}, {n}]");
+    if let Some(bias) = &linear.bias {
+        assert_eq!(bias.len(), n, "linear: bias must be [n]");
+    }
+}
+
+/// Columns of block `index`.
+fn block_range(index: usize, block: usize, n: usize) -> Range<usize> {
+    index * block..((index + 1) * block).min(n)
+}
+
+impl Part<'_> {
+    fn n(&self) -> usize {
+        self.linear.weight.rows()
+    }
+
+    fn tile(&self) -> Tile {
+        Tile { at: self.out.as_ptr().cast_mut(), stride: self.n() }
+    }
+}
+
+/// The parts of a region, numbered by blocks.
+struct Parts<'a, 'b>(&'a mut [Part<'b>]);
+
+impl<'b> Parts<'_, 'b> {
+    /// Part and columns of block `index`, counted through all parts.
+    fn find(&self, mut index: usize, block: usize) -> (&Part<'b>, Range<usize>) {
+        for part in self.0.iter() {
+            let blocks = part.n().div_ceil(block);
+            if index < blocks {
+                return (part, block_range(index, block, part.n()));
+            }
+            index -= blocks;
+        }
+        unreachable!("a block beyond the last part")
+    }
+}
+
+/// Output features `range` of all rows, to `to`.
+///
+/// # Safety
+/// `range` is within W, `to` is writable for `rows` x `range.len()`, and nobody else touches that while this runs.
+unsafe fn fill(isa: Isa, path: Path, input: Input<'_>, linear: &Linear, range: Range<usize>, to: Tile, store: Store) {
+    // SAFETY: passed on.
+    unsafe {
+        match path {
+            Path::Rows => rows::fill(isa, input, linear, range, to, store),
+            Path::Panel => panel::fill(isa, input, linear, range, to, store),
+        }
+    }
+}
+
+/// `gate = silu(gate) * up` over a tile; silu(x) = x / (1 + e^-x).
+///
+/// # Safety
+/// That of [`Simd`]; both tiles are `rows` x `width`, the first writable.
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn)] // Lane operations.
+unsafe fn silu_mul<S: Simd>(gate: Tile, up: Tile, rows: usize, width: usize) {
+    for row in 0..rows {
+        let (g, u) = (gate.at.add(row * gate.stride), up.at.add(row * up.stride));
+        let mut i = 0;
+        while i + LANES <= width {
+            S::store(g.add(i), silu_mul_lanes::<S>(S::load(g.add(i)), S::load(u.add(i))));
+            i += LANES;
+        }
+        if i < width {
+            let n = width - i;
+            S::store_n(g.add(i), silu_mul_lanes::<S>(S::load_n(g.add(i), n), S::load_n(u.add(i), n)), n);
+        }
+    }
+}
+
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn)] // Lane operations.
+unsafe fn silu_mul_lanes<S: Simd>(gate: S::V, up: S::V) -> S::V {
+    let denominator = S::add(S::splat(1.0), S::exp(S::sub(S::zero(), gate)));
+    S::mul(S::div(gate, denominator), up)
+}
