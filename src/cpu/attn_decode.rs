@@ -11,9 +11,9 @@ use rayon::prelude::*;
 
 use super::attn_kernels::{self as kernels, Task};
 use super::disjoint::Disjoint;
+use super::element::with_element;
 use super::simd::{Isa, dispatch};
 use crate::kv::options::PAGE;
-use crate::model::Dtype;
 use crate::ops::attn_decode::{KvView, SeqRows};
 
 /// Pages of a chunk: 1,024 tokens are enough work to hide the cost of a task, and a context of 8k still makes eight
@@ -238,21 +238,8 @@ thread_local! {
 }
 
 fn run(isa: Isa, task: &Task, out: kernels::Outputs, temp: &mut kernels::Temp) {
-    macro_rules! with {
-        ($elem:ty, $bits:literal) => {
-            // SAFETY: `dispatch!` switches on the features of S; the shapes were checked by the caller.
-            dispatch!(isa, S => unsafe { kernels::chunk::<S, $elem, $bits>(task, out, temp) })
-        };
-    }
-    use kernels::{Bf16, F16, F32};
-    match (task.view.shape.dtype, task.view.shape.packed.bits) {
-        (Dtype::Bf16, 1) => with!(Bf16, 1),
-        (Dtype::Bf16, 2) => with!(Bf16, 2),
-        (Dtype::Bf16, _) => with!(Bf16, 4),
-        (Dtype::F16, 1) => with!(F16, 1),
-        (Dtype::F16, 2) => with!(F16, 2),
-        (Dtype::F16, _) => with!(F16, 4),
-        // f32 goes with `full` only, which has no packed pages.
-        (Dtype::F32, _) => with!(F32, 2),
-    }
+    with_element!(task.view.shape.dtype, E => {
+        // SAFETY: `dispatch!` switches on the features of S; E is the view's number type; the caller has checked shapes.
+        dispatch!(isa, S => unsafe { kernels::chunk::<S, E>(task, out, temp) })
+    });
 }

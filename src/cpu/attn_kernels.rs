@@ -3,9 +3,11 @@
 //! Low-bit pages are never unpacked to memory. With `x = code * scale + zero`, a score is
 //! `q . k = sum_c (q_c scale_c) code_c + q . zero`: the scale goes into q once per page and group, the zero is a bias,
 //! and what is left per code is one multiply-add. Likewise `sum_t p_t v_t = sum_t (p_t scale_t) code_t + p . zero`.
+#![allow(clippy::needless_range_loop)] // Indices say which query and vector.
 #![allow(unsafe_op_in_unsafe_fn)] // As in `simd`: a block around each lane operation would say nothing.
 
 use super::attn_decode::CHUNK_PAGES;
+use super::element::Element;
 use super::simd::{LANES, Simd};
 use crate::kv::options::PAGE;
 use crate::ops::attn_decode::{Far, KvView, Replaced, SeqRows};
@@ -47,53 +49,6 @@ pub(crate) struct Temp {
     params: Vec<f32>,
 }
 
-/// A number type of wide pages.
-pub(crate) trait Wide {
-    const BYTES: usize;
-    unsafe fn load<S: Simd>(p: *const u8) -> S::V;
-    unsafe fn one(p: *const u8) -> f32;
-}
-
-pub(crate) struct Bf16;
-pub(crate) struct F16;
-pub(crate) struct F32;
-
-impl Wide for Bf16 {
-    const BYTES: usize = 2;
-    #[inline(always)]
-    unsafe fn load<S: Simd>(p: *const u8) -> S::V {
-        S::load_bf16(p)
-    }
-    #[inline(always)]
-    unsafe fn one(p: *const u8) -> f32 {
-        half::bf16::from_bits(p.cast::<u16>().read_unaligned()).to_f32()
-    }
-}
-
-impl Wide for F16 {
-    const BYTES: usize = 2;
-    #[inline(always)]
-    unsafe fn load<S: Simd>(p: *const u8) -> S::V {
-        S::load_f16(p)
-    }
-    #[inline(always)]
-    unsafe fn one(p: *const u8) -> f32 {
-        half::f16::from_bits(p.cast::<u16>().read_unaligned()).to_f32()
-    }
-}
-
-impl Wide for F32 {
-    const BYTES: usize = 4;
-    #[inline(always)]
-    unsafe fn load<S: Simd>(p: *const u8) -> S::V {
-        S::load_f32(p)
-    }
-    #[inline(always)]
-    unsafe fn one(p: *const u8) -> f32 {
-        p.cast::<f32>().read_unaligned()
-    }
-}
-
 /// One KV head of one page.
 enum Page<'a> {
     Packed(&'a [u8]),
@@ -126,10 +81,21 @@ fn replaced_in<'a>(view: &KvView<'a>, head: usize, page: usize) -> impl Iterator
 /// Scores, softmax and values of one chunk.
 ///
 /// # Safety
-/// The features of `S` are switched on, `E` and `BITS` are those of the view's shape, and the shapes are as
+/// The features of `S` are switched on, `E` is the number type of the view's wide pages, and the shapes are as
 /// [`crate::ops::attn_decode::attend`] checks them.
 #[inline(always)]
-pub(crate) unsafe fn chunk<S: Simd, E: Wide, const BITS: usize>(task: &Task, out: Outputs, temp: &mut Temp) {
+pub(crate) unsafe fn chunk<S: Simd, E: Element>(task: &Task, out: Outputs, temp: &mut Temp) {
+    match task.view.shape.packed.bits {
+        1 => chunk_of_bits::<S, E, 1>(task, out, temp),
+        2 => chunk_of_bits::<S, E, 2>(task, out, temp),
+        _ => chunk_of_bits::<S, E, 4>(task, out, temp),
+    }
+}
+
+/// # Safety
+/// As [`chunk`]; `BITS` are those of the view's packed pages.
+#[inline(always)]
+unsafe fn chunk_of_bits<S: Simd, E: Element, const BITS: usize>(task: &Task, out: Outputs, temp: &mut Temp) {
     let Task { view, rows, group_heads, head, .. } = *task;
     let (d, queries) = (view.shape.head_dim, rows.n_rows * group_heads);
     let first = task.chunk * CHUNK_PAGES;
@@ -362,7 +328,7 @@ unsafe fn multiply_codes<S: Simd, const BITS: usize, const T: usize>(
 /// # Safety
 /// The features of `S`; `bytes` holds `tokens` pairs of `2 d` numbers of type `E`.
 #[inline(always)]
-unsafe fn score_wide<S: Simd, E: Wide>(
+unsafe fn score_wide<S: Simd, E: Element>(
     bytes: &[u8],
     tokens: usize,
     d: usize,
@@ -388,7 +354,7 @@ unsafe fn score_wide<S: Simd, E: Wide>(
 /// # Safety
 /// The features of `S`; `k` holds `d` numbers, `q` `T * d`.
 #[inline(always)]
-unsafe fn dots<S: Simd, E: Wide, const T: usize>(k: *const u8, d: usize, q: *const f32) -> [f32; T] {
+unsafe fn dots<S: Simd, E: Element, const T: usize>(k: *const u8, d: usize, q: *const f32) -> [f32; T] {
     let mut acc = [S::zero(); T];
     let whole = d / LANES * LANES;
     for c in (0..whole).step_by(LANES) {
@@ -397,12 +363,15 @@ unsafe fn dots<S: Simd, E: Wide, const T: usize>(k: *const u8, d: usize, q: *con
             acc[i] = S::fma(k, S::load(q.add(i * d + c)), acc[i]);
         }
     }
+    if whole < d {
+        let k = E::load_n::<S>(k.add(whole * E::BYTES), d - whole);
+        for i in 0..T {
+            acc[i] = S::fma(k, S::load_n(q.add(i * d + whole), d - whole), acc[i]);
+        }
+    }
     let mut dots = [0f32; T];
     for i in 0..T {
         dots[i] = S::sum(acc[i]);
-        for c in whole..d {
-            dots[i] += E::one(k.add(c * E::BYTES)) * *q.add(i * d + c);
-        }
     }
     dots
 }
@@ -454,7 +423,7 @@ unsafe fn mix_packed<S: Simd, const BITS: usize>(
 /// # Safety
 /// As [`score_wide`].
 #[inline(always)]
-unsafe fn mix_wide<S: Simd, E: Wide>(
+unsafe fn mix_wide<S: Simd, E: Element>(
     bytes: &[u8],
     tokens: usize,
     d: usize,
@@ -478,14 +447,41 @@ unsafe fn mix_wide<S: Simd, E: Wide>(
             mix_columns::<S, E, T, 1>(v.add(c * E::BYTES), step, tokens, p, stride, to.add(c), d);
             c += LANES;
         }
-        for c in c..d {
-            for i in 0..T {
-                for t in 0..tokens {
-                    *to.add(i * d + c) += *p.add(i * stride + t) * E::one(v.add(t * step + c * E::BYTES));
-                }
-            }
+        if c < d {
+            mix_rest::<S, E, T>(v.add(c * E::BYTES), step, tokens, p, stride, to.add(c), d, d - c);
         }
     });
+}
+
+/// [`mix_wide`] for the last `n < 16` channels of a head_dim that is no multiple of 16.
+///
+/// # Safety
+/// As [`mix_wide`].
+#[inline(always)]
+#[allow(clippy::too_many_arguments)] // As `mix_columns`, with a count of channels.
+unsafe fn mix_rest<S: Simd, E: Element, const T: usize>(
+    v: *const u8,
+    step: usize,
+    tokens: usize,
+    p: *const f32,
+    p_stride: usize,
+    to: *mut f32,
+    to_stride: usize,
+    n: usize,
+) {
+    let mut acc = [S::zero(); T];
+    for i in 0..T {
+        acc[i] = S::load_n(to.add(i * to_stride), n);
+    }
+    for t in 0..tokens {
+        let lanes = E::load_n::<S>(v.add(t * step), n);
+        for i in 0..T {
+            acc[i] = S::fma(S::splat(*p.add(i * p_stride + t)), lanes, acc[i]);
+        }
+    }
+    for i in 0..T {
+        S::store_n(to.add(i * to_stride), acc[i], n);
+    }
 }
 
 /// [`mix_wide`] for `W` vectors of channels and `T` rows.
@@ -493,7 +489,7 @@ unsafe fn mix_wide<S: Simd, E: Wide>(
 /// # Safety
 /// As [`mix_wide`].
 #[inline(always)]
-unsafe fn mix_columns<S: Simd, E: Wide, const T: usize, const W: usize>(
+unsafe fn mix_columns<S: Simd, E: Element, const T: usize, const W: usize>(
     v: *const u8,
     step: usize,
     tokens: usize,
