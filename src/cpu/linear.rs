@@ -42,7 +42,7 @@ enum Store {
     Add,
 }
 
-/// `[rows, k]` activations.
+/// `[rows, k]` activations of the caller.
 #[derive(Clone, Copy)]
 struct Input<'a> {
     x: &'a [f32],
@@ -65,10 +65,12 @@ pub fn project(isa: Isa, path: Path, x: &[f32], rows: usize, parts: &mut [Part<'
     let work = parts.iter().map(|p| p.n()).sum::<usize>() * rows * input.k;
     // The mutable borrows become tiles for the time of the region; nothing may be allocated for them.
     let parts = Parts(parts);
-    for_blocks(blocks, work, &|index| {
-        let (part, range) = parts.find(index, block);
-        // SAFETY: `check` and `find` keep the range within the part; each index is another part or range of columns.
-        unsafe { fill(isa, path, input, part.linear, range.clone(), part.tile().right(range.start), Store::Overwrite) }
+    path.prepare(isa, input, |x| {
+        for_blocks(blocks, work, &|index| {
+            let (part, range) = parts.find(index, block);
+            // SAFETY: `check` and `find` keep the range within the part; each index is another part or range of columns.
+            unsafe { fill(isa, x, part.linear, range.clone(), part.tile().right(range.start), Store::Overwrite) }
+        })
     });
 }
 
@@ -81,10 +83,12 @@ pub fn project_add(isa: Isa, path: Path, x: &[f32], rows: usize, linear: &Linear
     check(&input, linear, out);
     let (n, block) = (linear.weight.rows(), path.block(input.k));
     let tile = Tile::new(out, n);
-    for_blocks(n.div_ceil(block), n * rows * input.k, &|index| {
-        let range = block_range(index, block, n);
-        // SAFETY: the range is within n, and each index has other columns.
-        unsafe { fill(isa, path, input, linear, range.clone(), tile.right(range.start), Store::Add) }
+    path.prepare(isa, input, |x| {
+        for_blocks(n.div_ceil(block), n * rows * input.k, &|index| {
+            let range = block_range(index, block, n);
+            // SAFETY: the range is within n, and each index has other columns.
+            unsafe { fill(isa, x, linear, range.clone(), tile.right(range.start), Store::Add) }
+        })
     });
 }
 
@@ -98,22 +102,39 @@ pub fn swiglu(isa: Isa, path: Path, x: &[f32], rows: usize, gate: &Linear, up: &
     check(&input, up, out);
     let (n, block) = (gate.weight.rows(), path.block(input.k));
     let tile = Tile::new(out, n);
-    for_blocks(n.div_ceil(block), 2 * n * rows * input.k, &|index| {
-        let range = block_range(index, block, n);
-        let (width, gated) = (range.len(), tile.right(range.start));
-        with_scratch(Scratch::Up, rows * width, |up_out| {
-            let up_tile = Tile::new(up_out, width);
-            // SAFETY: the range is within n, each index has other columns, and the second tile is this thread's own.
-            unsafe {
-                fill(isa, path, input, gate, range.clone(), gated, Store::Overwrite);
-                fill(isa, path, input, up, range, up_tile, Store::Overwrite);
-                dispatch!(isa, S => silu_mul::<S>(gated, up_tile, rows, width));
-            }
-        });
+    path.prepare(isa, input, |x| {
+        for_blocks(n.div_ceil(block), 2 * n * rows * input.k, &|index| {
+            let range = block_range(index, block, n);
+            let (width, gated) = (range.len(), tile.right(range.start));
+            with_scratch(Scratch::Up, rows * width, |up_out| {
+                let up_tile = Tile::new(up_out, width);
+                // SAFETY: the range is within n, each index has other columns, and the second tile is this thread's own.
+                unsafe {
+                    fill(isa, x, gate, range.clone(), gated, Store::Overwrite);
+                    fill(isa, x, up, range, up_tile, Store::Overwrite);
+                    dispatch!(isa, S => silu_mul::<S>(gated, up_tile, rows, width));
+                }
+            });
+        })
     });
 }
 
+/// The activations in the form that a path wants.
+#[derive(Clone, Copy)]
+enum Prepared<'a> {
+    Rows(rows::Packed<'a>),
+    Panel(Input<'a>),
+}
+
 impl Path {
+    /// Prepares the activations, once for all tasks of a region.
+    fn prepare<R>(self, isa: Isa, input: Input<'_>, run: impl FnOnce(Prepared<'_>) -> R) -> R {
+        match self {
+            Path::Rows => rows::with_packed(isa, input, |packed| run(Prepared::Rows(packed))),
+            Path::Panel => run(Prepared::Panel(input)),
+        }
+    }
+
     /// Output features of a task, for rows of W of `k` numbers.
     fn block(self, k: usize) -> usize {
         match self {
@@ -176,12 +197,12 @@ impl<'b> Parts<'_, 'b> {
 ///
 /// # Safety
 /// `range` is within W, `to` is writable for `rows` x `range.len()`, and nobody else touches that while this runs.
-unsafe fn fill(isa: Isa, path: Path, input: Input<'_>, linear: &Linear, range: Range<usize>, to: Tile, store: Store) {
+unsafe fn fill(isa: Isa, x: Prepared<'_>, linear: &Linear, range: Range<usize>, to: Tile, store: Store) {
     // SAFETY: passed on.
     unsafe {
-        match path {
-            Path::Rows => rows::fill(isa, input, linear, range, to, store),
-            Path::Panel => panel::fill(isa, input, linear, range, to, store),
+        match x {
+            Prepared::Rows(x) => rows::fill(isa, x, linear, range, to, store),
+            Prepared::Panel(x) => panel::fill(isa, x, linear, range, to, store),
         }
     }
 }

@@ -52,6 +52,27 @@ pub(crate) fn with_scratch<R>(which: Scratch, len: usize, run: impl FnOnce(&mut 
     })
 }
 
+/// A cache line of floats.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct Aligned(pub(crate) [f32; 16]);
+
+thread_local! {
+    static ALIGNED: RefCell<Vec<Aligned>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Lends `len` lines of this thread, with anything in them. `run` may enter rayon: a task that comes to run on this
+/// thread meanwhile finds no buffer here and makes its own.
+pub(crate) fn with_aligned<R>(len: usize, run: impl FnOnce(&mut [Aligned]) -> R) -> R {
+    let mut lines = ALIGNED.take();
+    if lines.len() < len {
+        lines.resize(len, Aligned([0.0; 16]));
+    }
+    let result = run(&mut lines[..len]);
+    ALIGNED.set(lines);
+    result
+}
+
 /// A tile of a row-major f32 matrix, written by one task at a time.
 #[derive(Clone, Copy)]
 pub(crate) struct Tile {
