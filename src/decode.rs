@@ -10,7 +10,7 @@ use crate::engine::{Buffers, Engine, Member, Next, Session};
 use crate::error::{Error, Result};
 use crate::kv::KvMode;
 use crate::ops::attn_decode::{self, SeqRows};
-use crate::ops::linear::{self, Path};
+use crate::ops::linear::{self, Dense, Path};
 use crate::ops::select::{self, Selection};
 use crate::sampler::argmax;
 
@@ -59,7 +59,8 @@ enum Pass {
 /// All layers for the rows of those sessions that take part.
 fn pass(engine: &Engine, batch: &mut [Next], buffers: &mut Buffers, takes_part: impl Fn(&Session) -> bool, kind: Pass) {
     let (model, device) = (engine.model(), engine.device());
-    let (config, rope) = (&model.config, engine.rope());
+    let config = &model.config;
+    let dense = Dense { device, config, rope: engine.rope(), path: Path::Rows };
     plan_rows(batch, buffers, takes_part, kind);
     let Buffers { rows, attention, members, seqs, tokens, logits, .. } = buffers;
     let n_rows = seqs.iter().map(|s| s.n_rows).sum();
@@ -74,7 +75,7 @@ fn pass(engine: &Engine, batch: &mut [Next], buffers: &mut Buffers, takes_part: 
 
     for (l, layer) in model.weights.layers.iter().enumerate() {
         let not_finite = |row| mark_bad(batch, members, seqs, row, l);
-        linear::norm_qkv_rope(device, config, layer, rope, Path::Rows, rows, position, not_finite);
+        dense.norm_qkv_rope(layer, rows, position, not_finite);
         for (m, s) in members.iter().zip(&*seqs) {
             let session = &mut *batch[m.index].session;
             append(session, l, s, rows);
@@ -93,9 +94,9 @@ fn pass(engine: &Engine, batch: &mut [Next], buffers: &mut Buffers, takes_part: 
                 KvMode::Full | KvMode::Kivi | KvMode::Fetch => {}
             }
         }
-        linear::out_residual(device, layer, Path::Rows, rows);
-        linear::norm_gate_up(device, config, layer, Path::Rows, rows);
-        linear::down_residual(device, layer, Path::Rows, rows);
+        dense.out_residual(layer, rows);
+        dense.norm_gate_up(layer, rows);
+        dense.down_residual(layer, rows);
     }
 
     logits.resize(n_rows * config.vocab_size, 0.0);

@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::kv::PAGE;
 use crate::kv::host::WidePage;
 use crate::ops::attn_prefill::{self, PrefillView};
-use crate::ops::linear::{self, Path};
+use crate::ops::linear::{self, Dense, Path};
 
 /// Rows of a chunk: enough that widening a panel of weights costs below 1 % of the product with it.
 const CHUNK: usize = 512;
@@ -67,7 +67,8 @@ fn prefill_layer(engine: &Engine, prompt: &mut Prompt, l: usize, x: &mut [f32], 
         let position = start + chunk * CHUNK;
         let bad = &mut prompt.session.bad_layer;
         let not_finite = |_| *bad = bad.or(Some(l));
-        linear::norm_qkv_rope(device, config, layer, engine.rope(), path, rows, |row| position + row, not_finite);
+        let dense = Dense { device, config, rope: engine.rope(), path };
+        dense.norm_qkv_rope(layer, rows, |row| position + row, not_finite);
         write_chunk(&cache.shape, &mut pages, position - first_page * PAGE, rows);
         let view = PrefillView {
             shape: cache.shape,
@@ -77,9 +78,9 @@ fn prefill_layer(engine: &Engine, prompt: &mut Prompt, l: usize, x: &mut [f32], 
             window: config.sliding_window,
         };
         attn_prefill::attend(device, config.n_heads, &view, position, rows.n, &rows.q, &mut rows.attn);
-        linear::out_residual(device, layer, path, rows);
-        linear::norm_gate_up(device, config, layer, path, rows);
-        linear::down_residual(device, layer, path, rows);
+        dense.out_residual(layer, rows);
+        dense.norm_gate_up(layer, rows);
+        dense.down_residual(layer, rows);
         x.copy_from_slice(&rows.x);
     }
     prompt.session.stats.offloaded_bytes += cache.settle_prefill(l, end, pages);

@@ -57,43 +57,72 @@ pub fn embed(device: &Device, model: &Model, tokens: &[u32], x: &mut [f32]) {
     embedding::embed(device.isa(), &model.weights.embed, tokens, x);
 }
 
-/// RMS norm, q, k, v (with the per-head norms of Qwen3), RoPE at `position(row)`. `not_finite(row)` is called for rows
-/// whose input is no longer a number.
-pub fn norm_qkv_rope(
-    device: &Device,
-    config: &Config,
-    layer: &Layer,
-    rope: &RopeTable,
-    path: Path,
-    rows: &mut Rows,
-    position: impl Fn(usize) -> usize,
-    mut not_finite: impl FnMut(usize),
-) {
-    let Rows { n, x, normed, q, k, v, cos, sin, .. } = rows;
-    let eps = config.rms_norm_eps;
-    if let Some(first) = norm::rms_norm(device.isa(), x, *n, &layer.input_norm, eps, normed) {
-        // Rare: which of the rows from there on are bad?
-        let bad =
-            |row: &usize| !x[row * config.hidden_size..][..config.hidden_size].iter().all(|v| (v * v).is_finite());
-        (first..*n).filter(bad).for_each(&mut not_finite);
-    }
-    let mut parts = [
-        Part { linear: &layer.q, out: &mut q[..] },
-        Part { linear: &layer.k, out: &mut k[..] },
-        Part { linear: &layer.v, out: &mut v[..] },
-    ];
-    project(device.isa(), path, normed, *n, &mut parts);
-    for (heads, weight) in [(&mut *q, &layer.q_norm), (&mut *k, &layer.k_norm)] {
-        if let Some(weight) = weight {
-            heads.chunks_exact_mut(config.head_dim).for_each(|head| norm_head(head, weight, eps));
+/// The dense part of a pass: what stays the same from layer to layer.
+#[derive(Clone, Copy)]
+pub struct Dense<'a> {
+    /// Where it is computed.
+    pub device: &'a Device,
+    /// Shapes and constants.
+    pub config: &'a Config,
+    /// RoPE frequencies.
+    pub rope: &'a RopeTable,
+    /// How products are computed: row by row in decode, by panels in prefill.
+    pub path: Path,
+}
+
+impl Dense<'_> {
+    /// RMS norm, q, k, v (with the per-head norms of Qwen3), RoPE at `position(row)`. `not_finite(row)` is called for
+    /// rows whose input is no longer a number.
+    pub fn norm_qkv_rope(
+        &self,
+        layer: &Layer,
+        rows: &mut Rows,
+        position: impl Fn(usize) -> usize,
+        mut not_finite: impl FnMut(usize),
+    ) {
+        let Rows { n, x, normed, q, k, v, cos, sin, .. } = rows;
+        let Dense { device, config, rope, path } = *self;
+        if let Some(first) = norm::rms_norm(device.isa(), x, *n, &layer.input_norm, config.rms_norm_eps, normed) {
+            // Rare: which of the rows from there on are bad?
+            let row = |row: usize| &x[row * config.hidden_size..][..config.hidden_size];
+            let bad = |&i: &usize| !row(i).iter().all(|v| (v * v).is_finite());
+            (first..*n).filter(bad).for_each(&mut not_finite);
+        }
+        let mut parts = [
+            Part { linear: &layer.q, out: &mut q[..] },
+            Part { linear: &layer.k, out: &mut k[..] },
+            Part { linear: &layer.v, out: &mut v[..] },
+        ];
+        project(device.isa(), path, normed, *n, &mut parts);
+        for (heads, weight) in [(&mut *q, &layer.q_norm), (&mut *k, &layer.k_norm)] {
+            if let Some(weight) = weight {
+                heads.chunks_exact_mut(config.head_dim).for_each(|head| norm_head(head, weight, config.rms_norm_eps));
+            }
+        }
+        for row in 0..*n {
+            rope.angles(position(row), cos, sin);
+            for heads in [&mut *q, &mut *k] {
+                let width = heads.len() / *n;
+                heads[row * width..][..width].chunks_exact_mut(config.head_dim).for_each(|head| rotate(head, cos, sin));
+            }
         }
     }
-    for row in 0..*n {
-        rope.angles(position(row), cos, sin);
-        for heads in [&mut *q, &mut *k] {
-            let width = heads.len() / *n;
-            heads[row * width..][..width].chunks_exact_mut(config.head_dim).for_each(|head| rotate(head, cos, sin));
-        }
+
+    /// `x += W_o attn`.
+    pub fn out_residual(&self, layer: &Layer, rows: &mut Rows) {
+        project_add(self.device.isa(), self.path, &rows.attn, rows.n, &layer.o, &mut rows.x);
+    }
+
+    /// RMS norm, then `silu(W_gate x) * W_up x`.
+    pub fn norm_gate_up(&self, layer: &Layer, rows: &mut Rows) {
+        let Rows { n, x, normed, mlp, .. } = rows;
+        norm::rms_norm(self.device.isa(), x, *n, &layer.post_norm, self.config.rms_norm_eps, normed);
+        swiglu(self.device.isa(), self.path, normed, *n, &layer.gate, &layer.up, mlp);
+    }
+
+    /// `x += W_down mlp`.
+    pub fn down_residual(&self, layer: &Layer, rows: &mut Rows) {
+        project_add(self.device.isa(), self.path, &rows.mlp, rows.n, &layer.down, &mut rows.x);
     }
 }
 
@@ -110,23 +139,6 @@ fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
     for i in 0..cos.len() {
         (a[i], b[i]) = (a[i] * cos[i] - b[i] * sin[i], b[i] * cos[i] + a[i] * sin[i]);
     }
-}
-
-/// `x += W_o attn`.
-pub fn out_residual(device: &Device, layer: &Layer, path: Path, rows: &mut Rows) {
-    project_add(device.isa(), path, &rows.attn, rows.n, &layer.o, &mut rows.x);
-}
-
-/// RMS norm, then `silu(W_gate x) * W_up x`.
-pub fn norm_gate_up(device: &Device, config: &Config, layer: &Layer, path: Path, rows: &mut Rows) {
-    let Rows { n, x, normed, mlp, .. } = rows;
-    norm::rms_norm(device.isa(), x, *n, &layer.post_norm, config.rms_norm_eps, normed);
-    swiglu(device.isa(), path, normed, *n, &layer.gate, &layer.up, mlp);
-}
-
-/// `x += W_down mlp`.
-pub fn down_residual(device: &Device, layer: &Layer, path: Path, rows: &mut Rows) {
-    project_add(device.isa(), path, &rows.mlp, rows.n, &layer.down, &mut rows.x);
 }
 
 /// Final norm and LM head of `n` rows of x: `logits` is `[n, vocab]`.
