@@ -5,6 +5,7 @@
 
 pub mod buffer;
 pub mod map;
+pub mod order;
 pub mod stream;
 
 use std::sync::Arc;
