@@ -170,6 +170,23 @@ impl Session {
         &self.cache.options
     }
 
+    /// Fills an empty session with `n_tokens` tokens of random K and V, as if they had been prefilled: for benchmarks of
+    /// decoding on random weights only, where a real prefill would give numbers of as little meaning, later.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if the session is not empty or `n_tokens` is 0; [`Error::OutOfMemory`] as a prefill.
+    pub fn fill_synthetic(&mut self, n_tokens: usize, seed: u64) -> Result<()> {
+        self.check_usable()?;
+        if self.n_tokens() > 0 || n_tokens == 0 {
+            let has = self.n_tokens();
+            return Err(Error::Usage(format!(
+                "fill {n_tokens} random tokens: at least 1, into 0 and not {has} tokens"
+            )));
+        }
+        self.stats.offloaded_bytes += self.cache.fill_synthetic(n_tokens, seed)?;
+        Ok(())
+    }
+
     /// Bytes that the cache holds.
     pub fn cache_bytes(&self) -> CacheBytes {
         self.cache.bytes()

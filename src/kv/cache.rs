@@ -119,8 +119,7 @@ impl Cache {
         };
         let top_k = if options.mode.fetches() { options.top_k } else { 0 };
         let plan = CacheBytes::plan(&shape, &options, capacity);
-        device.device_memory().admit(plan.device(), "the KV cache of a sequence")?;
-        device.host_memory().admit(plan.host, "the 16-bit KV copy of a sequence")?;
+        device.admit(plan.device(), plan.host, "the KV cache of a sequence")?;
         for _ in 0..shape.n_layers {
             cache.layers.push(LayerCache {
                 tail: Vec::new(),

@@ -6,6 +6,7 @@ pub mod host;
 pub mod layout;
 pub mod options;
 pub mod prefetch;
+mod synthetic;
 
 pub use cache::{Cache, LayerCache};
 pub use counters::Counters;
