@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use specache::device::interrupt;
-use specache::engine::{Buffers, Engine, Next, Prompt, Session};
 use specache::error::{Error, Result};
 use specache::kv::{KvMode, KvOptions};
 use specache::sampler::{Sampler, SamplingOptions};
+use specache::session::{Buffers, Engine, Next, Prompt, Session};
 use specache::tokenizer::{Stream, Tokenizer};
 
 use super::args::GenerateArgs;

@@ -3,9 +3,9 @@
 use serde_json::{Value, json};
 use specache::Engine;
 use specache::device::interrupt;
-use specache::engine::{Selections, Session, Trace};
 use specache::error::{Error, Result};
 use specache::kv::{KvMode, KvOptions};
+use specache::session::{Selections, Session, Trace};
 use specache::teacher::{Forced, forced};
 
 use super::args::LogitsArgs;
