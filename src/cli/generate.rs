@@ -8,7 +8,7 @@ use specache::device::interrupt;
 use specache::error::{Error, Result};
 use specache::kv::{KvMode, KvOptions};
 use specache::sampler::{Sampler, SamplingOptions};
-use specache::session::{Buffers, Engine, Next, Prompt, Session};
+use specache::{Buffers, Engine, Next, Prompt, Session};
 use specache::tokenizer::{Stream, Tokenizer};
 
 use super::args::GenerateArgs;
