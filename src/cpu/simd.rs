@@ -301,8 +301,8 @@ macro_rules! dispatch {
                     #[inline(always)]
                     || $call,
                 );
-                // SAFETY: asserted above.
                 #[allow(unused_unsafe, clippy::let_and_return)] // Where the caller is unsafe itself.
+                // SAFETY: asserted above.
                 let result = unsafe { $crate::cpu::simd::with_avx2(task) };
                 result
             }
@@ -312,8 +312,8 @@ macro_rules! dispatch {
                     #[inline(always)]
                     || $call,
                 );
-                // SAFETY: asserted above.
                 #[allow(unused_unsafe, clippy::let_and_return)] // Where the caller is unsafe itself.
+                // SAFETY: asserted above.
                 let result = unsafe { $crate::cpu::simd::with_avx512(task) };
                 result
             }

@@ -200,9 +200,10 @@ impl Job<'_> {
     /// Folds the accumulators of a feature into the output.
     #[inline(always)]
     unsafe fn finish<S: Simd, const R: usize>(&self, row: usize, feature: usize, acc: &Accumulators<S, R>) {
-        for r in 0..R {
+        let [even, odd] = acc;
+        for (r, (&even, &odd)) in even.iter().zip(odd).enumerate() {
             let out = self.to.at.add((row + r) * self.to.stride + feature);
-            *out = self.start(out, feature) + S::sum(S::add(acc[0][r], acc[1][r]));
+            *out = self.start(out, feature) + S::sum(S::add(even, odd));
         }
     }
 
