@@ -3,8 +3,8 @@
 //! What it takes, measured on a Zen 5 core that reads 36 GB/s:
 //! - One output feature at a time over up to four rows of x, so that W is read as one sequential stream. Two or four
 //!   features side by side fall to 11-15 GB/s.
-//! - W of the group of features after this one is asked for into the second-level cache, line by line in the order of
-//!   memory, while this one is multiplied: 36, 34 and 31 GB/s at 1, 2 and 4 rows against 30, 28 and 24 without.
+//! - W that is wanted 64 KiB later is asked for into the second-level cache, line by line in the order in which it will
+//!   be wanted: 36, 34 and 31 GB/s at 1, 2 and 4 rows against 30, 28 and 24 without.
 //! - x stays in the first-level cache: where all of k does not fit, a group of features goes by for one block of k
 //!   after the other, and the accumulators wait on the stack. The prefetch makes up for the broken stream of W
 //!   (k = 8192, 2 rows: 27 GB/s against 11 with x from the second-level cache).
@@ -26,23 +26,22 @@ use crate::model::Linear;
 /// Bytes of a tile of x that stay in the first-level cache (48 KiB) while W streams through it.
 const X_IN_L1: usize = 16 << 10;
 
-/// Features of a group at most: their accumulators for eight rows take 16 KiB.
-const GROUP: usize = 16;
+/// Features that go by for one load of x, at most: their accumulators for four rows take 16 KiB.
+const GROUP: usize = 32;
 
-/// Features of a group, which is the distance of the prefetch: 64 KiB of bf16, but at least 8 features to one load of
-/// x. Two groups and x share the second-level cache (1 MiB).
-fn group(k: usize) -> usize {
-    (NUMBERS / k.max(1)).clamp(GROUP / 2, GROUP)
+/// Numbers of W between those that are multiplied and those that are asked for: 64 KiB of bf16. 16 to 128 KiB do as well.
+const AHEAD: usize = 32 << 10;
+
+/// Features of a group for so many rows.
+fn group(rows: usize) -> usize {
+    if rows <= 4 { GROUP } else { GROUP / 2 }
 }
 
-/// Output features of a task: 64 KiB of bf16 take two microseconds from memory, long against the 50 ns of a `join` and
-/// short against the call; a multiple of 16, as a cache line of the output should have one writer.
+/// Output features of a task: a group, or 64 KiB of bf16, which take two microseconds from memory, long against the
+/// 50 ns of a `join`. A multiple of 16, as a cache line of the output should have one writer.
 pub(super) fn block(k: usize) -> usize {
-    (NUMBERS / k.max(1)).next_multiple_of(LANES).clamp(LANES, 1024)
+    (AHEAD / k.max(1)).next_multiple_of(LANES).clamp(GROUP, 1024)
 }
-
-/// Numbers of W in 64 KiB of bf16.
-const NUMBERS: usize = 32 << 10;
 
 /// Numbers of k that a tile of `rows` rows takes at once; whole turns of the two accumulators.
 const fn span(rows: usize) -> usize {
@@ -138,7 +137,7 @@ type Accumulators<S, const R: usize> = [[<S as Simd>::V; R]; 2];
 impl Job<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd, E: Element>(&self) {
-        let group = group(self.x.k);
+        let group = group(self.x.rows);
         for first in (0..self.features).step_by(group) {
             let features = first..(first + group).min(self.features);
             let mut row = 0;
@@ -160,7 +159,6 @@ impl Job<'_> {
     unsafe fn tile<S: Simd, E: Element, const R: usize>(&self, row: usize, features: Range<usize>) {
         let k = self.x.k;
         let x = self.x.x.as_ptr().cast::<f32>().add(row * k.next_multiple_of(LANES));
-        let mut ahead = features.end * k * E::BYTES;
         let mut waiting = [const { MaybeUninit::<Accumulators<S, R>>::uninit() }; GROUP];
         let mut from = 0;
         loop {
@@ -168,10 +166,10 @@ impl Job<'_> {
             for (feature, waiting) in features.clone().zip(&mut waiting) {
                 let mut acc = if from == 0 { [[S::zero(); R]; 2] } else { waiting.assume_init() };
                 let w = self.w.add((feature * k + from) * E::BYTES);
-                // The first rows ask for the next group; the others, and the end of W, for what they read anyway.
-                let asked = row == 0 && ahead < self.left;
-                dots::<S, E, R>(&mut acc, x.add(from * R), w, if asked { self.w.add(ahead) } else { w }, len);
-                ahead += len * E::BYTES;
+                // The first rows ask for what comes later; the others, and the end of W, for what they read anyway.
+                let later = self.later(feature, from, len, &features) * E::BYTES;
+                let ahead = if row == 0 && later < self.left { self.w.add(later) } else { w };
+                dots::<S, E, R>(&mut acc, x.add(from * R), w, ahead, len);
                 if from + len == k {
                     self.finish::<S, R>(row, feature, &acc);
                 } else {
@@ -185,12 +183,27 @@ impl Job<'_> {
         }
     }
 
+    /// Where in W the piece begins whose turn comes some pieces after that of `feature` and `from`.
+    #[inline(always)]
+    fn later(&self, feature: usize, from: usize, len: usize, group: &Range<usize>) -> usize {
+        let k = self.x.k;
+        let feature = feature + (AHEAD / len.max(1)).clamp(1, group.len());
+        match (feature < group.end, from + len < k) {
+            (true, _) => feature * k + from,
+            // The group's next block of k.
+            (false, true) => (feature - group.len()) * k + from + len,
+            // The next group, whose features follow.
+            (false, false) => feature * k,
+        }
+    }
+
     /// Folds the accumulators of a feature into the output.
     #[inline(always)]
     unsafe fn finish<S: Simd, const R: usize>(&self, row: usize, feature: usize, acc: &Accumulators<S, R>) {
-        for r in 0..R {
+        let [even, odd] = acc;
+        for (r, (&even, &odd)) in even.iter().zip(odd).enumerate() {
             let out = self.to.at.add((row + r) * self.to.stride + feature);
-            *out = self.start(out, feature) + S::sum(S::add(acc[0][r], acc[1][r]));
+            *out = self.start(out, feature) + S::sum(S::add(even, odd));
         }
     }
 
