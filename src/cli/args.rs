@@ -28,13 +28,16 @@ const ABOUT: &str = "LLM inference with SpeCache: all 16-bit KV pairs in host me
 speculative prefetch of the pairs that matter.";
 
 const EXIT_CODES: &str = "\
-Benchmark this machine (same as `bench`):
-  specache-engine --bench
+Examples:
+  specache-engine generate -m models/llama -p 'Once upon a time' -n 100
+  specache-engine logits -m models/llama --tokens ids.json --prefill 300 -o logits.npy
+  specache-engine --bench          the same as `specache-engine bench`
 
-Every option can also be set by the environment variable named beside it; the command line wins.
+Every option can also be set by the environment variable named beside it; the command
+line wins.
 
-Exit codes: 0 success (also when the reader of stdout goes away), 1 failure, 2 usage, 3 invalid model,
-4 out of memory, 130 interrupted.";
+Exit codes: 0 success (also when the reader of stdout goes away), 1 failure, 2 usage,
+3 invalid model, 4 out of memory, 130 interrupted.";
 
 /// The whole command line.
 #[derive(Parser)]
@@ -141,14 +144,14 @@ pub struct BenchArgs {
     /// Model folders or synthetic:<shape>, separated by commas [default: the recall model and synthetic:llama-3.2-1b]
     #[arg(short, long, env = "SPECACHE_BENCH_MODEL", value_name = "DIR,...", value_delimiter = ',')]
     pub model: Vec<String>,
-    /// Decode steps of a repetition [default: 16, or 64 for models below 1 GB]
+    /// Decode steps of a repetition [default: 10, or 64 for models below 1 GB]
     #[arg(short, long, env = "SPECACHE_BENCH_N_PREDICT", value_name = "N", allow_negative_numbers = true)]
     pub n_predict: Option<usize>,
     /// Tokens in the cache when decoding begins [default: 1024; the recall model: one of its prompts]
     #[arg(short, long, env = "SPECACHE_BENCH_DEPTH", value_name = "TOKENS", allow_negative_numbers = true)]
     pub depth: Option<usize>,
     /// Repetitions
-    #[arg(short, long, env = "SPECACHE_BENCH_REPETITIONS", value_name = "R", default_value_t = 3)]
+    #[arg(short, long, env = "SPECACHE_BENCH_REPETITIONS", value_name = "R", default_value_t = 5)]
     pub repetitions: usize,
     /// Modes, separated by commas
     #[arg(long, env = "SPECACHE_BENCH_KV", value_name = "MODE,...", value_delimiter = ',',

@@ -176,7 +176,7 @@ impl Cache {
         CacheBytes {
             packed: self.layers.iter().map(|l| l.packed.metered_bytes()).sum(),
             wide: wide(self.wide_pages()),
-            slots: self.layers.iter().map(|l| l.prefetch.slots().metered_bytes()).sum(),
+            slots: self.layers.iter().map(|l| l.prefetch.bytes()).sum(),
             loads: wide(self.loads.iter().map(|l| l.pages.len()).sum()),
             host: self.layers.iter().flat_map(|l| &l.host).map(|h| h.bytes()).sum(),
         }

@@ -39,8 +39,7 @@ impl Slots {
         (shape.n_kv_heads * self.count * shape.pair_bytes()) as u64
     }
 
-    /// Device bytes that the slots take.
-    pub fn metered_bytes(&self) -> u64 {
+    fn metered_bytes(&self) -> u64 {
         self.positions.metered_bytes() + self.pairs.metered_bytes()
     }
 }
@@ -50,6 +49,7 @@ pub struct Prefetch {
     // Exactly one of the two is there, but for the moment of a change.
     ready: Option<Slots>,
     in_flight: Option<InFlight<Slots>>,
+    bytes: u64,
 }
 
 impl Prefetch {
@@ -58,7 +58,14 @@ impl Prefetch {
     /// # Errors
     /// [`crate::Error::OutOfMemory`] when the device budget is used up.
     pub fn new(device: &Device, shape: &KvShape, top_k: usize) -> Result<Prefetch> {
-        Ok(Prefetch { ready: Some(Slots::new(device, shape, top_k)?), in_flight: None })
+        let slots = Slots::new(device, shape, top_k)?;
+        let bytes = slots.metered_bytes();
+        Ok(Prefetch { ready: Some(slots), in_flight: None, bytes })
+    }
+
+    /// Device bytes that the slots take, also while they are under way.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
     }
 
     /// Waits for a prefetch that is under way; from here on [`Prefetch::slots`] holds its pairs. Time that the caller
