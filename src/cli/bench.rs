@@ -118,7 +118,7 @@ fn bench(args: &BenchArgs, model: &str, progress: &mut Progress) -> Result<Model
     let _ctrl_c = interrupt::forward(engine.interrupt_flag());
     // The LM head has the embedding's size, and a step reads one of the two whole.
     let weight_bytes = engine.model().weights.bytes(true);
-    let n = args.n_predict.unwrap_or(if weight_bytes < 1_000_000_000 { 64 } else { 10 });
+    let n = args.n_predict.unwrap_or(if weight_bytes < 1_000_000_000 { 64 } else { 6 });
     let fill = models::fill(&engine, model, args.depth)?;
     // Each repetition has a step that is not timed.
     let steps = n.checked_add(1).and_then(|n| n.checked_mul(args.repetitions));

@@ -24,7 +24,7 @@ const COLUMNS: [&str; 11] = [
     "vs full",
 ];
 
-/// Weights of more bytes do not stay in a last-level cache.
+/// Weights of more bytes stay in no last-level cache, so their speed is that of memory.
 const LARGEST_CACHE: u64 = 1 << 30;
 
 /// Tables as they are measured, or JSON at the end.
@@ -79,10 +79,8 @@ impl Report {
         let mb = result.weight_bytes as f64 / 1e6;
         let mut line = format!("Weights: {mb:.1} MB a step, read at {gbps:.1} GB/s in `{}`", best.kv.mode.name());
         match self.machine.read_gbps {
+            _ if result.weight_bytes < LARGEST_CACHE => line += "; so few may stay in the CPU's caches",
             Some(limit) if gbps <= limit => line += &format!(", {:.0} % of what memory gives", 100.0 * gbps / limit),
-            Some(_) if result.weight_bytes < LARGEST_CACHE => {
-                line += "; more than memory gives: they stay in the CPU's caches"
-            }
             Some(_) => line += "; more than was measured above: the machine was busier then",
             None => {}
         }
