@@ -28,13 +28,16 @@ const ABOUT: &str = "LLM inference with SpeCache: all 16-bit KV pairs in host me
 speculative prefetch of the pairs that matter.";
 
 const EXIT_CODES: &str = "\
-Benchmark this machine (same as `bench`):
-  specache-engine --bench
+Examples:
+  specache-engine generate -m models/llama -p 'Once upon a time' -n 100
+  specache-engine logits -m models/llama --tokens ids.json --prefill 300 -o logits.npy
+  specache-engine --bench          the same as `specache-engine bench`
 
-Every option can also be set by the environment variable named beside it; the command line wins.
+Every option can also be set by the environment variable named beside it; the command
+line wins.
 
-Exit codes: 0 success (also when the reader of stdout goes away), 1 failure, 2 usage, 3 invalid model,
-4 out of memory, 130 interrupted.";
+Exit codes: 0 success (also when the reader of stdout goes away), 1 failure, 2 usage,
+3 invalid model, 4 out of memory, 130 interrupted.";
 
 /// The whole command line.
 #[derive(Parser)]
@@ -60,12 +63,13 @@ pub enum Command {
 const GENERATE_EXAMPLES: &str = "\
 Examples:
   specache-engine generate -m models/llama -p 'Once upon a time' -n 100
-  specache-engine generate -m models/llama -f book.txt -n 200 --kv-bits 1 --kv-top-k 32 --temp 0.7 -s 1
+  specache-engine generate -m models/llama -f book.txt -n 200 --kv-bits 1 --temp 0.7
   specache-engine generate -m synthetic:tiny --tokens ids.json -n 8 --kv full --json
 
-Output: text, flushed piece by piece in whole UTF-8 characters; figures on stderr. For a folder without a tokenizer the
-generated token ids are printed instead, separated by spaces. An end-of-text token is among the tokens of --json but not
-in the text.";
+Output: text, flushed piece by piece in whole UTF-8 characters; figures on stderr.
+For a folder without a tokenizer the generated token ids are printed instead,
+separated by spaces. An end-of-text token is among the tokens of --json but not in
+the text.";
 
 /// `generate`.
 #[derive(Args)]
@@ -94,12 +98,14 @@ pub struct GenerateArgs {
 
 const LOGITS_EXAMPLES: &str = "\
 Examples:
-  specache-engine logits -m models/llama --tokens ids.json --prefill 300 --kv full -o full.npy
-  specache-engine logits -m models/llama --tokens ids.json --prefill 300 --kv specache --kv-bits 1 \\
+  specache-engine logits -m models/llama --tokens ids.json --prefill 300 --kv full \\
+      -o full.npy
+  specache-engine logits -m models/llama --tokens ids.json --prefill 300 --kv-bits 1 \\
       --spec-tokens spec.json --trace-selections selections.json -o specache.npy
 
-Row 0 comes from the prompt's last position, one more row from each token that is fed; the last token is never fed.
-Output files appear when they are complete, or not at all.";
+Row 0 comes from the prompt's last position, one more row from each token that is
+fed; the last token is never fed. Output files appear when they are complete, or not
+at all. Selections are null where nothing is offloaded yet.";
 
 /// `logits`.
 #[derive(Args)]
@@ -128,12 +134,14 @@ pub struct LogitsArgs {
 const BENCH_EXAMPLES: &str = "\
 Examples:
   specache-engine --bench
-  specache-engine bench -m synthetic:llama-3.2-1b -d 4096 -n 16 -r 5 --kv full,specache --kv-bits 1
+  specache-engine bench -m synthetic:llama-3.2-1b -d 4096 --kv full,specache --kv-bits 1
   specache-engine bench -m models/llama -d 2000 -o json > bench.json
 
-Real weights get a real prompt, prefilled once per mode. Random weights (synthetic:<shape>) get a cache of random pairs,
-so they have no prefill speed, and hit rate and acceptance would mean nothing. The modes take turns within each
-repetition, so that all of them meet the same moods of the machine.";
+Real weights get a real prompt, prefilled once per mode. Random weights
+(synthetic:<shape>) get a cache of random pairs, so they have no prefill speed, and
+their hit rate and acceptance would mean nothing. The modes take turns within each
+repetition, so that all of them meet the same moods of the machine; a mode's cache
+grows from one repetition to the next.";
 
 /// `bench`.
 #[derive(Args)]
@@ -141,14 +149,14 @@ pub struct BenchArgs {
     /// Model folders or synthetic:<shape>, separated by commas [default: the recall model and synthetic:llama-3.2-1b]
     #[arg(short, long, env = "SPECACHE_BENCH_MODEL", value_name = "DIR,...", value_delimiter = ',')]
     pub model: Vec<String>,
-    /// Decode steps of a repetition [default: 16, or 64 for models below 1 GB]
+    /// Decode steps of a repetition [default: 6, or 64 for models below 1 GB]
     #[arg(short, long, env = "SPECACHE_BENCH_N_PREDICT", value_name = "N", allow_negative_numbers = true)]
     pub n_predict: Option<usize>,
     /// Tokens in the cache when decoding begins [default: 1024; the recall model: one of its prompts]
     #[arg(short, long, env = "SPECACHE_BENCH_DEPTH", value_name = "TOKENS", allow_negative_numbers = true)]
     pub depth: Option<usize>,
     /// Repetitions
-    #[arg(short, long, env = "SPECACHE_BENCH_REPETITIONS", value_name = "R", default_value_t = 3)]
+    #[arg(short, long, env = "SPECACHE_BENCH_REPETITIONS", value_name = "R", default_value_t = 5)]
     pub repetitions: usize,
     /// Modes, separated by commas
     #[arg(long, env = "SPECACHE_BENCH_KV", value_name = "MODE,...", value_delimiter = ',',

@@ -1,5 +1,222 @@
+//! `bench`: the KV modes side by side, in turns, on one machine.
+
+mod models;
+mod report;
+
+use std::time::Instant;
+
+use specache::cpu::bandwidth;
+use specache::device::{Device, interrupt, ram};
+use specache::error::{Error, Result};
+use specache::kv::KvOptions;
+use specache::kv::cache::CacheBytes;
+use specache::sampler::argmax;
+use specache::session::Stats;
+use specache::{Buffers, Engine, Next, Prompt, Session};
+
+use self::models::Fill;
+use self::report::Report;
 use super::args::BenchArgs;
-use specache::error::Result;
-pub fn run(_args: BenchArgs) -> Result<()> {
+use super::generate::Figures;
+use super::progress::{Progress, say};
+
+/// Steps before anything is timed: the first one holds the pre-decode, and both size the buffers.
+const WARM_UP: usize = 2;
+/// Seed of the random pairs.
+const SEED: u64 = 1;
+
+/// Runs the command.
+///
+/// # Errors
+/// Whatever is wrong with the arguments or a model.
+pub fn run(args: BenchArgs) -> Result<()> {
+    check(&args)?;
+    let start = Instant::now();
+    let mut progress = Progress::new();
+    progress.show("measuring how fast this machine reads memory");
+    let mut report = Report::new(&args.output, machine(&args)?);
+    let models = models::chosen(&args.model);
+    progress.clear();
+    report.begin()?;
+    for model in models {
+        let result = bench(&args, &model, &mut progress)?;
+        progress.clear();
+        report.add(result)?;
+    }
+    report.end()?;
+    say(format_args!("took {:.1} s", start.elapsed().as_secs_f64()));
     Ok(())
+}
+
+fn check(args: &BenchArgs) -> Result<()> {
+    let zero = |option: &str| Err(Error::Usage(format!("{option} 0: at least one is needed")));
+    match (args.n_predict, args.depth, args.repetitions) {
+        (Some(0), ..) => zero("-n"),
+        (_, Some(0), _) => zero("-d"),
+        (.., 0) => zero("-r"),
+        _ => Ok(()),
+    }
+}
+
+/// What the benchmark runs on.
+pub struct Machine {
+    /// Model name of the CPU.
+    pub cpu: String,
+    pub threads: usize,
+    pub isa: String,
+    /// The device, and why this one.
+    pub device: String,
+    /// Gigabytes per second read from memory; `None` where memory is too short to measure it.
+    pub read_gbps: Option<f64>,
+}
+
+fn machine(args: &BenchArgs) -> Result<Machine> {
+    let device = Device::cpu(&args.device.options())?;
+    // The measurement reads 1 GiB.
+    let enough = ram::available().is_none_or(|bytes| bytes > 2 << 30);
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let cpu = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    Ok(Machine {
+        cpu: cpu.map_or("unknown CPU", |(_, name)| name).to_string(),
+        threads: device.threads(),
+        isa: device.isa().to_string(),
+        device: format!("{}: this build has no CUDA device yet", device.describe()),
+        read_gbps: if enough { Some(bandwidth::read_gbps(device.threads())?) } else { None },
+    })
+}
+
+/// What was measured with one model.
+pub struct ModelResult {
+    pub model: String,
+    pub synthetic: bool,
+    /// Tokens in the cache when decoding begins.
+    pub depth: usize,
+    /// Decode steps of a repetition.
+    pub n: usize,
+    /// Bytes of weights that a step reads.
+    pub weight_bytes: u64,
+    pub modes: Vec<ModeResult>,
+}
+
+/// What was measured with one mode.
+pub struct ModeResult {
+    pub kv: KvOptions,
+    /// Decode speed of each repetition.
+    pub tok_s: Vec<f64>,
+    /// `None` where the cache was filled with random pairs.
+    pub prefill_tok_s: Option<f64>,
+    pub bytes: CacheBytes,
+    pub fetched_bytes_per_step: Option<f64>,
+    pub exposed_us_per_step: Option<f64>,
+    pub hit_rate: Option<f64>,
+    pub acceptance: Option<f64>,
+}
+
+/// All modes of one model.
+fn bench(args: &BenchArgs, model: &str, progress: &mut Progress) -> Result<ModelResult> {
+    progress.show(format_args!("loading {model}"));
+    let engine = Engine::load(model, &args.device.options())?;
+    let _ctrl_c = interrupt::forward(engine.interrupt_flag());
+    // The LM head has the embedding's size, and a step reads one of the two whole.
+    let weight_bytes = engine.model().weights.bytes(true);
+    let n = args.n_predict.unwrap_or(if weight_bytes < 1_000_000_000 { 64 } else { 6 });
+    let fill = models::fill(&engine, model, args.depth)?;
+    // Each repetition has a step that is not timed.
+    let steps = n.checked_add(1).and_then(|n| n.checked_mul(args.repetitions));
+    let steps = steps.and_then(|steps| steps.checked_add(WARM_UP + fill.depth()));
+    let capacity = steps.ok_or_else(|| Error::Usage("-n, -d, -r: too many tokens for any context".into()))?;
+
+    let mut buffers = Buffers::default();
+    let mut cases = Vec::new();
+    for kv in args.kv.iter().map(|&mode| args.tuning.options(mode)) {
+        progress.show(format_args!("{model}: {} tokens into the cache, {}", fill.depth(), kv.mode.name()));
+        cases.push(Case::new(&engine, kv, capacity, &fill, &mut buffers)?);
+    }
+    for repetition in 1..=args.repetitions {
+        for case in &mut cases {
+            let mode = case.session.kv().mode.name();
+            progress.show(format_args!("{model}: repetition {repetition} of {}, {mode}", args.repetitions));
+            case.repeat(&engine, n, &mut buffers)?;
+        }
+    }
+    let modes = cases.into_iter().map(|case| case.result(&engine)).collect();
+    let (model, synthetic) = (engine.model().name.clone(), engine.model().synthetic);
+    Ok(ModelResult { model, synthetic, depth: fill.depth(), n, weight_bytes, modes })
+}
+
+/// One mode under measurement.
+struct Case {
+    session: Session,
+    token: u32,
+    prefill_tok_s: Option<f64>,
+    /// Figures after the warm-up.
+    before: Stats,
+    tok_s: Vec<f64>,
+}
+
+impl Case {
+    fn new(engine: &Engine, kv: KvOptions, capacity: usize, fill: &Fill, buffers: &mut Buffers) -> Result<Case> {
+        let mut session = engine.session(kv, capacity)?;
+        let (token, prefill_tok_s) = match fill {
+            Fill::Random { tokens, first } => {
+                engine.device().run(|| session.fill_synthetic(*tokens, SEED))?;
+                (*first, None)
+            }
+            Fill::Prompt(tokens) => {
+                let (logits, tok_s) = prefill(engine, &mut session, tokens, buffers)?;
+                (argmax(&logits), Some(tok_s))
+            }
+        };
+        let mut case = Case { session, token, prefill_tok_s, before: Stats::default(), tok_s: Vec::new() };
+        for _ in 0..WARM_UP {
+            case.step(engine, buffers)?;
+        }
+        case.before = case.session.stats().clone();
+        Ok(case)
+    }
+
+    /// A step that is not timed, as another mode has just had the CPU's caches, and `n` that are.
+    fn repeat(&mut self, engine: &Engine, n: usize, buffers: &mut Buffers) -> Result<()> {
+        self.step(engine, buffers)?;
+        let start = Instant::now();
+        for _ in 0..n {
+            self.step(engine, buffers)?;
+        }
+        self.tok_s.push(n as f64 / start.elapsed().as_secs_f64());
+        Ok(())
+    }
+
+    fn step(&mut self, engine: &Engine, buffers: &mut Buffers) -> Result<()> {
+        engine.decode(&mut [Next { session: &mut self.session, token: self.token }], buffers)?;
+        self.token = argmax(buffers.logits(0)?);
+        Ok(())
+    }
+
+    fn result(self, engine: &Engine) -> ModeResult {
+        let figures = Figures::of(engine, &self.session);
+        let (stats, before) = (self.session.stats(), &self.before);
+        let steps = (stats.steps - before.steps) as f64;
+        let copies = |per_step: f64| self.session.kv().mode.on_host().then_some(per_step);
+        ModeResult {
+            kv: *self.session.kv(),
+            bytes: self.session.cache_bytes(),
+            prefill_tok_s: self.prefill_tok_s,
+            fetched_bytes_per_step: copies((stats.fetched_bytes - before.fetched_bytes) as f64 / steps),
+            exposed_us_per_step: copies((stats.exposed - before.exposed).as_secs_f64() * 1e6 / steps),
+            hit_rate: figures.hit_rate,
+            acceptance: figures.acceptance,
+            tok_s: self.tok_s,
+        }
+    }
+}
+
+/// Logits of the last row, and tokens per second. A short prefill of another session goes before it, untimed, and sizes
+/// the buffers.
+fn prefill(engine: &Engine, session: &mut Session, tokens: &[u32], buffers: &mut Buffers) -> Result<(Vec<f32>, f64)> {
+    let first = &tokens[..tokens.len().min(32)];
+    let mut warm_up = engine.session(*session.kv(), first.len())?;
+    engine.prefill(&mut [Prompt { session: &mut warm_up, tokens: first }], buffers)?;
+    let start = Instant::now();
+    let logits = engine.prefill(&mut [Prompt { session, tokens }], buffers)?.remove(0)?;
+    Ok((logits, tokens.len() as f64 / start.elapsed().as_secs_f64()))
 }

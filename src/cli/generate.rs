@@ -8,8 +8,8 @@ use specache::device::interrupt;
 use specache::error::{Error, Result};
 use specache::kv::{KvMode, KvOptions};
 use specache::sampler::{Sampler, SamplingOptions};
-use specache::{Buffers, Engine, Next, Prompt, Session};
 use specache::tokenizer::{Stream, Tokenizer};
+use specache::{Buffers, Engine, Next, Prompt, Session};
 
 use super::args::GenerateArgs;
 use super::input::{self, Source};

@@ -1,0 +1,470 @@
+//! The command line, as users and scripts meet it: the built binary on the recall model.
+
+mod common;
+
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{Distance, fixture, json, npy};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+const PROMPT: &str = "The password of kose is zesi rere bago. Recall kose";
+
+/// The command without the environment's own settings.
+fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_specache-engine"));
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("SPECACHE_")) {
+        command.env_remove(name);
+    }
+    command.args(args).stdin(Stdio::null());
+    command
+}
+
+fn run(args: &[&str]) -> Output {
+    command(args).output().unwrap()
+}
+
+/// Stdout of a command that succeeds.
+fn stdout(args: &[&str]) -> String {
+    let output = run(args);
+    assert!(output.status.success(), "{args:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// `generate` on the recall model.
+fn generate(options: &[&str]) -> String {
+    stdout(&[&["generate", "-m", &recall()], options].concat())
+}
+
+fn generate_json(options: &[&str]) -> Value {
+    serde_json::from_str(&generate(&[options, &["--json"]].concat())).unwrap()
+}
+
+fn recall() -> String {
+    path(fixture("recall"))
+}
+
+fn path(path: impl AsRef<Path>) -> String {
+    path.as_ref().to_str().unwrap().to_string()
+}
+
+/// An empty folder for one test.
+fn folder(test: &str) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cli-{test}"));
+    let _ = fs::remove_dir_all(&folder);
+    fs::create_dir_all(&folder).unwrap();
+    folder
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let mut names: Vec<_> =
+        fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// A file of its own for each text.
+fn file(folder: &Path, name: &str, bytes: impl AsRef<[u8]>) -> String {
+    let file = folder.join(name);
+    fs::write(&file, bytes).unwrap();
+    path(file)
+}
+
+fn assert_fails(args: &[&str], code: i32, words: &[&str]) {
+    let output = run(args);
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {text}");
+    assert!(output.stdout.is_empty(), "{args:?}: {output:?}");
+    assert!(text.contains("error: ") && !text.contains("internal error"), "{args:?}: {text}");
+    for word in words {
+        assert!(text.contains(word), "{args:?}: no {word:?} in {text}");
+    }
+}
+
+// What it generates.
+
+#[test]
+fn text_is_all_that_goes_to_stdout() {
+    let output = command(&["generate", "-m", &recall(), "-p", PROMPT, "-n", "4"]).output().unwrap();
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), " zesi rere bago.");
+    let figures = String::from_utf8(output.stderr).unwrap();
+    for word in ["prompt: 12 tokens", "tok/s", "generated: 4 tokens", "KV cache: specache", "hit rate", "acceptance"] {
+        assert!(figures.contains(word), "no {word:?} in {figures}");
+    }
+    assert!(!figures.contains('\x1b'), "progress is for terminals: {figures:?}");
+}
+
+#[test]
+fn a_file_is_the_same_prompt() {
+    let folder = folder("file");
+    let prompt = file(&folder, "prompt.txt", PROMPT);
+    assert_eq!(generate(&["-f", &prompt, "-n", "12"]), generate(&["-p", PROMPT, "-n", "12"]));
+}
+
+#[test]
+fn json_has_every_figure() {
+    let text = "In the morning there was a letter. ".repeat(12) + PROMPT;
+    let out = generate_json(&["-p", &text, "-n", "40", "--ignore-eos"]);
+    assert_eq!(out["tokens"].as_array().unwrap().len(), 40);
+    assert!(out["prompt_tokens"].as_u64().unwrap() > 128, "something is offloaded: {out}");
+    assert!(out["text"].as_str().unwrap().len() > 40);
+    assert_eq!(out["stop_reason"], "length");
+    for figure in ["time_to_first_token_ms", "prefill_ms", "decode_ms", "prefill_tok_s", "decode_tok_s"] {
+        assert!(out["timings"][figure].as_f64().unwrap() > 0.0, "{figure}: {out}");
+    }
+    assert!(out["cache"]["device_bytes"].as_u64().unwrap() > 0 && out["cache"]["host_bytes"].as_u64().unwrap() > 0);
+    let specache = &out["specache"];
+    for share in ["hit_rate", "acceptance"] {
+        assert!((0.0..=1.0).contains(&specache[share].as_f64().unwrap()), "{share}: {out}");
+    }
+    assert_eq!(specache["hit_rate_per_layer"].as_array().unwrap().len(), 4);
+    assert!(specache["fetched_bytes_per_step"].as_f64().unwrap() > 0.0);
+    assert!(specache["exposed_us_per_step"].as_f64().is_some());
+}
+
+#[test]
+fn figures_that_do_not_apply_are_null() {
+    let out = generate_json(&["-p", PROMPT, "-n", "1", "--kv", "full"]);
+    assert!(out["specache"].as_object().unwrap().values().all(Value::is_null), "{out}");
+    assert!(out["timings"]["decode_tok_s"].is_null(), "one token needs no decode step: {out}");
+    let ids = file(&folder("null"), "ids.json", format!("{:?}", (0..300).collect::<Vec<_>>()));
+    let out = stdout(&["generate", "-m", "synthetic:tiny", "--tokens", &ids, "-n", "8", "--json"]);
+    let out: Value = serde_json::from_str(&out).unwrap();
+    let specache = &out["specache"];
+    assert!(specache["hit_rate"].is_null() && specache["acceptance"].is_null() && out["text"].is_null(), "{out}");
+    assert!(specache["fetched_bytes_per_step"].as_f64().unwrap() > 0.0, "{out}");
+}
+
+#[test]
+fn ids_stream_where_there_is_no_tokenizer() {
+    let ids = file(&folder("ids"), "ids.json", "[1, 2, 3]");
+    let args = ["generate", "-m", "synthetic:tiny", "--tokens", &ids, "-n", "6", "--ignore-eos"];
+    let streamed: Vec<u64> = stdout(&args).split_whitespace().map(|id| id.parse().unwrap()).collect();
+    let out: Value = serde_json::from_str(&stdout(&[&args[..], &["--json"]].concat())).unwrap();
+    assert_eq!((streamed.len(), &serde_json::json!(streamed)), (6, &out["tokens"]));
+    assert_eq!(out["prompt_tokens"], 3, "nothing is added");
+}
+
+#[test]
+fn greedy_tokens_of_full_and_offload_are_the_same() {
+    let ids = path(fixture("golden/ids.json"));
+    let tokens = |kv| generate_json(&["--tokens", &ids, "-n", "80", "--kv", kv, "--ignore-eos"])["tokens"].clone();
+    assert_eq!(tokens("full"), tokens("offload"));
+}
+
+#[test]
+fn seeds() {
+    let sample = |seed| generate(&["-p", PROMPT, "-n", "24", "--temp", "1.5", "--ignore-eos", "-s", seed]);
+    assert_eq!(sample("1"), sample("1"));
+    assert_ne!(sample("1"), sample("2"));
+    let cold = generate(&["-p", PROMPT, "-n", "24", "--temp", "0", "-s", "7"]);
+    assert_eq!(cold, generate(&["-p", PROMPT, "-n", "24"]));
+}
+
+/// A copy of the recall model whose end of text is the full stop.
+#[test]
+fn end_of_text_is_a_token_but_no_text() {
+    let folder = folder("eos");
+    for entry in fs::read_dir(fixture("recall")).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), folder.join(entry.file_name())).unwrap();
+    }
+    fs::write(folder.join("generation_config.json"), r#"{"eos_token_id": [1, 15], "do_sample": false}"#).unwrap();
+    let args = ["generate", "-m", &path(&folder), "-p", PROMPT, "-n", "12"];
+    assert_eq!(stdout(&args), " zesi rere bago");
+    let out: Value = serde_json::from_str(&stdout(&[&args[..], &["--json"]].concat())).unwrap();
+    assert_eq!((&out["stop_reason"], out["text"].as_str()), (&"eos".into(), Some(" zesi rere bago")));
+    assert_eq!(out["tokens"].as_array().unwrap().last().unwrap(), 15);
+    assert!(stdout(&[&args[..], &["--ignore-eos"]].concat()).starts_with(" zesi rere bago."));
+}
+
+#[test]
+fn the_environment_sets_options_and_the_command_line_wins() {
+    let mut from_env = command(&["generate"]);
+    from_env.env("SPECACHE_MODEL", recall()).env("SPECACHE_PROMPT", PROMPT).env("SPECACHE_N_PREDICT", "4");
+    assert_eq!(from_env.output().unwrap().stdout, b" zesi rere bago.");
+    from_env.args(["-n", "2"]);
+    assert_eq!(from_env.output().unwrap().stdout, b" zesi rere");
+    from_env.args(["-f", &file(&folder("env"), "prompt.txt", "Recall")]);
+    assert!(from_env.output().unwrap().status.success(), "the file wins over SPECACHE_PROMPT");
+}
+
+// Logits.
+
+#[test]
+fn logits_are_the_golden_ones() {
+    let name = "specache-b1-g64-R64-k16";
+    let folder = folder("logits");
+    let golden = |suffix: &str| path(fixture(&format!("golden/{name}.{suffix}")));
+    let (npy_file, trace_file) = (path(folder.join("o.npy")), path(folder.join("selections.json")));
+    let (ids, spec) = (path(fixture("golden/ids.json")), golden("spec.json"));
+    let model = recall();
+    let what = ["logits", "-m", &model, "--tokens", &ids, "--prefill", "300", "--spec-tokens", &spec];
+    let kv = ["--kv", "specache", "--kv-bits", "1", "--kv-group", "64", "--kv-residual", "64", "--kv-top-k", "16"];
+    let out = ["--trace-selections", &trace_file, "-o", &npy_file];
+    assert_eq!(stdout(&[&what[..], &kv, &out].concat()), "");
+    assert_eq!(names(&folder), ["o.npy", "selections.json"]);
+
+    // Bounds as in tests/golden.rs.
+    let d = Distance::between(&npy(&npy_file), &npy(golden("logits.npy")));
+    assert!(d.max < 5e-2 && d.median < 5e-4 && d.first_row < 1e-4 && d.mean_kld < 1e-6, "{d:?}");
+
+    let (ours, theirs): (Value, Value) = (json(&trace_file), json(golden("selections.json")));
+    assert_eq!(ours["speculative"], json::<Value>(&spec));
+    let sets = |trace: &Value| -> Vec<Value> {
+        let steps = std::iter::once(&trace["pre_decode"]).chain(trace["steps"].as_array().unwrap());
+        let layers = steps.flat_map(|step| step.as_array().unwrap());
+        layers.flat_map(|layer| layer.as_array().unwrap().clone()).collect()
+    };
+    let (ours, theirs) = (sets(&ours), sets(&theirs));
+    assert_eq!((ours.len(), theirs.len()), (800, 800));
+    let other = ours.iter().zip(&theirs).filter(|(a, b)| a != b).count();
+    assert!(other <= 8, "{other} of 800 selections differ");
+}
+
+#[test]
+fn a_trace_is_null_where_nothing_is_offloaded() {
+    let folder = folder("null-trace");
+    let ids = file(&folder, "ids.json", format!("{:?}", (0..140).collect::<Vec<_>>()));
+    let (npy_file, trace_file) = (path(folder.join("o.npy")), path(folder.join("t.json")));
+    let args = ["logits", "-m", "synthetic:tiny", "--tokens", &ids, "--prefill", "100"];
+    stdout(&[&args[..], &["--trace-selections", &trace_file, "-o", &npy_file]].concat());
+    let trace: Value = json(&trace_file);
+    assert_eq!(trace["pre_decode"], serde_json::json!([[null, null], [null, null]]));
+    assert!(trace["steps"][38][1][1].as_array().is_some(), "a page is offloaded at 128 tokens: {trace}");
+    assert_eq!((npy(&npy_file).len(), npy(&npy_file)[0].len()), (40, 512));
+}
+
+#[test]
+fn output_files_appear_whole_or_not_at_all() {
+    let folder = folder("atomic");
+    let ids = path(fixture("golden/ids.json"));
+    let model = recall();
+    let out = path(folder.join("o.npy"));
+    let logits = |prefill: &'static str, options: &[&str], out: &str| {
+        run(&[&["logits", "-m", &model, "--tokens", &ids, "--prefill", prefill, "-o", out], options].concat())
+    };
+    for (prefill, options, code) in [
+        ("0", &[][..], 2),
+        ("400", &[], 2),
+        ("-3", &[], 2),
+        ("399", &["--vram-budget", "1KiB"], 4),
+        ("399", &["--kv", "full", "--trace-selections", "t.json"], 2),
+        ("399", &["--spec-tokens", "/nowhere.json"], 1),
+        ("10", &["--spec-tokens", &ids, "--kv-bits", "3"], 2),
+    ] {
+        let output = logits(prefill, options, &out);
+        assert_eq!(output.status.code(), Some(code), "{options:?}: {output:?}");
+        assert!(names(&folder).is_empty(), "{options:?}: {:?}", names(&folder));
+    }
+    let full = logits("398", &[], "/dev/full");
+    let text = String::from_utf8_lossy(&full.stderr);
+    assert!(full.status.code() == Some(1) && text.contains("/dev/full"), "{full:?}");
+    assert_eq!(logits("398", &[], "/nowhere/o.npy").status.code(), Some(1));
+    assert_eq!(logits("398", &[], &path(&folder)).status.code(), Some(2), "a folder");
+    fs::write(&out, "older").unwrap();
+    assert_eq!(logits("0", &[], &out).status.code(), Some(2));
+    assert_eq!(fs::read(&out).unwrap(), b"older");
+    assert_eq!(logits("398", &[], &out).status.code(), Some(0));
+    assert_eq!((npy(&out).len(), names(&folder)), (2, vec!["o.npy".to_string()]));
+}
+
+// Bad input.
+
+#[test]
+fn bad_arguments_are_usage_errors() {
+    let model = recall();
+    let bad = |options: &[&str], words: &[&str]| {
+        assert_fails(&[&["generate", "-m", &model, "-n", "4"], options].concat(), 2, words);
+    };
+    bad(&[], &["--prompt", "--file", "--tokens"]);
+    bad(&["-p", ""], &["prompt is empty"]);
+    bad(&["-p", "x", "-f", "y"], &["only one of", "--prompt", "--file"]);
+    bad(&["-p", "x", "--temp", "NaN"], &["--temp", "NaN"]);
+    bad(&["-p", "x", "--temp", "-1"], &["--temp", "-1"]);
+    bad(&["-p", "x", "--top-p", "1.5"], &["--top-p", "1.5"]);
+    bad(&["-p", "x", "--kv", "magic"], &["magic", "specache", "offload"]);
+    bad(&["-p", "x", "--kv-bits", "3"], &["--kv-bits 3", "1, 2 or 4"]);
+    bad(&["-p", "x", "--kv-group", "48"], &["--kv-group 48", "32 or 64"]);
+    bad(&["-p", "x", "--kv-top-k", "99999999999999"], &["--kv-top-k"]);
+    bad(&["-p", "x", "--kv-dtype", "fp32"], &["fp32", "--kv full"]);
+    bad(&["-p", PROMPT, "-c", "15"], &["--ctx-size 15", "12 tokens", "16"]);
+    bad(&["-p", "x", "-t", "0"], &["--threads"]);
+    bad(&["-p", "x", "--vram-budget", "much"], &["--vram-budget", "GiB"]);
+    bad(&["-p", "x", "--wat"], &["--wat"]);
+    assert_fails(&["generate", "-p", "x", "-n", "1"], 2, &["--model"]);
+    assert_fails(&["generate", "-m", &model, "-p", "x"], 2, &["--n-predict"]);
+    for n in ["0", "-1", "99999999999999999999", "18446744073709551615", "9999999999"] {
+        assert_fails(&["generate", "-m", &model, "-p", "x", "-n", n], 2, &[]);
+    }
+    assert_eq!(run(&[]).status.code(), Some(2));
+    assert_fails(&["bench", "-m", "synthetic:tiny", "-r", "0"], 2, &["-r 0"]);
+}
+
+#[test]
+fn bad_lists_of_ids_are_named() {
+    let folder = folder("bad-ids");
+    let model = recall();
+    let bad = |json: &str, words: &[&str]| {
+        let ids = file(&folder, "ids.json", json);
+        assert_fails(&["generate", "-m", &model, "-n", "4", "--tokens", &ids], 2, words);
+        let out = path(folder.join("o.npy"));
+        assert_fails(&["logits", "-m", &model, "--prefill", "1", "--tokens", &ids, "-o", &out], 2, &[]);
+        assert_eq!(names(&folder), ["ids.json"]);
+    };
+    bad("[]", &["empty"]);
+    bad("{\"ids\": [1]}", &["array"]);
+    bad("[1, 2", &["not JSON"]);
+    bad("[1, -2]", &["entry 1", "-2"]);
+    bad("[1, 2, 2.5]", &["entry 2", "2.5"]);
+    bad("[4294967296]", &["entry 0", "4294967296"]);
+    bad("[1, \"two\"]", &["entry 1", "two"]);
+    bad("[1, 5, 1536]", &["entry 2", "1536", "1535"]);
+}
+
+#[test]
+fn bad_files_and_models() {
+    let folder = folder("bad-files");
+    let model = recall();
+    let not_text = file(&folder, "latin1.txt", b"caf\xe9");
+    assert_fails(&["generate", "-m", &model, "-n", "4", "-f", &not_text], 2, &["latin1.txt", "UTF-8", "3"]);
+    assert_fails(&["generate", "-m", &model, "-n", "4", "-f", "/nowhere.txt"], 1, &["/nowhere.txt"]);
+    assert_fails(&["generate", "-m", "/nowhere", "-n", "4", "-p", "x"], 3, &["/nowhere"]);
+    assert_fails(&["generate", "-m", "synthetic:huge", "-n", "4", "-p", "x"], 2, &["huge", "tiny"]);
+    let no_tokenizer = path(fixture("hf/llama_gqa"));
+    let full = ["generate", "-m", &no_tokenizer, "-n", "4", "--kv", "full"];
+    assert_fails(&[&full[..], &["-p", "x"]].concat(), 2, &["--tokens", "tokenizer"]);
+
+    // The head size of this one is no multiple of 64.
+    let ids = file(&folder, "ids.json", "[1, 2, 3]");
+    let small_heads = ["generate", "-m", &no_tokenizer, "-n", "4", "--tokens", &ids, "--kv-group", "64"];
+    assert_fails(&small_heads, 2, &["--kv-group 64", "head_dim"]);
+
+    // A tokenizer of another model: its ids go beyond the vocabulary.
+    for entry in fs::read_dir(&no_tokenizer).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), folder.join(entry.file_name())).unwrap();
+    }
+    fs::copy(fixture("recall/tokenizer.json"), folder.join("tokenizer.json")).unwrap();
+    assert_fails(&["generate", "-m", &path(&folder), "-n", "4", "-p", "x"], 3, &["tokenizer.json", "vocab_size"]);
+}
+
+#[test]
+fn memory_is_refused_before_it_is_taken() {
+    let model = recall();
+    let generate = ["generate", "-m", &model, "-p", "x"];
+    let start = Instant::now();
+    let budget = ["-n", "4", "--vram-budget", "1KiB"];
+    assert_fails(&[&generate[..], &budget].concat(), 4, &["device memory", "--vram-budget", "1024"]);
+    let host = ["-n", "4000", "--host-kv-budget", "1KiB"];
+    assert_fails(&[&generate[..], &host].concat(), 4, &["host memory", "--host-kv-budget"]);
+    // 550 GB: more than any machine that runs this has left.
+    let absurd = ["-n", "268000000", "--kv", "full"];
+    assert_fails(&[&generate[..], &absurd].concat(), 4, &["out of", "bytes are available"]);
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
+
+// Ends from outside.
+
+/// Starts a generation that would go on for a minute, and waits for its first text.
+fn endless() -> Child {
+    let args = ["generate", "-m", &recall(), "-p", PROMPT, "-n", "200000", "--ignore-eos"];
+    let mut child = command(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdout.as_mut().unwrap().read_exact(&mut [0; 5]).unwrap();
+    child
+}
+
+fn stderr(child: &mut Child) -> String {
+    let mut text = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
+    text
+}
+
+fn interrupt(child: &Child) {
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGINT).unwrap();
+}
+
+#[test]
+fn a_closed_pipe_ends_it_quietly() {
+    let mut child = endless();
+    let start = Instant::now();
+    drop(child.stdout.take());
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert!(start.elapsed() < Duration::from_secs(5));
+    assert!(!stderr(&mut child).contains("error"));
+}
+
+#[test]
+fn ctrl_c_stops_a_generation() {
+    let mut child = endless();
+    let start = Instant::now();
+    interrupt(&child);
+    let mut rest = String::new();
+    child.stdout.take().unwrap().read_to_string(&mut rest).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert!(start.elapsed() < Duration::from_secs(5));
+    assert!(stderr(&mut child).contains("error: interrupted"));
+}
+
+#[test]
+fn ctrl_c_leaves_no_half_written_file() {
+    let folder = folder("ctrl-c");
+    let outputs = folder.join("out");
+    fs::create_dir(&outputs).unwrap();
+    let ids = file(&folder, "ids.json", format!("{:?}", (0..60_000).map(|i| i % 512).collect::<Vec<_>>()));
+    let (npy_file, trace_file) = (path(outputs.join("o.npy")), path(outputs.join("t.json")));
+    let args = ["logits", "-m", "synthetic:tiny", "--tokens", &ids, "--prefill", "10", "-o", &npy_file];
+    let mut child = command(&args).args(["--trace-selections", &trace_file]).stderr(Stdio::piped()).spawn().unwrap();
+    let start = Instant::now();
+    while names(&outputs).len() < 2 {
+        assert!(start.elapsed() < Duration::from_secs(20) && child.try_wait().unwrap().is_none());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(!names(&outputs).contains(&"o.npy".to_string()), "no name before it is complete");
+    std::thread::sleep(Duration::from_millis(100));
+    interrupt(&child);
+    assert_eq!(child.wait().unwrap().code(), Some(130), "{}", stderr(&mut child));
+    assert!(names(&outputs).is_empty(), "{:?}", names(&outputs));
+}
+
+// The rest.
+
+#[test]
+fn bench_prints_all_modes() {
+    let text = stdout(&["--bench", "-m", "synthetic:tiny", "-n", "4", "-r", "1", "-d", "300"]);
+    for word in
+        ["| full ", "| kivi ", "| offload ", "| fetch ", "| specache ", "CPU, ", "no CUDA device", "GB/s", "n/a"]
+    {
+        assert!(text.contains(word), "no {word:?} in {text}");
+    }
+}
+
+#[test]
+fn bench_json_has_every_repetition() {
+    let args = ["bench", "-m", &recall(), "-n", "4", "-r", "2", "--kv", "full,specache", "-o", "json"];
+    let out: Value = serde_json::from_str(&stdout(&args)).unwrap();
+    assert!(out["hardware"]["threads"].as_u64().unwrap() > 0 && out["version"].is_string(), "{out}");
+    let modes = out["models"][0]["modes"].as_array().unwrap();
+    assert_eq!(modes.len(), 2);
+    for mode in modes {
+        assert_eq!(mode["decode_tok_s"]["repetitions"].as_array().unwrap().len(), 2);
+        assert!(mode["prefill_tok_s"].as_f64().unwrap() > 0.0 && mode["ratio_to_full"].as_f64().unwrap() > 0.0);
+    }
+    assert!(modes[0]["hit_rate"].is_null() && modes[1]["hit_rate"].as_f64().unwrap() > 0.0, "{out}");
+}
+
+#[test]
+fn help_and_version() {
+    assert!(stdout(&["--version"]).starts_with("specache-engine 0."));
+    assert!(stdout(&["--help"]).contains("--bench"));
+    for (command, option) in [("generate", "--kv-top-k"), ("logits", "--trace-selections"), ("bench", "--repetitions")]
+    {
+        let help = stdout(&[command, "--help"]);
+        assert!(help.contains("Examples:") && help.contains(option) && help.contains("SPECACHE_"), "{help}");
+    }
+}
