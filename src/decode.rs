@@ -5,6 +5,8 @@
 //! n + 1) over the same cache. Row 1's attention chooses the 16-bit pairs that the **next** step will need, and their
 //! copy from the host begins at once, layer by layer: it has almost a whole step to hide in.
 
+use std::time::{Duration, Instant};
+
 use crate::context::Context;
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -217,8 +219,11 @@ fn fetch_on_demand(
             let slots = session.cache.layers[layer].prefetch.slots_mut();
             let selection = Selection { seq, row: 0, candidates, slots };
             select::select(&context.device, config.group_heads(), config.n_kv_heads, attention, selection);
+            // Nothing overlaps with this copy: all of its time is exposed, whoever's thread it runs on.
+            let start = Instant::now();
             begin_fetch(&context.device, session, layer, Pass::Step);
-            arrive(session, layer);
+            session.cache.layers[layer].prefetch.arrive(&mut Duration::default());
+            session.stats.exposed += start.elapsed();
         }
     }
 }
@@ -235,7 +240,11 @@ fn begin_fetch(device: &Device, session: &mut Session, layer: usize, kind: Pass)
             Pass::Step => trace.steps.last_mut().expect("a step has begun").push(selected),
         }
     }
-    session.stats.fetched_bytes += prefetch.begin(device, host, shape);
+    let bytes = prefetch.begin(device, host, shape);
+    match kind {
+        Pass::PreDecode => session.stats.pre_decode_bytes += bytes,
+        Pass::Step => session.stats.fetched_bytes += bytes,
+    }
 }
 
 /// `offload`: the first two layers begin to come back.

@@ -30,8 +30,12 @@ pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers)
         context.check_tokens(prompt.tokens)?;
         context.check_context(prompt.end())?;
     }
-    for prompt in prompts.iter_mut() {
-        prompt.session.cache.begin_prefill(prompt.end())?;
+    for i in 0..prompts.len() {
+        let end = prompts[i].end();
+        if let Err(full) = prompts[i].session.cache.begin_prefill(end) {
+            prompts[..=i].iter_mut().for_each(|p| p.session.cache.free_prefill_pages());
+            return Err(full);
+        }
     }
     let hidden = context.model.config.hidden_size;
     let mut streams: Vec<Vec<f32>> = Vec::new(); // the residual stream of every prompt, [tokens, hidden]
@@ -42,18 +46,17 @@ pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers)
     }
     for layer in 0..context.model.config.n_layers {
         for (prompt, x) in prompts.iter_mut().zip(&mut streams) {
-            if let Err(interrupted) = context.check_interrupt() {
+            if let Err(interrupted) = prefill_layer(context, prompt, layer, x, buffers) {
                 prompts.iter_mut().for_each(|p| p.session.fail("its prefill was interrupted"));
                 return Err(interrupted);
             }
-            prefill_layer(context, prompt, layer, x, buffers);
         }
     }
     Ok(prompts.iter_mut().zip(&streams).map(|(prompt, x)| finish(context, prompt, x, buffers)).collect())
 }
 
-/// One layer of one prompt, chunk by chunk: every chunk sees the K and V of those before it.
-fn prefill_layer(context: &Context, prompt: &mut Prompt, l: usize, x: &mut [f32], buffers: &mut Buffers) {
+/// One layer of one prompt, chunk by chunk: every chunk sees the K and V of those before it. Fails only when interrupted.
+fn prefill_layer(context: &Context, prompt: &mut Prompt, l: usize, x: &mut [f32], buffers: &mut Buffers) -> Result<()> {
     let (device, config) = (&context.device, &context.model.config);
     let layer = &context.model.weights.layers[l];
     let (start, end, hidden) = (prompt.session.cache.counters.n, prompt.end(), config.hidden_size);
@@ -61,6 +64,7 @@ fn prefill_layer(context: &Context, prompt: &mut Prompt, l: usize, x: &mut [f32]
     let mut pages = cache.prefill_pages(l, end);
     let first_page = cache.prefill_first_page();
     for (chunk, x) in x.chunks_mut(CHUNK * hidden).enumerate() {
+        context.check_interrupt()?;
         let rows = &mut buffers.rows;
         rows.resize(config, x.len() / hidden);
         rows.x.copy_from_slice(x);
@@ -85,6 +89,7 @@ fn prefill_layer(context: &Context, prompt: &mut Prompt, l: usize, x: &mut [f32]
         x.copy_from_slice(&rows.x);
     }
     prompt.session.stats.offloaded_bytes += cache.settle_prefill(l, end, pages);
+    Ok(())
 }
 
 /// K and V of a chunk, rounded, into the pages; `at` is the first row's place in them.

@@ -198,8 +198,10 @@ pub struct Stats {
     pub compared: u64,
     /// Per layer: pairs of row 0's own top-k that had been prefetched, and pairs of that top-k.
     pub hits: Vec<(u64, u64)>,
-    /// Bytes from host to device.
+    /// Bytes from host to device in decode steps.
     pub fetched_bytes: u64,
+    /// Bytes from host to device in pre-decodes, once per prefill.
+    pub pre_decode_bytes: u64,
     /// Bytes from device to host, prefill included.
     pub offloaded_bytes: u64,
     /// Time that computation waited for copies.

@@ -66,9 +66,14 @@ pub struct CacheBytes {
 }
 
 impl CacheBytes {
-    /// Bytes on the device.
+    /// Bytes on the device while decoding.
     pub fn device(&self) -> u64 {
         self.packed + self.wide + self.slots + self.loads
+    }
+
+    /// Bytes on the device that only the prefill of a context of `n` tokens needs, while it lasts.
+    pub fn prefill_scratch(shape: &KvShape, options: &KvOptions, n: usize) -> u64 {
+        prefill_pages(options, n) as u64 * shape.wide_page_bytes().next_multiple_of(64) as u64
     }
 
     /// The plan for a sequence of at most `capacity` tokens.
@@ -101,6 +106,12 @@ fn page_counts(options: &KvOptions, capacity: usize) -> (usize, usize) {
     (offloadable / PAGE, counters.tail_pages(capacity) + spare)
 }
 
+/// Wide pages that the prefill of a context of `n` tokens needs beside those that stay: one layer is computed while the
+/// copy stream still reads the one before.
+fn prefill_pages(options: &KvOptions, n: usize) -> usize {
+    if options.mode == KvMode::Full { 0 } else { 2 * n.div_ceil(PAGE) }
+}
+
 impl Cache {
     /// An empty cache with room for `capacity` tokens; everything that decoding will need is allocated here.
     ///
@@ -119,7 +130,8 @@ impl Cache {
         };
         let top_k = if options.mode.fetches() { options.top_k } else { 0 };
         let plan = CacheBytes::plan(&shape, &options, capacity);
-        device.admit(plan.device(), plan.host, "the KV cache of a sequence")?;
+        let prefill = CacheBytes::prefill_scratch(&shape, &options, capacity);
+        device.admit(plan.device() + prefill, plan.host, "the KV cache of a sequence")?;
         for _ in 0..shape.n_layers {
             cache.layers.push(LayerCache {
                 tail: Vec::new(),
@@ -256,12 +268,11 @@ impl Cache {
             layer.prefetch.arrive(&mut exposed);
         }
         self.reserve(n)?;
-        if self.options.mode == KvMode::Full {
-            return Ok(());
-        }
-        let pages_per_layer = n.div_ceil(PAGE);
         let tails = self.layers.len() * page_counts(&self.options, self.capacity).1;
-        self.top_up_spare(tails + 2 * pages_per_layer)
+        let total = tails + prefill_pages(&self.options, n);
+        let missing = total.saturating_sub(self.wide_pages()) * self.shape.wide_page_bytes();
+        self.device.admit(missing as u64, 0, "the pages of a prefill")?;
+        self.top_up_spare(total)
     }
 
     /// The device pages of one layer for a prefill up to `n` tokens: all that the new tokens must see at 16 bits and all
@@ -305,6 +316,11 @@ impl Cache {
         for layer in &mut self.layers {
             layer.prefetch.slots_mut().count = 0;
         }
+        self.free_prefill_pages();
+    }
+
+    /// Frees the pages that only a prefill needs: at its end, or where it did not come to begin.
+    pub fn free_prefill_pages(&mut self) {
         let keep = self.layers.len() * page_counts(&self.options, self.capacity).1;
         while self.wide_pages() > keep && self.spare.pop_front().is_some() {}
     }
