@@ -29,6 +29,10 @@ pub fn prefill(engine: &Engine, prompts: &mut [Prompt], buffers: &mut Buffers) -
         engine.check_tokens(prompt.tokens)?;
         engine.check_context(prompt.end())?;
     }
+    let needs = prompts.iter().map(|prompt| prompt.session.cache.prefill_needs(prompt.end()));
+    let (device_bytes, host_bytes) = needs.fold((0, 0), |sum, needs| (sum.0 + needs.0, sum.1 + needs.1));
+    engine.device().device_memory().admit(device_bytes, "the KV cache of a prefill")?;
+    engine.device().host_memory().admit(host_bytes, "the 16-bit KV copy of a prefill")?;
     for prompt in prompts.iter_mut() {
         prompt.session.cache.begin_prefill(prompt.end())?;
     }

@@ -177,7 +177,7 @@ impl Cache {
         CacheBytes {
             packed: self.layers.iter().map(|l| l.packed.metered_bytes()).sum(),
             wide: wide(self.wide_pages()),
-            slots: self.layers.iter().map(|l| l.prefetch.slots().metered_bytes()).sum(),
+            slots: self.layers.iter().map(|l| l.prefetch.metered_bytes()).sum(),
             loads: wide(self.loads.iter().map(|l| l.pages.len()).sum()),
             host: self.layers.iter().flat_map(|l| &l.host).map(|h| h.bytes()).sum(),
         }
@@ -246,23 +246,36 @@ impl Cache {
         bytes
     }
 
-    /// Starts the prefill of more tokens, up to `n` in all: reserves room, and the device pages that two layers need
+    /// Wide pages of a prefill up to `n` tokens: those of a cache with room for `capacity`, and those that two layers need
     /// while they are computed (one is written while the copy stream still reads the other).
+    fn prefill_wide_pages(&self, n: usize, capacity: usize) -> usize {
+        let working = if self.options.mode == KvMode::Full { 0 } else { 2 * n.div_ceil(PAGE) };
+        self.layers.len() * page_counts(&self.options, capacity).1 + working
+    }
+
+    /// Bytes on the device and on the host, beyond those held now, that [`Cache::begin_prefill`] takes.
+    pub fn prefill_needs(&self, n: usize) -> (u64, u64) {
+        let capacity = n.max(self.capacity);
+        let (held, plan) = (self.bytes(), CacheBytes::plan(&self.shape, &self.options, capacity));
+        let wide_page = self.shape.wide_page_bytes().next_multiple_of(64) as u64;
+        let wide = self.prefill_wide_pages(n, capacity) as u64 * wide_page;
+        // A layer's packed pages exist twice while they move to their new place.
+        let moving = if plan.packed > held.packed { held.packed / self.layers.len() as u64 } else { 0 };
+        let device = plan.packed + moving + plan.slots + plan.loads + wide.max(held.wide);
+        (device.saturating_sub(held.device()), plan.host.saturating_sub(held.host))
+    }
+
+    /// Starts the prefill of more tokens, up to `n` in all: reserves room and working pages.
     ///
     /// # Errors
-    /// [`crate::Error::OutOfMemory`]; nothing has changed then.
+    /// [`crate::Error::OutOfMemory`]; never if [`Cache::prefill_needs`] was available before.
     pub fn begin_prefill(&mut self, n: usize) -> Result<()> {
         let mut exposed = Duration::ZERO;
         for layer in &mut self.layers {
             layer.prefetch.arrive(&mut exposed);
         }
         self.reserve(n)?;
-        if self.options.mode == KvMode::Full {
-            return Ok(());
-        }
-        let pages_per_layer = n.div_ceil(PAGE);
-        let tails = self.layers.len() * page_counts(&self.options, self.capacity).1;
-        self.top_up_spare(tails + 2 * pages_per_layer)
+        self.top_up_spare(self.prefill_wide_pages(n, self.capacity))
     }
 
     /// The device pages of one layer for a prefill up to `n` tokens: all that the new tokens must see at 16 bits and all
