@@ -314,6 +314,58 @@ fn a_prefill_that_does_not_fit_changes_nothing() {
     }
 }
 
+/// The figures of a session, against what must come out: guesses that are all right or all wrong, selections of
+/// everything, and the bytes of every copy.
+#[test]
+fn stats_are_exact() {
+    let engine = Engine::new(TINY.model(), device(2));
+    let (prompt, steps, residual_len) = (130, 70, 33);
+    let tokens = ids(6, prompt + steps + 1);
+    let pair_bytes = 2 * 32 * 2;
+    let page_bytes = 64 * 2 * pair_bytes;
+    for (mode, top_k) in [(KvMode::SpeCache, 7), (KvMode::SpeCache, 1000), (KvMode::Fetch, 7), (KvMode::Offload, 0)] {
+        for right in [true, false] {
+            let mut session = engine.session(kv(mode, 2, 32, residual_len, top_k), tokens.len()).unwrap();
+            session.keep_trace();
+            let shift = u32::from(!right);
+            session.force_speculative(tokens[prompt + 1..].iter().map(|t| (t + shift) % VOCAB as u32));
+            let mut buffers = Buffers::default();
+            let first = Prompt { session: &mut session, tokens: &tokens[..prompt] };
+            engine.prefill(&mut [first], &mut buffers).unwrap().remove(0).unwrap();
+            for &token in &tokens[prompt..prompt + steps] {
+                engine.decode(&mut [Next { session: &mut session, token }], &mut buffers).unwrap();
+            }
+            let (stats, trace) = (session.stats(), session.trace().unwrap());
+            assert_eq!(stats.steps, steps as u64);
+            // (130 - 33) / 64 = 1 page of the prompt; 161 and 225 tokens would be the next: one more in each layer.
+            assert_eq!(stats.offloaded_bytes, (TINY.n_layers * 2 * page_bytes) as u64);
+            if mode == KvMode::Offload {
+                // Step 31 ends with 161 tokens and offloads the second page, and step 33 is the first to bring it back.
+                let pages = 32 + 2 * (steps - 32);
+                assert_eq!(stats.fetched_bytes, (TINY.n_layers * pages * page_bytes) as u64);
+                assert_eq!((stats.acceptance(), stats.hit_rate()), (None, None));
+                continue;
+            }
+            let pairs = |selections: &Vec<Vec<Vec<u32>>>| selections.iter().flatten().map(Vec::len).sum::<usize>();
+            let fetched = pairs(&trace.pre_decode) + trace.steps.iter().map(pairs).sum::<usize>();
+            assert_eq!(stats.fetched_bytes, (fetched * pair_bytes) as u64);
+            if mode == KvMode::Fetch {
+                assert_eq!((stats.acceptance(), stats.hit_rate()), (None, None));
+                continue;
+            }
+            // The first step has no step before it.
+            assert_eq!(stats.compared, steps as u64 - 1);
+            assert_eq!(stats.acceptance(), Some(if right { 1.0 } else { 0.0 }));
+            let rate = stats.hit_rate().unwrap();
+            assert!(if top_k == 7 { (0.05..0.95).contains(&rate) } else { rate == 1.0 }, "{rate}");
+            let of: u64 = (0..TINY.n_layers).map(|l| stats.hits[l].1).sum();
+            let low_bit = |step: usize| if step < 32 { 64 } else { 128 };
+            let expected = (0..steps).map(|step| top_k.min(low_bit(step)) * 2 * TINY.n_layers).sum::<usize>();
+            assert_eq!(of, expected as u64);
+        }
+    }
+}
+
 /// Misuse is an error that says what would be right, before anything has changed.
 #[test]
 fn usage_errors() {
