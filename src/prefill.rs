@@ -30,12 +30,11 @@ pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers)
         context.check_tokens(prompt.tokens)?;
         context.check_context(prompt.end())?;
     }
-    for i in 0..prompts.len() {
-        let end = prompts[i].end();
-        if let Err(full) = prompts[i].session.cache.begin_prefill(end) {
-            prompts[..=i].iter_mut().for_each(|p| p.session.cache.free_prefill_pages());
-            return Err(full);
-        }
+    let needs = prompts.iter().map(|prompt| prompt.session.cache.prefill_needs(prompt.end()));
+    let (device_bytes, host_bytes) = needs.fold((0, 0), |sum, needs| (sum.0 + needs.0, sum.1 + needs.1));
+    context.device.admit(device_bytes, host_bytes, "the KV pages of a prefill")?;
+    for prompt in prompts.iter_mut() {
+        prompt.session.cache.begin_prefill(prompt.end())?;
     }
     let hidden = context.model.config.hidden_size;
     let mut streams: Vec<Vec<f32>> = Vec::new(); // the residual stream of every prompt, [tokens, hidden]

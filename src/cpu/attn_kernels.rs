@@ -151,8 +151,16 @@ unsafe fn chunk_of_bits<S: Simd, E: Element, const BITS: usize>(task: &Task, out
                 mix_packed::<S, BITS>(&view.shape.packed, bytes, queries, temp, out.partial);
             }
             Page::Wide(bytes) => {
-                let valid = (rows.position + rows.n_rows - page_index * PAGE).min(PAGE);
-                mix_wide::<S, E>(bytes, valid, d, queries, probs, tokens, out.partial);
+                // Row 1's own pair apart: it may be NaN, and row 0's zero probability would not keep that out.
+                let local = |position: usize| position.saturating_sub(page_index * PAGE).min(PAGE);
+                let (both, all) = (local(rows.position + 1), local(rows.position + rows.n_rows));
+                mix_wide::<S, E>(bytes, both, d, queries, probs, tokens, out.partial);
+                if all > both {
+                    let (bytes, row_1) =
+                        (&bytes[both * view.shape.pair_bytes()..], &mut out.partial[group_heads * d..]);
+                    let probs = &probs[group_heads * tokens + both..];
+                    mix_wide::<S, E>(bytes, all - both, d, group_heads, probs, tokens, row_1);
+                }
             }
         }
     }

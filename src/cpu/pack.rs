@@ -49,6 +49,9 @@ fn quantise(bits: usize, values: &[f32], codes: &mut [u8]) -> (f16, f16) {
         _ => (min, (max - min) / top),
     };
     let (zero, scale) = (f16::from_f32(zero), f16::from_f32(scale));
+    // Beyond fp16 a level would be infinite, and a score of minus infinity would hide its tokens without a word. NaN
+    // reaches the logits, and the request fails with the layer's name.
+    let zero = if zero.is_finite() && scale.is_finite() { zero } else { f16::NAN };
     let (z, s) = (zero.to_f32(), scale.to_f32());
     for (code, &x) in codes.iter_mut().zip(values) {
         *code = if s == 0.0 { 0 } else { ((x - z) / s).round_ties_even().clamp(0.0, top) as u8 };

@@ -257,22 +257,35 @@ impl Cache {
         bytes
     }
 
-    /// Starts the prefill of more tokens, up to `n` in all: reserves room, and the device pages that two layers need
+    /// Wide pages of a prefill up to `n` tokens: those of a cache with room for `capacity`, and those that two layers need
     /// while they are computed (one is written while the copy stream still reads the other).
+    fn prefill_wide_pages(&self, n: usize, capacity: usize) -> usize {
+        self.layers.len() * page_counts(&self.options, capacity).1 + prefill_pages(&self.options, n)
+    }
+
+    /// Bytes on the device and on the host, beyond those held now, that [`Cache::begin_prefill`] takes.
+    pub fn prefill_needs(&self, n: usize) -> (u64, u64) {
+        let capacity = n.max(self.capacity);
+        let (held, plan) = (self.bytes(), CacheBytes::plan(&self.shape, &self.options, capacity));
+        let wide_page = self.shape.wide_page_bytes().next_multiple_of(64) as u64;
+        let wide = self.prefill_wide_pages(n, capacity) as u64 * wide_page;
+        // A layer's packed pages exist twice while they move to their new place.
+        let moving = if plan.packed > held.packed { held.packed / self.layers.len() as u64 } else { 0 };
+        let device = plan.packed + moving + plan.slots + plan.loads + wide.max(held.wide);
+        (device.saturating_sub(held.device()), plan.host.saturating_sub(held.host))
+    }
+
+    /// Starts the prefill of more tokens, up to `n` in all: reserves room and working pages.
     ///
     /// # Errors
-    /// [`crate::Error::OutOfMemory`]; nothing has changed then.
+    /// [`crate::Error::OutOfMemory`]; never if [`Cache::prefill_needs`] was available before.
     pub fn begin_prefill(&mut self, n: usize) -> Result<()> {
         let mut exposed = Duration::ZERO;
         for layer in &mut self.layers {
             layer.prefetch.arrive(&mut exposed);
         }
         self.reserve(n)?;
-        let tails = self.layers.len() * page_counts(&self.options, self.capacity).1;
-        let total = tails + prefill_pages(&self.options, n);
-        let missing = total.saturating_sub(self.wide_pages()) * self.shape.wide_page_bytes();
-        self.device.admit(missing as u64, 0, "the pages of a prefill")?;
-        self.top_up_spare(total)
+        self.top_up_spare(self.prefill_wide_pages(n, self.capacity))
     }
 
     /// The device pages of one layer for a prefill up to `n` tokens: all that the new tokens must see at 16 bits and all
@@ -286,7 +299,7 @@ impl Cache {
         }
         pages.append(&mut self.layers[layer].tail);
         let wanted = n.div_ceil(PAGE) - self.prefill_first_page();
-        pages.truncate(wanted); // a page that only a speculative row had begun
+        self.spare.extend(pages.drain(wanted.min(pages.len())..)); // a page that only a speculative row had begun
         while pages.len() < wanted {
             pages.push(self.take_spare());
         }
@@ -316,11 +329,6 @@ impl Cache {
         for layer in &mut self.layers {
             layer.prefetch.slots_mut().count = 0;
         }
-        self.free_prefill_pages();
-    }
-
-    /// Frees the pages that only a prefill needs: at its end, or where it did not come to begin.
-    pub fn free_prefill_pages(&mut self) {
         let keep = self.layers.len() * page_counts(&self.options, self.capacity).1;
         while self.wide_pages() > keep && self.spare.pop_front().is_some() {}
     }

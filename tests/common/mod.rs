@@ -1,10 +1,14 @@
 //! What the integration tests share: fixtures, NPY files, distances between logits.
 #![allow(dead_code)] // Each test binary uses its own part.
 
+pub mod tiny;
+
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use specache::device::DeviceOptions;
+use specache::cpu::Isa;
+use specache::device::{Device, DeviceOptions};
 use specache::kv::{KvMode, KvOptions};
 use specache::teacher::{Forced, forced};
 use specache::{Engine, Session};
@@ -34,9 +38,29 @@ pub fn npy(path: impl AsRef<Path>) -> Vec<Vec<f32>> {
     numbers.chunks_exact(dims[1]).map(<[f32]>::to_vec).collect()
 }
 
-/// An engine whose buffers are poisoned, so that whatever nobody wrote reads as NaN.
+/// Buffers are poisoned, so that whatever nobody wrote reads as NaN.
+pub fn options(threads: usize) -> DeviceOptions {
+    DeviceOptions { threads: Some(threads), poison: true, ..Default::default() }
+}
+
+pub fn device(threads: usize) -> Device {
+    Device::cpu(&options(threads)).unwrap()
+}
+
 pub fn engine(spec: &str) -> Engine {
-    Engine::load(spec, &DeviceOptions { threads: Some(2), poison: true, ..Default::default() }).unwrap()
+    Engine::load(spec, &options(2)).unwrap()
+}
+
+/// Runs the tests of this binary whose name contains `filter` again, on every other instruction set of this machine.
+pub fn on_every_other_isa(filter: &str) {
+    let best = Isa::from_env().unwrap();
+    for isa in Isa::available().into_iter().filter(|&isa| isa != best) {
+        let mut tests = Command::new(std::env::current_exe().unwrap());
+        let output = tests.arg(filter).env("SPECACHE_ISA", isa.to_string()).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{isa}: {text}");
+        assert!(!text.contains("running 0 tests"), "{filter}: {text}");
+    }
 }
 
 pub fn recall() -> Engine {
