@@ -5,6 +5,7 @@
 //! pages of only two layers: one that is being computed, one that the copy stream sends to the host meanwhile.
 
 use crate::context::Context;
+use crate::cpu::Isa;
 use crate::error::Result;
 use crate::kv::PAGE;
 use crate::kv::host::WidePage;
@@ -73,7 +74,7 @@ fn prefill_layer(context: &Context, prompt: &mut Prompt, l: usize, x: &mut [f32]
         let not_finite = |_| *bad = bad.or(Some(l));
         let dense = Dense { device, config, rope: &context.rope, path };
         dense.norm_qkv_rope(layer, rows, |row| position + row, not_finite);
-        write_chunk(&cache.shape, &mut pages, position - first_page * PAGE, rows);
+        write_chunk(device.isa(), &cache.shape, &mut pages, position - first_page * PAGE, rows);
         let view = PrefillView {
             shape: cache.shape,
             packed: cache.layers[l].packed.bytes(),
@@ -92,12 +93,12 @@ fn prefill_layer(context: &Context, prompt: &mut Prompt, l: usize, x: &mut [f32]
 }
 
 /// K and V of a chunk, rounded, into the pages; `at` is the first row's place in them.
-fn write_chunk(shape: &crate::kv::KvShape, pages: &mut [WidePage], at: usize, rows: &linear::Rows) {
+fn write_chunk(isa: Isa, shape: &crate::kv::KvShape, pages: &mut [WidePage], at: usize, rows: &linear::Rows) {
     let width = shape.n_kv_heads * shape.head_dim;
     for (row, (k, v)) in rows.k.chunks_exact(width).zip(rows.v.chunks_exact(width)).enumerate() {
         let (page, token) = ((at + row) / PAGE, (at + row) % PAGE);
         let page = WidePage::get_mut(&mut pages[page]).expect("a page that is filled has one owner");
-        crate::ops::kv::write_pairs(shape, page, token, k, v);
+        crate::ops::kv::write_pairs(isa, shape, page, token, k, v);
     }
 }
 

@@ -55,7 +55,7 @@ impl Cache {
                 let at = |x: &[Vec<Vec<f32>>]| {
                     x.iter().flat_map(|head| head[page * PAGE + token].clone()).collect::<Vec<_>>()
                 };
-                write_pairs(&shape, &mut wide, token, &at(&k), &at(&v));
+                write_pairs(Isa::detect(), &shape, &mut wide, token, &at(&k), &at(&v));
             }
             pages.push(Arc::new(wide));
         }

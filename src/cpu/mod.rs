@@ -12,6 +12,7 @@ pub mod linear;
 pub mod norm;
 pub mod pack;
 mod parallel;
+pub(crate) mod round;
 pub mod select;
 pub mod simd;
 

@@ -186,8 +186,6 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn lt(a: Self::V, b: Self::V) -> Self::M;
     /// `m ? a : b`.
     unsafe fn select(m: Self::M, a: Self::V, b: Self::V) -> Self::V;
-    /// Lane i as bit i.
-    unsafe fn mask_bits(m: Self::M) -> u16;
 
     /// `round(x)` to the nearest integer, ties to even; |x| < 2^22.
     unsafe fn round(x: Self::V) -> Self::V;
@@ -240,14 +238,6 @@ pub(crate) const EXP_MIN: f32 = -87.336_54;
 
 /// Coefficients of r^2 .. r^6 in [`Simd::exp`].
 const EXP_POLY: [f32; 5] = [0.499_999_94, 0.166_665_2, 0.041_668_393, 0.008_368_781, 0.001_381_446_7];
-
-/// Asks for the cache line at `p` into the first-level cache. Never faults, so any address will do.
-#[inline(always)]
-pub(crate) fn prefetch(p: *const u8) {
-    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-    // SAFETY: SSE is part of x86-64; a prefetch of an invalid address is ignored.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
-}
 
 /// Asks for the cache line at `p` into the second-level cache. Never faults either.
 #[inline(always)]

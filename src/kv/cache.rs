@@ -144,6 +144,11 @@ impl Cache {
         Ok(cache)
     }
 
+    /// Where it lives.
+    pub(crate) fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// Tokens that it has room for.
     pub fn capacity(&self) -> usize {
         self.capacity
@@ -227,7 +232,7 @@ impl Cache {
             self.layers[layer].tail.push(fresh);
         }
         let page = Arc::get_mut(&mut self.layers[layer].tail[page]).expect("an incomplete page has one owner");
-        ops::kv::write_pairs(&self.shape, page, position % PAGE, k, v);
+        ops::kv::write_pairs(self.device.isa(), &self.shape, page, position % PAGE, k, v);
     }
 
     /// The end of a decode step: the counters move, and a page that counts as offloaded from now on is packed and sent

@@ -21,13 +21,13 @@ impl Cache {
         let width = self.shape.n_kv_heads * self.shape.head_dim;
         let (mut k, mut v) = (vec![0.0; width], vec![0.0; width]);
         let mut random = Random(seed);
-        let mut sent = 0;
+        let (mut sent, device) = (0, self.device().clone());
         for layer in 0..self.shape.n_layers {
             let mut pages = self.prefill_pages(layer, n);
             for token in 0..n {
                 let page = WidePage::get_mut(&mut pages[token / PAGE]).expect("a page that is filled has one owner");
                 k.iter_mut().chain(&mut v).for_each(|x| *x = random.normal());
-                ops::kv::write_pairs(&self.shape, page, token % PAGE, &k, &v);
+                ops::kv::write_pairs(device.isa(), &self.shape, page, token % PAGE, &k, &v);
             }
             sent += self.settle_prefill(layer, n, pages);
         }

@@ -1,30 +1,20 @@
 //! New pairs on their way into the cache.
 
-use half::slice::HalfFloatSliceExt;
-
+use crate::cpu::Isa;
+use crate::cpu::round::round_into;
 use crate::device::Buffer;
 use crate::kv::layout::KvShape;
-use crate::model::Dtype;
 
 /// Rounds K (after RoPE) and V of one token to the cache's number type and writes them as `token` of a wide page.
 ///
 /// `k`, `v`: `[n_kv_heads, head_dim]`.
-pub fn write_pairs(shape: &KvShape, page: &mut Buffer, token: usize, k: &[f32], v: &[f32]) {
+pub fn write_pairs(isa: Isa, shape: &KvShape, page: &mut Buffer, token: usize, k: &[f32], v: &[f32]) {
     assert_eq!((k.len(), v.len()), (shape.n_kv_heads * shape.head_dim, k.len()), "write_pairs: k and v");
     let heads = k.chunks_exact(shape.head_dim).zip(v.chunks_exact(shape.head_dim));
     for (head, (k, v)) in heads.enumerate() {
         let pair = &mut page.bytes_mut()[shape.pair(head, token)];
         let (to_k, to_v) = pair.split_at_mut(pair.len() / 2);
-        round_into(shape.dtype, k, to_k);
-        round_into(shape.dtype, v, to_v);
-    }
-}
-
-/// Rounds to nearest, ties to even.
-fn round_into(dtype: Dtype, from: &[f32], to: &mut [u8]) {
-    match dtype {
-        Dtype::Bf16 => bytemuck::cast_slice_mut::<_, half::bf16>(to).convert_from_f32_slice(from),
-        Dtype::F16 => bytemuck::cast_slice_mut::<_, half::f16>(to).convert_from_f32_slice(from),
-        Dtype::F32 => bytemuck::cast_slice_mut::<_, f32>(to).copy_from_slice(from),
+        round_into(isa, shape.dtype, k, to_k);
+        round_into(isa, shape.dtype, v, to_v);
     }
 }

@@ -175,10 +175,6 @@ impl Simd for Avx2 {
     unsafe fn select(m: V, a: V, b: V) -> V {
         [_mm256_blendv_ps(b[0], a[0], m[0]), _mm256_blendv_ps(b[1], a[1], m[1])]
     }
-    #[inline(always)]
-    unsafe fn mask_bits(m: V) -> u16 {
-        (_mm256_movemask_ps(m[0]) | _mm256_movemask_ps(m[1]) << 8) as u16
-    }
 
     #[inline(always)]
     unsafe fn round(x: V) -> V {

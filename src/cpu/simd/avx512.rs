@@ -120,10 +120,6 @@ impl Simd for Avx512 {
     unsafe fn select(m: __mmask16, a: __m512, b: __m512) -> __m512 {
         _mm512_mask_blend_ps(m, b, a)
     }
-    #[inline(always)]
-    unsafe fn mask_bits(m: __mmask16) -> u16 {
-        m
-    }
 
     #[inline(always)]
     unsafe fn round(x: __m512) -> __m512 {

@@ -175,14 +175,6 @@ impl Simd for Portable {
             |i| if m[i] { a[i] } else { b[i] },
         )
     }
-    #[inline(always)]
-    unsafe fn mask_bits(m: [bool; LANES]) -> u16 {
-        m.iter().enumerate().fold(
-            0,
-            #[inline(always)]
-            |bits, (i, &b)| bits | u16::from(b) << i,
-        )
-    }
 
     #[inline(always)]
     unsafe fn round(x: V) -> V {

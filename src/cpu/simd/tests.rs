@@ -129,17 +129,6 @@ fn reductions_have_one_order() {
 }
 
 #[test]
-fn mask_bits_number_the_lanes() {
-    for isa in Isa::available() {
-        for (a, b) in &pairs() {
-            // SAFETY: the loads stay within arrays of 16.
-            let bits = dispatch!(isa, S => unsafe { S::mask_bits(S::lt(S::load(a.as_ptr()), S::load(b.as_ptr()))) });
-            assert_eq!(bits, (0..LANES).fold(0, |m, i| m | u16::from(a[i] < b[i]) << i), "{isa}");
-        }
-    }
-}
-
-#[test]
 fn round_to_nearest_even() {
     for isa in Isa::available() {
         let mut rng = Pcg64::seed_from_u64(1);
