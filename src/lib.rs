@@ -13,6 +13,7 @@ pub mod prefill;
 pub mod reference;
 pub mod sampler;
 pub mod session;
+pub mod sim;
 pub mod teacher;
 pub mod tokenizer;
 

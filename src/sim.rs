@@ -1,0 +1,296 @@
+//! A deterministic simulation of a decode step's pipeline: the schedules of [`crate::kv::prefetch`] with given operation
+//! costs, for planning on cards that are not there and for holding the schedules against their bound.
+//!
+//! Two resources work beside each other: the compute stream and the link from the host. A layer's prefetch is issued when
+//! its attention has been computed and is needed by the same layer's attention one step later.
+
+use crate::kv::options::{KvMode, KvOptions, PAGE};
+use crate::kv::{Counters, KvShape};
+use crate::model::Config;
+
+/// How the compute stream waits for prefetched pairs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Schedule {
+    /// Each layer's fetch is waited for where it is issued.
+    Serial,
+    /// A second stream, a copy per sequence and layer, and before each attention a wait for everything that stream has
+    /// been given: what the paper describes.
+    Stream,
+    /// One copy per layer for the whole batch, and each layer waits for its own event of the step before.
+    #[default]
+    Event,
+}
+
+impl Schedule {
+    /// All of them, the slowest first.
+    pub const ALL: [Schedule; 3] = [Schedule::Serial, Schedule::Stream, Schedule::Event];
+
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Schedule::Serial => "serial",
+            Schedule::Stream => "stream",
+            Schedule::Event => "event",
+        }
+    }
+}
+
+/// Costs of a decode step, microseconds and bytes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Costs {
+    /// L.
+    pub n_layers: usize,
+    /// Norm, QKV, attention and selection of a layer.
+    pub attention_us: f64,
+    /// Output projection and MLP of a layer.
+    pub rest_us: f64,
+    /// Embedding, final norm, LM head.
+    pub head_us: f64,
+    /// Bytes that a layer fetches for the whole batch.
+    pub fetch_bytes: f64,
+    /// Sequences: copies that `stream` makes per layer.
+    pub sequences: usize,
+    /// Start-up time of a copy, the gather's included.
+    pub copy_latency_us: f64,
+    /// Bytes per microsecond of gather and link together.
+    pub link_bytes_per_us: f64,
+}
+
+/// One layer of one step on the time line, microseconds from the step's begin.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LayerTimes {
+    /// The compute stream is ready for this layer's attention.
+    pub ready_us: f64,
+    /// Attention begins: later than `ready_us` by the exposed time.
+    pub begin_us: f64,
+    /// The layer is done.
+    pub end_us: f64,
+    /// The link begins with this layer's prefetch for the next step.
+    pub copy_begin_us: f64,
+    /// The link is done with it. May lie in the next step.
+    pub copy_end_us: f64,
+}
+
+/// A step in the steady state.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Step {
+    /// Length of the step.
+    pub step_us: f64,
+    /// Part of it that computation waited.
+    pub exposed_us: f64,
+    /// Every layer.
+    pub layers: Vec<LayerTimes>,
+}
+
+impl Costs {
+    /// A step without any wait.
+    pub fn compute_us(&self) -> f64 {
+        self.n_layers as f64 * (self.attention_us + self.rest_us) + self.head_us
+    }
+
+    /// What the link is busy for in a step, if each layer is one copy.
+    pub fn copy_us(&self) -> f64 {
+        self.n_layers as f64 * self.layer_copy_us(1)
+    }
+
+    /// No schedule can be faster: neither compute nor link is ever idle while the other is the narrower.
+    pub fn bound_us(&self) -> f64 {
+        self.compute_us().max(self.copy_us())
+    }
+
+    fn layer_copy_us(&self, copies: usize) -> f64 {
+        if self.fetch_bytes == 0.0 {
+            return 0.0;
+        }
+        copies as f64 * self.copy_latency_us + self.fetch_bytes / self.link_bytes_per_us
+    }
+
+    /// The last of many steps: where the link is just too slow, it falls behind by a little each step, and it takes a
+    /// while until the slack of a whole step is used up.
+    pub fn simulate(&self, schedule: Schedule) -> Step {
+        const STEPS: usize = 4096;
+        let copies = if schedule == Schedule::Event { 1 } else { self.sequences };
+        let copy_us = self.layer_copy_us(copies);
+        let (mut now, mut link_free) = (0.0f64, 0.0f64);
+        let mut arrived = vec![0.0f64; self.n_layers];
+        let mut step = Step { step_us: 0.0, exposed_us: 0.0, layers: Vec::new() };
+        for _ in 0..STEPS {
+            let begin = now;
+            step = Step { step_us: 0.0, exposed_us: 0.0, layers: Vec::with_capacity(self.n_layers) };
+            for arrival in &mut arrived {
+                let ready = now;
+                let needed = match schedule {
+                    Schedule::Serial => now,
+                    Schedule::Stream => link_free,
+                    Schedule::Event => *arrival,
+                };
+                let start = ready.max(needed);
+                step.exposed_us += start - ready;
+                now = start + self.attention_us;
+                let copy_begin = link_free.max(now);
+                link_free = copy_begin + copy_us;
+                *arrival = link_free;
+                if schedule == Schedule::Serial {
+                    step.exposed_us += link_free - now;
+                    now = link_free;
+                }
+                now += self.rest_us;
+                step.layers.push(LayerTimes {
+                    ready_us: ready - begin,
+                    begin_us: start - begin,
+                    end_us: now - begin,
+                    copy_begin_us: copy_begin - begin,
+                    copy_end_us: link_free - begin,
+                });
+            }
+            now += self.head_us;
+            step.step_us = now - begin;
+        }
+        step
+    }
+}
+
+/// What a card can do, for estimates. Figures of its data sheet unless said otherwise.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Gpu {
+    /// The name on the command line.
+    pub name: &'static str,
+    /// Device memory, GiB.
+    pub memory_gib: f64,
+    /// Memory bandwidth, GB/s.
+    pub memory_gbps: f64,
+    /// Share of it that a good kernel reads: 81 % was measured on an H200 (3.9 of 4.8 TB/s).
+    pub read_share: f64,
+    /// Scattered 512-byte rows from pinned host memory, GB/s: 35 to 37 were measured on PCIe 5 (nvbandwidth on H100,
+    /// ESS); half of that is assumed for PCIe 4.
+    pub gather_gbps: f64,
+    /// From the end of a selection to the first byte of its copy, microseconds: a launch and a PCIe round trip.
+    pub copy_latency_us: f64,
+}
+
+impl Gpu {
+    /// The cards that are known.
+    pub const ALL: [Gpu; 4] = [
+        Gpu::new("a6000", 48.0, 768.0, 17.5),
+        Gpu::new("4090", 24.0, 1008.0, 17.5),
+        Gpu::new("h100", 80.0, 3350.0, 35.0),
+        Gpu::new("h200", 141.0, 4800.0, 35.0),
+    ];
+
+    const fn new(name: &'static str, memory_gib: f64, memory_gbps: f64, gather_gbps: f64) -> Gpu {
+        Gpu { name, memory_gib, memory_gbps, read_share: 0.81, gather_gbps, copy_latency_us: 8.0 }
+    }
+
+    /// The card of this name.
+    pub fn named(name: &str) -> Option<Gpu> {
+        Gpu::ALL.into_iter().find(|gpu| gpu.name == name)
+    }
+
+    /// Costs of a decode step from bytes over bandwidth: weights are read once for all rows, every sequence reads its own
+    /// KV. Compute-bound batches are slower than this says.
+    ///
+    /// `fetched_share` is the share of the k pairs that are not there already (1 without delta prefetch).
+    pub fn costs(&self, config: &Config, kv: &KvOptions, context: usize, batch: usize, fetched_share: f64) -> Costs {
+        let shape = KvShape::new(config, kv);
+        let us = |bytes: f64| bytes / (self.memory_gbps * self.read_share * 1e3);
+        let (h, d, hkv) = (config.n_heads as f64, config.head_dim as f64, config.n_kv_heads as f64);
+        let hidden = config.hidden_size as f64;
+        let qkv = 2.0 * hidden * d * (h + 2.0 * hkv);
+        let rest = 2.0 * hidden * (d * h + 3.0 * config.intermediate_size as f64);
+        let head = 2.0 * hidden * config.vocab_size as f64;
+
+        let mut counters = Counters::new(kv);
+        counters.after_prefill(context);
+        let low = if kv.mode.low_bit() { counters.nq } else { 0 };
+        let wide = (context - low) as f64 * hkv * shape.pair_bytes() as f64;
+        let packed = (low / PAGE * shape.packed_page_bytes()) as f64;
+        let pairs = if kv.mode.fetches() { kv.top_k.min(counters.no) as f64 } else { 0.0 };
+        let slots = pairs * hkv * shape.pair_bytes() as f64;
+        let kv_bytes = batch as f64 * (wide + packed + slots);
+        let fetch_bytes = match kv.mode {
+            KvMode::Offload => counters.nq as f64 * hkv * shape.pair_bytes() as f64,
+            _ => slots * fetched_share,
+        };
+        Costs {
+            n_layers: config.n_layers,
+            attention_us: us(qkv + kv_bytes),
+            rest_us: us(rest),
+            head_us: us(head),
+            fetch_bytes: batch as f64 * fetch_bytes,
+            sequences: batch,
+            copy_latency_us: self.copy_latency_us,
+            link_bytes_per_us: self.gather_gbps * 1e3,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn costs(fetch_us: f64, latency: f64, sequences: usize) -> Costs {
+        Costs {
+            n_layers: 32,
+            attention_us: 30.0,
+            rest_us: 70.0,
+            head_us: 200.0,
+            fetch_bytes: fetch_us,
+            sequences,
+            copy_latency_us: latency,
+            link_bytes_per_us: 1.0,
+        }
+    }
+
+    /// Worked by hand: 32 layers of 100 us and a head of 200 us; a fetch of 50 us.
+    #[test]
+    fn a_step_worked_by_hand() {
+        let c = costs(45.0, 5.0, 1);
+        assert_eq!((c.compute_us(), c.copy_us(), c.bound_us()), (3400.0, 1600.0, 3400.0));
+        let serial = c.simulate(Schedule::Serial);
+        assert_eq!((serial.step_us, serial.exposed_us), (3400.0 + 32.0 * 50.0, 32.0 * 50.0));
+        // The copy of the layer before is done 20 us before the next layer is ready.
+        let stream = c.simulate(Schedule::Stream);
+        assert_eq!((stream.step_us, stream.exposed_us), (3400.0, 0.0));
+        let event = c.simulate(Schedule::Event);
+        assert_eq!((event.step_us, event.exposed_us), (3400.0, 0.0));
+    }
+
+    /// A fetch that is longer than the rest of its layer, but not than the layer: only `event` hides it.
+    #[test]
+    fn only_events_hide_what_outlasts_the_layer() {
+        let c = costs(90.0, 5.0, 1);
+        let stream = c.simulate(Schedule::Stream);
+        // 25 us at each layer but the first, which has the head's time behind it.
+        assert!((stream.exposed_us - 31.0 * 25.0).abs() < 1e-6, "{}", stream.exposed_us);
+        assert_eq!(c.simulate(Schedule::Event).exposed_us, 0.0);
+    }
+
+    /// Where the link is the narrower, `event` runs at the link's pace, never below the bound.
+    #[test]
+    fn events_reach_the_bound_on_both_sides_of_it() {
+        for fetch_us in [0.0, 1.0, 50.0, 99.0, 105.0, 106.0, 110.0, 200.0, 1000.0] {
+            for sequences in [1, 8, 24] {
+                let c = costs(fetch_us, 2.0, sequences);
+                let steps = Schedule::ALL.map(|s| c.simulate(s).step_us);
+                assert!(steps[2] <= c.bound_us() * 1.01, "{fetch_us}: {} over {}", steps[2], c.bound_us());
+                assert!(steps.iter().all(|&s| s >= c.bound_us() - 1e-6), "{fetch_us}: {steps:?}");
+                assert!(steps[2] <= steps[1] && steps[1] <= steps[0] + 1e-6, "{fetch_us}: {steps:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn estimates_of_a_known_card() {
+        let config = crate::model::synthetic::config("llama-3-8b").unwrap();
+        let kv = KvOptions::default();
+        let gpu = Gpu::named("h200").unwrap();
+        let c = gpu.costs(&config, &kv, 32_768, 1, 1.0);
+        // k pairs of 512 bytes for 8 KV heads: 262,144 bytes a layer, 8.4 MB a step, 240 us at 35 GB/s.
+        assert_eq!(c.fetch_bytes, 262_144.0);
+        assert!((c.copy_us() - 32.0 * c.copy_latency_us - 240.0).abs() < 1.0, "{}", c.copy_us());
+        // 15 GB of weights at 3.9 TB/s are 3.9 ms; 2-bit KV at 32k is 640 MB, 0.17 ms.
+        assert!((3800.0..4400.0).contains(&c.compute_us()), "{}", c.compute_us());
+        assert_eq!(c.simulate(Schedule::Event).exposed_us, 0.0);
+        assert!(Gpu::named("voodoo").is_none());
+    }
+}
