@@ -9,25 +9,18 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::attn_kernels::{self as kernels, Task};
+use super::attn_kernels::{self as kernels, CHUNK_PAGES, MAX_QUERIES, Task};
 use super::disjoint::Disjoint;
-use super::element::with_element;
-use super::simd::{Isa, dispatch};
+use super::simd::Isa;
 use crate::kv::options::PAGE;
 use crate::ops::attn_decode::{KvView, SeqRows};
 
-/// Pages of a chunk: 1,024 tokens are enough work to hide the cost of a task, and a context of 8k still makes eight
-/// tasks of every KV head.
-pub(crate) const CHUNK_PAGES: usize = 16;
 const CHUNK_TOKENS: usize = CHUNK_PAGES * PAGE;
 
 /// Tokens of chunk `chunk` of a sequence of `tokens`.
 fn chunk_len(tokens: usize, chunk: usize) -> usize {
     (tokens - chunk * CHUNK_TOKENS).min(CHUNK_TOKENS)
 }
-
-/// Query rows of one task, rows x G; 2 x 16 at most.
-pub const MAX_QUERIES: usize = 32;
 
 /// What a step's attention leaves behind for the selection, layer after layer in the same memory.
 #[derive(Default)]
@@ -201,7 +194,7 @@ fn run_chunks<'a>(
             )
         };
         let task = Task { view: &view(seq), rows: seqs[seq], group_heads, n_heads, head, chunk, q };
-        TEMP.with_borrow_mut(|temp| run(isa, &task, kernels::Outputs { probs, partial, max, sum }, temp));
+        TEMP.with_borrow_mut(|temp| kernels::chunk(isa, &task, kernels::Outputs { probs, partial, max, sum }, temp));
     };
     // Below about this many multiply-adds a task costs less than waking a thread for it.
     let work: usize = parts.iter().map(|p| p.queries * p.tokens).sum::<usize>() * shape.n_kv_heads * shape.head_dim;
@@ -235,11 +228,4 @@ fn combine<'a>(
 thread_local! {
     /// Scaled queries and a page's temporaries; a task never calls into rayon while it holds them.
     static TEMP: RefCell<kernels::Temp> = RefCell::default();
-}
-
-fn run(isa: Isa, task: &Task, out: kernels::Outputs, temp: &mut kernels::Temp) {
-    with_element!(task.view.shape.dtype, E => {
-        // SAFETY: `dispatch!` switches on the features of S; E is the view's number type; the caller has checked shapes.
-        dispatch!(isa, S => unsafe { kernels::chunk::<S, E>(task, out, temp) })
-    });
 }

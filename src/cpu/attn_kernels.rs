@@ -6,11 +6,19 @@
 #![allow(clippy::needless_range_loop)] // Indices say which query and vector.
 #![allow(unsafe_op_in_unsafe_fn)] // As in `simd`: a block around each lane operation would say nothing.
 
-use super::attn_decode::CHUNK_PAGES;
-use super::element::Element;
-use super::simd::{LANES, Simd};
+use super::element::{Element, with_element};
+use super::simd::{Isa, LANES, Simd, dispatch};
+use crate::kv::layout::PackedLayout;
 use crate::kv::options::PAGE;
+use crate::model::Dtype;
 use crate::ops::attn_decode::{Far, KvView, Replaced, SeqRows};
+
+/// Pages of a chunk: 1,024 tokens are enough work to hide the cost of a task, and a context of 8k still makes eight
+/// tasks of every KV head.
+pub(crate) const CHUNK_PAGES: usize = 16;
+
+/// Query rows of one task, rows x G; 2 x 16 at most.
+pub(crate) const MAX_QUERIES: usize = 32;
 
 /// One chunk of one KV head of one sequence.
 pub(crate) struct Task<'a> {
@@ -78,24 +86,11 @@ fn replaced_in<'a>(view: &KvView<'a>, head: usize, page: usize) -> impl Iterator
     here.enumerate().map(move |(i, p)| (p % PAGE, &pairs[(first + i) * pair..][..pair]))
 }
 
-/// Scores, softmax and values of one chunk.
+/// Scores, softmax and values of one chunk. The instruction set is dispatched per page and not per chunk: a page is a
+/// thousand times the dispatch, and the kernels are compiled once per set and number type, not once per combination.
 ///
-/// # Safety
-/// The features of `S` are switched on, `E` is the number type of the view's wide pages, and the shapes are as
-/// [`crate::ops::attn_decode::attend`] checks them.
-#[inline(always)]
-pub(crate) unsafe fn chunk<S: Simd, E: Element>(task: &Task, out: Outputs, temp: &mut Temp) {
-    match task.view.shape.packed.bits {
-        1 => chunk_of_bits::<S, E, 1>(task, out, temp),
-        2 => chunk_of_bits::<S, E, 2>(task, out, temp),
-        _ => chunk_of_bits::<S, E, 4>(task, out, temp),
-    }
-}
-
-/// # Safety
-/// As [`chunk`]; `BITS` are those of the view's packed pages.
-#[inline(always)]
-unsafe fn chunk_of_bits<S: Simd, E: Element, const BITS: usize>(task: &Task, out: Outputs, temp: &mut Temp) {
+/// The shapes are as [`crate::ops::attn_decode::attend`] checks them.
+pub(crate) fn chunk(isa: Isa, task: &Task, out: Outputs, temp: &mut Temp) {
     let Task { view, rows, group_heads, head, .. } = *task;
     let (d, queries) = (view.shape.head_dim, rows.n_rows * group_heads);
     let first = task.chunk * CHUNK_PAGES;
@@ -104,6 +99,8 @@ unsafe fn chunk_of_bits<S: Simd, E: Element, const BITS: usize>(task: &Task, out
     // Pages that lie wholly behind the window of the first row lie behind that of the second too.
     let hidden = view.window.map_or(0, |w| (rows.position + 1).saturating_sub(w));
     let begin = first.max(hidden / PAGE).min(last);
+    let valid = |page: usize| (rows.position + rows.n_rows - page * PAGE).min(PAGE);
+    let wide = |bytes, tokens| Wide { bytes, tokens, d, dtype: view.shape.dtype };
 
     temp.q.resize(queries * d, 0.0);
     temp.folded.resize(queries * d.max(PAGE), 0.0);
@@ -115,15 +112,12 @@ unsafe fn chunk_of_bits<S: Simd, E: Element, const BITS: usize>(task: &Task, out
         let scores = &mut out.probs[(page_index - first) * PAGE..];
         match page(view, head, page_index) {
             Page::Packed(bytes) => {
-                score_packed::<S, BITS>(&view.shape.packed, bytes, queries, temp, scores, tokens);
+                score_packed(isa, &view.shape.packed, bytes, queries, temp, scores, tokens);
                 for (token, pair) in replaced_in(view, head, page_index) {
-                    score_wide::<S, E>(pair, 1, d, queries, &temp.q, &mut scores[token..], tokens);
+                    score_wide(isa, wide(pair, 1), queries, &temp.q, &mut scores[token..], tokens);
                 }
             }
-            Page::Wide(bytes) => {
-                let valid = (rows.position + rows.n_rows - page_index * PAGE).min(PAGE);
-                score_wide::<S, E>(bytes, valid, d, queries, &temp.q, scores, tokens);
-            }
+            Page::Wide(bytes) => score_wide(isa, wide(bytes, valid(page_index)), queries, &temp.q, scores, tokens),
         }
     }
 
@@ -133,7 +127,8 @@ unsafe fn chunk_of_bits<S: Simd, E: Element, const BITS: usize>(task: &Task, out
         let visible = (view.window.map_or(0, |w| (position + 1).saturating_sub(w)), position + 1);
         let local = |p: usize| p.saturating_sub(begin * PAGE).min(scores.len());
         let visible = local(visible.0)..local(visible.1);
-        (out.max[query], out.sum[query]) = softmax::<S>(scores, visible);
+        // SAFETY: whole pages of scores are a multiple of 16, and `visible` was cut to them.
+        (out.max[query], out.sum[query]) = dispatch!(isa, S => unsafe { softmax::<S>(scores, visible) });
     }
 
     out.partial.fill(0.0);
@@ -145,25 +140,85 @@ unsafe fn chunk_of_bits<S: Simd, E: Element, const BITS: usize>(task: &Task, out
                     temp.p[query * PAGE..][..PAGE].copy_from_slice(&probs[query * tokens..][..PAGE]);
                 }
                 for (token, pair) in replaced_in(view, head, page_index) {
-                    mix_wide::<S, E>(pair, 1, d, queries, &probs[token..], tokens, out.partial);
+                    mix_wide(isa, wide(pair, 1), queries, &probs[token..], tokens, out.partial);
                     (0..queries).for_each(|query| temp.p[query * PAGE + token] = 0.0);
                 }
-                mix_packed::<S, BITS>(&view.shape.packed, bytes, queries, temp, out.partial);
+                mix_packed(isa, &view.shape.packed, bytes, queries, temp, out.partial);
             }
             Page::Wide(bytes) => {
-                // Row 1's own pair apart: it may be NaN, and row 0's zero probability would not keep that out.
-                let local = |position: usize| position.saturating_sub(page_index * PAGE).min(PAGE);
-                let (both, all) = (local(rows.position + 1), local(rows.position + rows.n_rows));
-                mix_wide::<S, E>(bytes, both, d, queries, probs, tokens, out.partial);
-                if all > both {
-                    let (bytes, row_1) =
-                        (&bytes[both * view.shape.pair_bytes()..], &mut out.partial[group_heads * d..]);
-                    let probs = &probs[group_heads * tokens + both..];
-                    mix_wide::<S, E>(bytes, all - both, d, group_heads, probs, tokens, row_1);
-                }
+                mix_wide(isa, wide(bytes, valid(page_index)), queries, probs, tokens, out.partial);
             }
         }
     }
+}
+
+/// The first `tokens` pairs of one KV head of a wide page.
+#[derive(Clone, Copy)]
+struct Wide<'a> {
+    bytes: &'a [u8],
+    tokens: usize,
+    d: usize,
+    dtype: Dtype,
+}
+
+/// `bits!(layout.bits, BITS => call)`: the call with the number of bits as a constant.
+macro_rules! bits {
+    ($bits:expr, $BITS:ident => $call:expr) => {
+        match $bits {
+            1 => {
+                const $BITS: usize = 1;
+                $call
+            }
+            2 => {
+                const $BITS: usize = 2;
+                $call
+            }
+            _ => {
+                const $BITS: usize = 4;
+                $call
+            }
+        }
+    };
+}
+
+/// Scores of all queries (`temp.q`) against one head of a packed page: `scores[query * stride + token]`.
+fn score_packed(
+    isa: Isa,
+    layout: &PackedLayout,
+    bytes: &[u8],
+    queries: usize,
+    temp: &mut Temp,
+    scores: &mut [f32],
+    stride: usize,
+) {
+    bits!(layout.bits, BITS => {
+        // SAFETY: `bytes` is one head of a page of this layout, and the chunk has laid `temp` out for it.
+        dispatch!(isa, S => unsafe { score_codes::<S, BITS>(layout, bytes, queries, temp, scores, stride) })
+    });
+}
+
+/// `partial[query] += sum_t p[query][t] v_t` over one head of a packed page, with `temp.p` as the probabilities.
+fn mix_packed(isa: Isa, layout: &PackedLayout, bytes: &[u8], queries: usize, temp: &mut Temp, partial: &mut [f32]) {
+    bits!(layout.bits, BITS => {
+        // SAFETY: as in `score_packed`.
+        dispatch!(isa, S => unsafe { mix_codes::<S, BITS>(layout, bytes, queries, temp, partial) })
+    });
+}
+
+/// Scores of all queries against wide pairs: `scores[query * stride + token]`.
+fn score_wide(isa: Isa, wide: Wide, queries: usize, q: &[f32], scores: &mut [f32], stride: usize) {
+    with_element!(wide.dtype, E => {
+        // SAFETY: E is the number type; the kernel asserts the lengths.
+        dispatch!(isa, S => unsafe { score_pairs::<S, E>(wide, queries, q, scores, stride) })
+    });
+}
+
+/// `partial[query] += sum_t p[query * stride + t] v_t` over wide pairs.
+fn mix_wide(isa: Isa, wide: Wide, queries: usize, p: &[f32], stride: usize, partial: &mut [f32]) {
+    with_element!(wide.dtype, E => {
+        // SAFETY: E is the number type; the kernel asserts the lengths.
+        dispatch!(isa, S => unsafe { mix_pairs::<S, E>(wide, queries, p, stride, partial) })
+    });
 }
 
 /// `q / sqrt(D)` of all query rows of a KV head: row r, head h of the group at `[r * G + h]`.
@@ -263,13 +318,13 @@ unsafe fn fold<S: Simd>(a: &[f32], b: &[f32], c: &[f32], to: &mut [f32]) -> f32 
     S::sum(dot)
 }
 
-/// Scores of all queries against one head of a packed page: `scores[query * stride + token]`.
+/// See [`score_packed`].
 ///
 /// # Safety
 /// The features of `S`; `bytes` is one head of a page of this layout; `temp` is laid out for it.
 #[inline(always)]
-unsafe fn score_packed<S: Simd, const BITS: usize>(
-    layout: &crate::kv::layout::PackedLayout,
+unsafe fn score_codes<S: Simd, const BITS: usize>(
+    layout: &PackedLayout,
     bytes: &[u8],
     queries: usize,
     temp: &mut Temp,
@@ -278,7 +333,7 @@ unsafe fn score_packed<S: Simd, const BITS: usize>(
 ) {
     let (d, g) = (layout.head_dim, layout.group_size);
     let codes = &bytes[layout.k_codes()];
-    let mut bias = [0f32; super::attn_decode::MAX_QUERIES];
+    let mut bias = [0f32; MAX_QUERIES];
     for (group, params) in bytes[layout.k_params()].chunks_exact(4 * d).enumerate() {
         widen_f16::<S>(params, &mut temp.params);
         let (zero, scale) = temp.params.split_at(d);
@@ -331,20 +386,13 @@ unsafe fn multiply_codes<S: Simd, const BITS: usize, const T: usize>(
     }
 }
 
-/// Scores of all queries against the first `tokens` pairs of a wide page: `scores[query * stride + token]`.
+/// See [`score_wide`].
 ///
 /// # Safety
-/// The features of `S`; `bytes` holds `tokens` pairs of `2 d` numbers of type `E`.
+/// The features of `S`; `E` is the number type of the pairs.
 #[inline(always)]
-unsafe fn score_wide<S: Simd, E: Element>(
-    bytes: &[u8],
-    tokens: usize,
-    d: usize,
-    queries: usize,
-    q: &[f32],
-    scores: &mut [f32],
-    stride: usize,
-) {
+unsafe fn score_pairs<S: Simd, E: Element>(wide: Wide, queries: usize, q: &[f32], scores: &mut [f32], stride: usize) {
+    let Wide { bytes, tokens, d, .. } = wide;
     assert!(bytes.len() >= tokens * 2 * d * E::BYTES);
     for token in 0..tokens {
         let k = bytes.as_ptr().add(token * 2 * d * E::BYTES);
@@ -384,13 +432,13 @@ unsafe fn dots<S: Simd, E: Element, const T: usize>(k: *const u8, d: usize, q: *
     dots
 }
 
-/// `partial[query] += sum_t p[query][t] v_t` over one head of a packed page, with `temp.p` as the probabilities.
+/// See [`mix_packed`].
 ///
 /// # Safety
-/// As [`score_packed`].
+/// As [`score_codes`].
 #[inline(always)]
-unsafe fn mix_packed<S: Simd, const BITS: usize>(
-    layout: &crate::kv::layout::PackedLayout,
+unsafe fn mix_codes<S: Simd, const BITS: usize>(
+    layout: &PackedLayout,
     bytes: &[u8],
     queries: usize,
     temp: &mut Temp,
@@ -399,7 +447,7 @@ unsafe fn mix_packed<S: Simd, const BITS: usize>(
     let (d, g) = (layout.head_dim, layout.group_size);
     let codes = &bytes[layout.v_codes()];
     let step = d / 32 * 4 * BITS;
-    let mut bias = [0f32; super::attn_decode::MAX_QUERIES];
+    let mut bias = [0f32; MAX_QUERIES];
     let mut mixed = [0f32; 8 * 32];
     for (group, params) in bytes[layout.v_params()].chunks_exact(4 * PAGE).enumerate() {
         widen_f16::<S>(params, &mut temp.params);
@@ -426,20 +474,13 @@ unsafe fn mix_packed<S: Simd, const BITS: usize>(
     }
 }
 
-/// `partial[query] += sum_t p[query * stride + t] v_t` over the first `tokens` pairs of a wide page.
+/// See [`mix_wide`].
 ///
 /// # Safety
-/// As [`score_wide`].
+/// As [`score_pairs`].
 #[inline(always)]
-unsafe fn mix_wide<S: Simd, E: Element>(
-    bytes: &[u8],
-    tokens: usize,
-    d: usize,
-    queries: usize,
-    p: &[f32],
-    stride: usize,
-    partial: &mut [f32],
-) {
+unsafe fn mix_pairs<S: Simd, E: Element>(wide: Wide, queries: usize, p: &[f32], stride: usize, partial: &mut [f32]) {
+    let Wide { bytes, tokens, d, .. } = wide;
     assert!(bytes.len() >= tokens * 2 * d * E::BYTES && p.len() >= (queries - 1) * stride + tokens);
     assert!(partial.len() >= queries * d);
     let v = bytes.as_ptr().add(d * E::BYTES);
@@ -461,10 +502,10 @@ unsafe fn mix_wide<S: Simd, E: Element>(
     });
 }
 
-/// [`mix_wide`] for the last `n < 16` channels of a head_dim that is no multiple of 16.
+/// [`mix_pairs`] for the last `n < 16` channels of a head_dim that is no multiple of 16.
 ///
 /// # Safety
-/// As [`mix_wide`].
+/// As [`mix_pairs`].
 #[inline(always)]
 #[allow(clippy::too_many_arguments)] // As `mix_columns`, with a count of channels.
 unsafe fn mix_rest<S: Simd, E: Element, const T: usize>(
@@ -492,10 +533,10 @@ unsafe fn mix_rest<S: Simd, E: Element, const T: usize>(
     }
 }
 
-/// [`mix_wide`] for `W` vectors of channels and `T` rows.
+/// [`mix_pairs`] for `W` vectors of channels and `T` rows.
 ///
 /// # Safety
-/// As [`mix_wide`].
+/// As [`mix_pairs`].
 #[inline(always)]
 unsafe fn mix_columns<S: Simd, E: Element, const T: usize, const W: usize>(
     v: *const u8,
