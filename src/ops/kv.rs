@@ -20,11 +20,16 @@ pub fn write_pairs(shape: &KvShape, page: &mut Buffer, token: usize, k: &[f32], 
     }
 }
 
-/// Rounds to nearest, ties to even.
+/// Rounds to nearest, ties to even. What fp16 cannot hold becomes NaN, which fails the request with the layer's name: a
+/// score of minus infinity would hide the token without a word.
 fn round_into(dtype: Dtype, from: &[f32], to: &mut [u8]) {
     match dtype {
         Dtype::Bf16 => bytemuck::cast_slice_mut::<_, half::bf16>(to).convert_from_f32_slice(from),
-        Dtype::F16 => bytemuck::cast_slice_mut::<_, half::f16>(to).convert_from_f32_slice(from),
+        Dtype::F16 => {
+            let to = bytemuck::cast_slice_mut::<_, half::f16>(to);
+            to.convert_from_f32_slice(from);
+            to.iter_mut().filter(|x| x.is_infinite()).for_each(|x| *x = half::f16::NAN);
+        }
         Dtype::F32 => bytemuck::cast_slice_mut::<_, f32>(to).copy_from_slice(from),
     }
 }
