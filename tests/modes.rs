@@ -239,10 +239,10 @@ fn check(case: &Case) -> Selected {
         selected.sets += run.selected.sets;
         selected.differ += run.selected.differ;
         // The bound: an implementation is nearer to the oracle than a tenth of what the low-bit cache costs.
-        if let (KvMode::Kivi, Some((seed, full))) = (mode, &full) {
-            if *seed == run.seed {
-                kivi_costs = Distance::between(&run.theirs, full).mean_kld;
-            }
+        if let (KvMode::Kivi, Some((seed, full))) = (mode, &full)
+            && *seed == run.seed
+        {
+            kivi_costs = Distance::between(&run.theirs, full).mean_kld;
         }
         if kivi_costs > 0.0 {
             let kld = run.distance.mean_kld;

@@ -4,6 +4,7 @@
 //! `q . k = sum_c (q_c scale_c) code_c + q . zero`: the scale goes into q once per page and group, the zero is a bias,
 //! and what is left per code is one multiply-add. Likewise `sum_t p_t v_t = sum_t (p_t scale_t) code_t + p . zero`.
 #![allow(unsafe_op_in_unsafe_fn)] // As in `simd`: a block around each lane operation would say nothing.
+#![allow(clippy::needless_range_loop)] // One index over several register tiles.
 
 use super::attn_decode::CHUNK_PAGES;
 use super::simd::{LANES, Simd};

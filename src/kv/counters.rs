@@ -90,7 +90,7 @@ mod tests {
                     assert_eq!(c.nq, before.no);
                     assert_eq!(page.is_some(), c.no == before.no + PAGE);
                     assert!(page.is_none_or(|p| p == before.no / PAGE));
-                    assert!(c.nq <= c.no && c.no <= c.n && c.no % PAGE == 0);
+                    assert!(c.nq <= c.no && c.no <= c.n && c.no.is_multiple_of(PAGE));
                     assert!(c.n - c.no >= r.min(c.n) && (c.no == 0 || c.n - c.no < r + PAGE), "R = {r}: {c:?}");
                 }
             }
