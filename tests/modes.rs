@@ -119,7 +119,7 @@ fn by_engine(engine: &Engine, kv: &KvOptions, script: &[Event], forced: Option<&
 }
 
 fn total(script: &[Event]) -> usize {
-    script.iter().map(|e| if let Prefill(n) | Decode(n) = e { *n } else { 0 }).sum::<usize>() + 1
+    script.iter().map(|&(Prefill(n) | Decode(n))| n).sum::<usize>() + 1
 }
 
 /// How many selections there were, and how many were not the oracle's.
@@ -229,7 +229,7 @@ fn check(case: &Case) -> Selected {
     let engine = Engine::new(case.model.model(), device(2));
     let bounds = if case.dtype == Dtype::F16 { F16 } else { BF16 };
     let mut selected = Selected::default();
-    let (mut full, mut kivi_costs) = (None, 0.0);
+    let (mut full, mut kivi_costs) = (None::<(u64, Vec<Vec<f32>>)>, 0.0);
     for mode in KvMode::ALL {
         case.kv(mode).validate(&engine.model().config).unwrap();
         let good =
@@ -239,10 +239,10 @@ fn check(case: &Case) -> Selected {
         selected.sets += run.selected.sets;
         selected.differ += run.selected.differ;
         // The bound: an implementation is nearer to the oracle than a tenth of what the low-bit cache costs.
-        if let (KvMode::Kivi, Some((seed, full))) = (mode, &full) {
-            if *seed == run.seed {
-                kivi_costs = Distance::between(&run.theirs, full).mean_kld;
-            }
+        if let (KvMode::Kivi, Some((seed, full))) = (mode, &full)
+            && *seed == run.seed
+        {
+            kivi_costs = Distance::between(&run.theirs, full).mean_kld;
         }
         if kivi_costs > 0.0 {
             let kld = run.distance.mean_kld;

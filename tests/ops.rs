@@ -5,6 +5,7 @@ mod common;
 use common::tiny::Random;
 use common::{device, on_every_other_isa};
 use proptest::prelude::*;
+use specache::cpu::Isa;
 use specache::cpu::attn_decode::Scratch;
 use specache::device::{Buffer, Device};
 use specache::kv::host::WidePage;
@@ -524,6 +525,24 @@ fn what_fp16_cannot_hold_is_heard() {
     }
 }
 
+/// As above for the 16-bit pairs themselves: 65,504 is the last number that fp16 has.
+#[test]
+fn a_pair_that_fp16_cannot_hold_is_heard() {
+    for (x, fits) in [(65_504.0, true), (-65_504.0, true), (65_520.0, false), (-1e6, false), (f32::NAN, false)] {
+        let shape = shape(1, 32, Dtype::F16, 2, 32);
+        let device = device(1);
+        let mut page = device.alloc(shape.wide_page_bytes(), "test").unwrap();
+        let mut k = vec![0.5; 32];
+        k[7] = x;
+        write_pairs(Isa::detect(), &shape, &mut page, 3, &k, &[0.25; 32]);
+        let pair = &page.as_slice::<half::f16>()[3 * 64..][..64];
+        let expected = if fits { half::f16::from_f32(x) } else { half::f16::NAN };
+        assert_eq!(pair[7].to_bits(), expected.to_bits(), "{x}");
+        let others = pair.iter().enumerate().filter(|(i, _)| *i != 7);
+        assert!(others.into_iter().all(|(i, x)| x.to_f32() == if i < 32 { 0.5 } else { 0.25 }));
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -550,11 +569,11 @@ proptest! {
         events in prop::collection::vec((1usize..400, 0usize..200), 1..5),
     ) {
         let mut counters = Counters::new(&KvOptions { mode: KvMode::SpeCache, residual_len, ..KvOptions::default() });
-        let (mut n, mut no, mut nq) = (0usize, 0usize, 0usize);
+        let (mut n, mut no) = (0usize, 0usize);
         for (prompt, steps) in events {
             n += prompt;
             no = no.max(if n > residual_len { (n - residual_len) / PAGE * PAGE } else { 0 });
-            nq = no;
+            let mut nq = no;
             counters.after_prefill(n);
             prop_assert_eq!((counters.n, counters.no, counters.nq), (n, no, nq));
             for _ in 0..steps {

@@ -146,7 +146,15 @@ pub(crate) fn chunk(isa: Isa, task: &Task, out: Outputs, temp: &mut Temp) {
                 mix_packed(isa, &view.shape.packed, bytes, queries, temp, out.partial);
             }
             Page::Wide(bytes) => {
-                mix_wide(isa, wide(bytes, valid(page_index)), queries, probs, tokens, out.partial);
+                // Row 1's own pair apart: it may be NaN, and row 0's zero probability would not keep that out.
+                let local = |position: usize| position.saturating_sub(page_index * PAGE).min(PAGE);
+                let (both, all) = (local(rows.position + 1), local(rows.position + rows.n_rows));
+                mix_wide(isa, wide(bytes, both), queries, probs, tokens, out.partial);
+                if all > both {
+                    let own = wide(&bytes[both * view.shape.pair_bytes()..], all - both);
+                    let probs = &probs[group_heads * tokens + both..];
+                    mix_wide(isa, own, group_heads, probs, tokens, &mut out.partial[group_heads * d..]);
+                }
             }
         }
     }

@@ -3,15 +3,20 @@
 use super::simd::{Isa, LANES, Simd, dispatch};
 use crate::model::Dtype;
 
-/// Rounds `from` into the bytes of `to`, one number each.
+/// Rounds `from` into the bytes of `to`, one number each. What fp16 cannot hold becomes NaN, which fails the request with
+/// the layer's name: a score of minus infinity would hide its token without a word.
 pub(crate) fn round_into(isa: Isa, dtype: Dtype, from: &[f32], to: &mut [u8]) {
     assert_eq!(from.len() * dtype.bytes(), to.len(), "round: length");
     match dtype {
         Dtype::F32 => to.copy_from_slice(bytemuck::cast_slice(from)),
         // SAFETY: `dispatch!` switches on the features of S; the lengths fit.
         Dtype::Bf16 => dispatch!(isa, S => unsafe { round_halves::<S>(from, to, |p, v| S::store_bf16(p, v)) }),
-        // SAFETY: as above.
-        Dtype::F16 => dispatch!(isa, S => unsafe { round_halves::<S>(from, to, |p, v| S::store_f16(p, v)) }),
+        Dtype::F16 => {
+            // SAFETY: as above.
+            dispatch!(isa, S => unsafe { round_halves::<S>(from, to, |p, v| S::store_f16(p, v)) });
+            let infinite = |x: &&mut u16| **x & 0x7FFF == 0x7C00;
+            bytemuck::cast_slice_mut(to).iter_mut().filter(infinite).for_each(|x| *x = half::f16::NAN.to_bits());
+        }
     }
 }
 
@@ -37,6 +42,16 @@ unsafe fn round_halves<S: Simd>(from: &[f32], to: &mut [u8], store: impl Fn(*mut
 mod tests {
     use super::*;
     use crate::reference::round_kv;
+
+    #[test]
+    fn what_fp16_cannot_hold_is_nan() {
+        for isa in Isa::available() {
+            let mut bytes = [0u8; 6];
+            round_into(isa, Dtype::F16, &[65504.0, 65520.0, f32::NEG_INFINITY], &mut bytes);
+            let numbers: &[half::f16] = bytemuck::cast_slice(&bytes);
+            assert!(numbers[0].to_f32() == 65504.0 && numbers[1].is_nan() && numbers[2].is_nan(), "{isa}");
+        }
+    }
 
     #[test]
     fn rounds_as_the_plain_form_whatever_the_length() {
