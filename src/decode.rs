@@ -122,6 +122,7 @@ fn plan_rows(batch: &mut [Next], buffers: &mut Buffers, takes_part: impl Fn(&Ses
         session.bad_layer = None;
         if kind == Pass::PreDecode {
             session.last_guess = None;
+            session.trace.iter_mut().for_each(|trace| trace.pre_decode.clear());
         }
         let speculative = match kind {
             Pass::PreDecode => None,

@@ -51,6 +51,14 @@ impl Session {
         self.cache.counters.n
     }
 
+    /// Makes room for at least `max_tokens` tokens: for a conversation that outgrows what it was begun with.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]; the session is as usable as before then.
+    pub fn reserve(&mut self, max_tokens: usize) -> Result<()> {
+        self.cache.reserve(max_tokens)
+    }
+
     /// The KV options.
     pub fn kv(&self) -> &KvOptions {
         &self.cache.options
@@ -257,7 +265,7 @@ pub type Selections = Vec<Vec<Vec<u32>>>;
 pub struct Trace {
     /// Speculative token of each step, T'_2 first (`specache`).
     pub speculative: Vec<u32>,
-    /// The pre-decode's selection, for the first step (`specache`).
+    /// The last pre-decode's selection, for the step after it (`specache`).
     pub pre_decode: Selections,
     /// Each step's selection: for the next step (`specache`), or the one that it used itself (`fetch`).
     pub steps: Vec<Selections>,

@@ -260,6 +260,9 @@ fn default_positions(arch: Arch) -> usize {
 }
 
 /// Null, or absent outside of the Mistral family: one KV head per query head.
+/// Most query heads per KV head: with two rows, 32 queries are what the attention kernels hold at once.
+const MAX_GROUP_HEADS: usize = 16;
+
 fn n_kv_heads(f: &Fields, arch: Arch, n_heads: usize) -> Result<usize> {
     const NAME: &str = "num_key_value_heads";
     let n = match f.count(NAME, MAX_HEADS)? {
@@ -269,6 +272,10 @@ fn n_kv_heads(f: &Fields, arch: Arch, n_heads: usize) -> Result<usize> {
     };
     if !n_heads.is_multiple_of(n) {
         return Err(f.error(NAME, format!("{n} KV heads must divide num_attention_heads ({n_heads})")));
+    }
+    if n_heads / n > MAX_GROUP_HEADS {
+        let g = n_heads / n;
+        return Err(f.error(NAME, format!("{g} query heads share a KV head; at most {MAX_GROUP_HEADS} are supported")));
     }
     Ok(n)
 }
