@@ -30,7 +30,7 @@ namespace specache {
 template <class To, class From> SPECACHE_HOST_DEVICE To bit_cast(const From& from) {
     static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
     To to;
-    memcpy(&to, &from, sizeof(To));
+    memcpy(static_cast<void*>(&to), &from, sizeof(To));
     return to;
 }
 

@@ -69,14 +69,14 @@ SPECACHE_DEVICE Range join_lanes(Range r, int lanes) {
 }
 
 // Zero and scale of a group. One bit: the levels sit in the middle of the two halves of the range. The products are exact
-// (16-bit numbers times 3), so no rounding hides in them. Adding 0 turns -0 into +0: which of the two a minimum returns
-// is not defined, and the page must not depend on it.
+// (16-bit numbers times 3), so no rounding hides in them. Adding 0 turns -0 into +0: which of the two a minimum or a
+// maximum returns is not defined, and the page must not depend on it.
 template <int B> SPECACHE_DEVICE void write_params(Range r, uint8_t* scale_at, uint8_t* zero_at) {
-    const float span = __fsub_rn(r.high, r.low);
-    const float zero = B == 1 ? __fmul_rn(__fadd_rn(__fmul_rn(3.0f, r.low), r.high), 0.25f) : r.low;
+    const float low = __fadd_rn(r.low, 0.0f), high = __fadd_rn(r.high, 0.0f), span = __fsub_rn(high, low);
+    const float zero = B == 1 ? __fmul_rn(__fadd_rn(__fmul_rn(3.0f, low), high), 0.25f) : low;
     const float scale = B == 1 ? __fmul_rn(span, 0.5f) : __fdiv_rn(span, float((1 << B) - 1));
     *reinterpret_cast<__half*>(scale_at) = __float2half_rn(scale);
-    *reinterpret_cast<__half*>(zero_at) = __float2half_rn(__fadd_rn(zero, 0.0f));
+    *reinterpret_cast<__half*>(zero_at) = __float2half_rn(zero);
 }
 
 // The code of x; 0 where scale is 0, and for a NaN.
@@ -244,7 +244,7 @@ template <class T, int D, int B> SPECACHE_DEVICE void pack_head(const specache_p
 
 }  // namespace specache
 
-// registers: <= 64 specache_pack_*   (4 CTAs of 256 threads fill an SM's 65536)
+// registers: <= 72 specache_pack_*   (3 CTAs of 256 threads an SM; shared memory allows 2 to 5)
 #define SPECACHE_PACK_KERNEL(D, B, dtype, T)                                                                          \
     extern "C" __global__ void __launch_bounds__(SPECACHE_PACK_THREADS)                                               \
         specache_pack_d##D##_b##B##_##dtype(const __grid_constant__ specache_pack_params p) {                         \

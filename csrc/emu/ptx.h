@@ -26,10 +26,7 @@ inline void store_16(void* to, uint4 v) {
 }
 
 inline float emu_half(uint32_t pair, int element) {
-    const uint16_t bits = uint16_t(pair >> (16 * element));
-    __half h;
-    std::memcpy(&h, &bits, 2);
-    return __half2float(h);
+    return __half2float(bit_cast<__half>(uint16_t(pair >> (16 * element))));
 }
 
 // Each lane computes its four sums from what all lanes gave: row g = lane / 4 (and g + 8), columns 2j, 2j + 1.
