@@ -41,5 +41,55 @@ SPECACHE_DEVICE uint32_t transpose_8x8(uint32_t row) {
     return column;
 }
 
+// ---- sm_90 and later: bulk copies that complete on a barrier in shared memory ----
+#if __CUDA_ARCH__ >= 900
+
+SPECACHE_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// A barrier that one arrival and the expected bytes complete.
+SPECACHE_DEVICE void barrier_init(uint64_t* barrier) {
+    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+SPECACHE_DEVICE void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+
+// Waits until the phase with this parity is complete.
+SPECACHE_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
+}
+
+// Global (or pinned host) memory to shared memory; 16-byte aligned, a multiple of 16 bytes.
+SPECACHE_DEVICE void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+// Shared memory to global memory; joins the thread's current bulk group.
+SPECACHE_DEVICE void bulk_store(void* to, const void* from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(shared_address(from)), "r"(bytes)
+                 : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Until this thread's bulk stores have read their shared memory.
+SPECACHE_DEVICE void bulk_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+// Until this thread's bulk stores are complete.
+SPECACHE_DEVICE void bulk_stores_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+#endif
+
 }  // namespace specache
 #endif

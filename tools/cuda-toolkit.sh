@@ -45,6 +45,8 @@ if ! works; then
   fi
   # Wheels do not keep the executable bit everywhere.
   chmod +x "$fresh"/nvidia/cu13/bin/* "$fresh"/nvidia/cu13/nvvm/bin/* 2>/dev/null || true
+  # nvcc links from lib64, the wheels have lib.
+  [ -e "$fresh/nvidia/cu13/lib64" ] || ln -s lib "$fresh/nvidia/cu13/lib64"
   touch "$fresh/.complete"
   rm -rf "$target"
   mv "$fresh" "$target"
