@@ -43,7 +43,7 @@ struct Range {
     float high;
 };
 
-SPECACHE_DEVICE Range empty_range() { return Range{INFINITY, -INFINITY}; }
+SPECACHE_DEVICE Range empty_range() { return Range{bit_cast<float>(0x7F800000u), bit_cast<float>(0xFF800000u)}; }
 
 SPECACHE_DEVICE Range join(Range r, float low, float high) { return Range{fminf(r.low, low), fmaxf(r.high, high)}; }
 

@@ -105,7 +105,7 @@ gcc -std=c11 -Wall -Wextra -Wpedantic -Werror -Icsrc -include abi.h -x c -c /dev
 # which CUDA C++ allows.
 emulated=(g++ -std=c++17 -O1 -g -Wall -Wextra -Werror -Wno-unknown-pragmas -ffp-contract=off -fno-strict-aliasing
   -DSPECACHE_EMU -isystem "$include")
-sanitizers=(-fsanitize=address,undefined -fno-sanitize-recover=all)
+sanitizers=("-fsanitize=address,undefined" -fno-sanitize-recover=all)
 
 build() { # test, suffix, flags...
   local test=$1 suffix=$2

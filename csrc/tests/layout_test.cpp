@@ -1,11 +1,13 @@
 // kv_layout.cuh: the places of codes and parameters tile a page, and what a lane loads is an A operand of mma.m16n8k16.
 #include <cmath>
+#include <cstring>
 #include <random>
 #include <vector>
 
 #include "../kv_layout.cuh"
 #include "../ptx.cuh"
 #include "check.h"
+#include "device.h"
 
 using namespace specache;
 
@@ -31,20 +33,22 @@ template <int D, int B> static void tiles_the_page(int g) {
 }
 
 // out[row][8] = sum over k of code[row][k] * b[k][8] for `tiles` tiles of 16 rows; one warp. b: [8][K_LEN] integers.
-template <int K_LEN, int B> static void product(const uint8_t* codes, const float* b, float* out, int tiles) {
+template <int K_LEN, int B> __global__ void product(uint64_t codes, uint64_t b_address, uint64_t out_address, int tiles) {
+    const float* b = reinterpret_cast<const float*>(b_address);
+    float* out = reinterpret_cast<float*>(out_address);
     const int lane = int(threadIdx.x), i = lane / 4, j = lane % 4;
     for (int tile = 0; tile < tiles; tile++) {
         float sum[4] = {0, 0, 0, 0};
         for (int w = 0; w < kTileWords<K_LEN, B>; w++) {
-            uint32_t word;
-            std::memcpy(&word, codes + word_byte(tile * kTileWords<K_LEN, B> + w, lane), 4);
+            const int at_byte = word_byte(tile * kTileWords<K_LEN, B> + w, lane);
+            const uint32_t word = load_u32(reinterpret_cast<const uint8_t*>(codes) + at_byte);
             for (int step = 0; step < kOctetsPerWord<B> / 2; step++) {
                 uint32_t a[4], operand[2];
                 code_fragment<B>(word, step, a);
                 for (int h = 0; h < 2; h++) {
                     const int octet = w * kOctetsPerWord<B> + 2 * step + h;
                     // 2^-e goes into B, with 2^4 to keep it among the normal numbers.
-                    const float fold = std::ldexp(1.0f, 4 - code_exponent<B>(octet));
+                    const float fold = ldexpf(1.0f, 4 - code_exponent<B>(octet));
                     const float* at = b + i * K_LEN + octet * 8 + 2 * j;
                     operand[h] = bit_cast<uint32_t>(__floats2half2_rn(at[0] * fold, at[1] * fold));
                 }
@@ -55,33 +59,41 @@ template <int K_LEN, int B> static void product(const uint8_t* codes, const floa
     }
 }
 
+struct Floats : device::Buffer {
+    Floats(const char* name, int n) : device::Buffer(name, size_t(n) * 4, kWrite) {}
+    float& operator[](int i) { return reinterpret_cast<float*>(data())[i]; }
+};
+
 // Random codes put where kv_layout says; small integers keep every sum exact.
 template <int D, int B> static void is_an_a_operand() {
     using Page = PackedPage<D, B>;
     std::mt19937 random(D + B);
-    std::vector<uint8_t> page(size_t(Page::bytes(64)), 0);
+    device::Buffer page("page", size_t(Page::bytes(64)), device::Buffer::kRead);
+    std::memset(page.data(), 0, page.bytes());
     std::vector<int> k(kPage * D), v(kPage * D);
-    auto put = [&](CodePlace at, int code) { page[size_t(at.byte)] = uint8_t(page[size_t(at.byte)] | code << at.bit); };
+    auto put = [&](CodePlace at, int code) { page.data()[at.byte] = uint8_t(page.data()[at.byte] | code << at.bit); };
     for (int token = 0; token < kPage; token++)
         for (int c = 0; c < D; c++) {
             put(Page::k_code(token, c), k[size_t(token * D + c)] = int(random() % (1 << B)));
             put(Page::v_code(64, token, c), v[size_t(token * D + c)] = int(random() % (1 << B)));
         }
-    std::vector<float> q(8 * D), p(8 * kPage), scores(kPage * 8), out(8 * D);
-    for (float& x : q) x = float(int(random() % 17) - 8);
-    for (float& x : p) x = float(int(random() % 17) - 8);
-    emu::launch(product<D, B>, dim3(1), dim3(32), 0, 1, page.data() + Page::k_codes(), q.data(), scores.data(), kPage / 16);
-    emu::launch(product<kPage, B>, dim3(1), dim3(32), 0, 1, page.data() + Page::v_codes(64), p.data(), out.data(), D / 16);
+    Floats q("q", 8 * D), p("p", 8 * kPage), scores("scores", kPage * 8), out("out", 8 * D);
+    for (int i = 0; i < 8 * D; i++) q[i] = float(int(random() % 17) - 8);
+    for (int i = 0; i < 8 * kPage; i++) p[i] = float(int(random() % 17) - 8);
+    page.upload(), q.upload(), p.upload();
+    device::launch(product<D, B>, 1, 32, 0, 1, page.address() + Page::k_codes(), q.address(), scores.address(), kPage / 16);
+    device::launch(product<kPage, B>, 1, 32, 0, 1, page.address() + Page::v_codes(64), p.address(), out.address(), D / 16);
+    scores.download(), out.download();
     for (int column = 0; column < 8; column++) {
         for (int token = 0; token < kPage; token++) {
             int want = 0;
-            for (int c = 0; c < D; c++) want += k[size_t(token * D + c)] * int(q[size_t(column * D + c)]);
-            CHECK(scores[size_t(token * 8 + column)] == float(want), "K token %d: %g, not %d", token, scores[size_t(token * 8 + column)], want);
+            for (int c = 0; c < D; c++) want += k[size_t(token * D + c)] * int(q[column * D + c]);
+            CHECK(scores[token * 8 + column] == float(want), "K token %d: %g, not %d", token, scores[token * 8 + column], want);
         }
         for (int c = 0; c < D; c++) {
             int want = 0;
-            for (int token = 0; token < kPage; token++) want += v[size_t(token * D + c)] * int(p[size_t(column * kPage + token)]);
-            CHECK(out[size_t(c * 8 + column)] == float(want), "V channel %d: %g, not %d", c, out[size_t(c * 8 + column)], want);
+            for (int token = 0; token < kPage; token++) want += v[size_t(token * D + c)] * int(p[column * kPage + token]);
+            CHECK(out[c * 8 + column] == float(want), "V channel %d: %g, not %d", c, out[c * 8 + column], want);
         }
     }
 }
@@ -105,5 +117,5 @@ int main() {
     all<64, 1>(), all<64, 2>(), all<64, 4>();
     all<128, 1>(), all<128, 2>(), all<128, 4>();
     params_are_lane_vectors();
-    std::printf("layout_test: places tile the page; K and V words are A operands\n");
+    std::printf("layout_test: places tile the page; K and V words are A operands (%s)\n", device::kName);
 }

@@ -1,11 +1,15 @@
 // pack.cu against a plain twin: every (D, bits, g, dtype), edge inputs, page lists, outputs poisoned, several orders of
 // the threads. The page is read through the documented places of kv_layout.cuh, which layout_test shows to tile it.
 #include <cmath>
+#include <cstring>
 #include <map>
 #include <random>
+#include <string>
+#include <vector>
 
 #include "../pack.cu"
 #include "check.h"
+#include "device.h"
 
 using namespace specache;
 
@@ -96,7 +100,7 @@ static std::string name_of(const Case& c) {
     return text;
 }
 
-static void fill_wide(const Case& c, emu::Buffer& wide) {
+static void fill_wide(const Case& c, device::Buffer& wide) {
     std::mt19937 random(unsigned(c.seed + c.d + 3 * c.bits + 7 * c.g));
     uint16_t* at = reinterpret_cast<uint16_t*>(wide.data());
     for (uint32_t slot = 0; slot < kSlots; slot++)
@@ -156,17 +160,17 @@ template <int D, int B> static void compare_v(const Case& c, const uint8_t* wide
         }
 }
 
-static void expect_untouched(const emu::Buffer& packed, const std::vector<bool>& written) {
+static void expect_untouched(const device::Buffer& packed, const std::vector<bool>& written) {
     for (size_t i = 0; i < packed.bytes(); i++)
-        CHECK(written[i] || packed.data()[i] == emu::Buffer::kPoison, "byte %zu of a page that was not listed", i);
+        CHECK(written[i] || packed.data()[i] == device::Buffer::kPoison, "byte %zu of a page that was not listed", i);
 }
 
 template <int D, int B> static void run(const Case& c) {
     const uint64_t wide_page = uint64_t(kHeads) * kPage * 4 * D, head = PackedPage<D, B>::bytes(int(c.g));
-    emu::Buffer wide("wide", kSlots * wide_page, emu::Buffer::kRead);
-    emu::Buffer packed("packed", kSlots * kHeads * head, emu::Buffer::kWrite);
-    emu::Buffer wide_ids("wide_ids", sizeof kWideIds, emu::Buffer::kRead);
-    emu::Buffer packed_ids("packed_ids", sizeof kPackedIds, emu::Buffer::kRead);
+    device::Buffer wide("wide", kSlots * wide_page, device::Buffer::kRead);
+    device::Buffer packed("packed", kSlots * kHeads * head, device::Buffer::kWrite);
+    device::Buffer wide_ids("wide_ids", sizeof kWideIds, device::Buffer::kRead);
+    device::Buffer packed_ids("packed_ids", sizeof kPackedIds, device::Buffer::kRead);
     fill_wide(c, wide);
     std::memcpy(wide_ids.data(), kWideIds, sizeof kWideIds);
     std::memcpy(packed_ids.data(), kPackedIds, sizeof kPackedIds);
@@ -187,7 +191,9 @@ template <int D, int B> static void run(const Case& c) {
     p.dtype = c.dtype;
     specache_launch launch;
     CHECK(specache_pack_plan(&p, &launch) == SPECACHE_OK, "%s", launch.message);
-    emu::launch(kernels().at(launch.kernel), dim3(launch.grid), dim3(launch.block), launch.shared_bytes, c.seed, p);
+    for (device::Buffer* b : {&wide, &wide_ids, &packed_ids, &packed}) b->upload();
+    device::launch(kernels().at(launch.kernel), launch.grid, launch.block, launch.shared_bytes, c.seed, p);
+    packed.download();
 
     std::vector<bool> written(packed.bytes());
     for (uint32_t i = 0; i < kListed; i++)
@@ -247,5 +253,5 @@ int main() {
                         run_any(Case{d, bits, g, dtype, cases % 2 == 0, seed});
                         cases++;
                     }
-    std::printf("pack_test: %d cases of %u pages x %u heads equal the twin\n", cases, kListed, kHeads);
+    std::printf("pack_test: %d cases of %u pages x %u heads equal the twin (%s)\n", cases, kListed, kHeads, device::kName);
 }
