@@ -142,7 +142,7 @@ template <int D, int B> struct PackedPage {
 };
 
 // method.md: 48, 80 and 144 bytes a pair at D = 128, g = 64; every part begins at a multiple of 128.
-template <int D, int B> constexpr bool sizes_hold(int g) {
+template <int D, int B> SPECACHE_HOST_DEVICE constexpr bool sizes_hold(int g) {
     using P = PackedPage<D, B>;
     const bool method = P::bytes(g) == kPage * (2 * D * B / 8 + 2 * 2 * D * 2 / g);
     const bool aligned = P::k_scale(g) % 128 == 0 && P::k_zero(g) % 128 == 0 && P::v_codes(g) % 128 == 0 &&
