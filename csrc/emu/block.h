@@ -1,8 +1,8 @@
 // One thread block: a fiber per thread, barriers, warp collectives, poisoned shared memory.
 //
-// A thread runs until it waits. Each round runs the threads that are not waiting in an order drawn from the seed, so a
-// value that is read without the barrier that its writer needs is missing under some seed. A barrier that not every
-// thread reaches, or a warp collective that not every lane reaches, is an error and not a hang.
+// A thread runs until it waits. Warps run to the next barrier one after the other and lanes within a warp in any order,
+// both drawn from the seed, so a value that is read without the barrier that its writer needs is missing under some seed.
+// A barrier that not every thread reaches, or a warp collective that not every lane reaches, is an error and not a hang.
 #pragma once
 
 #include <vector_types.h>
@@ -11,6 +11,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -53,7 +54,7 @@ public:
         dynamic_shared.assign(shared_bytes, char(poison_));
         static_shared_.clear();
         start_threads(int(block.x * block.y * block.z));
-        while (run_round()) {}
+        while (run_to_barrier()) {}
         current_ = nullptr;
     }
 
@@ -115,7 +116,8 @@ private:
         if (count % kLanes != 0) fail("a block of %d threads is not whole warps", count);
         threads_.resize(count);
         warps_.assign(count / kLanes, Warp{});
-        order_.resize(count);
+        order_.resize(count / kLanes);
+        std::iota(order_.begin(), order_.end(), 0);
         for (int i = 0; i < count; i++) {
             const unsigned u = unsigned(i);
             Thread& t = threads_[i];
@@ -123,21 +125,31 @@ private:
             t.waits_for = nullptr;
             t.fiber.start([](void* body) { (*static_cast<const std::function<void()>*>(body))(); },
                           const_cast<std::function<void()>*>(body_));
-            order_[i] = i;
         }
     }
 
-    // Lets every thread that can run do so once; false when all have ended.
-    bool run_round() {
+    // Brings every warp to the next barrier, or to its end; false when all have ended. One warp after the other, in an
+    // order of its own each time: with a barrier missing, a warp is as far ahead of another as it can ever be.
+    bool run_to_barrier() {
         std::shuffle(order_.begin(), order_.end(), random_);
+        for (int warp : order_)
+            while (run_lanes(warp)) {}
+        return open_barrier();
+    }
+
+    // Lets every lane that can run do so once, in any order; false when none can.
+    bool run_lanes(int warp) {
+        int lanes[kLanes];
+        std::iota(lanes, lanes + kLanes, warp * kLanes);
+        std::shuffle(lanes, lanes + kLanes, random_);
         bool progress = false;
-        for (int i : order_) {
+        for (int i : lanes) {
             if (threads_[i].fiber.finished() || threads_[i].waits_for) continue;
             running_ = i;
             threads_[i].fiber.resume();
             progress = true;
         }
-        return progress || open_barrier();
+        return progress;
     }
 
     // Nobody can run: either all stand at the barrier, or all have ended, or the kernel would hang or is undefined.
@@ -172,7 +184,7 @@ private:
     std::vector<Thread> threads_;
     std::vector<Warp> warps_;
     std::vector<Shared> static_shared_;
-    std::vector<int> order_;
+    std::vector<int> order_;   // of the warps
     std::mt19937_64 random_;
     int running_ = 0;
     int poison_ = 0;
