@@ -45,4 +45,4 @@ struct Bf16 {
     }
 };
 
-}  // namespace specache
+}   // namespace specache

@@ -19,8 +19,8 @@
 //   row i+8   a1 (pair j)   a3 (pair j)
 //
 // A code that is masked where it lies in a 16-bit half is an fp16 subnormal, code * 2^(e - 24) with e its lowest bit:
-// dequantisation is AND only. 2^-e must then be folded into B, whose rows are k: so e may depend on the octet but not on
-// the row. Hence a 32-bit word of one lane holds 8/b octets; the four bytes are (pair element, row half):
+// dequantisation is AND only. 2^-e must then be folded into B, whose rows are k: so e may depend on the octet but not
+// on the row. Hence a 32-bit word of one lane holds 8/b octets; the four bytes are (pair element, row half):
 //
 //   bit   31 ........ 24 23 ........ 16 15 ......... 8 7 .......... 0
 //         k odd, row i+8  k odd, row i   k even, row i+8  k even, row i        (16 x + 8 r + b s)
@@ -30,8 +30,8 @@
 //   2 bits   s = 3 3 2 2 1 1 0 0           masks 0003'0003 << 2s                    2 mma per word
 //   4 bits   s = 1 1 1 1 0 0 0 0           masks 000F'000F << 4s                    1 mma per word
 //
-// so one shift by 8 and 16/b masks unpack a word, the highest bit used is 7 (a subnormal has 10), and a0, a1 (and a2, a3)
-// of an mma share their e.
+// so one shift by 8 and 16/b masks unpack a word, the highest bit used is 7 (a subnormal has 10), and a0, a1 (and a2,
+// a3) of an mma share their e.
 // The words of a lane run over row tiles, and within a tile over octets. Four words make 16 bytes, 32 lanes make a
 // chunk of 512: one load is 16 bytes per lane and coalesced, whatever b and D are.
 //
@@ -39,9 +39,9 @@
 //
 // Scales and zeros
 // ----------------
-// fp16. K: [64/g token groups][D channels]; V: [D/g channel groups][64 tokens]. They multiply B (scale) or are an A row of
-// their own (zero), so a lane needs pair j of every octet: within 32 values the four octets of four pairs are transposed,
-// and lane j reads 16 bytes for four octets, its neighbours the 16 bytes beside.
+// fp16. K: [64/g token groups][D channels]; V: [D/g channel groups][64 tokens]. They multiply B (scale) or are an A
+// row of their own (zero), so a lane needs pair j of every octet: within 32 values the four octets of four pairs are
+// transposed, and lane j reads 16 bytes for four octets, its neighbours the 16 bytes beside.
 //
 //   value 32 c + 8 o + 2 j + x  ->  place 32 c + 8 j + 2 o + x
 #pragma once
@@ -51,8 +51,8 @@
 namespace specache {
 
 constexpr int kPage = SPECACHE_PAGE;
-constexpr int kLaneBytes = 16;                      // one load of one lane
-constexpr int kChunkBytes = 32 * kLaneBytes;        // one load of a warp
+constexpr int kLaneBytes = 16;                 // one load of one lane
+constexpr int kChunkBytes = 32 * kLaneBytes;   // one load of a warp
 constexpr int kLaneWords = kLaneBytes / 4;
 
 // Where one code starts: bit 0 is the lowest of the byte; its b bits never cross a byte.
@@ -75,9 +75,7 @@ template <int B> constexpr int kOctetsPerWord = 8 / B;
 template <int K_LEN, int B> constexpr int kTileWords = K_LEN * B / 64;
 
 // e of an octet: an unpacked code is code * 2^(e - 24).
-template <int B> SPECACHE_HOST_DEVICE constexpr int code_exponent(int octet) {
-    return B * (octet % kOctetsPerWord<B>);
-}
+template <int B> SPECACHE_HOST_DEVICE constexpr int code_exponent(int octet) { return B * (octet % kOctetsPerWord<B>); }
 
 // Place of (row, k) of an A operand with k over K_LEN values.
 template <int K_LEN, int B> SPECACHE_HOST_DEVICE constexpr WordPlace word_place(int row, int k) {
@@ -97,9 +95,7 @@ SPECACHE_HOST_DEVICE constexpr CodePlace code_place(WordPlace at) {
 }
 
 // Place of value i (a channel for K, a token for V) among the scales or zeros of its group, in fp16 numbers.
-SPECACHE_HOST_DEVICE constexpr int param_place(int i) {
-    return i / 32 * 32 + i % 8 / 2 * 8 + i % 32 / 8 * 2 + i % 2;
-}
+SPECACHE_HOST_DEVICE constexpr int param_place(int i) { return i / 32 * 32 + i % 8 / 2 * 8 + i % 32 / 8 * 2 + i % 2; }
 
 // One KV head of a packed page. Offsets and sizes are bytes from the page's start.
 template <int D, int B> struct PackedPage {
@@ -152,9 +148,12 @@ template <int D, int B> SPECACHE_HOST_DEVICE constexpr bool sizes_hold(int g) {
 static_assert(PackedPage<128, 1>::bytes(64) == kPage * 48, "1 bit: 48 bytes a pair");
 static_assert(PackedPage<128, 2>::bytes(64) == kPage * 80, "2 bits: 80 bytes a pair");
 static_assert(PackedPage<128, 4>::bytes(64) == kPage * 144, "4 bits: 144 bytes a pair");
-static_assert(sizes_hold<64, 1>(32) && sizes_hold<64, 1>(64) && sizes_hold<128, 1>(32) && sizes_hold<128, 1>(64), "1 bit");
-static_assert(sizes_hold<64, 2>(32) && sizes_hold<64, 2>(64) && sizes_hold<128, 2>(32) && sizes_hold<128, 2>(64), "2 bits");
-static_assert(sizes_hold<64, 4>(32) && sizes_hold<64, 4>(64) && sizes_hold<128, 4>(32) && sizes_hold<128, 4>(64), "4 bits");
+static_assert(sizes_hold<64, 1>(32) && sizes_hold<64, 1>(64) && sizes_hold<128, 1>(32) && sizes_hold<128, 1>(64),
+              "1 bit");
+static_assert(sizes_hold<64, 2>(32) && sizes_hold<64, 2>(64) && sizes_hold<128, 2>(32) && sizes_hold<128, 2>(64),
+              "2 bits");
+static_assert(sizes_hold<64, 4>(32) && sizes_hold<64, 4>(64) && sizes_hold<128, 4>(32) && sizes_hold<128, 4>(64),
+              "4 bits");
 
 // The two fp16 subnormals of octet `octet` (within the word) and row half `row_half`: one AND, one shift shared by all.
 template <int B> SPECACHE_HOST_DEVICE constexpr uint32_t code_pair(uint32_t word, int octet, int row_half) {
@@ -170,4 +169,4 @@ template <int B> SPECACHE_DEVICE void code_fragment(uint32_t word, int step, uin
     a[3] = code_pair<B>(word, 2 * step + 1, 1);
 }
 
-}  // namespace specache
+}   // namespace specache

@@ -10,11 +10,13 @@
 #endif
 
 // Entry points, D x bits x dtype: the one list that kernels and plan are made from.
-#define SPECACHE_PACK_KERNELS(X)                                                        \
-    X(64, 1, fp16, Fp16) X(64, 2, fp16, Fp16) X(64, 4, fp16, Fp16)                      \
-    X(64, 1, bf16, Bf16) X(64, 2, bf16, Bf16) X(64, 4, bf16, Bf16)                      \
-    X(128, 1, fp16, Fp16) X(128, 2, fp16, Fp16) X(128, 4, fp16, Fp16)                   \
+// clang-format off
+#define SPECACHE_PACK_KERNELS(X)                                       \
+    X(64, 1, fp16, Fp16) X(64, 2, fp16, Fp16) X(64, 4, fp16, Fp16)     \
+    X(64, 1, bf16, Bf16) X(64, 2, bf16, Bf16) X(64, 4, bf16, Bf16)     \
+    X(128, 1, fp16, Fp16) X(128, 2, fp16, Fp16) X(128, 4, fp16, Fp16)  \
     X(128, 1, bf16, Bf16) X(128, 2, bf16, Bf16) X(128, 4, bf16, Bf16)
+// clang-format on
 
 // 8 warps: 8 loads of 16 bytes in flight per thread at D = 128.
 #define SPECACHE_PACK_THREADS 256
@@ -27,8 +29,8 @@ constexpr int kPackWarps = kPackThreads / 32;
 constexpr int kSmallestGroup = 32;
 
 template <int D, int B> struct PackShared {
-    // A row is a token, a word a pair of channels: K pairs, then V pairs. The pitch of D + 4 words moves each row by four
-    // banks: the eight rows times four pairs of a fragment touch all 32 banks once.
+    // A row is a token, a word a pair of channels: K pairs, then V pairs. The pitch of D + 4 words moves each row by
+    // four banks: the eight rows times four pairs of a fragment touch all 32 banks once.
     alignas(16) uint32_t rows[kPage][D + 4];
     // The packed page as it will be stored.
     alignas(16) uint8_t page[PackedPage<D, B>::bytes(kSmallestGroup)];
@@ -68,9 +70,9 @@ SPECACHE_DEVICE Range join_lanes(Range r, int lanes) {
     return r;
 }
 
-// Zero and scale of a group. One bit: the levels sit in the middle of the two halves of the range. The products are exact
-// (16-bit numbers times 3), so no rounding hides in them. Adding 0 turns -0 into +0: which of the two a minimum or a
-// maximum returns is not defined, and the page must not depend on it.
+// Zero and scale of a group. One bit: the levels sit in the middle of the two halves of the range. The products are
+// exact (16-bit numbers times 3), so no rounding hides in them. Adding 0 turns -0 into +0: which of the two a minimum
+// or a maximum returns is not defined, and the page must not depend on it.
 template <int B> SPECACHE_DEVICE void write_params(Range r, uint8_t* scale_at, uint8_t* zero_at) {
     const float low = __fadd_rn(r.low, 0.0f), high = __fadd_rn(r.high, 0.0f), span = __fsub_rn(high, low);
     const float zero = B == 1 ? __fmul_rn(__fadd_rn(__fmul_rn(3.0f, low), high), 0.25f) : low;
@@ -86,9 +88,9 @@ template <int B> SPECACHE_DEVICE uint32_t code_of(float x, float zero, float sca
     return scale == 0.0f ? 0u : uint32_t(code);
 }
 
-// Step 1: rows to shared memory; zero and scale of V on the way, since g channels of a token are g/8 neighbouring lanes.
-template <class T, int D, int B>
-SPECACHE_DEVICE void stage_rows(PackShared<D, B>& shared, const uint8_t* wide, int g) {
+// Step 1: rows to shared memory; zero and scale of V on the way, since g channels of a token are g/8 neighbouring
+// lanes.
+template <class T, int D, int B> SPECACHE_DEVICE void stage_rows(PackShared<D, B>& shared, const uint8_t* wide, int g) {
     using Page = PackedPage<D, B>;
     constexpr int kPieces = 2 * D / 8;   // 16-byte pieces of a row
     constexpr int kLoads = kPage * kPieces / kPackThreads;
@@ -111,7 +113,8 @@ SPECACHE_DEVICE void stage_rows(PackShared<D, B>& shared, const uint8_t* wide, i
     }
 }
 
-// Step 2: the range of K, two channels and a slice of the tokens per thread; neighbouring lanes read neighbouring words.
+// Step 2: the range of K, two channels and a slice of the tokens per thread; neighbouring lanes read neighbouring
+// words.
 template <class T, int D, int B> SPECACHE_DEVICE void range_k_slices(PackShared<D, B>& shared) {
     constexpr int kTokens = D / 8;   // 64 tokens over 2 * 256 / D slices
     const int pair = int(threadIdx.x) % (D / 2), slice = int(threadIdx.x) / (D / 2);
@@ -227,7 +230,8 @@ template <class T, int D, int B> SPECACHE_DEVICE void pack_head(const specache_p
     const uint32_t page = blockIdx.x / p.n_kv_heads, head = blockIdx.x % p.n_kv_heads;
     const int g = int(p.group_size);
     const uint64_t wide = p.wide + page_index(p.wide_ids, page) * p.wide_page_stride + uint64_t(head) * (kPage * 4 * D);
-    const uint64_t packed = p.packed + page_index(p.packed_ids, page) * p.packed_page_stride + head * p.packed_head_stride;
+    const uint64_t packed =
+        p.packed + page_index(p.packed_ids, page) * p.packed_page_stride + head * p.packed_head_stride;
 
     stage_rows<T>(shared, reinterpret_cast<const uint8_t*>(wide), g);
     __syncthreads();
@@ -242,17 +246,17 @@ template <class T, int D, int B> SPECACHE_DEVICE void pack_head(const specache_p
     store_page(shared, reinterpret_cast<uint8_t*>(packed), g);
 }
 
-}  // namespace specache
+}   // namespace specache
 
 // registers: <= 72 specache_pack_*   (3 CTAs of 256 threads an SM; shared memory allows 2 to 5)
-#define SPECACHE_PACK_KERNEL(D, B, dtype, T)                                                                          \
-    extern "C" __global__ void __launch_bounds__(SPECACHE_PACK_THREADS)                                               \
-        specache_pack_d##D##_b##B##_##dtype(const __grid_constant__ specache_pack_params p) {                         \
-        specache::pack_head<specache::T, D, B>(p);                                                                    \
+#define SPECACHE_PACK_KERNEL(D, B, dtype, T)                                                  \
+    extern "C" __global__ void __launch_bounds__(SPECACHE_PACK_THREADS)                       \
+        specache_pack_d##D##_b##B##_##dtype(const __grid_constant__ specache_pack_params p) { \
+        specache::pack_head<specache::T, D, B>(p);                                            \
     }
 SPECACHE_PACK_KERNELS(SPECACHE_PACK_KERNEL)
 #undef SPECACHE_PACK_KERNEL
-#endif  // SPECACHE_PLAN_ONLY
+#endif   // SPECACHE_PLAN_ONLY
 
 // The plan: plain host code. With SPECACHE_PLAN_ONLY this file is ordinary C++ and needs no CUDA header.
 #ifndef __CUDACC_RTC__
@@ -261,7 +265,7 @@ SPECACHE_PACK_KERNELS(SPECACHE_PACK_KERNEL)
 namespace specache {
 
 static const char* pack_kernel_name(const specache_pack_params& p) {
-#define SPECACHE_PACK_NAME(D, B, type, T)                                                                             \
+#define SPECACHE_PACK_NAME(D, B, type, T) \
     if (p.head_dim == D && p.bits == B && p.dtype == dtype_named(#type)) return "specache_pack_d" #D "_b" #B "_" #type;
     SPECACHE_PACK_KERNELS(SPECACHE_PACK_NAME)
 #undef SPECACHE_PACK_NAME
@@ -305,7 +309,7 @@ static specache_status check_pack_memory(const specache_pack_params& p, specache
     return SPECACHE_OK;
 }
 
-}  // namespace specache
+}   // namespace specache
 
 extern "C" specache_status specache_pack_plan(const specache_pack_params* params, specache_launch* launch) {
     const specache_pack_params& p = *params;
@@ -316,7 +320,8 @@ extern "C" specache_status specache_pack_plan(const specache_pack_params* params
     if (ctas == 0) return SPECACHE_OK;
     status = specache::check_pack_memory(p, launch);
     if (status != SPECACHE_OK) return status;
-    if (ctas > 0x7FFFFFFFu) return specache::refuse(launch, SPECACHE_TOO_LARGE, "pack: %llu CTAs", (unsigned long long)ctas);
+    if (ctas > 0x7FFFFFFFu)
+        return specache::refuse(launch, SPECACHE_TOO_LARGE, "pack: %llu CTAs", (unsigned long long)ctas);
     launch->kernel = specache::pack_kernel_name(p);
     launch->grid = uint32_t(ctas);
     launch->block = SPECACHE_PACK_THREADS;

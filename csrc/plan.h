@@ -20,4 +20,4 @@ inline specache_status refuse(specache_launch* launch, specache_status status, c
 // The number of a dtype that the kernel lists name fp16 or bf16.
 constexpr specache_dtype dtype_named(const char* name) { return name[0] == 'f' ? SPECACHE_FP16 : SPECACHE_BF16; }
 
-}  // namespace specache
+}   // namespace specache

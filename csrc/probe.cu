@@ -1,5 +1,5 @@
-// First facts about a GPU and its link, one JSON line per measurement on stdout: what the kernels' and the gather's design
-// rests on. A probe that fails reports "error" and the others go on. About two minutes.
+// First facts about a GPU and its link, one JSON line per measurement on stdout: what the kernels' and the gather's
+// design rests on. A probe that fails reports "error" and the others go on. About two minutes.
 //
 //   usage: probe [--only NAME] [FOOTPRINT_GIB ...]      default footprints: 1 16
 //
@@ -29,8 +29,8 @@
 
 // ---- kernels ----------------------------------------------------------------------------------------------------
 
-constexpr int kRowBytes = 512;                 // a KV pair at head_dim 128
-constexpr int kRowVectors = kRowBytes / 16;    // one 16-byte load for each lane of a warp
+constexpr int kRowBytes = 512;                // a KV pair at head_dim 128
+constexpr int kRowVectors = kRowBytes / 16;   // one 16-byte load for each lane of a warp
 
 // registers: <= 32 probe_empty
 extern "C" __global__ void probe_empty() {}
@@ -68,9 +68,15 @@ template <int LOADS> static __device__ void read_all(const uint4* from, size_t n
     if (x == 0x12345678) *sink = x;   // keeps the loads
 }
 // registers: <= 64 probe_read_*
-extern "C" __global__ void __launch_bounds__(256) probe_read_2(const uint4* p, size_t n, uint32_t* s) { read_all<2>(p, n, s); }
-extern "C" __global__ void __launch_bounds__(256) probe_read_4(const uint4* p, size_t n, uint32_t* s) { read_all<4>(p, n, s); }
-extern "C" __global__ void __launch_bounds__(256) probe_read_8(const uint4* p, size_t n, uint32_t* s) { read_all<8>(p, n, s); }
+extern "C" __global__ void __launch_bounds__(256) probe_read_2(const uint4* p, size_t n, uint32_t* s) {
+    read_all<2>(p, n, s);
+}
+extern "C" __global__ void __launch_bounds__(256) probe_read_4(const uint4* p, size_t n, uint32_t* s) {
+    read_all<4>(p, n, s);
+}
+extern "C" __global__ void __launch_bounds__(256) probe_read_8(const uint4* p, size_t n, uint32_t* s) {
+    read_all<8>(p, n, s);
+}
 
 // Gathers rows straight from pinned host memory: a warp per row, ROWS rows in flight per warp.
 template <int ROWS> static __device__ void gather_rows(const uint4* from, const uint32_t* ids, int n, uint4* to) {
@@ -79,26 +85,31 @@ template <int ROWS> static __device__ void gather_rows(const uint4* from, const 
     for (int first = warp * ROWS; first + ROWS <= n; first += warps * ROWS) {
         uint4 v[ROWS];
 #pragma unroll
-        for (int u = 0; u < ROWS; u++) v[u] = specache::load_streaming(from + size_t(ids[first + u]) * kRowVectors + lane);
+        for (int u = 0; u < ROWS; u++)
+            v[u] = specache::load_streaming(from + size_t(ids[first + u]) * kRowVectors + lane);
 #pragma unroll
         for (int u = 0; u < ROWS; u++) to[size_t(first + u) * kRowVectors + lane] = v[u];
     }
 }
 // registers: <= 64 probe_gather_*
-extern "C" __global__ void __launch_bounds__(1024) probe_gather_4(const uint4* from, const uint32_t* ids, int n, uint4* to) {
+extern "C" __global__ void __launch_bounds__(1024)
+    probe_gather_4(const uint4* from, const uint32_t* ids, int n, uint4* to) {
     gather_rows<4>(from, ids, n, to);
 }
-extern "C" __global__ void __launch_bounds__(512) probe_gather_8(const uint4* from, const uint32_t* ids, int n, uint4* to) {
+extern "C" __global__ void __launch_bounds__(512)
+    probe_gather_8(const uint4* from, const uint32_t* ids, int n, uint4* to) {
     gather_rows<8>(from, ids, n, to);
 }
 
-// The same with bulk copies (sm_90): one warp per CTA, 32 rows a batch, four batches in flight, each stored in one piece.
+// The same with bulk copies (sm_90): one warp per CTA, 32 rows a batch, four batches in flight, each stored in one
+// piece.
 constexpr int kBulkStages = 4;
 constexpr int kBulkStageBytes = 32 * kRowBytes;
 constexpr int kBulkSharedBytes = kBulkStages * kBulkStageBytes;
 
 // registers: <= 64 probe_bulk_gather
-extern "C" __global__ void __launch_bounds__(32) probe_bulk_gather(const uint8_t* from, const uint32_t* ids, int n, uint8_t* to) {
+extern "C" __global__ void __launch_bounds__(32)
+    probe_bulk_gather(const uint8_t* from, const uint32_t* ids, int n, uint8_t* to) {
 #if __CUDA_ARCH__ >= 900
     extern __shared__ __align__(128) uint8_t stages[];
     __shared__ uint64_t full[kBulkStages];
@@ -118,7 +129,8 @@ extern "C" __global__ void __launch_bounds__(32) probe_bulk_gather(const uint8_t
         const int stage = turn % kBulkStages;
         specache::barrier_wait(&full[stage], uint32_t(turn / kBulkStages % 2));
         if (lane == 0) {
-            specache::bulk_store(to + size_t(batch_of(turn)) * kBulkStageBytes, stages + stage * kBulkStageBytes, kBulkStageBytes);
+            specache::bulk_store(to + size_t(batch_of(turn)) * kBulkStageBytes, stages + stage * kBulkStageBytes,
+                                 kBulkStageBytes);
             specache::bulk_stores_read();
         }
         __syncwarp();
@@ -128,8 +140,8 @@ extern "C" __global__ void __launch_bounds__(32) probe_bulk_gather(const uint8_t
 #endif
 }
 
-// Answers each value of `ping` in `pong`, for as long as about four seconds: a host that died must not leave it spinning.
-// registers: <= 32 probe_pong
+// Answers each value of `ping` in `pong`, for as long as about four seconds: a host that died must not leave it
+// spinning. registers: <= 32 probe_pong
 extern "C" __global__ void probe_pong(volatile uint32_t* ping, volatile uint32_t* pong, uint32_t n) {
     const long long start = clock64();
     for (uint32_t i = 1; i <= n; i++) {
@@ -284,7 +296,7 @@ public:
     size_t rows() const { return bytes_ / kRowBytes; }
     const char* how() const { return registered_ ? "mmap_register" : "host_alloc"; }
     double gib() const { return double(bytes_) / (1u << 30); }
-    double pin_seconds = 0;     // without the touching
+    double pin_seconds = 0;   // without the touching
     double touch_seconds = 0;
 
 private:
@@ -329,7 +341,8 @@ private:
     void number_rows() {
         const int n = std::max(1u, std::thread::hardware_concurrency());
         on_threads(n, [this](int i, int threads) {
-            for (uint64_t row = rows() * size_t(i) / size_t(threads); row < rows() * size_t(i + 1) / size_t(threads); row++)
+            for (uint64_t row = rows() * size_t(i) / size_t(threads); row < rows() * size_t(i + 1) / size_t(threads);
+                 row++)
                 std::memcpy(data_ + row * kRowBytes, &row, sizeof row);
         });
     }
@@ -383,10 +396,17 @@ static void probe_device(Bench& bench) {
     CUDA(cudaDriverGetVersion(&driver));
     CUDA(cudaRuntimeGetVersion(&runtime));
     CUDA(cudaDeviceGetAttribute(&clock_kHz, cudaDevAttrClockRate, 0));
-    Line("device").text("name", p.name).number("capability", bench.capability).number("sms", p.multiProcessorCount)
-        .number("l2_MB", p.l2CacheSize / 1e6).number("memory_GB", double(p.totalGlobalMem) / 1e9)
-        .number("shared_per_sm", double(p.sharedMemPerMultiprocessor)).number("clock_MHz", clock_kHz / 1e3)
-        .number("driver", driver).number("runtime", runtime).number("host_threads", std::thread::hardware_concurrency());
+    Line("device")
+        .text("name", p.name)
+        .number("capability", bench.capability)
+        .number("sms", p.multiProcessorCount)
+        .number("l2_MB", p.l2CacheSize / 1e6)
+        .number("memory_GB", double(p.totalGlobalMem) / 1e9)
+        .number("shared_per_sm", double(p.sharedMemPerMultiprocessor))
+        .number("clock_MHz", clock_kHz / 1e3)
+        .number("driver", driver)
+        .number("runtime", runtime)
+        .number("host_threads", std::thread::hardware_concurrency());
 }
 
 // Do the tensor cores take fp16 subnormals exactly? Dequantisation by AND depends on it.
@@ -426,7 +446,10 @@ static void probe_subnormals(Bench& bench) {
             largest = std::max(largest, std::fabs(want));
         }
     // Sums of 16 exact products: at most a few units of fp32, as with normal numbers.
-    Line("mma_subnormals").number("max_abs", largest).number("max_error", error).number("relative", error / largest)
+    Line("mma_subnormals")
+        .number("max_abs", largest)
+        .number("max_error", error)
+        .number("relative", error / largest)
         .number("exact", error / largest < 1e-6);
 }
 
@@ -437,16 +460,20 @@ static void probe_bandwidth(Bench& bench) {
         for (int loads : {2, 4, 8}) {
             bench.ctas_per_sm = ctas;
             bench.loads = loads;
-            const double rate = double(bench.device.bytes()) / device_seconds(bench.stream, 7, [&] { bench.read(bench.stream); });
-            Line("read_variant").number("ctas_per_sm", ctas).number("loads_in_flight", loads).number("TBps", rate / 1e12);
+            const double rate =
+                double(bench.device.bytes()) / device_seconds(bench.stream, 7, [&] { bench.read(bench.stream); });
+            Line("read_variant")
+                .number("ctas_per_sm", ctas)
+                .number("loads_in_flight", loads)
+                .number("TBps", rate / 1e12);
             if (rate > best) best = rate, best_ctas = ctas, best_loads = loads;
         }
     bench.ctas_per_sm = best_ctas;
     bench.loads = best_loads;
     Line("read").number("TBps", best / 1e12).number("ctas_per_sm", best_ctas).number("loads_in_flight", best_loads);
     const double copy = device_seconds(bench.stream, 7, [&] {
-        CUDA(cudaMemcpyAsync(bench.target.as<void>(), bench.device.as<void>(), bench.device.bytes(), cudaMemcpyDeviceToDevice,
-                             bench.stream));
+        CUDA(cudaMemcpyAsync(bench.target.as<void>(), bench.device.as<void>(), bench.device.bytes(),
+                             cudaMemcpyDeviceToDevice, bench.stream));
     });
     Line("copy_on_device").number("TBps_read_plus_write", 2 * double(bench.device.bytes()) / copy / 1e12);
 }
@@ -494,7 +521,8 @@ static void probe_flag(Bench& bench) {
     uint32_t answered = 0;
     for (uint32_t i = 1; i <= n && host_seconds() - start < 3; i++) {
         *ping = i;
-        while (*pong != i && host_seconds() - start < 3) {}
+        while (*pong != i && host_seconds() - start < 3) {
+        }
         answered += *pong == i;
     }
     const double seconds = host_seconds() - start;
@@ -510,14 +538,20 @@ static void memcpy_of_size(Bench& bench, const PinnedRows& host, size_t size) {
     auto rate = [&](bool up) {
         return device_seconds(bench.stream, 5, [&] {
             for (size_t i = 0; i < copies; i++) {
-                uint8_t *h = host.data() + i * size % (host.bytes() - size + 1), *d = bench.target.as<uint8_t>() + i * size;
-                CUDA(cudaMemcpyAsync(up ? d : h, up ? h : d, size, up ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost, bench.stream));
+                uint8_t *h = host.data() + i * size % (host.bytes() - size + 1),
+                        *d = bench.target.as<uint8_t>() + i * size;
+                CUDA(cudaMemcpyAsync(up ? d : h, up ? h : d, size, up ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost,
+                                     bench.stream));
             }
         });
     };
     const double up = rate(true), down = rate(false), bytes = double(copies * size);
-    Line("memcpy").text("how", host.how()).number("bytes", double(size)).number("h2d_GBps", bytes / up / 1e9)
-        .number("d2h_GBps", bytes / down / 1e9).number("h2d_us_each", up / double(copies) * 1e6)
+    Line("memcpy")
+        .text("how", host.how())
+        .number("bytes", double(size))
+        .number("h2d_GBps", bytes / up / 1e9)
+        .number("d2h_GBps", bytes / down / 1e9)
+        .number("h2d_us_each", up / double(copies) * 1e6)
         .number("d2h_us_each", down / double(copies) * 1e6);
 }
 
@@ -570,8 +604,14 @@ static void gather_line(Bench& bench, const PinnedRows& host, const char* varian
     const double alone = device_seconds(bench.stream, 5, [&] { gather(bench.stream); });
     double beside = 0, slowdown = 0;
     beside_read(bench, gather, &beside, &slowdown);
-    Line("gpu_gather").text("variant", variant).text("how", host.how()).number("GiB", host.gib()).number("ctas", ctas)
-        .number("GBps", gather_GBps(alone)).number("GBps_beside_read", gather_GBps(beside)).number("read_slowdown", slowdown);
+    Line("gpu_gather")
+        .text("variant", variant)
+        .text("how", host.how())
+        .number("GiB", host.gib())
+        .number("ctas", ctas)
+        .number("GBps", gather_GBps(alone))
+        .number("GBps_beside_read", gather_GBps(beside))
+        .number("read_slowdown", slowdown);
 }
 
 static void gpu_gathers(Bench& bench, const PinnedRows& host, const std::vector<uint32_t>& ids) {
@@ -579,13 +619,15 @@ static void gpu_gathers(Bench& bench, const PinnedRows& host, const std::vector<
     const uint32_t* rows = bench.ids.as<uint32_t>();
     uint4* to = bench.target.as<uint4>();
     const bool bulk = bench.capability >= 90;
-    if (bulk) CUDA(cudaFuncSetAttribute(probe_bulk_gather, cudaFuncAttributeMaxDynamicSharedMemorySize, kBulkSharedBytes));
+    if (bulk)
+        CUDA(cudaFuncSetAttribute(probe_bulk_gather, cudaFuncAttributeMaxDynamicSharedMemorySize, kBulkSharedBytes));
     for (int ctas : {1, 2, 4, 8, 16, 32}) {
         const unsigned grid = unsigned(ctas);
         const Work four = [=](cudaStream_t s) { probe_gather_4<<<grid, 1024, 0, s>>>(from, rows, kGatherRows, to); };
         const Work eight = [=](cudaStream_t s) { probe_gather_8<<<grid, 512, 0, s>>>(from, rows, kGatherRows, to); };
         const Work copies = [=, bytes = host.data()](cudaStream_t s) {
-            probe_bulk_gather<<<grid, 32, kBulkSharedBytes, s>>>(bytes, rows, kGatherRows, reinterpret_cast<uint8_t*>(to));
+            probe_bulk_gather<<<grid, 32, kBulkSharedBytes, s>>>(bytes, rows, kGatherRows,
+                                                                 reinterpret_cast<uint8_t*>(to));
         };
         gather_line(bench, host, "1024_threads_4_rows", ctas, four);
         gather_line(bench, host, "512_threads_8_rows", ctas, eight);
@@ -598,7 +640,8 @@ static void gpu_gathers(Bench& bench, const PinnedRows& host, const std::vector<
 }
 
 // Threads that spin for the start copy rows into staging memory; then one copy to the device.
-static void cpu_gather(Bench& bench, const PinnedRows& host, const std::vector<uint32_t>& ids, uint8_t* staging, int threads, int rows) {
+static void cpu_gather(Bench& bench, const PinnedRows& host, const std::vector<uint32_t>& ids, uint8_t* staging,
+                       int threads, int rows) {
     std::vector<double> gather_times, total_times;
     for (int repetition = 0; repetition < 5; repetition++) {
         std::atomic<bool> go{false};
@@ -606,18 +649,23 @@ static void cpu_gather(Bench& bench, const PinnedRows& host, const std::vector<u
         std::thread crew([&] {
             on_threads(threads, [&](int i, int n) {
                 ready++;
-                while (!go) {}
+                while (!go) {
+                }
                 for (int r = int(int64_t(rows) * i / n); r < int(int64_t(rows) * (i + 1) / n); r++)
-                    std::memcpy(staging + size_t(r) * kRowBytes, host.data() + size_t(ids[size_t(r)]) * kRowBytes, kRowBytes);
+                    std::memcpy(staging + size_t(r) * kRowBytes, host.data() + size_t(ids[size_t(r)]) * kRowBytes,
+                                kRowBytes);
                 done++;
             });
         });
-        while (ready < threads) {}
+        while (ready < threads) {
+        }
         const double start = host_seconds();
         go = true;
-        while (done < threads) {}
+        while (done < threads) {
+        }
         gather_times.push_back(host_seconds() - start);
-        const cudaError_t copied = cudaMemcpyAsync(bench.target.as<void>(), staging, size_t(rows) * kRowBytes, cudaMemcpyHostToDevice, bench.stream);
+        const cudaError_t copied = cudaMemcpyAsync(bench.target.as<void>(), staging, size_t(rows) * kRowBytes,
+                                                   cudaMemcpyHostToDevice, bench.stream);
         const cudaError_t waited = cudaStreamSynchronize(bench.stream);
         total_times.push_back(host_seconds() - start);
         crew.join();
@@ -625,8 +673,13 @@ static void cpu_gather(Bench& bench, const PinnedRows& host, const std::vector<u
         CUDA(waited);
     }
     const double bytes = double(rows) * kRowBytes;
-    Line("cpu_gather").text("how", host.how()).number("GiB", host.gib()).number("threads", threads).number("rows", rows)
-        .number("GBps_gather", bytes / median(gather_times) / 1e9).number("GBps_with_copy", bytes / median(total_times) / 1e9)
+    Line("cpu_gather")
+        .text("how", host.how())
+        .number("GiB", host.gib())
+        .number("threads", threads)
+        .number("rows", rows)
+        .number("GBps_gather", bytes / median(gather_times) / 1e9)
+        .number("GBps_with_copy", bytes / median(total_times) / 1e9)
         .number("us_with_copy", median(total_times) * 1e6);
 }
 
@@ -642,10 +695,14 @@ static void cpu_gathers(Bench& bench, const PinnedRows& host, const std::vector<
 // Everything that needs pinned memory of one footprint: pinned once.
 static void link_of(Bench& bench, double gib, bool registered, bool with_memcpy) {
     const PinnedRows host(size_t(gib * double(1u << 30)) / kRowBytes * kRowBytes, registered);
-    Line("pin").text("how", host.how()).number("GiB", host.gib()).number("s_per_GiB", host.pin_seconds / host.gib())
+    Line("pin")
+        .text("how", host.how())
+        .number("GiB", host.gib())
+        .number("s_per_GiB", host.pin_seconds / host.gib())
         .number("touch_s_per_GiB", host.touch_seconds / host.gib());
     if (with_memcpy)
-        for (size_t size : {size_t(4) << 10, size_t(64) << 10, size_t(256) << 10, size_t(1) << 20, size_t(8) << 20, size_t(256) << 20})
+        for (size_t size : {size_t(4) << 10, size_t(64) << 10, size_t(256) << 10, size_t(1) << 20, size_t(8) << 20,
+                            size_t(256) << 20})
             if (size <= host.bytes()) memcpy_of_size(bench, host, size);
     const std::vector<uint32_t> ids = random_rows(bench, host);
     gpu_gathers(bench, host, ids);

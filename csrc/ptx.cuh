@@ -53,7 +53,8 @@ SPECACHE_DEVICE void barrier_init(uint64_t* barrier) {
 }
 
 SPECACHE_DEVICE void barrier_expect(uint64_t* barrier, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
 }
 
 // Waits until the phase with this parity is complete.
@@ -64,7 +65,9 @@ SPECACHE_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
         "again:\n"
         "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
         "@!done bra again;\n"
-        "}\n" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
+        "}\n" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
 }
 
 // Global (or pinned host) memory to shared memory; 16-byte aligned, a multiple of 16 bytes.
@@ -91,5 +94,5 @@ SPECACHE_DEVICE void bulk_stores_done() { asm volatile("cp.async.bulk.wait_group
 
 #endif
 
-}  // namespace specache
+}   // namespace specache
 #endif

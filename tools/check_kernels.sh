@@ -97,12 +97,13 @@ report csrc/pack.cu csrc/probe.cu || fail "registers or spills"
 # The launch plans are ordinary C++, the parameters ordinary C.
 g++ -std=c++17 -Wall -Wextra -Wpedantic -Werror -DSPECACHE_PLAN_ONLY -x c++ -c csrc/pack.cu -o "$out/pack_plan.o" ||
   fail "the plan of pack.cu needs CUDA"
-gcc -std=c11 -Wall -Wextra -Wpedantic -Werror -Icsrc -include abi.h -x c -c /dev/null -o "$out/abi.o" || fail "abi.h is not C"
+gcc -std=c11 -Wall -Wextra -Wpedantic -Werror -Icsrc -include abi.h -x c -c /dev/null -o "$out/abi.o" ||
+  fail "abi.h is not C"
 
 # ---- 2. and 3. the emulation --------------------------------------------------------------------------------------
 
-# No contraction: the emulated intrinsics promise one rounding each. The kernels view shared memory through several types,
-# which CUDA C++ allows.
+# No contraction: the emulated intrinsics promise one rounding each. The kernels view shared memory through several
+# types, which CUDA C++ allows.
 emulated=(g++ -std=c++17 -O1 -g -Wall -Wextra -Werror -Wno-unknown-pragmas -ffp-contract=off -fno-strict-aliasing
   -DSPECACHE_EMU -isystem "$include")
 sanitizers=("-fsanitize=address,undefined" -fno-sanitize-recover=all)

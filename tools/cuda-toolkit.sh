@@ -34,7 +34,8 @@ install() {
 
 if ! works; then
   command -v python3 >/dev/null || fail "python3 is missing: install Python 3.9 or newer"
-  python3 -m pip --version >/dev/null 2>&1 || fail "pip is missing: install it (python3 -m ensurepip, or the package python3-pip)"
+  python3 -m pip --version >/dev/null 2>&1 ||
+    fail "pip is missing: install it (python3 -m ensurepip, or the package python3-pip)"
   fresh=$target.partial.$$
   trap 'rm -rf "$fresh"' EXIT
   mkdir -p "$root/target"

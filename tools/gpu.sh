@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# What to run first when a machine with an NVIDIA GPU is at hand; needs no Rust. Builds the kernel tests and the probe with
-# the nvcc that is there (or takes binaries that --build made elsewhere), runs them, keeps the results and prints a table.
+# What to run first when a machine with an NVIDIA GPU is at hand; needs no Rust. Builds the kernel tests and the probe
+# with the nvcc that is there (or takes binaries that --build made elsewhere), runs them, keeps the results and prints
+# a table.
 #
 # usage: tools/gpu.sh [FOOTPRINT_GIB ...]   tests, then measurements (about four minutes); default footprints 1 16
 #        tools/gpu.sh --build [ARCH]        builds only, for ARCH (default 90a), into target/gpu; needs no GPU
@@ -54,7 +55,7 @@ build() { # nvcc, architecture
 }
 
 if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
-  sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
   exit 0
 fi
 

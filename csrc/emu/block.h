@@ -1,8 +1,9 @@
 // One thread block: a fiber per thread, barriers, warp collectives, poisoned shared memory.
 //
 // A thread runs until it waits. Warps run to the next barrier one after the other and lanes within a warp in any order,
-// both drawn from the seed, so a value that is read without the barrier that its writer needs is missing under some seed.
-// A barrier that not every thread reaches, or a warp collective that not every lane reaches, is an error and not a hang.
+// both drawn from the seed, so a value that is read without the barrier that its writer needs is missing under some
+// seed. A barrier that not every thread reaches, or a warp collective that not every lane reaches, is an error and not
+// a hang.
 #pragma once
 
 #include <vector_types.h>
@@ -43,7 +44,8 @@ public:
     static Block& current() { return *current_; }
 
     // Runs one block of `body`. `shared_bytes` of dynamic shared memory.
-    void run(dim3 grid, dim3 block, uint3 block_index, size_t shared_bytes, uint64_t seed, const std::function<void()>& body) {
+    void run(dim3 grid, dim3 block, uint3 block_index, size_t shared_bytes, uint64_t seed,
+             const std::function<void()>& body) {
         current_ = this;
         grid_dim = grid;
         block_dim = block;
@@ -54,7 +56,8 @@ public:
         dynamic_shared.assign(shared_bytes, char(poison_));
         static_shared_.clear();
         start_threads(int(block.x * block.y * block.z));
-        while (run_to_barrier()) {}
+        while (run_to_barrier()) {
+        }
         current_ = nullptr;
     }
 
@@ -85,7 +88,8 @@ public:
         return warp.operands[generation];
     }
 
-    // The shared struct named by the type: one per block and type, poisoned, from the heap so that a sanitizer sees its ends.
+    // The shared struct named by the type: one per block and type, poisoned, from the heap so that a sanitizer sees
+    // its ends.
     template <class T> T& shared() {
         static const char tag = 0;
         for (auto& s : static_shared_)
@@ -104,7 +108,9 @@ private:
             bytes = ::operator new(size, std::align_val_t(align));
             std::memset(bytes, poison, size);
         }
-        Shared(Shared&& other) noexcept : tag(other.tag), align(other.align), bytes(other.bytes) { other.bytes = nullptr; }
+        Shared(Shared&& other) noexcept : tag(other.tag), align(other.align), bytes(other.bytes) {
+            other.bytes = nullptr;
+        }
         Shared(const Shared&) = delete;
         ~Shared() { ::operator delete(bytes, std::align_val_t(align)); }
         const void* tag;
@@ -133,7 +139,8 @@ private:
     bool run_to_barrier() {
         std::shuffle(order_.begin(), order_.end(), random_);
         for (int warp : order_)
-            while (run_lanes(warp)) {}
+            while (run_lanes(warp)) {
+            }
         return open_barrier();
     }
 
@@ -169,8 +176,10 @@ private:
         const char* other = "nothing else";
         for (Thread& t : threads_)
             if (t.waits_for && std::strcmp(t.waits_for, "__syncthreads") != 0) other = t.waits_for;
-        fail("divergence in block (%u, %u, %u): of %zu threads %zu wait at __syncthreads, %zu have ended, the others in %s",
-             block_index.x, block_index.y, block_index.z, threads_.size(), waiting, ended, other);
+        fail(
+            "divergence in block (%u, %u, %u): of %zu threads %zu wait at __syncthreads, %zu have ended, the others in "
+            "%s",
+            block_index.x, block_index.y, block_index.z, threads_.size(), waiting, ended, other);
     }
 
     void release(Warp& warp, int index) {
@@ -192,4 +201,4 @@ private:
 
 template <class T> T& block_shared() { return Block::current().shared<T>(); }
 
-}  // namespace emu
+}   // namespace emu

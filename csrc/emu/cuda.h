@@ -46,7 +46,7 @@ inline uint32_t ballot(const char* operation, bool vote) {
     return bits;
 }
 
-}  // namespace emu
+}   // namespace emu
 
 inline void __syncwarp(unsigned mask = ~0u) {
     emu::need_full_mask(mask);
@@ -100,7 +100,8 @@ namespace emu {
 
 // Runs a kernel over a grid, block after block, every block with an order of its own drawn from the seed.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, uint64_t seed, Arguments... arguments) {
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, uint64_t seed,
+            Arguments... arguments) {
     static Block runner;   // keeps the fibers' stacks
     const std::function<void()> body = [&] { kernel(arguments...); };
     for (unsigned z = 0; z < grid.z; z++)
@@ -108,4 +109,4 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
             for (unsigned x = 0; x < grid.x; x++) runner.run(grid, block, uint3{x, y, z}, shared_bytes, seed++, body);
 }
 
-}  // namespace emu
+}   // namespace emu

@@ -22,4 +22,4 @@ constexpr int kExitCode = 3;
     std::_Exit(kExitCode);
 }
 
-}  // namespace emu
+}   // namespace emu

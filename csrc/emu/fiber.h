@@ -144,4 +144,4 @@ private:
     size_t owner_stack_bytes_ = 0;
 };
 
-}  // namespace emu
+}   // namespace emu

@@ -36,7 +36,8 @@ inline void check_access(const void* address, size_t bytes, bool write) {
     if (write && !region.writable) fail("write to %s, which is read-only", region.name.c_str());
 }
 
-// Memory of a kernel: aligned to 128 bytes, filled with a pattern, with a guard on both sides that the destructor checks.
+// Memory of a kernel: aligned to 128 bytes, filled with a pattern, with a guard on both sides that the destructor
+// checks.
 class Buffer {
 public:
     enum Access { kRead, kWrite };
@@ -69,4 +70,4 @@ private:
     uint8_t* data_;
 };
 
-}  // namespace emu
+}   // namespace emu

@@ -54,4 +54,4 @@ inline uint32_t transpose_8x8(uint32_t row) {
     return column;
 }
 
-}  // namespace specache
+}   // namespace specache

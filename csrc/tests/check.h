@@ -4,12 +4,12 @@
 #include <cstdio>
 #include <cstdlib>
 
-#define CHECK(condition, ...)                                                             \
-    do {                                                                                  \
-        if (!(condition)) {                                                               \
-            std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition);          \
-            std::fprintf(stderr, __VA_ARGS__);                                            \
-            std::fputc('\n', stderr);                                                     \
-            std::_Exit(1);                                                                \
-        }                                                                                 \
+#define CHECK(condition, ...)                                                    \
+    do {                                                                         \
+        if (!(condition)) {                                                      \
+            std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+            std::fprintf(stderr, __VA_ARGS__);                                   \
+            std::fputc('\n', stderr);                                            \
+            std::_Exit(1);                                                       \
+        }                                                                        \
     } while (0)

@@ -1,7 +1,7 @@
 // One way to run a kernel test on two devices: the emulation (SPECACHE_EMU), or a GPU when nvcc builds the test.
 //
-// A Buffer has a host side, filled with a pattern, and an address for the kernel. upload() before the launch, download()
-// after it; the emulation's two sides are one.
+// A Buffer has a host side, filled with a pattern, and an address for the kernel. upload() before the launch,
+// download() after it; the emulation's two sides are one.
 #pragma once
 
 #include <cstdint>
@@ -24,13 +24,14 @@ public:
 };
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), uint32_t grid, uint32_t block, uint32_t shared_bytes, uint64_t seed, Arguments... arguments) {
+void launch(void (*kernel)(Parameters...), uint32_t grid, uint32_t block, uint32_t shared_bytes, uint64_t seed,
+            Arguments... arguments) {
     emu::launch(kernel, dim3(grid), dim3(block), shared_bytes, seed, arguments...);
 }
 
 constexpr const char* kName = "emulation";
 
-}  // namespace device
+}   // namespace device
 
 #else
 #include <cuda_runtime.h>
@@ -52,7 +53,8 @@ public:
     Buffer(const Buffer&) = delete;
     ~Buffer() {
         for (size_t i = 0; i < kGuard; i++)
-            CHECK(host_[i] == kPoison && host_[host_.size() - 1 - i] == kPoison, "something wrote outside of %s", name_.c_str());
+            CHECK(host_[i] == kPoison && host_[host_.size() - 1 - i] == kPoison, "something wrote outside of %s",
+                  name_.c_str());
         cudaFree(device_);
     }
     void upload() { check_cuda(cudaMemcpy(device_, host_.data(), host_.size(), cudaMemcpyHostToDevice), "upload"); }
@@ -70,13 +72,14 @@ private:
 };
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), uint32_t grid, uint32_t block, uint32_t shared_bytes, uint64_t, Arguments... arguments) {
-    kernel<<<grid, block, shared_bytes>>>(arguments...);
+void launch(void (*kernel)(Parameters...), uint32_t grid, uint32_t block, uint32_t shared_bytes, uint64_t,
+            Arguments... arguments) {
+    kernel<<<grid, block, shared_bytes> > >(arguments...);
     check_cuda(cudaGetLastError(), "launch");
     check_cuda(cudaDeviceSynchronize(), "kernel");
 }
 
 constexpr const char* kName = "GPU";
 
-}  // namespace device
+}   // namespace device
 #endif

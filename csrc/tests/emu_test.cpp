@@ -8,7 +8,9 @@
 static emu::Buffer* memory;
 
 static void reverse_through_shared(uint32_t* out) {
-    struct Shared { uint32_t x[64]; };
+    struct Shared {
+        uint32_t x[64];
+    };
     SPECACHE_SHARED(Shared, shared);
     shared.x[threadIdx.x] = threadIdx.x;
     __syncthreads();
@@ -17,7 +19,8 @@ static void reverse_through_shared(uint32_t* out) {
 
 static void warp_functions(uint32_t* out) {
     const uint32_t lane = threadIdx.x % 32;
-    out[threadIdx.x] = __shfl_xor_sync(~0u, lane, 5) + 100 * __shfl_down_sync(~0u, lane, 1) + 10000 * __shfl_up_sync(~0u, lane, 2);
+    out[threadIdx.x] =
+        __shfl_xor_sync(~0u, lane, 5) + 100 * __shfl_down_sync(~0u, lane, 1) + 10000 * __shfl_up_sync(~0u, lane, 2);
     const bool odd = lane % 2;
     if (__ballot_sync(~0u, odd) != 0xAAAAAAAAu || __all_sync(~0u, odd) || !__any_sync(~0u, odd)) out[threadIdx.x] = 0;
 }
@@ -47,14 +50,18 @@ static void write_read_only(int) { specache::store_16(memory->data(), uint4{}); 
 static void write_around(int) { memory->data()[memory->bytes()] = 0; }
 
 [[maybe_unused]] static void write_beyond_shared(int) {
-    struct Shared { uint32_t x[64]; };
+    struct Shared {
+        uint32_t x[64];
+    };
     SPECACHE_SHARED(Shared, shared);
     uint32_t* x = shared.x;   // out of sight of the bounds checker
     x[threadIdx.x + 32] = 0;
 }
 
 static void without_barrier(uint32_t* out) {
-    struct Shared { uint32_t x[64]; };
+    struct Shared {
+        uint32_t x[64];
+    };
     SPECACHE_SHARED(Shared, shared);
     shared.x[threadIdx.x] = threadIdx.x;
     out[threadIdx.x] = shared.x[63 - threadIdx.x];

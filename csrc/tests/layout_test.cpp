@@ -29,11 +29,13 @@ template <int D, int B> static void tiles_the_page(int g) {
         for (int i = 0; i < kPage / g * D; i++) use(Page::k_param(part, i / D, i % D), 0, 16);
     for (int part : {Page::v_scale(g), Page::v_zero(g)})
         for (int i = 0; i < D / g * kPage; i++) use(Page::v_param(part, i / kPage, i % kPage), 0, 16);
-    for (size_t i = 0; i < uses.size(); i++) CHECK(uses[i] == 1, "bit %zu is used %d times (D %d, b %d, g %d)", i, uses[i], D, B, g);
+    for (size_t i = 0; i < uses.size(); i++)
+        CHECK(uses[i] == 1, "bit %zu is used %d times (D %d, b %d, g %d)", i, uses[i], D, B, g);
 }
 
 // out[row][8] = sum over k of code[row][k] * b[k][8] for `tiles` tiles of 16 rows; one warp. b: [8][K_LEN] integers.
-template <int K_LEN, int B> __global__ void product(uint64_t codes, uint64_t b_address, uint64_t out_address, int tiles) {
+template <int K_LEN, int B>
+__global__ void product(uint64_t codes, uint64_t b_address, uint64_t out_address, int tiles) {
     const float* b = reinterpret_cast<const float*>(b_address);
     float* out = reinterpret_cast<float*>(out_address);
     const int lane = int(threadIdx.x), i = lane / 4, j = lane % 4;
@@ -55,7 +57,8 @@ template <int K_LEN, int B> __global__ void product(uint64_t codes, uint64_t b_a
                 mma_m16n8k16(sum, a, operand[0], operand[1]);
             }
         }
-        for (int e = 0; e < 4; e++) out[(tile * 16 + i + e / 2 * 8) * 8 + 2 * j + e % 2] = sum[e] * 1048576.0f;   // 2^(24 - 4)
+        for (int e = 0; e < 4; e++)
+            out[(tile * 16 + i + e / 2 * 8) * 8 + 2 * j + e % 2] = sum[e] * 1048576.0f;   // 2^(24 - 4)
     }
 }
 
@@ -81,18 +84,22 @@ template <int D, int B> static void is_an_a_operand() {
     for (int i = 0; i < 8 * D; i++) q[i] = float(int(random() % 17) - 8);
     for (int i = 0; i < 8 * kPage; i++) p[i] = float(int(random() % 17) - 8);
     page.upload(), q.upload(), p.upload();
-    device::launch(product<D, B>, 1, 32, 0, 1, page.address() + Page::k_codes(), q.address(), scores.address(), kPage / 16);
-    device::launch(product<kPage, B>, 1, 32, 0, 1, page.address() + Page::v_codes(64), p.address(), out.address(), D / 16);
+    device::launch(product<D, B>, 1, 32, 0, 1, page.address() + Page::k_codes(), q.address(), scores.address(),
+                   kPage / 16);
+    device::launch(product<kPage, B>, 1, 32, 0, 1, page.address() + Page::v_codes(64), p.address(), out.address(),
+                   D / 16);
     scores.download(), out.download();
     for (int column = 0; column < 8; column++) {
         for (int token = 0; token < kPage; token++) {
             int want = 0;
             for (int c = 0; c < D; c++) want += k[size_t(token * D + c)] * int(q[column * D + c]);
-            CHECK(scores[token * 8 + column] == float(want), "K token %d: %g, not %d", token, scores[token * 8 + column], want);
+            CHECK(scores[token * 8 + column] == float(want), "K token %d: %g, not %d", token,
+                  scores[token * 8 + column], want);
         }
         for (int c = 0; c < D; c++) {
             int want = 0;
-            for (int token = 0; token < kPage; token++) want += v[size_t(token * D + c)] * int(p[column * kPage + token]);
+            for (int token = 0; token < kPage; token++)
+                want += v[size_t(token * D + c)] * int(p[column * kPage + token]);
             CHECK(out[c * 8 + column] == float(want), "V channel %d: %g, not %d", c, out[c * 8 + column], want);
         }
     }

@@ -68,16 +68,21 @@ static float value(Kind kind, specache_dtype dtype, int bits, int token, int cha
     static std::normal_distribution<float> normal;
     const int top = (1 << bits) - 1;
     switch (kind) {
-        case kNormal: return normal(random) * (channel % 17 == 3 ? 20.0f : 1.0f);   // K has outlier channels
-        case kConstant: return (token / 32 + channel / 32) % 2 ? -1.75f : 0.0f;
-        case kSignedZeros: return random() % 2 ? -0.0f : random() % 3 ? 0.0f : -1e-8f;
+        case kNormal:
+            return normal(random) * (channel % 17 == 3 ? 20.0f : 1.0f);   // K has outlier channels
+        case kConstant:
+            return (token / 32 + channel / 32) % 2 ? -1.75f : 0.0f;
+        case kSignedZeros:
+            return random() % 2 ? -0.0f : random() % 3 ? 0.0f : -1e-8f;
         // Halves of a level between 0 and top (1 bit: quarters of 0 .. 4): every group holds both ends.
         case kTies:
             if ((token + channel) % 32 < 2) return (token + channel) % 32 ? float(bits == 1 ? 4 : top) : 0.0f;
             return 0.5f * float(random() % (bits == 1 ? 9 : 2 * top + 1));
         // bf16 reaches far beyond fp16: zero and scale become infinite there, and nothing may trap.
-        case kLarge: return normal(random) * (dtype == SPECACHE_BF16 ? (channel % 2 ? 1e37f : 3e4f) : 2e4f);
-        default: return normal(random) * (dtype == SPECACHE_BF16 && channel % 2 ? 1e-39f : 1e-7f);
+        case kLarge:
+            return normal(random) * (dtype == SPECACHE_BF16 ? (channel % 2 ? 1e37f : 3e4f) : 2e4f);
+        default:
+            return normal(random) * (dtype == SPECACHE_BF16 && channel % 2 ? 1e-39f : 1e-7f);
     }
 }
 
@@ -118,7 +123,9 @@ static uint16_t fp16_at(const uint8_t* page, int byte) {
     return bits;
 }
 
-template <int B> static int code_at(const uint8_t* page, CodePlace at) { return page[at.byte] >> at.bit & ((1 << B) - 1); }
+template <int B> static int code_at(const uint8_t* page, CodePlace at) {
+    return page[at.byte] >> at.bit & ((1 << B) - 1);
+}
 
 template <int D, int B> static void compare_k(const Case& c, const uint8_t* wide, const uint8_t* page) {
     using Page = PackedPage<D, B>;
@@ -126,16 +133,19 @@ template <int D, int B> static void compare_k(const Case& c, const uint8_t* wide
     for (int channel = 0; channel < D; channel++)
         for (int group = 0; group < kPage / g; group++) {
             std::vector<float> values;
-            for (int t = 0; t < g; t++) values.push_back(widen(c.dtype, fp16_at(wide, ((group * g + t) * 2 * D + channel) * 2)));
+            for (int t = 0; t < g; t++)
+                values.push_back(widen(c.dtype, fp16_at(wide, ((group * g + t) * 2 * D + channel) * 2)));
             const Group want = quantise(values, B);
             const int scale = fp16_at(page, Page::k_param(Page::k_scale(g), group, channel));
             const int zero = fp16_at(page, Page::k_param(Page::k_zero(g), group, channel));
-            CHECK(scale == want.scale, "K scale %04x, not %04x: channel %d (%s)", scale, want.scale, channel, name_of(c).c_str());
-            CHECK(zero == want.zero, "K zero %04x, not %04x: channel %d (%s)", zero, want.zero, channel, name_of(c).c_str());
+            CHECK(scale == want.scale, "K scale %04x, not %04x: channel %d (%s)", scale, want.scale, channel,
+                  name_of(c).c_str());
+            CHECK(zero == want.zero, "K zero %04x, not %04x: channel %d (%s)", zero, want.zero, channel,
+                  name_of(c).c_str());
             for (int t = 0; t < g; t++) {
                 const int code = code_at<B>(page, Page::k_code(group * g + t, channel));
-                CHECK(code == want.codes[t], "K code %d, not %d: token %d, channel %d (%s)", code, want.codes[t], group * g + t,
-                      channel, name_of(c).c_str());
+                CHECK(code == want.codes[t], "K code %d, not %d: token %d, channel %d (%s)", code, want.codes[t],
+                      group * g + t, channel, name_of(c).c_str());
             }
         }
 }
@@ -146,12 +156,15 @@ template <int D, int B> static void compare_v(const Case& c, const uint8_t* wide
     for (int token = 0; token < kPage; token++)
         for (int group = 0; group < D / g; group++) {
             std::vector<float> values;
-            for (int i = 0; i < g; i++) values.push_back(widen(c.dtype, fp16_at(wide, (token * 2 * D + D + group * g + i) * 2)));
+            for (int i = 0; i < g; i++)
+                values.push_back(widen(c.dtype, fp16_at(wide, (token * 2 * D + D + group * g + i) * 2)));
             const Group want = quantise(values, B);
             const int scale = fp16_at(page, Page::v_param(Page::v_scale(g), group, token));
             const int zero = fp16_at(page, Page::v_param(Page::v_zero(g), group, token));
-            CHECK(scale == want.scale, "V scale %04x, not %04x: token %d (%s)", scale, want.scale, token, name_of(c).c_str());
-            CHECK(zero == want.zero, "V zero %04x, not %04x: token %d (%s)", zero, want.zero, token, name_of(c).c_str());
+            CHECK(scale == want.scale, "V scale %04x, not %04x: token %d (%s)", scale, want.scale, token,
+                  name_of(c).c_str());
+            CHECK(zero == want.zero, "V zero %04x, not %04x: token %d (%s)", zero, want.zero, token,
+                  name_of(c).c_str());
             for (int i = 0; i < g; i++) {
                 const int code = code_at<B>(page, Page::v_code(g, token, group * g + i));
                 CHECK(code == want.codes[i], "V code %d, not %d: token %d, channel %d (%s)", code, want.codes[i], token,
@@ -253,5 +266,6 @@ int main() {
                         run_any(Case{d, bits, g, dtype, cases % 2 == 0, seed});
                         cases++;
                     }
-    std::printf("pack_test: %d cases of %u pages x %u heads equal the twin (%s)\n", cases, kListed, kHeads, device::kName);
+    std::printf("pack_test: %d cases of %u pages x %u heads equal the twin (%s)\n", cases, kListed, kHeads,
+                device::kName);
 }
