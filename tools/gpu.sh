@@ -41,12 +41,11 @@ source_of() {
   esac
 }
 
-build() { # nvcc, architecture
+build() { # nvcc, architecture, linker flags
   local program pids=() pid
   mkdir -p "$bin"
   for program in "${programs[@]}"; do
-    # The libraries of the machine that builds may be newer than those of the machine that runs: link them in.
-    "$1" -std=c++17 -O3 -lineinfo -Xcompiler -Wno-unknown-pragmas,-static-libstdc++,-static-libgcc \
+    "$1" -std=c++17 -O3 -lineinfo -Xcompiler "-Wno-unknown-pragmas$3" \
       -gencode "arch=compute_$2,code=sm_$2" -x cu "$(source_of "$program")" -o "$bin/$program" &
     pids+=($!)
   done
@@ -61,7 +60,8 @@ fi
 
 if [ "${1:-}" = --build ]; then
   nvcc=$(find_nvcc) || nvcc=$(tools/cuda-toolkit.sh)
-  build "$nvcc" "${2:-90a}"
+  # The libraries of this machine may be newer than those of the machine that runs: link them in.
+  build "$nvcc" "${2:-90a}" ,-static-libstdc++,-static-libgcc
   exit 0
 fi
 
@@ -77,7 +77,7 @@ mkdir -p "$out"
 cat "$out/machine.txt"
 
 if nvcc=$(find_nvcc); then
-  build "$nvcc" "$(gpu_arch)" || echo "gpu: $nvcc could not build, using $bin as it is"
+  build "$nvcc" "$(gpu_arch)" "" || echo "gpu: $nvcc could not build, using $bin as it is"
 else
   echo "gpu: no nvcc here, using $bin as it is (made by tools/gpu.sh --build)"
 fi
