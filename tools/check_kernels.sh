@@ -94,6 +94,10 @@ fi
 compile csrc/probe.cu 90a
 report csrc/pack.cu csrc/probe.cu || fail "registers or spills"
 
+# The tests must also build for a GPU, where tools/gpu.sh runs them: the small one shows it.
+"$nvcc" -std=c++17 -Werror all-warnings -Xcompiler -Wno-unknown-pragmas -gencode arch=compute_90a,code=sm_90a \
+  -x cu -c csrc/tests/layout_test.cpp -o "$out/layout_test.gpu.o" || fail "layout_test does not build for a GPU"
+
 # The launch plans are ordinary C++, the parameters ordinary C.
 g++ -std=c++17 -Wall -Wextra -Wpedantic -Werror -DSPECACHE_PLAN_ONLY -x c++ -c csrc/pack.cu -o "$out/pack_plan.o" ||
   fail "the plan of pack.cu needs CUDA"

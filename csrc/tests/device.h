@@ -74,7 +74,9 @@ private:
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), uint32_t grid, uint32_t block, uint32_t shared_bytes, uint64_t,
             Arguments... arguments) {
-    kernel<<<grid, block, shared_bytes> > >(arguments...);
+    // clang-format off
+    kernel<<<grid, block, shared_bytes>>>(arguments...);
+    // clang-format on
     check_cuda(cudaGetLastError(), "launch");
     check_cuda(cudaDeviceSynchronize(), "kernel");
 }
