@@ -1,0 +1,48 @@
+// What every kernel file needs: function qualifiers that also compile on the host, bit casts, 16-bit numbers as floats.
+#pragma once
+
+#ifdef SPECACHE_EMU
+#include "emu/cuda.h"
+#endif
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "abi.h"
+
+#ifdef __CUDACC__
+#define SPECACHE_HOST_DEVICE __host__ __device__ __forceinline__
+#define SPECACHE_DEVICE __device__ __forceinline__
+#else
+#define SPECACHE_HOST_DEVICE inline
+#define SPECACHE_DEVICE inline
+#endif
+
+// The block's shared memory as one struct: the emulation gives it from the heap, poisoned, so that a read before the
+// write or beyond the end is seen.
+#ifdef SPECACHE_EMU
+#define SPECACHE_SHARED(Type, name) Type& name = emu::block_shared<Type>()
+#else
+#define SPECACHE_SHARED(Type, name) __shared__ Type name
+#endif
+
+namespace specache {
+
+template <class To, class From> SPECACHE_HOST_DEVICE To bit_cast(const From& from) {
+    static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+    To to;
+    memcpy(static_cast<void*>(&to), &from, sizeof(To));
+    return to;
+}
+
+// Two neighbouring 16-bit numbers, low half first, and how they widen.
+struct Fp16 {
+    static SPECACHE_DEVICE float2 widen(uint32_t pair) { return __half22float2(bit_cast<__half2>(pair)); }
+};
+
+struct Bf16 {
+    static SPECACHE_DEVICE float2 widen(uint32_t pair) {
+        return make_float2(bit_cast<float>(pair << 16), bit_cast<float>(pair & 0xFFFF0000u));
+    }
+};
+
+}   // namespace specache

@@ -1,0 +1,98 @@
+// Every instruction that CUDA C++ has no name for, behind a named wrapper. The emulation has its own form of each.
+#pragma once
+
+#include "common.cuh"
+
+#ifdef SPECACHE_EMU
+#include "emu/ptx.h"
+#else
+
+namespace specache {
+
+// 16 bytes of device memory that nobody reads again: kept out of L1.
+SPECACHE_DEVICE uint4 load_streaming(const void* from) {
+    uint4 v;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from));
+    return v;
+}
+
+// 4 bytes of device memory.
+SPECACHE_DEVICE uint32_t load_u32(const void* from) { return *static_cast<const uint32_t*>(from); }
+
+// 16 bytes to device memory.
+SPECACHE_DEVICE void store_16(void* to, uint4 v) { *static_cast<uint4*>(to) = v; }
+
+// d += a b for a 16 x 16 tile of fp16 (row-major) and a 16 x 8 tile (column-major), sums in fp32. Lane 4i + j holds
+//   a: rows i, i+8 (a0, a1), k 2j, 2j+1, and the same of k + 8 (a2, a3)     b: column i, k 2j, 2j+1 (b0) and k + 8 (b1)
+//   d: row i, columns 2j, 2j+1 (d0, d1), row i+8 (d2, d3)
+SPECACHE_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Transposes an 8 x 8 tile of 16-bit numbers; lane 4i + j holds row i, columns 2j, 2j+1.
+SPECACHE_DEVICE uint32_t transpose_8x8(uint32_t row) {
+    uint32_t column;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(column) : "r"(row));
+    return column;
+}
+
+// ---- sm_90 and later: bulk copies that complete on a barrier in shared memory ----
+#if __CUDA_ARCH__ >= 900
+
+SPECACHE_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// A barrier that one arrival and the expected bytes complete.
+SPECACHE_DEVICE void barrier_init(uint64_t* barrier) {
+    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+SPECACHE_DEVICE void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+
+// Waits until the phase with this parity is complete.
+SPECACHE_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+}
+
+// Global (or pinned host) memory to shared memory; 16-byte aligned, a multiple of 16 bytes.
+SPECACHE_DEVICE void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+// Shared memory to global memory; joins the thread's current bulk group.
+SPECACHE_DEVICE void bulk_store(void* to, const void* from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(shared_address(from)), "r"(bytes)
+                 : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Until this thread's bulk stores have read their shared memory.
+SPECACHE_DEVICE void bulk_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+// Until this thread's bulk stores are complete.
+SPECACHE_DEVICE void bulk_stores_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+#endif
+
+}   // namespace specache
+#endif

@@ -1,0 +1,151 @@
+#!/usr/bin/env bash
+# Checks the CUDA kernels without a GPU; needs g++ and python3 with pip (for the compiler, see cuda-toolkit.sh).
+#   1. nvcc builds every kernel with warnings as errors; no spills; registers within the limit written beside it
+#   2. the same sources run on the CPU emulation (csrc/emu), plainly and under sanitizers, against plain twins
+#   3. builds with an injected bug must fail their test
+# usage: tools/check_kernels.sh [--all]     --all: every architecture that is shipped, not only sm_86 and sm_90a
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+
+architectures=(86 90a)
+case "${1:-}" in
+  '') ;;
+  --all) architectures=(80 86 89 90a 100 120) ;;
+  *) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; [ "$1" = -h ] || [ "$1" = --help ]; exit ;;
+esac
+
+nvcc=$(tools/cuda-toolkit.sh)
+include=$(dirname "$nvcc")/../include
+out=target/kernels
+rm -rf "$out"
+mkdir -p "$out"
+failures=0
+
+fail() {
+  echo "FAIL  $*"
+  failures=$((failures + 1))
+}
+
+# ---- 1. nvcc ------------------------------------------------------------------------------------------------------
+
+# source, architecture: one cubin, ptxas' report beside it.
+compile() {
+  local source=$1 arch=$2 name
+  name=$out/$(basename "$source" .cu).sm_$arch
+  if ! "$nvcc" -std=c++17 -O3 -Werror all-warnings -Xptxas -v,-warn-spills \
+    -gencode "arch=compute_$arch,code=sm_$arch" -cubin -o "$name.cubin" "$source" >"$name.log" 2>&1; then
+    grep -v '^ptxas info\|^$\|bytes stack frame' "$name.log" || cat "$name.log"
+    fail "$source does not compile for sm_$arch"
+  fi
+}
+
+# PTX of the oldest architecture: what a newer GPU compiles for itself.
+compile_ptx() {
+  local name
+  name=$out/$(basename "$1" .cu).compute_80
+  "$nvcc" -std=c++17 -O3 -Werror all-warnings -arch=compute_80 -ptx -o "$name.ptx" "$1" >"$name.log" 2>&1 || {
+    cat "$name.log"
+    fail "$1 does not compile to PTX"
+  }
+}
+
+# The table kernel x architecture from the logs. A limit is a comment in the source: "registers: <= N pattern".
+# A kernel without a limit, with spills or above its limit is a failure (exit code 1).
+report() {
+  python3 - "$out" "$@" <<'PYTHON'
+import fnmatch, pathlib, re, sys
+
+out, sources = pathlib.Path(sys.argv[1]), sys.argv[2:]
+rows, bad = [], []
+for source in sources:
+    text = pathlib.Path(source).read_text()
+    limits = [(glob, int(n)) for n, glob in re.findall(r"registers: <= (\d+) (\S+)", text)]
+    for log in sorted(out.glob(pathlib.Path(source).stem + ".sm_*.log")):
+        arch = log.stem.split(".")[-1]
+        for part in log.read_text().split("Compiling entry function '")[1:]:
+            kernel = part.split("'")[0]
+            registers = int(re.search(r"Used (\d+) registers", part)[1])
+            shared = int((re.search(r"(\d+) bytes smem", part) or [0, 0])[1])
+            spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", part))
+            limit = next((n for glob, n in limits if fnmatch.fnmatchcase(kernel, glob)), None)
+            if limit is None:
+                bad.append(f"{kernel} ({arch}): no limit in {source}")
+            elif registers > limit:
+                bad.append(f"{kernel} ({arch}): {registers} registers, limit {limit}")
+            if spills:
+                bad.append(f"{kernel} ({arch}): {spills} bytes of spills")
+            rows.append((kernel, arch, registers, limit, shared, spills))
+print(f"{'kernel':<40} {'arch':<7} {'registers':>9} {'limit':>6} {'shared B':>9} {'spills B':>9}")
+for kernel, arch, registers, limit, shared, spills in sorted(rows):
+    print(f"{kernel:<40} {arch:<7} {registers:>9} {limit or '-':>6} {shared:>9} {spills:>9}")
+for line in bad:
+    print("FAIL ", line)
+sys.exit(1 if bad or not rows else 0)
+PYTHON
+}
+
+for arch in "${architectures[@]}"; do compile csrc/pack.cu "$arch"; done
+if [ "${1:-}" = --all ]; then
+  compile_ptx csrc/pack.cu
+  compile csrc/probe.cu 80
+fi
+compile csrc/probe.cu 90a
+report csrc/pack.cu csrc/probe.cu || fail "registers or spills"
+
+# The tests must also build for a GPU, where tools/gpu.sh runs them: the small one shows it.
+"$nvcc" -std=c++17 -Werror all-warnings -Xcompiler -Wno-unknown-pragmas -gencode arch=compute_90a,code=sm_90a \
+  -x cu -c csrc/tests/layout_test.cpp -o "$out/layout_test.gpu.o" || fail "layout_test does not build for a GPU"
+
+# The launch plans are ordinary C++, the parameters ordinary C.
+g++ -std=c++17 -Wall -Wextra -Wpedantic -Werror -DSPECACHE_PLAN_ONLY -x c++ -c csrc/pack.cu -o "$out/pack_plan.o" ||
+  fail "the plan of pack.cu needs CUDA"
+gcc -std=c11 -Wall -Wextra -Wpedantic -Werror -Icsrc -include abi.h -x c -c /dev/null -o "$out/abi.o" ||
+  fail "abi.h is not C"
+
+# ---- 2. and 3. the emulation --------------------------------------------------------------------------------------
+
+# No contraction: the emulated intrinsics promise one rounding each. The kernels view shared memory through several
+# types, which CUDA C++ allows.
+emulated=(g++ -std=c++17 -O1 -g -Wall -Wextra -Werror -Wno-unknown-pragmas -ffp-contract=off -fno-strict-aliasing
+  -DSPECACHE_EMU -isystem "$include")
+sanitizers=("-fsanitize=address,undefined" -fno-sanitize-recover=all)
+
+build() { # test, suffix, flags...
+  local test=$1 suffix=$2
+  shift 2
+  "${emulated[@]}" "$@" "csrc/tests/${test}_test.cpp" -o "$out/$test$suffix"
+}
+
+for test in emu layout pack; do
+  for kind in plain sanitized; do
+    flags=()
+    [ "$kind" = sanitized ] && flags=("${sanitizers[@]}")
+    if ! build "$test" ".$kind" "${flags[@]}"; then
+      fail "$test does not build ($kind)"
+    elif ! "$out/$test.$kind" >"$out/$test.$kind.log" 2>&1; then
+      cat "$out/$test.$kind.log"
+      fail "$test ($kind)"
+    else
+      echo "ok    $(cat "$out/$test.$kind.log") ($kind)"
+    fi
+  done
+done
+
+# 1: a missing __syncthreads. 2: an octet out of order in the fragments.
+for bug in 1 2; do
+  if ! build pack ".bug$bug" -DSPECACHE_INJECTED_BUG="$bug"; then
+    fail "injected bug $bug does not build"
+  elif "$out/pack.bug$bug" >"$out/pack.bug$bug.log" 2>&1; then
+    fail "injected bug $bug went unseen"
+  else
+    echo "ok    injected bug $bug is seen: $(head -n 1 "$out/pack.bug$bug.log")"
+  fi
+done
+
+if [ "$failures" -ne 0 ]; then
+  echo "$failures checks failed"
+  exit 1
+fi
+echo "all kernel checks pass"
