@@ -27,7 +27,7 @@ class Options:
     top_k: int = 64
     gather: str = "thread"
     exact_ties: bool = True
-    chunk_elements: int = 1 << 21
+    chunk_elements: int = 1 << 20
     compile: bool = False
 
     @property

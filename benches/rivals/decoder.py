@@ -129,18 +129,25 @@ class Decoder:
         k, v = pairs[:, self.first_visible(0) :].split(d, -1)
         # The query heads of a KV head stand in the place of queries, so that K and V are read once.
         shape = (self.batch, -1)
-        q, k, v = (t.to(self.dtype).unflatten(0, shape) for t in (q, k, v))
+        q, k, v = (t.unflatten(0, shape) for t in (q, self.widened("k", k), self.widened("v", v)))
         out = F.scaled_dot_product_attention(q, k, v, scale=1.0).flatten(0, 1)
         if cache.loads:
             cache.loads.done(layer)
         return out
+
+    def widened(self, name: str, x: Tensor) -> Tensor:
+        """x in the type that attention computes in: itself on CUDA, float32 in a reused buffer on the CPU (a fresh one
+        of many megabytes costs more in page faults than the copy does)."""
+        if x.dtype == self.dtype:
+            return x
+        return self.scratch.take(name, tuple(x.shape), self.dtype).copy_(x)
 
     def mixed(self, layer: int, q: Tensor, rows: int, pre: bool) -> Tensor:
         """`kivi`, `fetch`, `specache`: q [N, M, D] to [N, M, D] float32; chooses and fetches."""
         cache, options, d = self.cache, self.options, q.shape[2]
         nq = cache.nq
         pages = cache.layer_pages(layer)
-        tail_k, tail_v = cache.tail_of(layer, rows).to(self.dtype).split(d, -1)  # [N, tail, D]
+        tail_k, tail_v = self.widened("tail", cache.tail_of(layer, rows)).split(d, -1)  # [N, tail, D]
         scores = self.scratch.take("scores", (*q.shape[:2], nq + tail_k.shape[1]), torch.float32)
         self.low.scores(q, pages, nq, scores)
         scores[:, :, nq:] = matmul32(q, tail_k.transpose(1, 2))
@@ -158,7 +165,7 @@ class Decoder:
         else:
             positions, pairs = fetched
             at = positions.unsqueeze(1).expand(-1, q.shape[1], -1)  # [N, M, k]
-            k, v = pairs.to(self.dtype).split(d, -1)
+            k, v = self.widened("pairs", pairs).split(d, -1)
             scores.scatter_(2, at, matmul32(q, k.transpose(1, 2)))
             self.hide_behind_window(scores, rows)
             p = self.softmax(scores)

@@ -22,6 +22,8 @@ from torch import Tensor
 PAGE = 64
 # Tokens of one matmul of the V side: a batch of one sequence would otherwise give a GPU too few blocks to fill it.
 SPLIT = 512
+# Matrices of one batched matmul: more do not fit a dimension of a CUDA grid.
+MAX_BATCH = 65535
 
 
 class Format(NamedTuple):
@@ -161,9 +163,10 @@ class LowBitAttention:
         self.and_planes(codes, out)
         return out.flatten(-2)
 
-    def chunks(self, tokens: int, numbers_per_token: int) -> Iterator[slice]:
+    def chunks(self, tokens: int, n_heads: int, head_dim: int) -> Iterator[slice]:
         """[0, tokens) as whole blocks of SPLIT tokens, as many at once as the scratch allows, then the rest."""
-        step = max(SPLIT, self.chunk_elements // numbers_per_token // SPLIT * SPLIT)
+        step = max(SPLIT, self.chunk_elements // (n_heads * head_dim) // SPLIT * SPLIT)
+        step = max(SPLIT, min(step, MAX_BATCH * self.fmt.group // n_heads // SPLIT * SPLIT))
         blocks = tokens // SPLIT * SPLIT
         for start in range(0, blocks, step):
             yield slice(start, min(start + step, blocks))
@@ -175,7 +178,7 @@ class LowBitAttention:
         n, m, d = q.shape
         g = self.fmt.group
         q32 = q.float()
-        for chunk in self.chunks(tokens, n * d):
+        for chunk in self.chunks(tokens, n, d):
             groups = slice(chunk.start // g, chunk.stop // g)
             count = groups.stop - groups.start
             codes = self.unpack(pages.k_codes[:, groups])  # [N, count, D, g]
@@ -192,7 +195,7 @@ class LowBitAttention:
         dg, g = head_dim // self.fmt.group, self.fmt.group
         codes_sum = p.new_zeros(n, dg, m, g)
         zero_sum = p.new_zeros(n, m, dg)
-        for chunk in self.chunks(tokens, n * head_dim):
+        for chunk in self.chunks(tokens, n, head_dim):
             width = min(SPLIT, chunk.stop - chunk.start)
             splits = (chunk.stop - chunk.start) // width
             codes = self.unpack(pages.v_codes[:, :, chunk])  # [N, Dg, splits * width, g]

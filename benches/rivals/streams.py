@@ -49,7 +49,9 @@ def pinned(shape: tuple[int, ...], dtype: torch.dtype, lanes: Lanes) -> Tensor:
     """
     tensor = torch.zeros(shape, dtype=dtype)
     if lanes.cuda and tensor.nbytes:
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)))
+        error = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
+        if error:
+            raise MemoryError(f"cudaHostRegister of {tensor.nbytes} bytes: CUDA error {error}")
     return tensor
 
 

@@ -29,6 +29,8 @@ from decoder import Decoder
 from llama import Model
 
 WARM_UP = 4
+# With --compile: past a page, so that no shape of a step is new later on.
+WARM_UP_COMPILED = 72
 
 
 def arguments() -> argparse.Namespace:
@@ -52,8 +54,9 @@ def arguments() -> argparse.Namespace:
     add("--gather", choices=("thread", "inline"), default="thread",
         help="who waits for the indices and gathers on the host: a worker thread, or the thread that queues kernels")  # fmt: skip
     add("--any-ties", action="store_true", help="plain torch.topk: faster, but equal probabilities fall either way")
-    add("--chunk-mib", **number, help="scratch of unpacked codes; default: 8 on the CPU, 512 on CUDA")
+    add("--chunk-mib", **number, help="scratch of unpacked codes; default: 4 on the CPU, 512 on CUDA")
     add("--compile", action="store_true", help="torch.compile for the dense segments and the unpacking")
+    add("--forbid-syncs", action="store_true", help="CUDA: fail where a step makes the queueing thread wait implicitly")
     add("--profile", action="store_true", help="print torch.profiler's table of one repetition to stderr")
     add("--check", type=Path, metavar="DIR", help="compare with the golden case in DIR instead")
     return parser.parse_args()
@@ -86,7 +89,9 @@ def fill_randomly(decoder: Decoder, depth: int, generator: torch.Generator) -> T
     return decoder.first(logits)
 
 
-def timed_steps(decoder: Decoder, tokens: Tensor, steps: int) -> tuple[Tensor, list[float]]:
+def timed_steps(
+    decoder: Decoder, tokens: Tensor, steps: int, forbid_syncs: bool = False
+) -> tuple[Tensor, list[float]]:
     """Greedy steps; the next tokens and the milliseconds of each step. Nothing in the loop waits for the GPU: its marks
     are events."""
     cuda = decoder.lanes.cuda
@@ -98,10 +103,14 @@ def timed_steps(decoder: Decoder, tokens: Tensor, steps: int) -> tuple[Tensor, l
         event.record()
         return event
 
+    if cuda and forbid_syncs:
+        torch.cuda.set_sync_debug_mode("error")
     marks = [mark()]
     for _ in range(steps):
         tokens = decoder.step(tokens).argmax(-1)
         marks.append(mark())
+    if cuda:
+        torch.cuda.set_sync_debug_mode("default")
     synchronise(decoder.model.device)
     pairs = zip(marks, marks[1:])
     return tokens, [a.elapsed_time(b) if cuda else 1e3 * (b - a) for a, b in pairs]
@@ -109,7 +118,8 @@ def timed_steps(decoder: Decoder, tokens: Tensor, steps: int) -> tuple[Tensor, l
 
 def measure(args: argparse.Namespace, model: Model, options: Options) -> dict[str, Any]:
     device = model.device
-    capacity = args.depth + WARM_UP + (args.repetitions + args.profile) * args.steps
+    warm_up = WARM_UP_COMPILED if options.compile else WARM_UP
+    capacity = args.depth + warm_up + (args.repetitions + args.profile) * args.steps
     decoder = Decoder(model, options, args.batch, capacity)
     generator = torch.Generator(device).manual_seed(args.seed)
     begin = time.perf_counter()
@@ -120,7 +130,7 @@ def measure(args: argparse.Namespace, model: Model, options: Options) -> dict[st
         tokens = decoder.first(decoder.prefill(ids))
     synchronise(device)
     fill_s = time.perf_counter() - begin
-    tokens, _ = timed_steps(decoder, tokens, WARM_UP)
+    tokens, _ = timed_steps(decoder, tokens, warm_up, args.forbid_syncs)
 
     repetitions = []
     for _ in range(args.repetitions):
