@@ -41,7 +41,8 @@ def engine_tokens(binary: Path, model: Path, ids: list[int], options: Options, n
         file.flush()
         command = [binary, "generate", "-m", model, "--tokens", file.name, "-n", n, "--ignore-eos", "--temp", 0,
                    "--json", "--threads", threads, "--kv", options.mode, "--kv-bits", options.bits,
-                   "--kv-group", options.group, "--kv-residual", options.residual, "--kv-top-k", options.top_k]  # fmt: skip
+                   "--kv-group", options.group, "--kv-residual", options.residual,
+                   "--kv-top-k", options.top_k]  # fmt: skip
         result = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, check=True)
     return json.loads(result.stdout)["tokens"]
 
@@ -68,7 +69,8 @@ def main() -> int:
             answers += ours[: len(prompt["answer"])] == prompt["answer"]
             if ours != theirs:
                 first_differences.append(next(i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b))
-        cases.append(changes | dict(prompts=len(prompts), same=same, first_differences=first_differences, answers=answers))
+        found = dict(prompts=len(prompts), same=same, first_differences=first_differences, answers=answers)
+        cases.append(changes | found)
     equal = all(case["same"] == case["prompts"] for case in cases)
     print(json.dumps(dict(equal=equal, n=args.n, cases=cases), indent=1))
     return 0 if equal else 1

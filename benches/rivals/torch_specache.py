@@ -52,11 +52,11 @@ def arguments() -> argparse.Namespace:
     add("--fill", choices=("prefill", "random"), default="prefill",
         help="where the tokens of the depth come from: a real prefill, or normal random K and V (much faster)")  # fmt: skip
     add("--gather", choices=("thread", "inline"), default="thread",
-        help="who waits for the indices and gathers on the host: a worker thread, or the thread that queues kernels")  # fmt: skip
+        help="who waits for the indices and gathers: a worker thread, or the thread that queues kernels")  # fmt: skip
     add("--any-ties", action="store_true", help="plain torch.topk: faster, but equal probabilities fall either way")
     add("--chunk-mib", **number, help="scratch of unpacked codes; default: 4 on the CPU, 512 on CUDA")
     add("--compile", action="store_true", help="torch.compile for the dense segments and the unpacking")
-    add("--forbid-syncs", action="store_true", help="CUDA: fail where a step makes the queueing thread wait implicitly")
+    add("--forbid-syncs", action="store_true", help="CUDA: fail where a step waits implicitly")
     add("--profile", action="store_true", help="print torch.profiler's table of one repetition to stderr")
     add("--check", type=Path, metavar="DIR", help="compare with the golden case in DIR instead")
     return parser.parse_args()
