@@ -98,14 +98,13 @@ fn by_engine(engine: &Engine, kv: &KvOptions, script: &[Event], forced: Option<&
                 out.logits.push(engine.prefill(&mut [prompt], &mut buffers).unwrap().remove(0).unwrap());
             }
             Decode(steps) => {
-                let pre_decoded = session.trace().unwrap().pre_decode.len();
                 for step in 0..steps {
                     let token = tokens[session.n_tokens()];
                     engine.decode(&mut [Next { session: &mut session, token }], &mut buffers).unwrap();
                     out.logits.push(buffers.logits(0).unwrap().to_vec());
                     let trace = session.trace().unwrap();
                     if step == 0 && kv.mode == KvMode::SpeCache {
-                        out.selections.push(trace.pre_decode[pre_decoded..].to_vec());
+                        out.selections.push(trace.pre_decode.clone());
                     }
                     if kv.mode.fetches() {
                         out.selections.push(trace.steps.last().unwrap().clone());
