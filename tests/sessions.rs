@@ -5,6 +5,8 @@ mod common;
 use common::tiny::{Tiny, VOCAB, ids, with_nan};
 use common::{device, kv, options};
 use specache::device::{Device, DeviceOptions};
+use specache::kv::KvShape;
+use specache::kv::cache::CacheBytes;
 use specache::kv::{KvMode, KvOptions};
 use specache::model::{Dtype, Model};
 use specache::session::{Buffers, Next, Prompt, Session};
@@ -241,6 +243,10 @@ fn memory_is_what_was_planned() {
     }
 }
 
+fn engine_config() -> specache::model::Config {
+    TINY.model().config
+}
+
 fn with_budgets(device_budget: Option<u64>, host_budget: Option<u64>) -> (Engine, Device) {
     let device = Device::cpu(&DeviceOptions { device_budget, host_budget, ..options(1) }).unwrap();
     (Engine::new(TINY.model(), device.clone()), device)
@@ -251,16 +257,19 @@ fn with_budgets(device_budget: Option<u64>, host_budget: Option<u64>) -> (Engine
 fn budgets_are_checked_before_anything_is_allocated() {
     for (options, capacity) in plans() {
         let plan = with_budgets(None, None).0.plan(&options, capacity).unwrap();
-        let (engine, device) = with_budgets(Some(plan.device()), Some(plan.host));
+        // Room for a prompt of the whole context is part of what is asked for, though not of what is held.
+        let shape = KvShape::new(&engine_config(), &options);
+        let admitted = plan.device() + CacheBytes::prefill_scratch(&shape, &options, capacity);
+        let (engine, device) = with_budgets(Some(admitted), Some(plan.host));
         let session = engine.session(options, capacity).unwrap();
-        assert_eq!(device.device_memory().available(), 0);
+        assert_eq!(device.device_memory().available(), admitted - plan.device());
         // A second one does not fit beside it, and takes nothing.
         let error = engine.session(options, capacity).err().unwrap();
         assert_eq!((error.exit_code(), used(&device)), (4, (plan.device(), plan.host)));
         drop(session);
         assert_eq!(used(&device), (0, 0));
 
-        let too_small = [(Some(plan.device() - 1), None, "device"), (None, plan.host.checked_sub(1), "host")];
+        let too_small = [(Some(admitted - 1), None, "device"), (None, plan.host.checked_sub(1), "host")];
         for (device_budget, host_budget, memory) in too_small {
             if device_budget.is_none() && host_budget.is_none() {
                 continue; // Nothing on the host, so nothing can be missing there.
@@ -347,8 +356,9 @@ fn stats_are_exact() {
                 continue;
             }
             let pairs = |selections: &Vec<Vec<Vec<u32>>>| selections.iter().flatten().map(Vec::len).sum::<usize>();
-            let fetched = pairs(&trace.pre_decode) + trace.steps.iter().map(pairs).sum::<usize>();
+            let fetched = trace.steps.iter().map(pairs).sum::<usize>();
             assert_eq!(stats.fetched_bytes, (fetched * pair_bytes) as u64);
+            assert_eq!(stats.pre_decode_bytes, (pairs(&trace.pre_decode) * pair_bytes) as u64);
             if mode == KvMode::Fetch {
                 assert_eq!((stats.acceptance(), stats.hit_rate()), (None, None));
                 continue;
