@@ -1,4 +1,41 @@
-//! SpeCache in Rust.
+//! SpeCache (ICML 2025, arXiv 2503.16163): every 16-bit KV pair in host memory, a low-bit copy on the device, and a
+//! speculative token that chooses, one step ahead, which 16-bit pairs come back.
+//!
+//! # The layers, from the top
+//!
+//! | module | what it knows |
+//! |---|---|
+//! | [`engine`], [`session`], [`teacher`] | sequences, batches, budgets: what everybody uses |
+//! | [`prefill`], [`decode`] | the three algorithms |
+//! | [`kv`] | where pairs are, and when they move |
+//! | [`ops`] | the fused operations: shapes checked, one dispatch each |
+//! | [`device`] | metered memory, streams, values in flight |
+//! | [`cpu`] | the kernels |
+//! | [`model`], [`reference`], [`sampler`], [`tokenizer`], [`sim`] | leaves |
+//!
+//! # The life of a token
+//!
+//! [`Engine::prefill`] runs a prompt through the layers and gives the logits of `T_1`. [`Engine::decode`] takes a token and
+//! gives the logits of the next: embed; per layer norm, q, k, v and RoPE, append, wait for the prefetch that the step
+//! before began, attend over low-bit pages, prefetched pairs and residual, select for the step after and begin its
+//! prefetch, output projection, MLP; then logits. [`decode`] tells it in one place.
+//!
+//! ```no_run
+//! use specache::{Buffers, Engine, KvOptions, Next, Prompt, sampler::argmax};
+//!
+//! fn main() -> specache::Result<()> {
+//!     let engine = Engine::load("tests/fixtures/recall", &Default::default())?;
+//!     let mut session = engine.session(KvOptions::default(), 1024)?;
+//!     let mut buffers = Buffers::default();
+//!     let prompt = Prompt { session: &mut session, tokens: &[620, 295, 623] };
+//!     let mut token = argmax(&engine.prefill(&mut [prompt], &mut buffers)?.remove(0)?);
+//!     for _ in 0..16 {
+//!         engine.decode(&mut [Next { session: &mut session, token }], &mut buffers)?;
+//!         token = argmax(buffers.logits(0)?);
+//!     }
+//!     Ok(())
+//! }
+//! ```
 
 pub mod context;
 pub mod cpu;

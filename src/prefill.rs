@@ -9,7 +9,8 @@ use crate::cpu::Isa;
 use crate::error::Result;
 use crate::kv::PAGE;
 use crate::kv::host::WidePage;
-use crate::ops::attn_prefill::{self, PrefillView};
+use crate::kv::view::PrefillView;
+use crate::ops::attn_prefill;
 use crate::ops::linear::{self, Dense, Path};
 use crate::session::{Buffers, Prompt};
 

@@ -7,8 +7,8 @@ use crate::context::Context;
 use crate::cpu::attn_decode::Scratch;
 use crate::error::{Error, Result};
 use crate::kv::cache::{Cache, CacheBytes};
+use crate::kv::view::SeqRows;
 use crate::kv::{KvMode, KvOptions, KvShape};
-use crate::ops::attn_decode::SeqRows;
 use crate::ops::linear::Rows;
 
 /// One sequence: its cache, its speculative token, its figures.

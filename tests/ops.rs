@@ -11,13 +11,13 @@ use specache::device::{Buffer, Device};
 use specache::kv::host::WidePage;
 use specache::kv::layout::{KvShape, PackedLayout};
 use specache::kv::prefetch::Slots;
+use specache::kv::view::{Far, KvView, PrefillView, Replaced, SeqRows};
 use specache::kv::{Counters, KvMode, KvOptions, PAGE};
 use specache::model::Dtype;
-use specache::ops::attn_decode::{self, Far, KvView, Replaced, SeqRows};
-use specache::ops::attn_prefill::{self, PrefillView};
 use specache::ops::kv::write_pairs;
 use specache::ops::pack::pack_pages;
 use specache::ops::select::{self, Selection};
+use specache::ops::{attn_decode, attn_prefill};
 use specache::reference::{self, Pair, Quantised};
 use std::sync::Arc;
 

@@ -13,7 +13,7 @@ use super::attn_kernels::{self as kernels, CHUNK_PAGES, MAX_QUERIES, Task};
 use super::disjoint::Disjoint;
 use super::simd::Isa;
 use crate::kv::options::PAGE;
-use crate::ops::attn_decode::{KvView, SeqRows};
+use crate::kv::view::{KvView, SeqRows};
 
 const CHUNK_TOKENS: usize = CHUNK_PAGES * PAGE;
 

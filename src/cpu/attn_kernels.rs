@@ -10,8 +10,8 @@ use super::element::{Element, with_element};
 use super::simd::{Isa, LANES, Simd, dispatch};
 use crate::kv::layout::PackedLayout;
 use crate::kv::options::PAGE;
+use crate::kv::view::{Far, KvView, Replaced, SeqRows};
 use crate::model::Dtype;
-use crate::ops::attn_decode::{Far, KvView, Replaced, SeqRows};
 
 /// Pages of a chunk: 1,024 tokens are enough work to hide the cost of a task, and a context of 8k still makes eight
 /// tasks of every KV head.

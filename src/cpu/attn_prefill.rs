@@ -12,8 +12,8 @@ use super::disjoint::Disjoint;
 use super::pack::unpack_head;
 use super::simd::{Isa, LANES, Simd, dispatch};
 use crate::kv::options::PAGE;
+use crate::kv::view::PrefillView;
 use crate::model::weights::widen;
-use crate::ops::attn_prefill::PrefillView;
 
 /// Query rows of a tile.
 const TILE: usize = 64;

@@ -364,8 +364,8 @@ impl Cache {
     }
 
     /// What attention reads of `layer`, for rows that begin at `position`.
-    pub fn view(&self, layer: usize, window: Option<usize>) -> ops::attn_decode::KvView<'_> {
-        use ops::attn_decode::{Far, KvView};
+    pub fn view(&self, layer: usize, window: Option<usize>) -> super::view::KvView<'_> {
+        use super::view::{Far, KvView};
         let cache = &self.layers[layer];
         let far = match self.options.mode {
             KvMode::Full => Far::None,
@@ -373,7 +373,7 @@ impl Cache {
             KvMode::Kivi | KvMode::Fetch | KvMode::SpeCache => Far::Packed(cache.packed.bytes()),
         };
         let slots = self.options.mode.fetches().then(|| cache.prefetch.slots());
-        let replaced = slots.map(|s| ops::attn_decode::Replaced {
+        let replaced = slots.map(|s| super::view::Replaced {
             count: s.count,
             stride: s.top_k,
             positions: s.positions.as_slice(),

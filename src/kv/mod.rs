@@ -7,6 +7,7 @@ pub mod layout;
 pub mod options;
 pub mod prefetch;
 mod synthetic;
+pub mod view;
 
 pub use cache::{Cache, LayerCache};
 pub use counters::Counters;

@@ -2,23 +2,8 @@
 
 use crate::cpu;
 use crate::device::Device;
-use crate::kv::host::WidePage;
-use crate::kv::layout::KvShape;
 use crate::kv::options::PAGE;
-
-/// What a chunk of prompt rows reads of one layer of one sequence.
-pub struct PrefillView<'a> {
-    /// Shape of the pages.
-    pub shape: KvShape,
-    /// Packed pages before the wide ones; empty unless a `kivi` cache is continued.
-    pub packed: &'a [u8],
-    /// Wide pages from page `first_page` on, the chunk's own pairs included.
-    pub pages: &'a [WidePage],
-    /// Pages that are read packed.
-    pub first_page: usize,
-    /// Position i sees j > i - w.
-    pub window: Option<usize>,
-}
+use crate::kv::view::PrefillView;
 
 /// Softmax attention of `rows` rows at `position ..`, each seeing everything up to itself, scaled by `1 / sqrt(D)`.
 ///
