@@ -11,7 +11,7 @@
 //! | [`ops`] | the fused operations: shapes checked, one dispatch each |
 //! | [`device`] | metered memory, streams, values in flight |
 //! | [`cpu`] | the kernels |
-//! | [`model`], [`reference`], [`sampler`], [`tokenizer`], [`sim`] | leaves |
+//! | [`model`], [`mod@reference`], [`sampler`], [`tokenizer`], [`sim`] | leaves |
 //!
 //! # The life of a token
 //!
