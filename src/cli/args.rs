@@ -138,7 +138,7 @@ Examples:
   specache-engine bench -m models/llama -d 2000 -o json > bench.json
 
 Real weights get a real prompt, prefilled once per mode. Random weights
-(synthetic:<shape>) get a cache of random pairs, so they have no prefill speed, and
+(synthetic:SHAPE) get a cache of random pairs, so they have no prefill speed, and
 their hit rate and acceptance would mean nothing. The modes take turns within each
 repetition, so that all of them meet the same moods of the machine; a mode's cache
 grows from one repetition to the next.";
@@ -146,7 +146,7 @@ grows from one repetition to the next.";
 /// `bench`.
 #[derive(Args)]
 pub struct BenchArgs {
-    /// Model folders or synthetic:<shape>, separated by commas [default: the recall model and synthetic:llama-3.2-1b]
+    /// Model folders or synthetic:SHAPE, separated by commas [default: the recall model and synthetic:llama-3.2-1b]
     #[arg(short, long, env = "SPECACHE_BENCH_MODEL", value_name = "DIR,...", value_delimiter = ',')]
     pub model: Vec<String>,
     /// Decode steps of a repetition [default: 6, or 64 for models below 1 GB]
@@ -175,7 +175,7 @@ pub struct BenchArgs {
 /// Which model, on what.
 #[derive(Args)]
 pub struct ModelArgs {
-    /// Model folder (Hugging Face layout), or synthetic:<shape> for random weights
+    /// Model folder (Hugging Face layout), or synthetic:SHAPE for random weights
     #[arg(short, long, env = "SPECACHE_MODEL", value_name = "DIR")]
     pub model: String,
     #[command(flatten)]
