@@ -3,8 +3,10 @@
 //! Everything above is written once against this layer. The CPU device computes in line on the calling thread (rayon
 //! inside) and has a copy stream of its own, one worker thread, so that transfers really overlap with computation.
 
+pub mod arena;
 pub mod buffer;
 pub mod map;
+pub mod pin;
 pub mod stream;
 
 use std::sync::Arc;
