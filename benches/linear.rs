@@ -85,29 +85,29 @@ impl Buffers {
 
 const NAMES: [&str; 5] = ["qkv", "o", "gate up", "down", "lm head"];
 
-/// Numbers of the weights of each operation, all layers.
-fn sizes(layers: usize) -> [usize; 5] {
-    [
-        layers * (HIDDEN + 2 * KV) * HIDDEN,
-        layers * HIDDEN * HIDDEN,
-        layers * 2 * INTERMEDIATE * HIDDEN,
-        layers * HIDDEN * INTERMEDIATE,
-        VOCAB * HIDDEN,
-    ]
+/// Numbers of the weights of each operation, one layer.
+fn sizes() -> [usize; 5] {
+    [(HIDDEN + 2 * KV) * HIDDEN, HIDDEN * HIDDEN, 2 * INTERMEDIATE * HIDDEN, HIDDEN * INTERMEDIATE, VOCAB * HIDDEN]
 }
 
-/// Adds the time of `run` to `seconds`.
-fn timed(seconds: &mut f64, run: impl FnOnce()) {
+/// Seconds that `run` takes.
+fn seconds(run: impl FnOnce()) -> f64 {
     let start = Instant::now();
     run();
-    *seconds += start.elapsed().as_secs_f64();
+    start.elapsed().as_secs_f64()
 }
 
-/// One pass over some layers (and the head, if there is room for logits): seconds of each operation.
+/// The smaller numbers of the two.
+fn least(a: [f64; 5], b: [f64; 5]) -> [f64; 5] {
+    std::array::from_fn(|i| a[i].min(b[i]))
+}
+
+/// One pass over some layers (and the head, if there is room for logits): seconds of each operation in the layer where
+/// it was fastest, as other users of the machine can only slow it down. Each layer's weights come from memory.
 fn pass(isa: Isa, path: Path, rows: usize, layers: &[Layer], head: &Linear, b: &mut Buffers) -> [f64; 5] {
-    let mut seconds = [0.0; 5];
+    let mut best = [f64::INFINITY; 5];
     for l in layers {
-        timed(&mut seconds[0], || {
+        let qkv = seconds(|| {
             let mut parts = [
                 Part { linear: &l.q, out: &mut b.q },
                 Part { linear: &l.k, out: &mut b.k },
@@ -115,19 +115,15 @@ fn pass(isa: Isa, path: Path, rows: usize, layers: &[Layer], head: &Linear, b: &
             ];
             project(isa, path, &b.x, rows, &mut parts);
         });
-        timed(&mut seconds[1], || project_add(isa, path, &b.x, rows, &l.o, &mut b.hidden));
-        timed(&mut seconds[2], || swiglu(isa, path, &b.x, rows, &l.gate, &l.up, &mut b.wide));
-        timed(&mut seconds[3], || project_add(isa, path, &b.wide, rows, &l.down, &mut b.hidden));
+        let o = seconds(|| project_add(isa, path, &b.x, rows, &l.o, &mut b.hidden));
+        let gate_up = seconds(|| swiglu(isa, path, &b.x, rows, &l.gate, &l.up, &mut b.wide));
+        let down = seconds(|| project_add(isa, path, &b.wide, rows, &l.down, &mut b.hidden));
+        best = least(best, [qkv, o, gate_up, down, f64::INFINITY]);
     }
     if !b.logits.is_empty() {
-        timed(&mut seconds[4], || project(isa, path, &b.x, rows, &mut [Part { linear: head, out: &mut b.logits }]));
+        best[4] = seconds(|| project(isa, path, &b.x, rows, &mut [Part { linear: head, out: &mut b.logits }]));
     }
-    seconds
-}
-
-/// The best time of each operation over some passes.
-fn best(passes: usize, mut run: impl FnMut() -> [f64; 5]) -> [f64; 5] {
-    (0..passes).map(|_| run()).fold([f64::INFINITY; 5], |a, b| std::array::from_fn(|i| a[i].min(b[i])))
+    best
 }
 
 fn rows_table(isa: Isa, weights: &Weights, threads: usize) {
@@ -135,8 +131,8 @@ fn rows_table(isa: Isa, weights: &Weights, threads: usize) {
     let mut lines = vec![];
     for rows in [1, 2, 4, 8, 16] {
         let mut b = Buffers::new(rows, true);
-        let seconds = best(5, || pass(isa, Path::Rows, rows, &weights.layers, &weights.head, &mut b));
-        lines.push((rows, seconds));
+        let one = |_| pass(isa, Path::Rows, rows, &weights.layers, &weights.head, &mut b);
+        lines.push((rows, (0..6).map(one).fold([f64::INFINITY; 5], least)));
     }
     // The machine may be shared: the better of two measurements is the limit.
     let limit = before.max(bandwidth::read_gbps(threads).expect("bandwidth"));
@@ -152,8 +148,10 @@ fn rows_table(isa: Isa, weights: &Weights, threads: usize) {
             let gbps = 2.0 * numbers as f64 / s / 1e9;
             print!("{gbps:>9.1} {:>4.0} %", 100.0 * gbps / limit);
         };
-        sizes(LAYERS).iter().zip(seconds).for_each(|(&n, s)| share(n, s));
-        let (all, s) = (sizes(LAYERS).iter().sum::<usize>(), seconds.iter().sum::<f64>());
+        sizes().iter().zip(seconds).for_each(|(&n, s)| share(n, s));
+        let layers = |i: usize| if i < 4 { LAYERS } else { 1 };
+        let all: usize = (0..5).map(|i| sizes()[i] * layers(i)).sum();
+        let s: f64 = (0..5).map(|i| seconds[i] * layers(i) as f64).sum();
         share(all, s);
         println!("{:>10.0}", 2.0 * (all * rows) as f64 / s / 1e9);
     }
@@ -173,16 +171,11 @@ fn direct(x: &[f32], w: &[f32], out: &mut [f32], rows: usize, n: usize, k: usize
 
 /// Seconds of the gemm crate for the operations of one layer.
 fn direct_pass(rows: usize, w: &[f32], out: &mut [f32], b: &Buffers, threads: usize) -> [f64; 5] {
-    let mut seconds = [0.0; 5];
-    for n in [HIDDEN, KV, KV] {
-        timed(&mut seconds[0], || direct(&b.x, w, out, rows, n, HIDDEN, threads));
-    }
-    timed(&mut seconds[1], || direct(&b.x, w, out, rows, HIDDEN, HIDDEN, threads));
-    for _ in 0..2 {
-        timed(&mut seconds[2], || direct(&b.x, w, out, rows, INTERMEDIATE, HIDDEN, threads));
-    }
-    timed(&mut seconds[3], || direct(&b.wide, w, out, rows, HIDDEN, INTERMEDIATE, threads));
-    seconds
+    let mut one = |x: &[f32], n, k| seconds(|| direct(x, w, out, rows, n, k, threads));
+    let qkv = one(&b.x, HIDDEN, HIDDEN) + one(&b.x, KV, HIDDEN) + one(&b.x, KV, HIDDEN);
+    let o = one(&b.x, HIDDEN, HIDDEN);
+    let gate_up = one(&b.x, INTERMEDIATE, HIDDEN) + one(&b.x, INTERMEDIATE, HIDDEN);
+    [qkv, o, gate_up, one(&b.wide, HIDDEN, INTERMEDIATE), f64::INFINITY]
 }
 
 fn panel_table(isa: Isa, weights: &Weights, threads: usize) {
@@ -197,19 +190,15 @@ fn panel_table(isa: Isa, weights: &Weights, threads: usize) {
         // In turns, so that a slow spell of the machine meets both.
         let (mut panel, mut limit) = ([f64::INFINITY; 5], [f64::INFINITY; 5]);
         for pair in weights.layers.chunks(2) {
-            let (a, c) = (
-                best(1, || pass(isa, Path::Panel, rows, &pair[..1], &weights.head, &mut b)),
-                best(1, || direct_pass(rows, &w, &mut out, &b, threads)),
-            );
-            panel = std::array::from_fn(|i| panel[i].min(a[i]));
-            limit = std::array::from_fn(|i| limit[i].min(c[i]));
+            panel = least(panel, pass(isa, Path::Panel, rows, &pair[..1], &weights.head, &mut b));
+            limit = least(limit, direct_pass(rows, &w, &mut out, &b, threads));
         }
         print!("{rows:>6}");
         let share = |numbers: usize, panel: f64, limit: f64| {
             let flop = 2.0 * (numbers * rows) as f64 / 1e9;
             print!("{:>8.0} {:>6.0} {:>4.0} %", flop / panel, flop / limit, 100.0 * limit / panel);
         };
-        let sizes = sizes(1);
+        let sizes = sizes();
         (0..4).for_each(|i| share(sizes[i], panel[i], limit[i]));
         share(sizes[..4].iter().sum(), panel[..4].iter().sum(), limit[..4].iter().sum());
         println!();

@@ -11,9 +11,9 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use specache::device::DeviceOptions;
-use specache::engine::Stats;
 use specache::kv::{KvMode, KvOptions};
 use specache::sampler::argmax;
+use specache::session::Stats;
 use specache::{Buffers, Engine, Next, Prompt, Result};
 
 #[derive(serde::Deserialize)]

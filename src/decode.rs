@@ -5,14 +5,15 @@
 //! n + 1) over the same cache. Row 1's attention chooses the 16-bit pairs that the **next** step will need, and their
 //! copy from the host begins at once, layer by layer: it has almost a whole step to hide in.
 
+use crate::context::Context;
 use crate::device::Device;
-use crate::engine::{Buffers, Engine, Member, Next, Session};
 use crate::error::{Error, Result};
 use crate::kv::KvMode;
 use crate::ops::attn_decode::{self, SeqRows};
 use crate::ops::linear::{self, Dense, Path};
 use crate::ops::select::{self, Selection};
 use crate::sampler::argmax;
+use crate::session::{Buffers, Member, Next, Session};
 
 /// Feeds each session's token. A `specache` session that comes fresh from a prefill is pre-decoded first: its token
 /// alone guesses what follows it and what the step will need.
@@ -20,18 +21,18 @@ use crate::sampler::argmax;
 /// # Errors
 /// Before anything has changed: a token beyond the vocabulary, a session that is full or has failed,
 /// [`Error::Interrupted`]. A sequence that meets NaN fails alone: see [`Buffers::logits`].
-pub fn decode(engine: &Engine, batch: &mut [Next], buffers: &mut Buffers) -> Result<()> {
-    engine.check_interrupt()?;
+pub fn decode(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> Result<()> {
+    context.check_interrupt()?;
     for Next { session, token } in batch.iter() {
         session.check_usable()?;
-        engine.check_tokens(&[*token])?;
+        context.check_tokens(&[*token])?;
         check_room(session)?;
     }
     let fresh = |session: &Session| session.needs_pre_decode();
     if batch.iter().any(|next| fresh(next.session)) {
-        pass(engine, batch, buffers, fresh, Pass::PreDecode);
+        pass(context, batch, buffers, fresh, Pass::PreDecode);
     }
-    pass(engine, batch, buffers, |_| true, Pass::Step);
+    pass(context, batch, buffers, |_| true, Pass::Step);
     for next in batch.iter_mut() {
         next.session.stats.offloaded_bytes += next.session.cache.advance();
         next.session.stats.steps += 1;
@@ -57,10 +58,16 @@ enum Pass {
 }
 
 /// All layers for the rows of those sessions that take part.
-fn pass(engine: &Engine, batch: &mut [Next], buffers: &mut Buffers, takes_part: impl Fn(&Session) -> bool, kind: Pass) {
-    let (model, device) = (engine.model(), engine.device());
+fn pass(
+    context: &Context,
+    batch: &mut [Next],
+    buffers: &mut Buffers,
+    takes_part: impl Fn(&Session) -> bool,
+    kind: Pass,
+) {
+    let (model, device) = (&context.model, &context.device);
     let config = &model.config;
-    let dense = Dense { device, config, rope: engine.rope(), path: Path::Rows };
+    let dense = Dense { device, config, rope: &context.rope, path: Path::Rows };
     plan_rows(batch, buffers, takes_part, kind);
     let Buffers { rows, attention, members, seqs, tokens, logits, .. } = buffers;
     let n_rows = seqs.iter().map(|s| s.n_rows).sum();
@@ -82,14 +89,14 @@ fn pass(engine: &Engine, batch: &mut [Next], buffers: &mut Buffers, takes_part: 
             arrive(session, l);
         }
         if members.iter().any(|m| batch[m.index].session.kv().mode == KvMode::Fetch) {
-            fetch_on_demand(engine, batch, members, seqs, l, rows, attention);
+            fetch_on_demand(context, batch, members, seqs, l, rows, attention);
         }
         let view = |i: usize| batch[members[i].index].session.cache.view(l, config.sliding_window);
         attn_decode::attend(device, config.n_heads, seqs, view, &rows.q, &mut rows.attn, attention);
         for (i, (m, s)) in members.iter().zip(&*seqs).enumerate() {
             let session = &mut *batch[m.index].session;
             match session.kv().mode {
-                KvMode::SpeCache => select_ahead(engine, session, l, i, s, attention, kind),
+                KvMode::SpeCache => select_ahead(context, session, l, i, s, attention, kind),
                 KvMode::Offload => load_ahead(session, l),
                 KvMode::Full | KvMode::Kivi | KvMode::Fetch => {}
             }
@@ -158,7 +165,7 @@ fn arrive(session: &mut Session, layer: usize) {
 
 /// `specache`: the last row's attention selects what the next step will read at 16 bits, and the copy begins.
 fn select_ahead(
-    engine: &Engine,
+    context: &Context,
     session: &mut Session,
     layer: usize,
     seq: usize,
@@ -166,7 +173,7 @@ fn select_ahead(
     attention: &crate::cpu::attn_decode::Scratch,
     kind: Pass,
 ) {
-    let config = &engine.model().config;
+    let config = &context.model.config;
     let (group_heads, n_kv_heads) = (config.group_heads(), config.n_kv_heads);
     let row = rows.n_rows - 1;
     if kind == Pass::Step {
@@ -180,13 +187,13 @@ fn select_ahead(
     let candidates = session.candidates(rows.position + row, session.cache.counters.no, config.sliding_window);
     let slots = session.cache.layers[layer].prefetch.slots_mut();
     let selection = Selection { seq, row, candidates, slots };
-    select::select(engine.device(), group_heads, n_kv_heads, attention, selection);
-    begin_fetch(engine.device(), session, layer, kind);
+    select::select(&context.device, group_heads, n_kv_heads, attention, selection);
+    begin_fetch(&context.device, session, layer, kind);
 }
 
 /// `fetch`: the real row scores the low-bit cache, and waits while what it needs comes from the host.
 fn fetch_on_demand(
-    engine: &Engine,
+    context: &Context,
     batch: &mut [Next],
     members: &[Member],
     seqs: &[SeqRows],
@@ -194,7 +201,7 @@ fn fetch_on_demand(
     rows: &mut linear::Rows,
     attention: &mut crate::cpu::attn_decode::Scratch,
 ) {
-    let config = &engine.model().config;
+    let config = &context.model.config;
     for m in members {
         let session = &mut *batch[m.index].session;
         if session.kv().mode == KvMode::Fetch {
@@ -202,15 +209,15 @@ fn fetch_on_demand(
         }
     }
     let view = |i: usize| batch[members[i].index].session.cache.view(layer, config.sliding_window);
-    attn_decode::attend(engine.device(), config.n_heads, seqs, view, &rows.q, &mut rows.attn, attention);
+    attn_decode::attend(&context.device, config.n_heads, seqs, view, &rows.q, &mut rows.attn, attention);
     for (seq, (m, s)) in members.iter().zip(seqs).enumerate() {
         let session = &mut *batch[m.index].session;
         if session.kv().mode == KvMode::Fetch {
             let candidates = session.candidates(s.position, session.cache.counters.nq, config.sliding_window);
             let slots = session.cache.layers[layer].prefetch.slots_mut();
             let selection = Selection { seq, row: 0, candidates, slots };
-            select::select(engine.device(), config.group_heads(), config.n_kv_heads, attention, selection);
-            begin_fetch(engine.device(), session, layer, Pass::Step);
+            select::select(&context.device, config.group_heads(), config.n_kv_heads, attention, selection);
+            begin_fetch(&context.device, session, layer, Pass::Step);
             arrive(session, layer);
         }
     }

@@ -1,33 +1,28 @@
 //! What everybody uses: an [`Engine`] (model and device), [`Session`]s (one sequence each), steps over batches of them.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::atomic::AtomicBool;
 
-use crate::cpu::attn_decode::Scratch;
+use crate::context::Context;
 use crate::device::{Device, DeviceOptions};
-use crate::error::{Error, Result};
-use crate::kv::cache::{Cache, CacheBytes};
-use crate::kv::{KvMode, KvOptions, KvShape};
+use crate::error::Result;
+use crate::kv::cache::CacheBytes;
+use crate::kv::{KvOptions, KvShape};
 use crate::model::Model;
-use crate::model::rope::RopeTable;
-use crate::ops::attn_decode::SeqRows;
-use crate::ops::linear::Rows;
+use crate::session::{Buffers, Next, Prompt, Session};
 use crate::{decode, prefill};
 
 /// A model on a device. Shared by any number of sessions and threads.
 pub struct Engine {
-    device: Device,
-    model: Model,
-    rope: RopeTable,
-    interrupt: Arc<AtomicBool>,
+    context: Context,
 }
 
 impl Engine {
     /// Loads a model folder, or makes `synthetic:<shape>`, for a device.
     ///
     /// # Errors
-    /// [`Error::Model`] for a folder that cannot be used, [`Error::Usage`] for device options that cannot be.
+    /// [`crate::Error::Model`] for a folder that cannot be used, [`crate::Error::Usage`] for device options that cannot
+    /// be.
     pub fn load(spec: &str, options: &DeviceOptions) -> Result<Engine> {
         let device = Device::cpu(options)?;
         let model = device.run(|| Model::load(spec))?;
@@ -36,64 +31,46 @@ impl Engine {
 
     /// An engine for a model that is in memory already.
     pub fn new(model: Model, device: Device) -> Engine {
-        let rope = RopeTable::new(&model.config);
-        Engine { device, model, rope, interrupt: Arc::default() }
+        Engine { context: Context::new(model, device) }
+    }
+
+    pub(crate) fn context(&self) -> &Context {
+        &self.context
     }
 
     /// The model.
     pub fn model(&self) -> &Model {
-        &self.model
+        &self.context.model
     }
 
     /// The device.
     pub fn device(&self) -> &Device {
-        &self.device
-    }
-
-    /// RoPE frequencies of the model.
-    pub fn rope(&self) -> &RopeTable {
-        &self.rope
+        &self.context.device
     }
 
     /// Setting this flag, from any thread or a signal handler, makes prefill and decode stop before the next layer or
-    /// step with [`Error::Interrupted`].
+    /// step with [`crate::Error::Interrupted`].
     pub fn interrupt_flag(&self) -> Arc<AtomicBool> {
-        self.interrupt.clone()
-    }
-
-    pub(crate) fn check_interrupt(&self) -> Result<()> {
-        if self.interrupt.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
+        self.context.interrupt.clone()
     }
 
     /// An empty sequence with room for `max_tokens` tokens; its memory is set aside now, so that decoding needs no more.
     /// A prefill that goes beyond makes more room; decoding does not.
     ///
     /// # Errors
-    /// [`Error::Usage`] for options that do not fit the model, [`Error::OutOfMemory`] for a cache that does not fit a
+    /// [`crate::Error::Usage`] for options that do not fit the model, [`crate::Error::OutOfMemory`] for a cache that does not fit a
     /// budget; nothing is allocated then.
     pub fn session(&self, kv: KvOptions, max_tokens: usize) -> Result<Session> {
-        kv.validate(&self.model.config)?;
-        self.check_context(max_tokens)?;
-        let shape = KvShape::new(&self.model.config, &kv);
-        Ok(Session {
-            cache: Cache::new(&self.device, shape, kv, max_tokens)?,
-            speculative: None,
-            forced: None,
-            trace: None,
-            stats: Stats::new(shape.n_layers),
-            bad_layer: None,
-            last_guess: None,
-            failure: None,
-        })
+        Session::new(&self.context, kv, max_tokens)
     }
 
     /// What a session of these options and tokens takes, without making it.
     ///
     /// # Errors
-    /// [`Error::Usage`] for options that do not fit the model.
+    /// [`crate::Error::Usage`] for options that do not fit the model.
     pub fn plan(&self, kv: &KvOptions, max_tokens: usize) -> Result<CacheBytes> {
-        kv.validate(&self.model.config)?;
-        Ok(CacheBytes::plan(&KvShape::new(&self.model.config, kv), kv, max_tokens))
+        kv.validate(&self.context.model.config)?;
+        Ok(CacheBytes::plan(&KvShape::new(&self.context.model.config, kv), kv, max_tokens))
     }
 
     /// See [`prefill::prefill`]. `buffers` keeps memory between calls; its contents mean nothing.
@@ -101,7 +78,7 @@ impl Engine {
     /// # Errors
     /// As there.
     pub fn prefill(&self, prompts: &mut [Prompt], buffers: &mut Buffers) -> Result<Vec<Result<Vec<f32>>>> {
-        self.device.run(|| prefill::prefill(self, prompts, buffers))
+        self.context.device.run(|| prefill::prefill(&self.context, prompts, buffers))
     }
 
     /// See [`decode::decode`]. The logits are in `buffers` afterwards: [`Buffers::logits`].
@@ -109,264 +86,6 @@ impl Engine {
     /// # Errors
     /// As there.
     pub fn decode(&self, batch: &mut [Next], buffers: &mut Buffers) -> Result<()> {
-        self.device.run(|| decode::decode(self, batch, buffers))
-    }
-
-    pub(crate) fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
-        let vocab = self.model.config.vocab_size;
-        if tokens.is_empty() {
-            return Err(Error::Usage("the prompt is empty: at least one token is needed".into()));
-        }
-        match tokens.iter().position(|&t| t as usize >= vocab) {
-            Some(i) => {
-                let id = tokens[i];
-                Err(Error::Usage(format!("token {id} at place {i}: the vocabulary ends at {}", vocab - 1)))
-            }
-            None => Ok(()),
-        }
-    }
-
-    pub(crate) fn check_context(&self, tokens: usize) -> Result<()> {
-        // Positions are u32 in selections; the attention buffers of a step grow with the context.
-        const MOST: usize = 1 << 28;
-        if tokens > MOST {
-            return Err(Error::Usage(format!("a context of {tokens} tokens: at most {MOST} are supported")));
-        }
-        match self.model.config.max_context() {
-            Some(most) if tokens > most => Err(Error::Usage(format!(
-                "a context of {tokens} tokens: this model's dynamic RoPE scaling is supported up to its \
-                 max_position_embeddings of {most}"
-            ))),
-            _ => Ok(()),
-        }
-    }
-}
-
-/// One sequence: its cache, its speculative token, its figures.
-pub struct Session {
-    pub(crate) cache: Cache,
-    /// The next step's second row; `None` until the pre-decode that follows a prefill.
-    pub(crate) speculative: Option<u32>,
-    /// Speculative tokens to use instead of the model's own, one a step.
-    pub(crate) forced: Option<std::collections::VecDeque<u32>>,
-    /// What was selected, if it is to be kept.
-    pub(crate) trace: Option<Trace>,
-    pub(crate) stats: Stats,
-    /// First layer whose input was not finite in this call.
-    pub(crate) bad_layer: Option<usize>,
-    /// The speculative token of the step before; this step's real token tells whether it was right.
-    pub(crate) last_guess: Option<u32>,
-    failure: Option<String>,
-}
-
-impl Session {
-    /// Tokens in the cache.
-    pub fn n_tokens(&self) -> usize {
-        self.cache.counters.n
-    }
-
-    /// The KV options.
-    pub fn kv(&self) -> &KvOptions {
-        &self.cache.options
-    }
-
-    /// Bytes that the cache holds.
-    pub fn cache_bytes(&self) -> CacheBytes {
-        self.cache.bytes()
-    }
-
-    /// What was measured since the session began.
-    pub fn stats(&self) -> &Stats {
-        &self.stats
-    }
-
-    /// Uses these speculative tokens, the first as T'_2, instead of the model's own: makes two implementations
-    /// comparable step by step.
-    pub fn force_speculative(&mut self, tokens: impl IntoIterator<Item = u32>) {
-        self.forced = Some(tokens.into_iter().collect());
-    }
-
-    /// Keeps every selection from now on.
-    pub fn keep_trace(&mut self) {
-        self.trace = Some(Trace::default());
-    }
-
-    /// What was selected since [`Session::keep_trace`].
-    pub fn trace(&self) -> Option<&Trace> {
-        self.trace.as_ref()
-    }
-
-    pub(crate) fn check_usable(&self) -> Result<()> {
-        match &self.failure {
-            Some(why) => Err(Error::Usage(format!("this session cannot go on: {why}; start a new one"))),
-            None => Ok(()),
-        }
-    }
-
-    pub(crate) fn fail(&mut self, why: &str) {
-        self.failure = Some(why.to_string());
-    }
-
-    /// Checks this call's logits. A failure is final for the session: its cache holds what it should not.
-    pub(crate) fn check_finite(&mut self, logits: &[f32]) -> Result<()> {
-        if logits.iter().all(|x| x.is_finite()) && self.bad_layer.is_none() {
-            return Ok(());
-        }
-        let place = match self.bad_layer {
-            Some(0) => "the embedding gave".to_string(),
-            Some(layer) => format!("layer {} gave", layer - 1),
-            None => "the last layer or the LM head gave".to_string(),
-        };
-        let why = format!("{place} NaN or infinity; the weights may be damaged or too large for their number type");
-        self.fail(&why);
-        Err(Error::NotFinite(why))
-    }
-}
-
-/// A prompt and the session that it goes to.
-pub struct Prompt<'a> {
-    /// Where it goes, behind what is there already.
-    pub session: &'a mut Session,
-    /// At least one token.
-    pub tokens: &'a [u32],
-}
-
-impl Prompt<'_> {
-    /// Tokens of the session after the prompt.
-    pub(crate) fn end(&self) -> usize {
-        self.session.n_tokens() + self.tokens.len()
-    }
-}
-
-/// The next token of a session.
-pub struct Next<'a> {
-    /// Which sequence.
-    pub session: &'a mut Session,
-    /// The real token T_t.
-    pub token: u32,
-}
-
-/// Memory of prefill and decode calls, kept between them so that a step allocates nothing.
-#[derive(Default)]
-pub struct Buffers {
-    pub(crate) rows: Rows,
-    pub(crate) attention: Scratch,
-    /// Batch index, rows and tokens of each sequence that takes part in a pass.
-    pub(crate) members: Vec<Member>,
-    pub(crate) seqs: Vec<SeqRows>,
-    pub(crate) tokens: Vec<u32>,
-    /// `[rows, vocab]`.
-    pub(crate) logits: Vec<f32>,
-    /// Logits row of each sequence of the batch, or why it failed.
-    pub(crate) results: Vec<Result<usize>>,
-    pub(crate) vocab: usize,
-}
-
-/// One sequence of a pass.
-#[derive(Clone, Copy)]
-pub(crate) struct Member {
-    /// Index in the batch.
-    pub(crate) index: usize,
-    /// Row 0 is real, row 1 speculative.
-    pub(crate) tokens: [u32; 2],
-}
-
-impl Buffers {
-    /// Logits `[vocab]` of sequence `i` of the last decode call, from its real row.
-    ///
-    /// # Errors
-    /// [`Error::NotFinite`] if that sequence failed.
-    pub fn logits(&self, i: usize) -> Result<&[f32]> {
-        match &self.results[i] {
-            Ok(row) => Ok(&self.logits[row * self.vocab..][..self.vocab]),
-            Err(e) => Err(Error::NotFinite(e.to_string())),
-        }
-    }
-}
-
-/// What a session has measured (method.md, "Quantities to report").
-#[derive(Clone, Debug, Default)]
-pub struct Stats {
-    /// Decode steps.
-    pub steps: u64,
-    /// Steps whose speculative token was the real one of the next step.
-    pub accepted: u64,
-    /// Steps whose speculative token could be compared.
-    pub compared: u64,
-    /// Per layer: pairs of row 0's own top-k that had been prefetched, and pairs of that top-k.
-    pub hits: Vec<(u64, u64)>,
-    /// Bytes from host to device.
-    pub fetched_bytes: u64,
-    /// Bytes from device to host, prefill included.
-    pub offloaded_bytes: u64,
-    /// Time that computation waited for copies.
-    pub exposed: Duration,
-}
-
-impl Stats {
-    /// Compares a step's real token with what was guessed for it, if anything was.
-    pub(crate) fn compare(&mut self, guess: Option<u32>, token: u32) {
-        if let Some(guess) = guess {
-            self.compared += 1;
-            self.accepted += u64::from(guess == token);
-        }
-    }
-
-    fn new(n_layers: usize) -> Stats {
-        Stats { hits: vec![(0, 0); n_layers], ..Stats::default() }
-    }
-
-    /// Share of hits of one layer; `None` before anything could be hit.
-    pub fn layer_hit_rate(&self, layer: usize) -> Option<f64> {
-        let (hits, of) = self.hits[layer];
-        (of > 0).then(|| hits as f64 / of as f64)
-    }
-
-    /// Share of hits over all layers.
-    pub fn hit_rate(&self) -> Option<f64> {
-        let (hits, of) = self.hits.iter().fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1));
-        (of > 0).then(|| hits as f64 / of as f64)
-    }
-
-    /// Share of steps whose speculative token was right.
-    pub fn acceptance(&self) -> Option<f64> {
-        (self.compared > 0).then(|| self.accepted as f64 / self.compared as f64)
-    }
-
-    /// Bytes per step from host to device.
-    pub fn fetched_bytes_per_step(&self) -> Option<f64> {
-        (self.steps > 0).then(|| self.fetched_bytes as f64 / self.steps as f64)
-    }
-
-    /// Waiting time per step, microseconds.
-    pub fn exposed_us_per_step(&self) -> Option<f64> {
-        (self.steps > 0).then(|| self.exposed.as_secs_f64() * 1e6 / self.steps as f64)
-    }
-}
-
-/// Selected positions, `[layer][kv head]` ascending.
-pub type Selections = Vec<Vec<Vec<u32>>>;
-
-/// What a session selected, step by step.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Trace {
-    /// Speculative token of each step, T'_2 first (`specache`).
-    pub speculative: Vec<u32>,
-    /// The pre-decode's selection, for the first step (`specache`).
-    pub pre_decode: Selections,
-    /// Each step's selection: for the next step (`specache`), or the one that it used itself (`fetch`).
-    pub steps: Vec<Selections>,
-}
-
-impl Session {
-    /// Positions below `limit` that a row at `position` sees: what may be selected.
-    pub(crate) fn candidates(&self, position: usize, limit: usize, window: Option<usize>) -> std::ops::Range<usize> {
-        let first = window.map_or(0, |w| (position + 1).saturating_sub(w));
-        first.min(limit)..limit
-    }
-
-    /// Whether the next decode call begins with a pre-decode.
-    pub(crate) fn needs_pre_decode(&self) -> bool {
-        self.kv().mode == KvMode::SpeCache && self.speculative.is_none()
+        self.context.device.run(|| decode::decode(&self.context, batch, buffers))
     }
 }

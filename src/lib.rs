@@ -1,5 +1,6 @@
 //! SpeCache in Rust.
 
+pub mod context;
 pub mod cpu;
 pub mod decode;
 pub mod device;
@@ -11,9 +12,11 @@ pub mod ops;
 pub mod prefill;
 pub mod reference;
 pub mod sampler;
+pub mod session;
 pub mod teacher;
 pub mod tokenizer;
 
-pub use engine::{Buffers, Engine, Next, Prompt, Session};
+pub use engine::Engine;
 pub use error::{Error, Result};
 pub use kv::{KvMode, KvOptions};
+pub use session::{Buffers, Next, Prompt, Session};

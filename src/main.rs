@@ -1,1 +1,7 @@
-fn main() {}
+//! The command line of SpeCache: see `specache-engine --help`.
+
+mod cli;
+
+fn main() -> std::process::ExitCode {
+    cli::main()
+}

@@ -4,12 +4,13 @@
 //! Layer-major: all chunks of all sequences pass layer l before any passes layer l + 1. So the device needs the wide
 //! pages of only two layers: one that is being computed, one that the copy stream sends to the host meanwhile.
 
-use crate::engine::{Buffers, Engine, Prompt};
+use crate::context::Context;
 use crate::error::Result;
 use crate::kv::PAGE;
 use crate::kv::host::WidePage;
 use crate::ops::attn_prefill::{self, PrefillView};
 use crate::ops::linear::{self, Dense, Path};
+use crate::session::{Buffers, Prompt};
 
 /// Rows of a chunk: enough that widening a panel of weights costs below 1 % of the product with it.
 const CHUNK: usize = 512;
@@ -23,38 +24,38 @@ const PANEL_MIN: usize = 8;
 /// # Errors
 /// Before anything has changed: a prompt that is empty or has ids beyond the vocabulary, a context that the model or a
 /// memory budget does not allow. Later: [`crate::Error::Interrupted`], which leaves the sessions unusable.
-pub fn prefill(engine: &Engine, prompts: &mut [Prompt], buffers: &mut Buffers) -> Result<Vec<Result<Vec<f32>>>> {
+pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers) -> Result<Vec<Result<Vec<f32>>>> {
     for prompt in prompts.iter() {
         prompt.session.check_usable()?;
-        engine.check_tokens(prompt.tokens)?;
-        engine.check_context(prompt.end())?;
+        context.check_tokens(prompt.tokens)?;
+        context.check_context(prompt.end())?;
     }
     for prompt in prompts.iter_mut() {
         prompt.session.cache.begin_prefill(prompt.end())?;
     }
-    let hidden = engine.model().config.hidden_size;
+    let hidden = context.model.config.hidden_size;
     let mut streams: Vec<Vec<f32>> = Vec::new(); // the residual stream of every prompt, [tokens, hidden]
     for prompt in prompts.iter() {
         let mut x = vec![0.0; prompt.tokens.len() * hidden];
-        linear::embed(engine.device(), engine.model(), prompt.tokens, &mut x);
+        linear::embed(&context.device, &context.model, prompt.tokens, &mut x);
         streams.push(x);
     }
-    for layer in 0..engine.model().config.n_layers {
+    for layer in 0..context.model.config.n_layers {
         for (prompt, x) in prompts.iter_mut().zip(&mut streams) {
-            if let Err(interrupted) = engine.check_interrupt() {
+            if let Err(interrupted) = context.check_interrupt() {
                 prompts.iter_mut().for_each(|p| p.session.fail("its prefill was interrupted"));
                 return Err(interrupted);
             }
-            prefill_layer(engine, prompt, layer, x, buffers);
+            prefill_layer(context, prompt, layer, x, buffers);
         }
     }
-    Ok(prompts.iter_mut().zip(&streams).map(|(prompt, x)| finish(engine, prompt, x, buffers)).collect())
+    Ok(prompts.iter_mut().zip(&streams).map(|(prompt, x)| finish(context, prompt, x, buffers)).collect())
 }
 
 /// One layer of one prompt, chunk by chunk: every chunk sees the K and V of those before it.
-fn prefill_layer(engine: &Engine, prompt: &mut Prompt, l: usize, x: &mut [f32], buffers: &mut Buffers) {
-    let (device, config) = (engine.device(), &engine.model().config);
-    let layer = &engine.model().weights.layers[l];
+fn prefill_layer(context: &Context, prompt: &mut Prompt, l: usize, x: &mut [f32], buffers: &mut Buffers) {
+    let (device, config) = (&context.device, &context.model.config);
+    let layer = &context.model.weights.layers[l];
     let (start, end, hidden) = (prompt.session.cache.counters.n, prompt.end(), config.hidden_size);
     let cache = &mut prompt.session.cache;
     let mut pages = cache.prefill_pages(l, end);
@@ -67,7 +68,7 @@ fn prefill_layer(engine: &Engine, prompt: &mut Prompt, l: usize, x: &mut [f32], 
         let position = start + chunk * CHUNK;
         let bad = &mut prompt.session.bad_layer;
         let not_finite = |_| *bad = bad.or(Some(l));
-        let dense = Dense { device, config, rope: engine.rope(), path };
+        let dense = Dense { device, config, rope: &context.rope, path };
         dense.norm_qkv_rope(layer, rows, |row| position + row, not_finite);
         write_chunk(&cache.shape, &mut pages, position - first_page * PAGE, rows);
         let view = PrefillView {
@@ -97,14 +98,14 @@ fn write_chunk(shape: &crate::kv::KvShape, pages: &mut [WidePage], at: usize, ro
 }
 
 /// The counters move, and the last row's logits are what the first token is taken from.
-fn finish(engine: &Engine, prompt: &mut Prompt, x: &[f32], buffers: &mut Buffers) -> Result<Vec<f32>> {
-    let config = &engine.model().config;
+fn finish(context: &Context, prompt: &mut Prompt, x: &[f32], buffers: &mut Buffers) -> Result<Vec<f32>> {
+    let config = &context.model.config;
     let (end, session) = (prompt.end(), &mut *prompt.session);
     session.cache.end_prefill(end);
     session.speculative = None;
     let last = &x[x.len() - config.hidden_size..];
     let mut logits = vec![0.0; config.vocab_size];
-    linear::norm_logits(engine.device(), engine.model(), last, 1, &mut buffers.rows.normed, &mut logits);
+    linear::norm_logits(&context.device, &context.model, last, 1, &mut buffers.rows.normed, &mut logits);
     session.check_finite(&logits)?;
     Ok(logits)
 }

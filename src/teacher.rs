@@ -1,8 +1,9 @@
 //! Teacher forcing: the logits of a given token sequence, step by step (method.md, "Teacher forcing").
 
-use crate::engine::{Buffers, Engine, Next, Prompt, Session};
+use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::kv::KvOptions;
+use crate::session::{Buffers, Next, Prompt, Session};
 
 /// What to force.
 #[derive(Clone, Copy, Debug)]
@@ -37,7 +38,7 @@ pub fn forced(
             ids.len()
         )));
     }
-    engine.check_tokens(ids)?;
+    engine.context().check_tokens(ids)?;
     let steps = ids.len() - prefill - 1;
     let mut session = engine.session(kv, ids.len())?;
     if let Some(tokens) = speculative {
@@ -47,7 +48,7 @@ pub fn forced(
                 tokens.len()
             )));
         }
-        engine.check_tokens(tokens)?;
+        engine.context().check_tokens(tokens)?;
         session.force_speculative(tokens.iter().copied());
     }
     if trace {

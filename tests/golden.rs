@@ -62,7 +62,7 @@ fn check_specache(name: &str, options: KvOptions) {
     let theirs = std::iter::once(&golden["pre_decode"]).chain(golden["steps"].as_array().unwrap());
     let (mut sets, mut other, mut positions) = (0, 0, 0);
     for (ours, theirs) in ours.zip(theirs) {
-        let theirs: specache::engine::Selections = serde_json::from_value(theirs.clone()).unwrap();
+        let theirs: specache::session::Selections = serde_json::from_value(theirs.clone()).unwrap();
         for (ours, theirs) in ours.iter().flatten().zip(theirs.iter().flatten()) {
             assert_eq!(ours.len(), theirs.len());
             let missing = theirs.iter().filter(|p| ours.binary_search(p).is_err()).count();

@@ -5,8 +5,11 @@
 
 pub mod arena;
 pub mod buffer;
+pub mod interrupt;
 pub mod map;
+pub mod order;
 pub mod pin;
+pub mod ram;
 pub mod stream;
 
 use std::sync::Arc;
@@ -103,6 +106,27 @@ impl Device {
     /// Bytes and budget of host memory for KV pages.
     pub fn host_memory(&self) -> &Meter {
         &self.0.host_memory
+    }
+
+    /// Checks that a request fits the budgets of both kinds of memory and, as both are the same RAM on this device, what
+    /// the machine has left. Takes nothing.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] naming `what`, the bytes needed and the bytes available.
+    pub fn admit(&self, device_bytes: u64, host_bytes: u64, what: &str) -> Result<()> {
+        self.0.device_memory.admit(device_bytes, what)?;
+        self.0.host_memory.admit(host_bytes, what)?;
+        let needed = device_bytes.saturating_add(host_bytes);
+        match ram::available() {
+            Some(available) if available < needed => Err(Error::OutOfMemory {
+                memory: "system",
+                what: what.to_string(),
+                needed,
+                available,
+                fix: "shorten the context, use a smaller KV cache (--kv kivi), or free memory".into(),
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// Device memory of `len` bytes, zeroed (or poisoned). Metered until it is dropped.

@@ -126,6 +126,6 @@ mod tests {
     #[should_panic(expected = "copy stream panicked")]
     fn a_panic_reaches_the_waiter() {
         let stream = Stream::new("test");
-        stream.launch((), |_| panic!("expected in this test")).wait(&mut Duration::ZERO);
+        stream.launch((), |_| panic!("expected in this test")).wait(&mut Duration::default());
     }
 }

@@ -119,8 +119,7 @@ impl Cache {
         };
         let top_k = if options.mode.fetches() { options.top_k } else { 0 };
         let plan = CacheBytes::plan(&shape, &options, capacity);
-        device.device_memory().admit(plan.device(), "the KV cache of a sequence")?;
-        device.host_memory().admit(plan.host, "the 16-bit KV copy of a sequence")?;
+        device.admit(plan.device(), plan.host, "the KV cache of a sequence")?;
         for _ in 0..shape.n_layers {
             cache.layers.push(LayerCache {
                 tail: Vec::new(),
@@ -177,7 +176,7 @@ impl Cache {
         CacheBytes {
             packed: self.layers.iter().map(|l| l.packed.metered_bytes()).sum(),
             wide: wide(self.wide_pages()),
-            slots: self.layers.iter().map(|l| l.prefetch.slots().metered_bytes()).sum(),
+            slots: self.layers.iter().map(|l| l.prefetch.metered_bytes()).sum(),
             loads: wide(self.loads.iter().map(|l| l.pages.len()).sum()),
             host: self.layers.iter().flat_map(|l| &l.host).map(|h| h.bytes()).sum(),
         }

@@ -6,6 +6,8 @@ pub mod host;
 pub mod layout;
 pub mod options;
 pub mod prefetch;
+pub mod slab;
+mod synthetic;
 
 pub use cache::{Cache, LayerCache};
 pub use counters::Counters;

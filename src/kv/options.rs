@@ -91,6 +91,11 @@ impl KvOptions {
         if self.residual_len < 32 {
             return usage(format!("--kv-residual {}: must be at least 32", self.residual_len));
         }
+        // Positions are u32, and the bytes of this many pairs fit a u64 in every model.
+        const MOST_PAIRS: usize = 1 << 28;
+        if self.top_k > MOST_PAIRS {
+            return usage(format!("--kv-top-k {}: at most {MOST_PAIRS} are supported", self.top_k));
+        }
         if self.mode.low_bit() && !config.head_dim.is_multiple_of(self.group_size) {
             let valid: Vec<_> =
                 [32, 64].iter().filter(|&&g| config.head_dim.is_multiple_of(g)).map(|g| g.to_string()).collect();

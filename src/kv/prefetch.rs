@@ -38,11 +38,6 @@ impl Slots {
     pub fn fetch_bytes(&self, shape: &KvShape) -> u64 {
         (shape.n_kv_heads * self.count * shape.pair_bytes()) as u64
     }
-
-    /// Device bytes that the slots take.
-    pub fn metered_bytes(&self) -> u64 {
-        self.positions.metered_bytes() + self.pairs.metered_bytes()
-    }
 }
 
 /// The slots of one layer: at rest, or on their way.
@@ -50,6 +45,7 @@ pub struct Prefetch {
     // Exactly one of the two is there, but for the moment of a change.
     ready: Option<Slots>,
     in_flight: Option<InFlight<Slots>>,
+    metered_bytes: u64,
 }
 
 impl Prefetch {
@@ -58,7 +54,14 @@ impl Prefetch {
     /// # Errors
     /// [`crate::Error::OutOfMemory`] when the device budget is used up.
     pub fn new(device: &Device, shape: &KvShape, top_k: usize) -> Result<Prefetch> {
-        Ok(Prefetch { ready: Some(Slots::new(device, shape, top_k)?), in_flight: None })
+        let slots = Slots::new(device, shape, top_k)?;
+        let metered_bytes = slots.positions.metered_bytes() + slots.pairs.metered_bytes();
+        Ok(Prefetch { ready: Some(slots), in_flight: None, metered_bytes })
+    }
+
+    /// Device bytes that the slots take, wherever they are.
+    pub fn metered_bytes(&self) -> u64 {
+        self.metered_bytes
     }
 
     /// Waits for a prefetch that is under way; from here on [`Prefetch::slots`] holds its pairs. Time that the caller

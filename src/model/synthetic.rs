@@ -20,6 +20,7 @@ use rayon::prelude::*;
 use super::weights::Matrix;
 use super::{Config, Dtype, GenerationConfig, Layer, Linear, Model, Weights};
 use crate::device::map::Bytes;
+use crate::device::ram;
 use crate::error::{Error, Result};
 
 /// Name and `config.json` of each shape.
@@ -102,7 +103,7 @@ pub fn config(shape: &str) -> Result<Config> {
 /// [`Error::Usage`] for an unknown shape; [`Error::OutOfMemory`], before anything is allocated, where it does not fit.
 pub fn model(shape: &str) -> Result<Model> {
     let config = config(shape)?;
-    check_memory(shape, &config, host_bytes_available())?;
+    check_memory(shape, &config, ram::available())?;
     Ok(Model {
         name: format!("synthetic:{shape}"),
         weights: weights(&config)?,
@@ -133,14 +134,6 @@ fn matrix_bytes(c: &Config) -> u64 {
     let vocab_matrices = if c.tie_word_embeddings { 1 } else { 2 };
     let numbers = c.n_layers as u64 * per_layer + vocab_matrices * (c.vocab_size as u64 * c.hidden_size as u64);
     numbers * Dtype::Bf16.bytes() as u64
-}
-
-/// `MemAvailable` of Linux; `None` where the system does not say.
-fn host_bytes_available() -> Option<u64> {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kib.checked_mul(1024)
 }
 
 fn weights(c: &Config) -> Result<Weights> {
@@ -250,7 +243,6 @@ mod tests {
         let published_parameters = 8_030_261_248;
         let in_norms = (2 * 32 + 1) * 4096;
         assert_eq!(matrix_bytes(&config("llama-3-8b").unwrap()), 2 * (published_parameters - in_norms));
-        assert!(cfg!(not(target_os = "linux")) || host_bytes_available().is_some());
     }
 
     #[test]

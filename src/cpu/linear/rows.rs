@@ -6,13 +6,15 @@
 //! - W of the group of features after this one is asked for into the second-level cache, line by line in the order of
 //!   memory, while this one is multiplied: 36, 34 and 31 GB/s at 1, 2 and 4 rows against 30, 28 and 24 without.
 //! - x stays in the first-level cache: where all of k does not fit, a group of features goes by for one block of k
-//!   after the other. The prefetch makes up for the broken stream (k = 8192, 2 rows: 27 GB/s against 11).
+//!   after the other, and the accumulators wait on the stack. The prefetch makes up for the broken stream of W
+//!   (k = 8192, 2 rows: 27 GB/s against 11 with x from the second-level cache).
 //!
-//! Order of additions for each (row, feature), whatever the number of rows: k in blocks of [`K_BLOCK`]; within one, two
-//! accumulators of 16 lanes take the vectors in turn; their sum folds to a number that is added to the output.
+//! Order of additions for each (row, feature), whatever the number of rows: two accumulators of 16 lanes take the vectors
+//! of k in turn; their sum folds to a number that is added to the output.
 #![allow(unsafe_code)] // Raw loads and stores within checked shapes.
 #![allow(unsafe_op_in_unsafe_fn)] // Lane operations; the contract is that of `Simd`.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::{Input, Store};
@@ -21,26 +23,33 @@ use crate::cpu::parallel::{Aligned, Tile, with_aligned};
 use crate::cpu::simd::{Isa, LANES, Simd, dispatch, prefetch_l2};
 use crate::model::Linear;
 
-/// Numbers of k between two foldings of the accumulators: four rows of so much x take 16 KiB.
-const K_BLOCK: usize = 1024;
-
 /// Bytes of a tile of x that stay in the first-level cache (48 KiB) while W streams through it.
 const X_IN_L1: usize = 16 << 10;
 
-/// Output features of a group, the distance of the prefetch: 64 KiB of bf16, and at least 8 features to one load of x.
-/// Two groups and x share the second-level cache (1 MiB).
+/// Features of a group at most: their accumulators for eight rows take 16 KiB.
+const GROUP: usize = 16;
+
+/// Features of a group, which is the distance of the prefetch: 64 KiB of bf16, but at least 8 features to one load of
+/// x. Two groups and x share the second-level cache (1 MiB).
 fn group(k: usize) -> usize {
-    const NUMBERS: usize = 32 << 10;
-    (NUMBERS / k.max(1)).clamp(8, 1024)
+    (NUMBERS / k.max(1)).clamp(GROUP / 2, GROUP)
 }
 
-/// Output features of a task: a group takes two microseconds from memory, long against the 50 ns of a `join` and short
-/// against the call; a multiple of 16, as a cache line of the output should have one writer.
+/// Output features of a task: 64 KiB of bf16 take two microseconds from memory, long against the 50 ns of a `join` and
+/// short against the call; a multiple of 16, as a cache line of the output should have one writer.
 pub(super) fn block(k: usize) -> usize {
-    group(k).next_multiple_of(LANES)
+    (NUMBERS / k.max(1)).next_multiple_of(LANES).clamp(LANES, 1024)
 }
 
-/// Rows of x, packed for [`fill`]: tiles of 4, 2 and 1 rows; in a tile, vector after vector of k, the rows' vectors side
+/// Numbers of W in 64 KiB of bf16.
+const NUMBERS: usize = 32 << 10;
+
+/// Numbers of k that a tile of `rows` rows takes at once; whole turns of the two accumulators.
+const fn span(rows: usize) -> usize {
+    X_IN_L1 / 4 / rows
+}
+
+/// Rows of x, packed for [`fill`]: tiles of 8, 4, 2 and 1 rows; in a tile, vector after vector of k, the rows' vectors side
 /// by side, zeros behind k. So a tile is one stream of whole cache lines: with rows where the caller has them, each load
 /// would touch two lines (4 rows: half the speed), and rows of 8 KiB would compete for the same few sets.
 #[derive(Clone, Copy)]
@@ -79,11 +88,12 @@ unsafe fn pack<S: Simd>(input: Input<'_>, mut to: *mut f32) {
     }
 }
 
-/// Rows of the next tile when `left` are left: with two accumulators for each row, four rows take 8 of AVX-512's 32
-/// registers, and 16 of AVX2's, which has no more. Tiles of eight are no faster.
+/// Rows of the next tile when `left` are left: with two accumulators for each row, eight rows take half of AVX-512's 32
+/// registers, and two rows half of AVX2's.
 #[inline(always)]
 fn row_tile<S: Simd>(left: usize) -> usize {
     match left {
+        8.. if S::REGISTERS >= 32 => 8,
         4.. if S::REGISTERS >= 32 => 4,
         2.. => 2,
         _ => 1,
@@ -122,79 +132,65 @@ struct Job<'a> {
     store: Store,
 }
 
-/// Features of the task and numbers of k that are multiplied together, and how far on the prefetch is.
-struct Piece {
-    features: Range<usize>,
-    k: Range<usize>,
-    /// Offset of the first byte to ask for.
-    ahead: usize,
-}
+/// The two accumulators of R rows and one feature.
+type Accumulators<S, const R: usize> = [[<S as Simd>::V; R]; 2];
 
 impl Job<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd, E: Element>(&self) {
-        let (k, group) = (self.x.k, group(self.x.k));
-        // The bits are the same either way: a feature meets its blocks of k in ascending order.
-        let span = if self.x.rows.min(4) * k * 4 <= X_IN_L1 { k.max(1) } else { K_BLOCK };
+        let group = group(self.x.k);
         for first in (0..self.features).step_by(group) {
             let features = first..(first + group).min(self.features);
-            let mut ahead = (first + group) * k * E::BYTES;
-            let mut from = 0;
-            loop {
-                let k = from..(from + span).min(k);
-                let bytes = features.len() * k.len() * E::BYTES;
-                from += span;
-                self.piece::<S, E>(&Piece { features: features.clone(), k, ahead });
-                ahead += bytes;
-                if from >= self.x.k {
-                    break;
+            let mut row = 0;
+            while row < self.x.rows {
+                let tile = row_tile::<S>(self.x.rows - row);
+                match tile {
+                    8 => self.tile::<S, E, 8>(row, features.clone()),
+                    4 => self.tile::<S, E, 4>(row, features.clone()),
+                    2 => self.tile::<S, E, 2>(row, features.clone()),
+                    _ => self.tile::<S, E, 1>(row, features.clone()),
                 }
+                row += tile;
             }
         }
     }
 
-    /// A piece for all rows.
+    /// A group of features for rows `row .. row + R`.
     #[inline(always)]
-    unsafe fn piece<S: Simd, E: Element>(&self, piece: &Piece) {
-        let mut row = 0;
-        while row < self.x.rows {
-            let tile = row_tile::<S>(self.x.rows - row);
-            match tile {
-                4 => self.tile::<S, E, 4>(row, piece),
-                2 => self.tile::<S, E, 2>(row, piece),
-                _ => self.tile::<S, E, 1>(row, piece),
-            }
-            row += tile;
-        }
-    }
-
-    /// A piece for rows `row .. row + R`.
-    #[inline(always)]
-    unsafe fn tile<S: Simd, E: Element, const R: usize>(&self, row: usize, piece: &Piece) {
-        let (k, span) = (self.x.k, &piece.k);
+    unsafe fn tile<S: Simd, E: Element, const R: usize>(&self, row: usize, features: Range<usize>) {
+        let k = self.x.k;
         let x = self.x.x.as_ptr().cast::<f32>().add(row * k.next_multiple_of(LANES));
-        let mut ahead = piece.ahead;
-        for feature in piece.features.clone() {
-            let out = self.to.at.add(row * self.to.stride + feature);
-            let mut sums = [0f32; R];
-            for (r, sum) in sums.iter_mut().enumerate() {
-                let out = out.add(r * self.to.stride);
-                *sum = if span.start == 0 { self.start(out, feature) } else { *out };
-            }
-            for from in span.clone().step_by(K_BLOCK) {
-                let len = K_BLOCK.min(span.end - from);
+        let mut ahead = features.end * k * E::BYTES;
+        let mut waiting = [const { MaybeUninit::<Accumulators<S, R>>::uninit() }; GROUP];
+        let mut from = 0;
+        loop {
+            let len = span(R).min(k - from);
+            for (feature, waiting) in features.clone().zip(&mut waiting) {
+                let mut acc = if from == 0 { [[S::zero(); R]; 2] } else { waiting.assume_init() };
                 let w = self.w.add((feature * k + from) * E::BYTES);
-                // The first rows ask for all of it; the others, and the end of W, for what they are reading anyway.
+                // The first rows ask for the next group; the others, and the end of W, for what they read anyway.
                 let asked = row == 0 && ahead < self.left;
-                let part = dots::<S, E, R>(x.add(from * R), w, if asked { self.w.wrapping_add(ahead) } else { w }, len);
-                for (sum, part) in sums.iter_mut().zip(part) {
-                    *sum += part;
-                }
+                dots::<S, E, R>(&mut acc, x.add(from * R), w, if asked { self.w.add(ahead) } else { w }, len);
                 ahead += len * E::BYTES;
+                if from + len == k {
+                    self.finish::<S, R>(row, feature, &acc);
+                } else {
+                    waiting.write(acc);
+                }
             }
-            for (r, sum) in sums.iter().enumerate() {
-                *out.add(r * self.to.stride) = *sum;
+            from += len;
+            if from == k {
+                break;
             }
+        }
+    }
+
+    /// Folds the accumulators of a feature into the output.
+    #[inline(always)]
+    unsafe fn finish<S: Simd, const R: usize>(&self, row: usize, feature: usize, acc: &Accumulators<S, R>) {
+        for r in 0..R {
+            let out = self.to.at.add((row + r) * self.to.stride + feature);
+            *out = self.start(out, feature) + S::sum(S::add(acc[0][r], acc[1][r]));
         }
     }
 
@@ -212,15 +208,17 @@ impl Job<'_> {
     }
 }
 
-/// Dot products of a row of W with the R rows of a tile of x over `len` numbers; asks for as many bytes from `ahead` on.
+/// Adds the products of `len` numbers of a row of W with the R rows of a tile of x; asks for as many bytes from `ahead`
+/// on. `len` is even in vectors but at the end of k.
 #[inline(always)]
 unsafe fn dots<S: Simd, E: Element, const R: usize>(
+    acc: &mut Accumulators<S, R>,
     x: *const f32,
     w: *const u8,
     ahead: *const u8,
     len: usize,
-) -> [f32; R] {
-    let (mut even, mut odd) = ([S::zero(); R], [S::zero(); R]);
+) {
+    let [mut even, mut odd] = *acc;
     let mut i = 0;
     while i + 2 * LANES <= len {
         for line in (0..2 * LANES * E::BYTES).step_by(64) {
@@ -237,11 +235,7 @@ unsafe fn dots<S: Simd, E: Element, const R: usize>(
     if i < len {
         step::<S, R>(&mut odd, E::load_n::<S>(w.add(i * E::BYTES), len - i), x.add(i * R));
     }
-    let mut sums = [0f32; R];
-    for (r, sum) in sums.iter_mut().enumerate() {
-        *sum = S::sum(S::add(even[r], odd[r]));
-    }
-    sums
+    *acc = [even, odd];
 }
 
 /// One vector of a row of W times the same vector of R rows of x.

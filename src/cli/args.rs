@@ -1,0 +1,341 @@
+//! What can be said on the command line, and in `SPECACHE_*` variables.
+
+use std::path::PathBuf;
+use std::sync::LazyLock;
+
+use clap::builder::{FalseyValueParser, PossibleValuesParser, TypedValueParser};
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+
+use specache::device::DeviceOptions;
+use specache::kv::{KvMode, KvOptions};
+use specache::model::Dtype;
+use specache::sampler::SamplingOverrides;
+
+use super::size;
+
+static VERSION: LazyLock<String> = LazyLock::new(|| match option_env!("SPECACHE_COMMIT") {
+    Some(commit) => format!("{} ({commit})", env!("CARGO_PKG_VERSION")),
+    None => env!("CARGO_PKG_VERSION").to_string(),
+});
+
+/// The version, and the commit where the build knows it.
+pub fn version() -> &'static str {
+    &VERSION
+}
+
+const ABOUT: &str = "LLM inference with SpeCache: all 16-bit KV pairs in host memory, a 1- or 2-bit copy on the device, \
+speculative prefetch of the pairs that matter.";
+
+const EXIT_CODES: &str = "\
+Benchmark this machine (same as `bench`):
+  specache-engine --bench
+
+Every option can also be set by the environment variable named beside it; the command line wins.
+
+Exit codes: 0 success (also when the reader of stdout goes away), 1 failure, 2 usage, 3 invalid model,
+4 out of memory, 130 interrupted.";
+
+/// The whole command line.
+#[derive(Parser)]
+#[command(name = "specache-engine", about = ABOUT, version = version(), after_help = EXIT_CODES)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Continue a prompt; the completion streams to stdout.
+    #[command(after_help = GENERATE_EXAMPLES)]
+    Generate(GenerateArgs),
+    /// Teacher forcing: the logits of given tokens, as an NPY file.
+    #[command(after_help = LOGITS_EXAMPLES)]
+    Logits(LogitsArgs),
+    /// Compare the KV modes side by side on this machine.
+    #[command(after_help = BENCH_EXAMPLES)]
+    Bench(BenchArgs),
+}
+
+const GENERATE_EXAMPLES: &str = "\
+Examples:
+  specache-engine generate -m models/llama -p 'Once upon a time' -n 100
+  specache-engine generate -m models/llama -f book.txt -n 200 --kv-bits 1 --kv-top-k 32 --temp 0.7 -s 1
+  specache-engine generate -m synthetic:tiny --tokens ids.json -n 8 --kv full --json
+
+Output: text, flushed piece by piece in whole UTF-8 characters; figures on stderr. For a folder without a tokenizer the
+generated token ids are printed instead, separated by spaces. An end-of-text token is among the tokens of --json but not
+in the text.";
+
+/// `generate`.
+#[derive(Args)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub prompt: PromptArgs,
+    /// Most tokens to generate
+    #[arg(short, long, env = "SPECACHE_N_PREDICT", value_name = "N", allow_negative_numbers = true)]
+    pub n_predict: usize,
+    #[command(flatten)]
+    pub kv: KvArgs,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Go on after an end-of-text token
+    #[arg(long, env = "SPECACHE_IGNORE_EOS", value_parser = FalseyValueParser::new())]
+    pub ignore_eos: bool,
+    /// Print one JSON object at the end instead of streaming
+    #[arg(long, env = "SPECACHE_JSON", value_parser = FalseyValueParser::new())]
+    pub json: bool,
+    /// Room of the context in tokens; prompt and -n must fit [default: as many as they need]
+    #[arg(short, long, env = "SPECACHE_CTX_SIZE", value_name = "TOKENS", allow_negative_numbers = true)]
+    pub ctx_size: Option<usize>,
+}
+
+const LOGITS_EXAMPLES: &str = "\
+Examples:
+  specache-engine logits -m models/llama --tokens ids.json --prefill 300 --kv full -o full.npy
+  specache-engine logits -m models/llama --tokens ids.json --prefill 300 --kv specache --kv-bits 1 \\
+      --spec-tokens spec.json --trace-selections selections.json -o specache.npy
+
+Row 0 comes from the prompt's last position, one more row from each token that is fed; the last token is never fed.
+Output files appear when they are complete, or not at all.";
+
+/// `logits`.
+#[derive(Args)]
+pub struct LogitsArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// All tokens, prompt first: a JSON array of ids; none is added
+    #[arg(long, env = "SPECACHE_TOKENS", value_name = "IDS.json")]
+    pub tokens: PathBuf,
+    /// Tokens of the prompt: at least 1, fewer than there are
+    #[arg(long, env = "SPECACHE_PREFILL", value_name = "P", allow_negative_numbers = true)]
+    pub prefill: usize,
+    #[command(flatten)]
+    pub kv: KvArgs,
+    /// Speculative tokens to use instead of the model's own, T'_2 first: a JSON array of ids, one for each decode step
+    #[arg(long, env = "SPECACHE_SPEC_TOKENS", value_name = "IDS.json")]
+    pub spec_tokens: Option<PathBuf>,
+    /// Write which positions were prefetched: `speculative`, `pre_decode` and `steps`, by layer and KV head
+    #[arg(long, env = "SPECACHE_TRACE_SELECTIONS", value_name = "OUT.json")]
+    pub trace_selections: Option<PathBuf>,
+    /// Where the logits go: NPY, float32, [tokens - P, vocabulary]
+    #[arg(short, long, env = "SPECACHE_OUTPUT", value_name = "OUT.npy")]
+    pub output: PathBuf,
+}
+
+const BENCH_EXAMPLES: &str = "\
+Examples:
+  specache-engine --bench
+  specache-engine bench -m synthetic:llama-3.2-1b -d 4096 -n 16 -r 5 --kv full,specache --kv-bits 1
+  specache-engine bench -m models/llama -d 2000 -o json > bench.json
+
+Real weights get a real prompt, prefilled once per mode. Random weights (synthetic:<shape>) get a cache of random pairs,
+so they have no prefill speed, and hit rate and acceptance would mean nothing. The modes take turns within each
+repetition, so that all of them meet the same moods of the machine.";
+
+/// `bench`.
+#[derive(Args)]
+pub struct BenchArgs {
+    /// Model folders or synthetic:<shape>, separated by commas [default: the recall model and synthetic:llama-3.2-1b]
+    #[arg(short, long, env = "SPECACHE_BENCH_MODEL", value_name = "DIR,...", value_delimiter = ',')]
+    pub model: Vec<String>,
+    /// Decode steps of a repetition [default: 16, or 64 for models below 1 GB]
+    #[arg(short, long, env = "SPECACHE_BENCH_N_PREDICT", value_name = "N", allow_negative_numbers = true)]
+    pub n_predict: Option<usize>,
+    /// Tokens in the cache when decoding begins [default: 1024; the recall model: one of its prompts]
+    #[arg(short, long, env = "SPECACHE_BENCH_DEPTH", value_name = "TOKENS", allow_negative_numbers = true)]
+    pub depth: Option<usize>,
+    /// Repetitions
+    #[arg(short, long, env = "SPECACHE_BENCH_REPETITIONS", value_name = "R", default_value_t = 3)]
+    pub repetitions: usize,
+    /// Modes, separated by commas
+    #[arg(long, env = "SPECACHE_BENCH_KV", value_name = "MODE,...", value_delimiter = ',',
+          default_value = "full,kivi,offload,fetch,specache", value_parser = kv_mode())]
+    pub kv: Vec<KvMode>,
+    #[command(flatten)]
+    pub tuning: KvTuning,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// A table for people, or JSON with every repetition
+    #[arg(short, long, env = "SPECACHE_BENCH_OUTPUT", value_name = "FORMAT", default_value = "md",
+          value_parser = ["md", "json"])]
+    pub output: String,
+}
+
+/// Which model, on what.
+#[derive(Args)]
+pub struct ModelArgs {
+    /// Model folder (Hugging Face layout), or synthetic:<shape> for random weights
+    #[arg(short, long, env = "SPECACHE_MODEL", value_name = "DIR")]
+    pub model: String,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
+/// The device.
+#[derive(Args)]
+pub struct DeviceArgs {
+    /// Compute threads [default: as many as the process may use]
+    #[arg(short, long, env = "SPECACHE_THREADS", value_name = "N", allow_negative_numbers = true,
+          value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Most device memory for KV caches, such as 4GiB, 512MiB, 1000000
+    #[arg(long, env = "SPECACHE_VRAM_BUDGET", value_name = "SIZE", value_parser = size::parse)]
+    vram_budget: Option<u64>,
+    /// Most host memory for 16-bit KV copies
+    #[arg(long, env = "SPECACHE_HOST_KV_BUDGET", value_name = "SIZE", value_parser = size::parse)]
+    host_kv_budget: Option<u64>,
+}
+
+impl DeviceArgs {
+    /// As the engine takes them.
+    pub fn options(&self) -> DeviceOptions {
+        DeviceOptions {
+            threads: self.threads.map(usize::from),
+            device_budget: self.vram_budget,
+            host_budget: self.host_kv_budget,
+            poison: false,
+        }
+    }
+}
+
+/// The prompt, in one of three ways.
+#[derive(Args)]
+pub struct PromptArgs {
+    /// Prompt text
+    #[arg(short, long, env = "SPECACHE_PROMPT", value_name = "TEXT", allow_hyphen_values = true)]
+    pub prompt: Option<String>,
+    /// File with the prompt text, UTF-8, used as it is
+    #[arg(short, long, env = "SPECACHE_FILE", value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// File with the prompt's token ids: a JSON array; no first token is added
+    #[arg(long, env = "SPECACHE_TOKENS", value_name = "IDS.json")]
+    pub tokens: Option<PathBuf>,
+}
+
+impl PromptArgs {
+    /// A prompt on the command line wins over one in the environment.
+    fn prefer_command_line(&mut self, matches: &ArgMatches) {
+        let typed = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
+        if ["prompt", "file", "tokens"].into_iter().any(typed) {
+            self.prompt = self.prompt.take().filter(|_| typed("prompt"));
+            self.file = self.file.take().filter(|_| typed("file"));
+            self.tokens = self.tokens.take().filter(|_| typed("tokens"));
+        }
+    }
+}
+
+/// How K and V are kept.
+#[derive(Args)]
+pub struct KvArgs {
+    /// full: 16-bit on the device; kivi: low-bit; offload: whole layers come back from the host; fetch: low-bit and the
+    /// pairs that the token asks for; specache: low-bit and pairs prefetched one step ahead
+    #[arg(long, env = "SPECACHE_KV", value_name = "MODE", default_value = "specache", value_parser = kv_mode())]
+    kv: KvMode,
+    #[command(flatten)]
+    tuning: KvTuning,
+}
+
+impl KvArgs {
+    /// As the engine takes them.
+    pub fn options(&self) -> KvOptions {
+        self.tuning.options(self.kv)
+    }
+}
+
+/// What all modes share.
+#[derive(Args)]
+pub struct KvTuning {
+    /// Bits of a low-bit code: 1, 2 or 4
+    #[arg(long, env = "SPECACHE_KV_BITS", value_name = "B", default_value_t = 2)]
+    kv_bits: usize,
+    /// Values that share a zero and a scale: 32 or 64, a divisor of the head's size
+    #[arg(long, env = "SPECACHE_KV_GROUP", value_name = "G", default_value_t = 64)]
+    kv_group: usize,
+    /// Latest tokens that stay at 16 bits on the device, at least 32
+    #[arg(long, env = "SPECACHE_KV_RESIDUAL", value_name = "R", default_value_t = 64)]
+    kv_residual: usize,
+    /// 16-bit pairs fetched per KV head
+    #[arg(long, env = "SPECACHE_KV_TOP_K", value_name = "K", default_value_t = 64)]
+    kv_top_k: usize,
+    /// Number type of K and V; auto: the model's own, fp32 with --kv full only
+    #[arg(long, env = "SPECACHE_KV_DTYPE", value_name = "TYPE", default_value = "auto",
+          value_parser = ["auto", "bf16", "fp16", "fp32"])]
+    kv_dtype: String,
+}
+
+impl KvTuning {
+    /// The options of one mode.
+    pub fn options(&self, mode: KvMode) -> KvOptions {
+        KvOptions {
+            mode,
+            bits: self.kv_bits,
+            group_size: self.kv_group,
+            residual_len: self.kv_residual,
+            top_k: self.kv_top_k,
+            dtype: match self.kv_dtype.as_str() {
+                "bf16" => Some(Dtype::Bf16),
+                "fp16" => Some(Dtype::F16),
+                "fp32" => Some(Dtype::F32),
+                _ => None,
+            },
+        }
+    }
+}
+
+fn kv_mode() -> impl TypedValueParser<Value = KvMode> {
+    let mode = |name: String| KvMode::ALL.into_iter().find(|m| m.name() == name).expect("a name from the list");
+    PossibleValuesParser::new(KvMode::ALL.map(KvMode::name)).map(mode)
+}
+
+/// How tokens are chosen. What is not given comes from generation_config.json, or is off.
+#[derive(Args)]
+pub struct SamplingArgs {
+    /// Temperature; 0 takes the most likely token
+    #[arg(long, env = "SPECACHE_TEMP", value_name = "T", allow_negative_numbers = true)]
+    temp: Option<f32>,
+    /// Keep the k most likely tokens; 0 keeps all
+    #[arg(long, env = "SPECACHE_TOP_K", value_name = "K")]
+    top_k: Option<usize>,
+    /// Keep the most likely tokens that reach this probability together
+    #[arg(long, env = "SPECACHE_TOP_P", value_name = "P", allow_negative_numbers = true)]
+    top_p: Option<f32>,
+    /// Drop tokens below this share of the most likely one's probability
+    #[arg(long, env = "SPECACHE_MIN_P", value_name = "P", allow_negative_numbers = true)]
+    min_p: Option<f32>,
+    /// Weaken tokens that have occurred; 1 is off
+    #[arg(long, env = "SPECACHE_REPEAT_PENALTY", value_name = "X", allow_negative_numbers = true)]
+    repeat_penalty: Option<f32>,
+    /// The same seed draws the same tokens [default: 0]
+    #[arg(short, long, env = "SPECACHE_SEED", value_name = "SEED")]
+    seed: Option<u64>,
+}
+
+impl SamplingArgs {
+    /// As the sampler takes them.
+    pub fn overrides(&self) -> SamplingOverrides {
+        SamplingOverrides {
+            temperature: self.temp,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repeat_penalty: self.repeat_penalty,
+            seed: self.seed,
+        }
+    }
+}
+
+/// Reads the command line and the environment. Ends the process where there is nothing to run: usage errors (2), help
+/// and version (0).
+pub fn parse() -> Cli {
+    let args = std::env::args_os().enumerate();
+    let args = args.map(|(i, arg)| if i == 1 && arg == "--bench" { "bench".into() } else { arg });
+    let matches = Cli::command().get_matches_from(args);
+    let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
+    if let (Command::Generate(args), Some((_, matches))) = (&mut cli.command, matches.subcommand()) {
+        args.prompt.prefer_command_line(matches);
+    }
+    cli
+}

@@ -1,0 +1,43 @@
+//! What is said on stderr: messages, and one line of progress if a person is watching.
+
+use std::fmt::{Arguments, Display};
+use std::io::{IsTerminal, Write, stderr};
+
+/// Writes a line to stderr. Unlike `eprintln!` it survives a closed stderr.
+pub fn say(line: Arguments) {
+    let _ = writeln!(stderr(), "{line}");
+}
+
+/// A line on a terminal that says what goes on and vanishes when it is over; nothing where stderr is not a terminal.
+pub struct Progress {
+    on_terminal: bool,
+    shown: bool,
+}
+
+impl Progress {
+    /// Nothing is shown yet.
+    pub fn new() -> Progress {
+        Progress { on_terminal: stderr().is_terminal(), shown: false }
+    }
+
+    /// Replaces the line.
+    pub fn show(&mut self, what: impl Display) {
+        if self.on_terminal {
+            let _ = write!(stderr(), "\r\x1b[2K{what} ...");
+            self.shown = true;
+        }
+    }
+
+    /// Removes the line.
+    pub fn clear(&mut self) {
+        if std::mem::take(&mut self.shown) {
+            let _ = write!(stderr(), "\r\x1b[2K");
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}

@@ -1,0 +1,49 @@
+//! Ctrl-C for command lines: the first one asks the engine to stop, the second one ends the process.
+#![allow(unsafe_code)] // Signal handlers.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+
+/// Exit code of an interrupted process, as shells count it: 128 + SIGINT.
+const INTERRUPTED: i32 = 130;
+
+/// The flag of the engine that works now; null while none does.
+static FLAG: AtomicPtr<AtomicBool> = AtomicPtr::new(std::ptr::null_mut());
+
+/// Makes Ctrl-C set the flag of the engine at work ([`forward`]). Without one, or the second time, it ends the process
+/// at once with exit code 130.
+pub fn install() {
+    let action = SigAction::new(SigHandler::Handler(on_interrupt), SaFlags::SA_RESTART, SigSet::empty());
+    // SAFETY: the handler does nothing but atomic accesses and `_exit`, which are safe in a signal handler.
+    // Without a handler (which no Linux refuses) Ctrl-C ends the process as it does by default.
+    let _ = unsafe { sigaction(Signal::SIGINT, &action) };
+}
+
+/// Until the guard is dropped, Ctrl-C sets `flag` (see [`crate::Engine::interrupt_flag`]) instead of ending the process.
+pub fn forward(flag: Arc<AtomicBool>) -> Forwarding {
+    // The reference is leaked (a few bytes per engine), so that a handler that runs at any time finds it.
+    FLAG.store(Arc::into_raw(flag).cast_mut(), Ordering::SeqCst);
+    Forwarding(())
+}
+
+/// While this lives, Ctrl-C is left to the engine.
+#[must_use = "Ctrl-C ends the process when this is dropped"]
+pub struct Forwarding(());
+
+impl Drop for Forwarding {
+    fn drop(&mut self) {
+        FLAG.store(std::ptr::null_mut(), Ordering::SeqCst);
+    }
+}
+
+extern "C" fn on_interrupt(_: i32) {
+    let flag = FLAG.load(Ordering::SeqCst);
+    // SAFETY: null or from `Arc::into_raw` of a reference that is never given back, so it lives as long as the process.
+    let again = unsafe { flag.as_ref() }.is_none_or(|flag| flag.swap(true, Ordering::SeqCst));
+    if again {
+        // SAFETY: async-signal-safe; ends the process.
+        unsafe { libc::_exit(INTERRUPTED) }
+    }
+}

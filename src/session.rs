@@ -1,0 +1,275 @@
+//! One sequence: its cache, its speculative token, its figures; and what batches of them are made of.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use crate::context::Context;
+use crate::cpu::attn_decode::Scratch;
+use crate::error::{Error, Result};
+use crate::kv::cache::{Cache, CacheBytes};
+use crate::kv::{KvMode, KvOptions, KvShape};
+use crate::ops::attn_decode::SeqRows;
+use crate::ops::linear::Rows;
+
+/// One sequence: its cache, its speculative token, its figures.
+pub struct Session {
+    pub(crate) cache: Cache,
+    /// The next step's second row; `None` until the pre-decode that follows a prefill.
+    pub(crate) speculative: Option<u32>,
+    /// Speculative tokens to use instead of the model's own, one a step.
+    pub(crate) forced: Option<VecDeque<u32>>,
+    /// What was selected, if it is to be kept.
+    pub(crate) trace: Option<Trace>,
+    pub(crate) stats: Stats,
+    /// First layer whose input was not finite in this call.
+    pub(crate) bad_layer: Option<usize>,
+    /// The speculative token of the step before; this step's real token tells whether it was right.
+    pub(crate) last_guess: Option<u32>,
+    failure: Option<String>,
+}
+
+impl Session {
+    /// See [`crate::Engine::session`].
+    pub(crate) fn new(context: &Context, kv: KvOptions, max_tokens: usize) -> Result<Session> {
+        kv.validate(&context.model.config)?;
+        context.check_context(max_tokens)?;
+        let shape = KvShape::new(&context.model.config, &kv);
+        Ok(Session {
+            cache: Cache::new(&context.device, shape, kv, max_tokens)?,
+            speculative: None,
+            forced: None,
+            trace: None,
+            stats: Stats::new(shape.n_layers),
+            bad_layer: None,
+            last_guess: None,
+            failure: None,
+        })
+    }
+
+    /// Tokens in the cache.
+    pub fn n_tokens(&self) -> usize {
+        self.cache.counters.n
+    }
+
+    /// The KV options.
+    pub fn kv(&self) -> &KvOptions {
+        &self.cache.options
+    }
+
+    /// Fills an empty session with `n_tokens` tokens of random K and V, as if they had been prefilled: for benchmarks of
+    /// decoding on random weights only, where a real prefill would give numbers of as little meaning, later.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if the session is not empty or `n_tokens` is 0; [`Error::OutOfMemory`] as a prefill.
+    pub fn fill_synthetic(&mut self, n_tokens: usize, seed: u64) -> Result<()> {
+        self.check_usable()?;
+        if self.n_tokens() > 0 || n_tokens == 0 {
+            let has = self.n_tokens();
+            return Err(Error::Usage(format!(
+                "fill {n_tokens} random tokens: at least 1, into 0 and not {has} tokens"
+            )));
+        }
+        self.stats.offloaded_bytes += self.cache.fill_synthetic(n_tokens, seed)?;
+        Ok(())
+    }
+
+    /// Bytes that the cache holds.
+    pub fn cache_bytes(&self) -> CacheBytes {
+        self.cache.bytes()
+    }
+
+    /// What was measured since the session began.
+    pub fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    /// Uses these speculative tokens, the first as T'_2, instead of the model's own: makes two implementations
+    /// comparable step by step.
+    pub fn force_speculative(&mut self, tokens: impl IntoIterator<Item = u32>) {
+        self.forced = Some(tokens.into_iter().collect());
+    }
+
+    /// Keeps every selection from now on.
+    pub fn keep_trace(&mut self) {
+        self.trace = Some(Trace::default());
+    }
+
+    /// What was selected since [`Session::keep_trace`].
+    pub fn trace(&self) -> Option<&Trace> {
+        self.trace.as_ref()
+    }
+
+    pub(crate) fn check_usable(&self) -> Result<()> {
+        match &self.failure {
+            Some(why) => Err(Error::Usage(format!("this session cannot go on: {why}; start a new one"))),
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) fn fail(&mut self, why: &str) {
+        self.failure = Some(why.to_string());
+    }
+
+    /// Checks this call's logits. A failure is final for the session: its cache holds what it should not.
+    pub(crate) fn check_finite(&mut self, logits: &[f32]) -> Result<()> {
+        if logits.iter().all(|x| x.is_finite()) && self.bad_layer.is_none() {
+            return Ok(());
+        }
+        let place = match self.bad_layer {
+            Some(0) => "the embedding gave".to_string(),
+            Some(layer) => format!("layer {} gave", layer - 1),
+            None => "the last layer or the LM head gave".to_string(),
+        };
+        let why = format!("{place} NaN or infinity; the weights may be damaged or too large for their number type");
+        self.fail(&why);
+        Err(Error::NotFinite(why))
+    }
+}
+
+/// A prompt and the session that it goes to.
+pub struct Prompt<'a> {
+    /// Where it goes, behind what is there already.
+    pub session: &'a mut Session,
+    /// At least one token.
+    pub tokens: &'a [u32],
+}
+
+impl Prompt<'_> {
+    /// Tokens of the session after the prompt.
+    pub(crate) fn end(&self) -> usize {
+        self.session.n_tokens() + self.tokens.len()
+    }
+}
+
+/// The next token of a session.
+pub struct Next<'a> {
+    /// Which sequence.
+    pub session: &'a mut Session,
+    /// The real token T_t.
+    pub token: u32,
+}
+
+/// Memory of prefill and decode calls, kept between them so that a step allocates nothing.
+#[derive(Default)]
+pub struct Buffers {
+    pub(crate) rows: Rows,
+    pub(crate) attention: Scratch,
+    /// Batch index, rows and tokens of each sequence that takes part in a pass.
+    pub(crate) members: Vec<Member>,
+    pub(crate) seqs: Vec<SeqRows>,
+    pub(crate) tokens: Vec<u32>,
+    /// `[rows, vocab]`.
+    pub(crate) logits: Vec<f32>,
+    /// Logits row of each sequence of the batch, or why it failed.
+    pub(crate) results: Vec<Result<usize>>,
+    pub(crate) vocab: usize,
+}
+
+/// One sequence of a pass.
+#[derive(Clone, Copy)]
+pub(crate) struct Member {
+    /// Index in the batch.
+    pub(crate) index: usize,
+    /// Row 0 is real, row 1 speculative.
+    pub(crate) tokens: [u32; 2],
+}
+
+impl Buffers {
+    /// Logits `[vocab]` of sequence `i` of the last decode call, from its real row.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] if that sequence failed.
+    pub fn logits(&self, i: usize) -> Result<&[f32]> {
+        match &self.results[i] {
+            Ok(row) => Ok(&self.logits[row * self.vocab..][..self.vocab]),
+            Err(e) => Err(Error::NotFinite(e.to_string())),
+        }
+    }
+}
+
+/// What a session has measured (method.md, "Quantities to report").
+#[derive(Clone, Debug, Default)]
+pub struct Stats {
+    /// Decode steps.
+    pub steps: u64,
+    /// Steps whose speculative token was the real one of the next step.
+    pub accepted: u64,
+    /// Steps whose speculative token could be compared.
+    pub compared: u64,
+    /// Per layer: pairs of row 0's own top-k that had been prefetched, and pairs of that top-k.
+    pub hits: Vec<(u64, u64)>,
+    /// Bytes from host to device.
+    pub fetched_bytes: u64,
+    /// Bytes from device to host, prefill included.
+    pub offloaded_bytes: u64,
+    /// Time that computation waited for copies.
+    pub exposed: Duration,
+}
+
+impl Stats {
+    /// Compares a step's real token with what was guessed for it, if anything was.
+    pub(crate) fn compare(&mut self, guess: Option<u32>, token: u32) {
+        if let Some(guess) = guess {
+            self.compared += 1;
+            self.accepted += u64::from(guess == token);
+        }
+    }
+
+    fn new(n_layers: usize) -> Stats {
+        Stats { hits: vec![(0, 0); n_layers], ..Stats::default() }
+    }
+
+    /// Share of hits of one layer; `None` before anything could be hit.
+    pub fn layer_hit_rate(&self, layer: usize) -> Option<f64> {
+        let (hits, of) = self.hits[layer];
+        (of > 0).then(|| hits as f64 / of as f64)
+    }
+
+    /// Share of hits over all layers.
+    pub fn hit_rate(&self) -> Option<f64> {
+        let (hits, of) = self.hits.iter().fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1));
+        (of > 0).then(|| hits as f64 / of as f64)
+    }
+
+    /// Share of steps whose speculative token was right.
+    pub fn acceptance(&self) -> Option<f64> {
+        (self.compared > 0).then(|| self.accepted as f64 / self.compared as f64)
+    }
+
+    /// Bytes per step from host to device.
+    pub fn fetched_bytes_per_step(&self) -> Option<f64> {
+        (self.steps > 0).then(|| self.fetched_bytes as f64 / self.steps as f64)
+    }
+
+    /// Waiting time per step, microseconds.
+    pub fn exposed_us_per_step(&self) -> Option<f64> {
+        (self.steps > 0).then(|| self.exposed.as_secs_f64() * 1e6 / self.steps as f64)
+    }
+}
+
+/// Selected positions, `[layer][kv head]` ascending.
+pub type Selections = Vec<Vec<Vec<u32>>>;
+
+/// What a session selected, step by step.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Trace {
+    /// Speculative token of each step, T'_2 first (`specache`).
+    pub speculative: Vec<u32>,
+    /// The pre-decode's selection, for the first step (`specache`).
+    pub pre_decode: Selections,
+    /// Each step's selection: for the next step (`specache`), or the one that it used itself (`fetch`).
+    pub steps: Vec<Selections>,
+}
+
+impl Session {
+    /// Positions below `limit` that a row at `position` sees: what may be selected.
+    pub(crate) fn candidates(&self, position: usize, limit: usize, window: Option<usize>) -> std::ops::Range<usize> {
+        let first = window.map_or(0, |w| (position + 1).saturating_sub(w));
+        first.min(limit)..limit
+    }
+
+    /// Whether the next decode call begins with a pre-decode.
+    pub(crate) fn needs_pre_decode(&self) -> bool {
+        self.kv().mode == KvMode::SpeCache && self.speculative.is_none()
+    }
+}
