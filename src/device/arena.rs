@@ -152,9 +152,10 @@ impl ArenaPlan {
                 break;
             }
             // Only the last chunk may end within a huge page.
-            let used = if fit == size / page_bytes { size } else { (fit * page_bytes).next_multiple_of(SYSTEM_PAGE) };
+            let whole = left == size && fit == size / page_bytes;
+            let used = if whole { size } else { (fit * page_bytes).next_multiple_of(SYSTEM_PAGE) };
             plan.chunks.push(Chunk { start: plan.bytes(), bytes: used, first_page: plan.pages(), pages: fit });
-            if used < size {
+            if !whole {
                 break;
             }
             size = (2 * size).min(most);

@@ -246,14 +246,18 @@ mod tests {
             slab.check().unwrap();
             {
                 let mut state = lock(&slab.0.state);
-                let kept = state.keep_alive.clone();
+                let State { stack, cold, fresh_pages, leased, reserved, high_water, keep_alive, .. } = &*state;
+                let counts = (*cold, *fresh_pages, *leased, *reserved, *high_water);
+                let (stack, keep_alive) = (stack.clone(), keep_alive.clone());
                 break_it(&mut state);
                 let found = state.check().unwrap_err();
                 assert!(found.contains(equation), "{equation}: {found}");
-                state.keep_alive = kept;
+                // SAFETY: the table lives as long as the regions.
+                unsafe { stack[0].as_ref() }.refs.store(0, Ordering::Relaxed);
+                (state.stack, state.keep_alive) = (stack, keep_alive);
+                (state.cold, state.fresh_pages, state.leased, state.reserved, state.high_water) = counts;
             }
-            // Its state is broken now, so nothing more may come back to it.
-            std::mem::forget((pages, slab));
+            slab.check().unwrap();
         }
     }
 }
