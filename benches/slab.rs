@@ -4,7 +4,7 @@
 //! cargo bench --bench slab            # 4 GiB; `-- 1` for 1 GiB
 //! ```
 //!
-//! Prints Markdown tables. Takes about half a minute on 2 cores. Each figure is the best of several repetitions, as
+//! Prints Markdown tables. Takes about 40 s on 2 cores. Each figure is the best of several repetitions, as
 //! whatever else runs on the machine only adds.
 
 use std::hint::black_box;
@@ -121,7 +121,7 @@ enum Touch {
     Prepare(usize),
 }
 
-/// Time to map, until the first page can be used, and until all can; best of 3.
+/// Time to map, until the first page can be used, and until all can; best of 2.
 fn start(bytes: usize, options: &ArenaOptions, touch: &Touch) -> [Duration; 3] {
     let once = || {
         let begin = Instant::now();
@@ -134,7 +134,7 @@ fn start(bytes: usize, options: &ArenaOptions, touch: &Touch) -> [Duration; 3] {
         };
         [mapped, first, begin.elapsed()]
     };
-    (0..3).map(|_| once()).min_by_key(|times| times[2]).expect("three")
+    (0..2).map(|_| once()).min_by_key(|times| times[2]).expect("two")
 }
 
 #[allow(unsafe_code)]
