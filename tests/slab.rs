@@ -593,7 +593,8 @@ fn random_operations_on_many_threads_end_balanced() {
     slab.check().unwrap();
     let stats = slab.stats();
     assert_eq!((stats.leased, stats.reserved, stats.free), (0, 0, stats.capacity));
-    assert!(stats.high_water > 500 && stats.arenas.len() == 4, "{stats:?}");
+    let enough = operations < 1_000_000 || (stats.high_water > 500 && stats.arenas.len() == 4);
+    assert!(enough, "a run that fills nothing shows nothing: {stats:?}");
     drop(slab);
     assert_eq!(meter.used(), 0);
 }
