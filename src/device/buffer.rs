@@ -64,13 +64,13 @@ impl Meter {
         if bytes <= self.available() { Ok(()) } else { Err(self.refusal(bytes, self.available(), what)) }
     }
 
-    fn refusal(&self, needed: u64, available: u64, what: &str) -> Error {
+    pub(crate) fn refusal(&self, needed: u64, available: u64, what: &str) -> Error {
         let option = if self.0.memory == "device" { "--vram-budget" } else { "--host-kv-budget" };
         let fix = format!("raise {option}, shorten the context, or use fewer sequences");
         Error::OutOfMemory { memory: self.0.memory, what: what.to_string(), needed, available, fix }
     }
 
-    fn give_back(&self, bytes: u64) {
+    pub(crate) fn give_back(&self, bytes: u64) {
         self.0.used.fetch_sub(bytes, Ordering::Relaxed);
     }
 }

@@ -3,10 +3,12 @@
 //! Everything above is written once against this layer. The CPU device computes in line on the calling thread (rayon
 //! inside) and has a copy stream of its own, one worker thread, so that transfers really overlap with computation.
 
+pub mod arena;
 pub mod buffer;
 pub mod interrupt;
 pub mod map;
 pub mod order;
+pub mod pin;
 pub mod ram;
 pub mod stream;
 

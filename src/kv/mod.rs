@@ -6,6 +6,7 @@ pub mod host;
 pub mod layout;
 pub mod options;
 pub mod prefetch;
+pub mod slab;
 mod synthetic;
 pub mod view;
 

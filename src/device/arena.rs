@@ -1,0 +1,632 @@
+//! Large anonymous mappings for KV pages: huge pages, one NUMA node, touched and pinned chunk by chunk.
+//!
+//! An arena is mapped at once, which takes microseconds as no memory is behind it yet, and then **prepared** chunk by
+//! chunk, by background threads or by whoever needs the next page: touched, so that memory is behind it, then pinned.
+//! Its pages can be used from the first prepared chunk on. The first chunk is 2 MiB, so that this takes a millisecond;
+//! each of the next is twice as large, so that there are few registrations.
+//!
+//! ```text
+//! | 2 MiB | 4 MiB | 8 MiB | 16 MiB | ... | chunk_bytes | chunk_bytes | what is left |
+//! ```
+//!
+//! Invariants, with `c` a chunk and `n` the next one:
+//!
+//! ```text
+//! n.start = c.start + c.bytes                                chunks tile the arena
+//! c.start = 0 (mod 2 MiB)                                    no huge page lies in two chunks
+//! c.bytes = 0 (mod 4 KiB), c.bytes <= 64 GiB                 a chunk is one registration
+//! c.pages * page_bytes <= c.bytes                            no KV page lies in two registrations
+//! prepared chunks + chunks in preparation + cold chunks = chunks;  a chunk is claimed once
+//! ```
+#![allow(unsafe_code)] // mmap and its relatives.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
+use std::sync::{Arc, Once, OnceLock};
+
+use super::buffer::Meter;
+use super::pin::Pin;
+use crate::error::Result;
+
+/// What the system maps and pins by.
+const SYSTEM_PAGE: usize = 4 << 10;
+/// A huge page, and the first chunk of an arena.
+const HUGE_PAGE: usize = 2 << 20;
+/// The most bytes of one registration: CUDA refuses 512 GiB in one call.
+const MAX_CHUNK: usize = 64 << 30;
+/// Touched in one system call; an arena that is dropped waits at most this long (about 10 ms) for its threads.
+const TOUCH_STEP: usize = 32 << 20;
+/// The byte of poisoned memory: NaN as f32, fp16 and bf16, an absurd position as u32.
+pub(crate) const POISON: u8 = 0xFF;
+
+/// Which huge pages to try.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HugePages {
+    /// Reserved ones (hugetlbfs), else transparent ones, else none.
+    #[default]
+    Auto,
+    /// Transparent ones, else none.
+    Transparent,
+    /// None.
+    Never,
+}
+
+/// The memory that an arena got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryKind {
+    /// Reserved huge pages of 2 MiB.
+    HugeTlb,
+    /// Transparent huge pages, where the kernel finds free ones.
+    TransparentHuge,
+    /// Pages of 4 KiB.
+    Plain,
+}
+
+impl fmt::Display for MemoryKind {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            MemoryKind::HugeTlb => "reserved huge pages",
+            MemoryKind::TransparentHuge => "transparent huge pages",
+            MemoryKind::Plain => "4-KiB pages",
+        })
+    }
+}
+
+/// Where the memory of an arena lies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Placement {
+    /// On this NUMA node, and on others only when it is full.
+    Node(usize),
+    /// Wherever the kernel puts it, and why.
+    Anywhere(Cow<'static, str>),
+}
+
+impl fmt::Display for Placement {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Placement::Node(node) => write!(f, "NUMA node {node}"),
+            Placement::Anywhere(why) => write!(f, "no NUMA binding: {why}"),
+        }
+    }
+}
+
+/// How arenas are mapped and prepared.
+#[derive(Clone)]
+pub struct ArenaOptions {
+    /// Which huge pages to try.
+    pub huge_pages: HugePages,
+    /// NUMA node to bind to, the one next to the device; `None`: no binding.
+    pub node: Option<usize>,
+    /// Most bytes of a chunk. What one thread touches at a time, and one registration: an allocation that finds all
+    /// prepared pages taken waits for one chunk, about 0.1 s for the default of 256 MiB with 4-KiB pages.
+    pub chunk_bytes: usize,
+    /// What pins a chunk once it is touched; `None`: nothing.
+    pub pin: Option<Arc<dyn Pin>>,
+    /// Fill pages with 0xFF before they are handed out (tests).
+    pub poison: bool,
+}
+
+impl Default for ArenaOptions {
+    fn default() -> Self {
+        let huge_pages = HugePages::default();
+        ArenaOptions { huge_pages, node: None, chunk_bytes: 256 << 20, pin: None, poison: false }
+    }
+}
+
+/// A part of an arena that is touched and pinned as one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Chunk {
+    /// Its first byte in the arena.
+    pub start: usize,
+    /// Its length.
+    pub bytes: usize,
+    /// Its first KV page in the arena.
+    pub first_page: usize,
+    /// Its KV pages, one after the other from `start` on.
+    pub pages: usize,
+}
+
+/// The chunks of an arena that is yet to be mapped.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ArenaPlan {
+    page_bytes: usize,
+    chunks: Vec<Chunk>,
+}
+
+impl ArenaPlan {
+    /// Room for `pages` pages of `page_bytes` bytes, or for as many as `max_bytes` bytes hold.
+    pub fn new(page_bytes: usize, pages: usize, chunk_bytes: usize, max_bytes: u64) -> ArenaPlan {
+        let mut plan = ArenaPlan { page_bytes, chunks: Vec::new() };
+        let whole_pages = page_bytes.next_multiple_of(HUGE_PAGE);
+        let most = (chunk_bytes.min(MAX_CHUNK) / HUGE_PAGE * HUGE_PAGE).max(whole_pages);
+        let mut size = HUGE_PAGE.max(whole_pages);
+        while plan.pages() < pages {
+            let left = max_bytes.saturating_sub(plan.bytes() as u64);
+            let left = (left / SYSTEM_PAGE as u64 * SYSTEM_PAGE as u64).min(size as u64) as usize;
+            let fit = (left / page_bytes).min(pages - plan.pages());
+            if fit == 0 {
+                break;
+            }
+            // Only the last chunk may end within a huge page.
+            let whole = left == size && fit == size / page_bytes;
+            let used = if whole { size } else { (fit * page_bytes).next_multiple_of(SYSTEM_PAGE) };
+            plan.chunks.push(Chunk { start: plan.bytes(), bytes: used, first_page: plan.pages(), pages: fit });
+            if !whole {
+                break;
+            }
+            size = (2 * size).min(most);
+        }
+        plan
+    }
+
+    /// KV pages.
+    pub fn pages(&self) -> usize {
+        self.chunks.last().map_or(0, |c| c.first_page + c.pages)
+    }
+
+    /// Bytes that will be mapped.
+    pub fn bytes(&self) -> usize {
+        self.chunks.last().map_or(0, |c| c.start + c.bytes)
+    }
+}
+
+/// How far a chunk is; the values of [`Arena::stages`].
+const COLD: u8 = 0;
+const PAGEABLE: u8 = 1;
+const PINNED: u8 = 2;
+
+/// An anonymous mapping, cut into chunks. Unmapped on drop.
+pub struct Arena {
+    mapping: Mapping,
+    placement: Placement,
+    plan: ArenaPlan,
+    options: ArenaOptions,
+    meter: Meter,
+    /// The next chunk that nobody has claimed.
+    next: AtomicUsize,
+    stages: Vec<AtomicU8>,
+    abandoned: AtomicBool,
+    not_pinned: OnceLock<String>,
+}
+
+impl Arena {
+    /// Maps what was planned; no memory is behind it yet.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`] if the meter or the system refuses.
+    pub fn map(plan: ArenaPlan, options: &ArenaOptions, meter: &Meter, what: &str) -> Result<Arena> {
+        let bytes = plan.bytes();
+        meter.take(bytes as u64, what)?;
+        let mapping = Mapping::new(bytes, options.huge_pages).map_err(|_| {
+            meter.give_back(bytes as u64);
+            meter.refusal(bytes as u64, 0, what)
+        })?;
+        Ok(Arena {
+            placement: bind(&mapping, options.node),
+            mapping,
+            stages: plan.chunks.iter().map(|_| AtomicU8::new(COLD)).collect(),
+            plan,
+            options: options.clone(),
+            meter: meter.clone(),
+            next: AtomicUsize::new(0),
+            abandoned: AtomicBool::new(false),
+            not_pinned: OnceLock::new(),
+        })
+    }
+
+    /// The chunks.
+    pub fn chunks(&self) -> &[Chunk] {
+        &self.plan.chunks
+    }
+
+    /// KV pages.
+    pub fn pages(&self) -> usize {
+        self.plan.pages()
+    }
+
+    /// The first byte of page `index`, aligned to 64 bytes, and to 4 KiB if the page size is a multiple of that. Valid
+    /// for the length of a page while the arena lives; who may use it is the caller's to say.
+    ///
+    /// # Panics
+    /// If there is no such page.
+    pub fn page(&self, index: usize) -> NonNull<u8> {
+        let chunk = self.plan.chunks[self.plan.chunks.partition_point(|c| c.first_page + c.pages <= index)];
+        let offset = chunk.start + (index - chunk.first_page) * self.plan.page_bytes;
+        // SAFETY: the page lies in its chunk and the chunk in the mapping (invariants of the module).
+        unsafe { self.mapping.base.add(offset) }
+    }
+
+    /// The next cold chunk, for the caller alone to prepare; `None` when there is none.
+    pub fn claim(&self) -> Option<usize> {
+        let next = |n: usize| (n < self.plan.chunks.len()).then_some(n + 1);
+        self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next).ok()
+    }
+
+    /// Touches and pins a chunk that the caller has claimed. Memory that cannot be pinned stays pageable, with one
+    /// warning per process.
+    ///
+    /// # Panics
+    /// If the chunk was prepared before: its pages may be in use.
+    pub fn prepare(&self, chunk: usize) {
+        assert_eq!(self.stages[chunk].load(Ordering::Relaxed), COLD, "a chunk is prepared once");
+        let Chunk { start, bytes, .. } = self.plan.chunks[chunk];
+        // SAFETY: the chunk lies in the mapping.
+        let base = unsafe { self.mapping.base.add(start) };
+        for offset in (0..bytes).step_by(TOUCH_STEP) {
+            if self.abandoned.load(Ordering::Relaxed) {
+                return;
+            }
+            // SAFETY: the step lies in the chunk, which nobody else uses before it is prepared.
+            unsafe { touch(base.add(offset), TOUCH_STEP.min(bytes - offset), self.options.poison) };
+        }
+        let stage = if self.pin(base, bytes) { PINNED } else { PAGEABLE };
+        self.stages[chunk].store(stage, Ordering::Release);
+    }
+
+    /// Prepares all that is cold on `threads` threads of their own. `ready` hears of each prepared chunk, on the thread
+    /// that prepared it. Fewer threads than wanted, or none, only means that more is prepared on demand.
+    pub fn prepare_in_background(self: &Arc<Self>, threads: usize, ready: impl Fn(usize) + Clone + Send + 'static) {
+        for i in 0..threads.min(self.plan.chunks.len()) {
+            let (arena, ready) = (self.clone(), ready.clone());
+            let work = move || {
+                while let Some(chunk) = arena.claim() {
+                    arena.prepare(chunk);
+                    ready(chunk);
+                }
+            };
+            if std::thread::Builder::new().name(format!("touch-{i}")).spawn(work).is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Nobody will use this arena any more: background threads stop within [`TOUCH_STEP`] bytes.
+    pub fn abandon(&self) {
+        self.abandoned.store(true, Ordering::Relaxed);
+        self.next.store(self.plan.chunks.len(), Ordering::Relaxed);
+    }
+
+    /// Pins a range if there is a hook for it and the hook can; says why not once.
+    fn pin(&self, start: NonNull<u8>, bytes: usize) -> bool {
+        static WARNING: Once = Once::new();
+        let Some(pin) = &self.options.pin else { return false };
+        // Whoever waits for this chunk would wait for ever if a hook's panic went further.
+        let pinned = catch_unwind(AssertUnwindSafe(|| pin.pin(start, bytes)));
+        match pinned.unwrap_or_else(|_| Err("the pin hook panicked".into())) {
+            Ok(()) => true,
+            Err(why) => {
+                WARNING.call_once(|| eprintln!("warning: KV pages in host memory stay pageable: {why}"));
+                let _first_reason_wins = self.not_pinned.set(why);
+                false
+            }
+        }
+    }
+
+    /// What it is and how far it is.
+    pub fn stats(&self) -> ArenaStats {
+        let bytes_at = |least: u8| {
+            let stages = self.stages.iter().map(|s| s.load(Ordering::Acquire));
+            self.chunks().iter().zip(stages).filter(|(_, s)| *s >= least).map(|(c, _)| c.bytes as u64).sum()
+        };
+        ArenaStats {
+            bytes: self.mapping.bytes as u64,
+            pages: self.pages(),
+            kind: self.mapping.kind,
+            placement: self.placement.clone(),
+            prepared_bytes: bytes_at(PAGEABLE),
+            pinned_bytes: bytes_at(PINNED),
+            not_pinned: self.not_pinned.get().cloned(),
+        }
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        for (chunk, stage) in self.plan.chunks.iter().zip(&mut self.stages) {
+            if let (PINNED, Some(pin)) = (*stage.get_mut(), &self.options.pin) {
+                // SAFETY: the chunk lies in the mapping.
+                pin.unpin(unsafe { self.mapping.base.add(chunk.start) }, chunk.bytes);
+            }
+        }
+        self.mapping.unmap();
+        self.meter.give_back(self.plan.bytes() as u64);
+    }
+}
+
+/// An arena in figures.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ArenaStats {
+    /// Bytes mapped.
+    pub bytes: u64,
+    /// KV pages.
+    pub pages: usize,
+    /// Which memory it got.
+    pub kind: MemoryKind,
+    /// Where it lies.
+    pub placement: Placement,
+    /// Bytes that have been touched.
+    pub prepared_bytes: u64,
+    /// Bytes that are pinned.
+    pub pinned_bytes: u64,
+    /// Why prepared bytes are not pinned, if one was refused.
+    pub not_pinned: Option<String>,
+}
+
+impl fmt::Display for ArenaStats {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let mib = |bytes: u64| bytes as f64 / (1 << 20) as f64;
+        let ArenaStats { kind, placement, .. } = self;
+        let (prepared, pinned) = (mib(self.prepared_bytes), mib(self.pinned_bytes));
+        write!(f, "{:.1} MiB ({prepared:.1} touched, {pinned:.1} pinned), {kind}, {placement}", mib(self.bytes))
+    }
+}
+
+/// Mapped memory. The arena that holds it unmaps it.
+struct Mapping {
+    base: NonNull<u8>,
+    bytes: usize,
+    kind: MemoryKind,
+}
+
+// SAFETY: a range of addresses, which any thread may know.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn new(bytes: usize, huge_pages: HugePages) -> io::Result<Mapping> {
+        // hugetlb mappings are whole huge pages; one of them for a few KiB would be taken from those who need it.
+        if huge_pages == HugePages::Auto
+            && bytes.is_multiple_of(HUGE_PAGE)
+            && let Ok(base) = mmap(bytes, libc::MAP_HUGETLB | libc::MAP_HUGE_2MB)
+        {
+            return Ok(Mapping { base, bytes, kind: MemoryKind::HugeTlb });
+        }
+        let base = mmap_aligned(bytes)?;
+        let huge = huge_pages != HugePages::Never && bytes >= HUGE_PAGE && transparent_huge_pages();
+        let advice = if huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
+        // SAFETY: advice about a range that was just mapped.
+        let advised = unsafe { libc::madvise(base.as_ptr().cast(), bytes, advice) } == 0;
+        let kind = if huge && advised { MemoryKind::TransparentHuge } else { MemoryKind::Plain };
+        Ok(Mapping { base, bytes, kind })
+    }
+
+    fn unmap(&mut self) {
+        // SAFETY: the arena is going, and every lease of a page holds it (see `kv::slab`).
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.bytes) };
+    }
+}
+
+fn mmap(bytes: usize, flags: i32) -> io::Result<NonNull<u8>> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags;
+    // SAFETY: a new mapping at an address of the kernel's choice touches nothing that is there.
+    let base = unsafe { libc::mmap(ptr::null_mut(), bytes, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+    if base == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at address 0"))
+}
+
+/// A mapping that begins at a multiple of 2 MiB: one huge page more is mapped, and what sticks out is unmapped.
+fn mmap_aligned(bytes: usize) -> io::Result<NonNull<u8>> {
+    let spare = bytes.checked_add(HUGE_PAGE).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
+    let wide = mmap(spare, 0)?;
+    let before = wide.as_ptr().align_offset(HUGE_PAGE);
+    // SAFETY: before <= 2 MiB, so the aligned range and what sticks out all lie in the wide mapping; nobody knows the
+    // latter's addresses.
+    unsafe {
+        let base = wide.add(before);
+        if before > 0 {
+            libc::munmap(wide.as_ptr().cast(), before);
+        }
+        libc::munmap(base.add(bytes).as_ptr().cast(), HUGE_PAGE - before);
+        Ok(base)
+    }
+}
+
+/// Whether `madvise` can have an effect: the kernel takes the advice even where it is set to ignore it.
+fn transparent_huge_pages() -> bool {
+    let mode = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+    mode.is_ok_and(|m| !m.contains("[never]"))
+}
+
+/// Puts memory behind a range, or poison into it.
+///
+/// # Safety
+/// The range is mapped writable, begins and ends at multiples of 4 KiB, and nobody else uses it.
+unsafe fn touch(start: NonNull<u8>, bytes: usize, poison: bool) {
+    // SAFETY: the caller's promise, for all three.
+    unsafe {
+        if poison {
+            return start.write_bytes(POISON, bytes);
+        }
+        // One call for many pages saves the trap of a page fault each. Linux 5.14; where it fails, faults do it.
+        if libc::madvise(start.as_ptr().cast(), bytes, libc::MADV_POPULATE_WRITE) == 0 {
+            return;
+        }
+        for offset in (0..bytes).step_by(SYSTEM_PAGE) {
+            start.add(offset).write_volatile(0);
+        }
+    }
+}
+
+/// Binds a mapping that has not been touched to a NUMA node.
+fn bind(mapping: &Mapping, node: Option<usize>) -> Placement {
+    let Some(node) = node else { return Placement::Anywhere("no node was asked for".into()) };
+    let nodes = online_nodes();
+    if nodes.len() < 2 {
+        let why = if nodes.is_empty() { "the kernel has no NUMA" } else { "the machine has one NUMA node" };
+        return Placement::Anywhere(why.into());
+    }
+    match mbind(mapping, node) {
+        Ok(()) => Placement::Node(node),
+        Err(e) => Placement::Anywhere(format!("mbind to node {node}: {e}").into()),
+    }
+}
+
+/// Prefers `node` for the pages of a mapping. Not MPOL_BIND: when the node is full, that kills the process where this
+/// takes slower memory.
+fn mbind(mapping: &Mapping, node: usize) -> io::Result<()> {
+    const MPOL_PREFERRED: usize = 1;
+    const MAX_NODES: usize = 1024; // the kernel's largest
+    let mut mask = [0u64; MAX_NODES / 64];
+    let out_of_range = || io::Error::from_raw_os_error(libc::EINVAL);
+    *mask.get_mut(node / 64).ok_or_else(out_of_range)? |= 1 << (node % 64);
+    let (base, bits) = (mapping.base.as_ptr(), MAX_NODES + 1); // the kernel reads one bit less
+    // SAFETY: a policy for a range that this arena has mapped; `mask` has MAX_NODES bits.
+    match unsafe { libc::syscall(libc::SYS_mbind, base, mapping.bytes, MPOL_PREFERRED, mask.as_ptr(), bits, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// NUMA nodes with memory or cores; none without NUMA.
+fn online_nodes() -> Vec<usize> {
+    std::fs::read_to_string("/sys/devices/system/node/online").map_or(Vec::new(), |list| parse_list(list.trim()))
+}
+
+/// The kernel's lists: `0-3,8`.
+fn parse_list(list: &str) -> Vec<usize> {
+    let range = |part: &str| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        Some(first.parse::<usize>().ok()?..=last.parse().ok()?)
+    };
+    list.split(',').filter_map(range).flatten().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    const MIB: usize = 1 << 20;
+
+    fn check_plan(plan: &ArenaPlan, chunk_bytes: usize) {
+        let (mut start, mut page) = (0, 0);
+        for (i, c) in plan.chunks.iter().enumerate() {
+            assert_eq!((c.start, c.first_page), (start, page), "chunk {i} of {plan:?}");
+            assert!(c.start.is_multiple_of(HUGE_PAGE) && c.bytes.is_multiple_of(SYSTEM_PAGE), "{plan:?}");
+            assert!(c.pages > 0 && c.pages * plan.page_bytes <= c.bytes, "{plan:?}");
+            assert!(c.bytes - c.pages * plan.page_bytes < plan.page_bytes.max(SYSTEM_PAGE), "{plan:?}");
+            assert!(c.bytes <= chunk_bytes.max(HUGE_PAGE).max(plan.page_bytes.next_multiple_of(HUGE_PAGE)), "{plan:?}");
+            (start, page) = (start + c.bytes, page + c.pages);
+        }
+    }
+
+    #[test]
+    fn plans_keep_the_invariants() {
+        for page_bytes in [64, 192, 4096, 12_288, 98_304, 262_144, 3 * MIB, 2 * MIB] {
+            for pages in [1, 2, 7, 1000, 4096] {
+                for chunk_bytes in [0, 2 * MIB, 6 * MIB, 256 * MIB] {
+                    let plan = ArenaPlan::new(page_bytes, pages, chunk_bytes, u64::MAX);
+                    assert_eq!(plan.pages(), pages);
+                    check_plan(&plan, chunk_bytes);
+                    let exact = ArenaPlan::new(page_bytes, pages, chunk_bytes, plan.bytes() as u64);
+                    assert_eq!(exact, plan, "a plan fits in its own bytes");
+                    let less = ArenaPlan::new(page_bytes, pages, chunk_bytes, plan.bytes() as u64 - 1);
+                    check_plan(&less, chunk_bytes);
+                    assert!(less.bytes() < plan.bytes());
+                    // What is left of a whole last chunk behind its last page need not be had.
+                    let tight = plan.chunks.last().is_some_and(|c| c.bytes - c.pages * page_bytes < SYSTEM_PAGE);
+                    assert!(less.pages() < pages || !tight, "{plan:?}");
+                }
+            }
+        }
+        assert_eq!(ArenaPlan::new(4096, 10, MIB, 4095).pages(), 0);
+    }
+
+    #[test]
+    fn large_arenas_are_registered_in_few_chunks_of_at_most_64_gib() {
+        let plan = ArenaPlan::new(262_144, (2 << 40) / 262_144, usize::MAX, u64::MAX);
+        assert!(plan.chunks.iter().all(|c| c.bytes <= 64 << 30));
+        assert_eq!((plan.bytes(), plan.chunks[0].bytes), (2 << 40, 2 * MIB));
+        assert!(plan.chunks.len() < 64, "{}", plan.chunks.len());
+    }
+
+    /// Notes what is pinned, and refuses what is larger than `most`.
+    struct Noted {
+        most: usize,
+        held: Mutex<Vec<(usize, usize)>>,
+    }
+
+    impl Pin for Noted {
+        fn pin(&self, start: NonNull<u8>, bytes: usize) -> Result<(), String> {
+            if bytes > self.most {
+                return Err("expected in this test".into());
+            }
+            self.held.lock().unwrap().push((start.addr().get(), bytes));
+            Ok(())
+        }
+        fn unpin(&self, start: NonNull<u8>, bytes: usize) {
+            let mut held = self.held.lock().unwrap();
+            let i = held.iter().position(|&h| h == (start.addr().get(), bytes)).expect("unpinned as it was pinned");
+            held.swap_remove(i);
+        }
+    }
+
+    #[test]
+    fn chunks_are_pinned_whole_and_unpinned_before_the_end() {
+        let pin = Arc::new(Noted { most: 4 * MIB, held: Mutex::default() });
+        let options = ArenaOptions { pin: Some(pin.clone()), ..Default::default() };
+        let meter = Meter::new("host", None);
+        let plan = ArenaPlan::new(4096, 14 * MIB / 4096, 256 * MIB, u64::MAX);
+        let arena = Arena::map(plan, &options, &meter, "a test").unwrap();
+        assert_eq!(meter.used(), 14 * MIB as u64);
+        while let Some(chunk) = arena.claim() {
+            arena.prepare(chunk);
+        }
+        let stats = arena.stats();
+        assert_eq!((stats.prepared_bytes, stats.pinned_bytes), (14 * MIB as u64, 6 * MIB as u64), "2 + 4 of 2 + 4 + 8");
+        assert_eq!(stats.not_pinned.as_deref(), Some("expected in this test"));
+        assert_eq!(pin.held.lock().unwrap().len(), 2);
+        drop(arena);
+        assert_eq!((pin.held.lock().unwrap().len(), meter.used()), (0, 0));
+    }
+
+    #[test]
+    fn kinds_of_memory_can_be_written_and_begin_at_a_huge_page() {
+        for huge_pages in [HugePages::Auto, HugePages::Transparent, HugePages::Never] {
+            for bytes in [4096, 2 * MIB, 5 * MIB] {
+                let mut mapping = Mapping::new(bytes, huge_pages).unwrap();
+                assert!(mapping.base.addr().get().is_multiple_of(HUGE_PAGE));
+                assert!(huge_pages != HugePages::Never || mapping.kind == MemoryKind::Plain);
+                // SAFETY: just mapped, this test's alone.
+                unsafe {
+                    touch(mapping.base, bytes, false);
+                    assert_eq!(*mapping.base.add(bytes - 1).as_ref(), 0);
+                    touch(mapping.base, bytes, true);
+                    assert_eq!(*mapping.base.add(bytes - 1).as_ref(), POISON);
+                }
+                mapping.unmap();
+            }
+        }
+    }
+
+    #[test]
+    fn nodes_are_bound_or_a_reason_is_given() {
+        assert_eq!(parse_list("0-3,8"), [0, 1, 2, 3, 8]);
+        assert_eq!(parse_list(""), [0usize; 0]);
+        let mut mapping = Mapping::new(4096, HugePages::Never).unwrap();
+        assert_eq!(bind(&mapping, None), Placement::Anywhere("no node was asked for".into()));
+        if let Some(&node) = online_nodes().first() {
+            let allowed = mbind(&mapping, node);
+            let no_syscall = |e: &io::Error| matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EPERM));
+            assert!(allowed.as_ref().err().is_none_or(no_syscall), "{allowed:?}");
+            assert!(mbind(&mapping, 5000).is_err());
+        }
+        mapping.unmap();
+    }
+
+    #[test]
+    fn a_mapping_that_the_system_refuses_takes_nothing_from_the_budget() {
+        let meter = Meter::new("host", None);
+        let plan = ArenaPlan::new(1 << 40, 1 << 6, 64 << 30, u64::MAX);
+        let refused = Arena::map(plan, &ArenaOptions::default(), &meter, "64 TiB").err().unwrap();
+        assert!(refused.to_string().contains("64 TiB"), "{refused}");
+        assert_eq!(meter.used(), 0);
+    }
+}
