@@ -1,0 +1,168 @@
+//! Copies of short rows from anywhere in memory.
+//!
+//! A row of 512 bytes is eight cache lines: too short for the hardware's stream prefetcher, so a plain loop waits for
+//! memory at every row. Each line that is copied therefore asks for the same line of a row further on.
+#![allow(unsafe_code)] // Intrinsics and raw pointers.
+#![allow(unsafe_op_in_unsafe_fn)] // Lane operations; the contract is that of `Line`.
+
+use std::arch::x86_64::*;
+
+use crate::cpu::simd::{Avx2, Avx512, Isa, Portable, dispatch, prefetch};
+
+/// Bytes of a cache line.
+pub(crate) const LINE: usize = 64;
+
+/// How the staging block is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stores {
+    /// Through the caches: for a reader on the same cores that comes right afterwards.
+    Temporal,
+    /// Past the caches: for a device that reads the block from memory, and for blocks larger than the caches.
+    NonTemporal,
+}
+
+/// One row's way.
+#[derive(Clone, Copy)]
+pub(crate) struct Move {
+    pub(crate) from: *const u8,
+    pub(crate) to: *mut u8,
+}
+
+/// Copies rows of `row_bytes` each, and asks for the row that is `ahead` rows further on while it does.
+///
+/// # Safety
+/// Every `from` is valid for reads and every `to` for writes of `row_bytes` bytes, nobody else accesses the latter, and
+/// the two do not overlap. After [`Stores::NonTemporal`] this thread calls [`fence`] before it tells anybody.
+pub(crate) unsafe fn copy_rows(isa: Isa, stores: Stores, moves: &[Move], row_bytes: usize, ahead: usize) {
+    match stores {
+        // SAFETY: the contract is the same.
+        Stores::Temporal => dispatch!(isa, S => unsafe { rows::<S, false>(moves, row_bytes, ahead) }),
+        // SAFETY: the contract is the same.
+        Stores::NonTemporal => dispatch!(isa, S => unsafe { rows::<S, true>(moves, row_bytes, ahead) }),
+    }
+}
+
+/// Puts the stores of this thread in order: non-temporal ones are not ordered by a release store.
+pub(crate) fn fence(stores: Stores) {
+    if stores == Stores::NonTemporal {
+        // SAFETY: SSE is part of x86-64.
+        unsafe { _mm_sfence() }
+    }
+}
+
+/// Loads and stores of a whole line.
+///
+/// # Safety
+/// Pointers are valid for 64 bytes, and the implementing set's features are switched on.
+trait Line {
+    type V: Copy;
+    unsafe fn load(p: *const u8) -> Self::V;
+    unsafe fn store(p: *mut u8, v: Self::V);
+    /// Non-temporal; `p` is aligned to 64 bytes.
+    unsafe fn stream(p: *mut u8, v: Self::V);
+}
+
+impl Line for Avx512 {
+    type V = __m512i;
+    #[inline(always)]
+    unsafe fn load(p: *const u8) -> __m512i {
+        _mm512_loadu_si512(p.cast())
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut u8, v: __m512i) {
+        _mm512_storeu_si512(p.cast(), v);
+    }
+    #[inline(always)]
+    unsafe fn stream(p: *mut u8, v: __m512i) {
+        _mm512_stream_si512(p.cast(), v);
+    }
+}
+
+impl Line for Avx2 {
+    type V = [__m256i; 2];
+    #[inline(always)]
+    unsafe fn load(p: *const u8) -> Self::V {
+        [_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())]
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut u8, v: Self::V) {
+        _mm256_storeu_si256(p.cast(), v[0]);
+        _mm256_storeu_si256(p.add(32).cast(), v[1]);
+    }
+    #[inline(always)]
+    unsafe fn stream(p: *mut u8, v: Self::V) {
+        _mm256_stream_si256(p.cast(), v[0]);
+        _mm256_stream_si256(p.add(32).cast(), v[1]);
+    }
+}
+
+/// SSE2, which every x86-64 has.
+impl Line for Portable {
+    type V = [__m128i; 4];
+    #[inline(always)]
+    unsafe fn load(p: *const u8) -> Self::V {
+        let quarter = |i: usize| _mm_loadu_si128(p.add(16 * i).cast());
+        [quarter(0), quarter(1), quarter(2), quarter(3)]
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut u8, v: Self::V) {
+        for (i, v) in v.into_iter().enumerate() {
+            _mm_storeu_si128(p.add(16 * i).cast(), v);
+        }
+    }
+    #[inline(always)]
+    unsafe fn stream(p: *mut u8, v: Self::V) {
+        for (i, v) in v.into_iter().enumerate() {
+            _mm_stream_si128(p.add(16 * i).cast(), v);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn rows<L: Line, const STREAM: bool>(moves: &[Move], row_bytes: usize, ahead: usize) {
+    let asked = ahead.min(moves.len());
+    if ahead > 0 {
+        for first in &moves[..asked] {
+            ask(first.from, row_bytes);
+        }
+    }
+    for (i, &row) in moves.iter().enumerate() {
+        match moves.get(i + ahead) {
+            Some(next) if ahead > 0 => copy_row::<L, STREAM, true>(row, row_bytes, next.from),
+            _ => copy_row::<L, STREAM, false>(row, row_bytes, row.from),
+        }
+    }
+}
+
+/// Asks for all lines of a row.
+#[inline(always)]
+unsafe fn ask(row: *const u8, row_bytes: usize) {
+    for at in (0..row_bytes).step_by(LINE) {
+        prefetch(row.wrapping_add(at));
+    }
+}
+
+/// Copies one row, and asks for `next` line by line if `ASK`.
+#[inline(always)]
+unsafe fn copy_row<L: Line, const STREAM: bool, const ASK: bool>(row: Move, row_bytes: usize, next: *const u8) {
+    // Streaming stores need aligned lines: up to the first one the bytes go the usual way.
+    let head = if STREAM { row.to.align_offset(LINE).min(row_bytes) } else { 0 };
+    if head > 0 {
+        std::ptr::copy_nonoverlapping(row.from, row.to, head);
+    }
+    let mut at = head;
+    while at + LINE <= row_bytes {
+        if ASK {
+            prefetch(next.wrapping_add(at));
+        }
+        let line = L::load(row.from.add(at));
+        if STREAM { L::stream(row.to.add(at), line) } else { L::store(row.to.add(at), line) }
+        at += LINE;
+    }
+    if at < row_bytes {
+        if ASK {
+            prefetch(next.wrapping_add(at));
+        }
+        std::ptr::copy_nonoverlapping(row.from.add(at), row.to.add(at), row_bytes - at);
+    }
+}
