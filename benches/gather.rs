@@ -17,9 +17,12 @@ use specache::gather::{Gather, GatherOptions, NodeId, Rows, Staging, Stores, Top
 const SOURCE: usize = 4 << 30;
 /// Bytes of the blocks that memcpy copies.
 const LARGE: usize = 1 << 20;
-/// Bytes that a variant copies per round.
-const ROUND: usize = 64 << 20;
-const ROUNDS: usize = 9;
+/// Bytes that a variant copies per round: less than a millisecond, so that on a busy machine some rounds are not
+/// interrupted.
+const ROUND: usize = 2 << 20;
+const ROUNDS: usize = 150;
+/// Random numbers; after as many rows they repeat, and the rows have long left the caches.
+const RANDOM: usize = 1 << 22;
 const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
 
@@ -27,36 +30,49 @@ use Stores::{NonTemporal, Temporal};
 
 /// The memory that rows come from, and the order in which they are asked for.
 struct Source {
-    bytes: Bytes,
-    random: Vec<u64>,
+    bytes: &'static [u8],
+    random: Vec<u32>,
 }
 
 impl Source {
     fn new() -> Source {
         let touch = |b: &mut [u8]| b.par_chunks_mut(LARGE).enumerate().for_each(|(i, b)| b.fill(i as u8));
-        let bytes = Bytes::filled(SOURCE, touch).expect("4 GiB");
+        let bytes = &**Box::leak(Box::new(Bytes::filled(SOURCE, touch).expect("4 GiB")));
         let mut rng = Pcg64Mcg::seed_from_u64(1);
-        let random = (0..8 * MIB).map(|_| rng.random()).collect();
+        let random = (0..RANDOM).map(|_| rng.random()).collect();
         Source { bytes, random }
     }
 
-    /// The `i`-th random row of `row_bytes`.
+    /// The `i`-th random row of `row_bytes`, a power of two.
     #[inline(always)]
     fn row(&self, i: usize, row_bytes: usize) -> &[u8] {
-        let row = self.random[i % self.random.len()] as usize % (SOURCE / row_bytes);
-        &self.bytes[row * row_bytes..][..row_bytes]
+        let start = (self.random[i % RANDOM] as usize * row_bytes) & (SOURCE - 1);
+        &self.bytes[start..start + row_bytes]
     }
 }
 
-/// A buffer at a page border.
-fn staging(bytes: usize) -> Vec<u64> {
-    vec![1; (bytes + 4096) / 8]
+/// A staging block, in huge pages if there are any: random rows drive the translations of small ones out of the TLB.
+struct Block {
+    map: memmap2::MmapMut,
+    start: usize,
+    len: usize,
 }
 
-fn aligned(buffer: &mut [u64], bytes: usize) -> &mut [u8] {
-    let buffer: &mut [u8] = bytemuck::cast_slice_mut(buffer);
-    let start = buffer.as_ptr().align_offset(4096);
-    &mut buffer[start..start + bytes]
+impl Block {
+    fn new(len: usize, huge: bool) -> Block {
+        let map = memmap2::MmapMut::map_anon(len.next_multiple_of(2 * MIB) + 2 * MIB).expect("memory");
+        if huge {
+            map.advise(memmap2::Advice::HugePage).expect("advice");
+        }
+        let start = map.as_ptr().align_offset(2 * MIB);
+        let mut block = Block { map, start, len };
+        block.bytes().fill(1);
+        block
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        &mut self.map[self.start..self.start + self.len]
+    }
 }
 
 fn gather(threads: usize, options: GatherOptions) -> Gather {
@@ -87,12 +103,13 @@ fn variant<'v>(name: impl Into<String>, run: impl FnMut(usize, &mut [u8]) + 'v) 
 
 /// GB/s of each variant: the best of rounds in which they take turns.
 fn compare(staging_bytes: usize, row_bytes: usize, variants: &mut [Variant]) -> Vec<f64> {
-    let mut buffer = staging(staging_bytes);
-    let to = aligned(&mut buffer, staging_bytes);
+    let mut block = Block::new(staging_bytes, std::env::var_os("SMALL_PAGES").is_none());
+    let to = block.bytes();
     let calls = (ROUND / staging_bytes).max(1);
     let mut best = vec![0f64; variants.len()];
     let mut first = 0;
-    for _ in 0..ROUNDS {
+    let rounds = if staging_bytes > ROUND { ROUNDS / 10 } else { ROUNDS };
+    for _ in 0..rounds {
         for (v, best) in variants.iter_mut().zip(&mut best) {
             let start = Instant::now();
             for _ in 0..calls {
@@ -127,7 +144,7 @@ fn memcpy<'v>(source: &'v Source, pool: &'v rayon::ThreadPool) -> Variant<'v> {
 /// The same blocks by the copies of the gather: what they reach when rows are long.
 fn blocks<'v>(source: &'v Source, gather: &'v Gather, stores: Stores) -> Variant<'v> {
     variant(format!("blocks {stores:?}"), move |first, to| {
-        let row_bytes = LARGE.min(to.len() / gather.threads());
+        let row_bytes = LARGE.min(to.len() / gather.threads().next_power_of_two());
         gather_rows(gather, source, first, row_bytes, to, stores);
     })
 }
@@ -179,7 +196,7 @@ fn print(title: &str, variants: &[Variant], gbps: &[f64], of: f64) {
 fn section_rows(source: &Source) {
     for threads in [1, 2] {
         let (g, pool) = (gather(threads, GatherOptions::default()), rayon_pool(threads));
-        for staging_bytes in [256 * KIB, 4 * MIB, 64 * MIB] {
+        for staging_bytes in [256 * KIB, 2 * MIB, 32 * MIB] {
             for row_bytes in [256, 512, 1024] {
                 let mut variants = vec![
                     memcpy(source, &pool),
@@ -201,15 +218,15 @@ fn section_ahead(source: &Source) {
     let pool = rayon_pool(1);
     for row_bytes in [256, 512, 1024] {
         for stores in [Temporal, NonTemporal] {
-            let ahead = [0, 1, 2, 3, 4, 6, 8, 12, 16];
+            let ahead = [0, 1, 2, 4, 8, 12, 16, 24, 32];
             let gathers = ahead.map(|n| gather(1, GatherOptions { ahead: n * row_bytes, ..Default::default() }));
             let mut variants = vec![memcpy(source, &pool)];
             for (g, n) in gathers.iter().zip(ahead) {
                 let v = rows(source, g, row_bytes, stores);
                 variants.push(Variant { name: format!("{} ahead {n} rows", v.name), run: v.run });
             }
-            let gbps = compare(4 * MIB, row_bytes, &mut variants);
-            print(&format!("rows {row_bytes} B, to 4 MiB, 1 thread"), &variants, &gbps, gbps[0]);
+            let gbps = compare(2 * MIB, row_bytes, &mut variants);
+            print(&format!("rows {row_bytes} B, to 2 MiB, 1 thread"), &variants, &gbps, gbps[0]);
         }
     }
 }
@@ -226,8 +243,8 @@ fn section_isa(source: &Source) {
             variants.push(Variant { name: format!("{} {isa}", v.name), run: v.run });
         }
     }
-    let gbps = compare(4 * MIB, 512, &mut variants);
-    print("rows 512 B, to 4 MiB, 1 thread", &variants, &gbps, gbps[0]);
+    let gbps = compare(2 * MIB, 512, &mut variants);
+    print("rows 512 B, to 2 MiB, 1 thread", &variants, &gbps, gbps[0]);
 }
 
 /// From which size on helpers pay, and what waking rayon's threads would cost instead.
@@ -257,7 +274,7 @@ fn section_small(source: &Source) {
 fn section_reader(source: &Source) {
     let g = gather(2, Default::default());
     let read = |to: &[u8]| black_box(bytemuck::cast_slice::<u8, u64>(to).iter().fold(0u64, |a, b| a.wrapping_add(*b)));
-    for staging_bytes in [256 * KIB, 4 * MIB, 64 * MIB] {
+    for staging_bytes in [256 * KIB, 2 * MIB, 32 * MIB] {
         let with_read = |stores| {
             let mut v = rows(source, &g, 512, stores);
             v.run = Box::new({

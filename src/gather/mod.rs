@@ -22,7 +22,6 @@ mod quota;
 mod slots;
 mod topology;
 
-use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, TryLockError};
 use std::time::Instant;
@@ -37,12 +36,12 @@ use copy::Move;
 use pool::Pool;
 use slots::{Slots, Way};
 
-/// Bytes that a thread takes at a time: a piece of about a microsecond, so that threads finish together, and 16 of them
-/// in the 256 KiB of a layer of one sequence (8 KV heads, 64 pairs of 512 bytes).
-const BLOCK_BYTES: usize = 16 << 10;
+/// Bytes that a thread takes at a time: half a microsecond of work, so that threads finish together, and 32 of them in
+/// the 256 KiB of a layer of one sequence (8 KV heads, 64 pairs of 512 bytes).
+const BLOCK_BYTES: usize = 8 << 10;
 
 /// Most rows that a thread takes at a time.
-const BLOCK_ROWS: usize = 128;
+const BLOCK_ROWS: usize = 64;
 
 /// Threads by default, where the machine has as many: a few cores saturate their memory, and a gather only has to keep
 /// up with the bus to the device.
@@ -63,7 +62,7 @@ pub struct GatherOptions {
 
 impl Default for GatherOptions {
     fn default() -> Self {
-        GatherOptions { threads: None, isa: Isa::detect(), alone_below: 64 << 10, ahead: 2 << 10 }
+        GatherOptions { threads: None, isa: Isa::detect(), alone_below: 64 << 10, ahead: 8 << 10 }
     }
 }
 
@@ -215,10 +214,11 @@ where
     /// All rows, on this thread.
     fn alone(&self, slot: &impl Fn(usize) -> usize) {
         debug_assert!(distinct((0..self.rows.n_rows).map(slot)), "two rows go to the same slot");
-        for first in (0..self.rows.n_rows).step_by(self.block_rows) {
-            self.copy_block(first, |i| Some(slot(i)));
-        }
-        copy::fence(self.stores);
+        let mut rows = 0..self.rows.n_rows;
+        self.copy(
+            #[inline(always)]
+            || rows.next().map(|i| self.row(i, slot(i))),
+        );
     }
 
     /// All rows, by the threads of the nodes that hold them.
@@ -255,34 +255,31 @@ where
 
     /// Rows of one node, block by block until none is left.
     fn copy_share(&self, node: usize, cursor: &AtomicUsize, ways: &[Way]) {
-        loop {
-            // Relaxed: which block it is matters, not when; the pool orders the bytes.
-            let first = cursor.fetch_add(self.block_rows, Ordering::Relaxed);
-            if first >= self.rows.n_rows {
-                return copy::fence(self.stores);
-            }
-            self.copy_block(first, |i| (ways[i].home == node).then_some(ways[i].slot));
-        }
+        let mut block = 0..0;
+        self.copy(
+            #[inline(always)]
+            || loop {
+                if block.is_empty() {
+                    // Relaxed: which block it is matters, not when; the pool orders the bytes.
+                    let first = cursor.fetch_add(self.block_rows, Ordering::Relaxed);
+                    block = first..ways.len().min(first + self.block_rows);
+                }
+                let i = block.next()?;
+                if ways[i].home == node {
+                    return Some(self.row(i, ways[i].slot));
+                }
+            },
+        );
     }
 
-    /// The rows of the block that begins with row `first`, but for those without a slot, which are another node's.
     #[inline(always)]
-    fn copy_block(&self, first: usize, slot: impl Fn(usize) -> Option<usize>) {
-        const NOWHERE: Move = Move { from: std::ptr::null(), to: std::ptr::null_mut() };
-        let mut moves = [NOWHERE; BLOCK_ROWS];
-        let mut n = 0;
-        for i in first..self.rows.n_rows.min(first + self.block_rows) {
-            if let Some(slot) = slot(i) {
-                moves[n] = self.row(i, slot);
-                n += 1;
-            }
-        }
-        let GatherOptions { isa, ahead, .. } = self.gather.options;
-        let row_bytes = self.rows.row_bytes;
-        let ahead = ahead.div_ceil(row_bytes.max(1));
+    fn copy(&self, next: impl FnMut() -> Option<Move>) {
+        let (isa, row_bytes) = (self.gather.options.isa, self.rows.row_bytes);
+        let ahead = self.gather.options.ahead / row_bytes.max(1);
         // SAFETY: `row` has checked both ends. The slots of rows that run on different threads are distinct
         // (`Slots::resolve`), and the block is lent to this job alone, so no source lies in it.
-        unsafe { copy::copy_rows(isa, self.stores, &moves[..n], row_bytes, ahead) };
+        unsafe { copy::copy_rows(isa, self.stores, next, row_bytes, ahead) };
+        copy::fence(self.stores);
     }
 
     /// The way of row `i`, with both ends checked.
