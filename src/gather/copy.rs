@@ -185,6 +185,21 @@ unsafe fn copy_row<L: Line, const STREAM: bool, const ASK: bool>(row: Move, row_
         std::ptr::copy_nonoverlapping(row.from, row.to, head);
     }
     let mut at = head;
+    // Four lines at once: all requests first, and a quarter of the branches.
+    while at + 4 * LINE <= row_bytes {
+        if ASK {
+            for i in 0..4 {
+                prefetch(next.wrapping_add(at + i * LINE));
+            }
+        }
+        let load = |i: usize| L::load(row.from.add(at + i * LINE));
+        let lines = [load(0), load(1), load(2), load(3)];
+        for (i, line) in lines.into_iter().enumerate() {
+            let to = row.to.add(at + i * LINE);
+            if STREAM { L::stream(to, line) } else { L::store(to, line) }
+        }
+        at += 4 * LINE;
+    }
     while at + LINE <= row_bytes {
         if ASK {
             prefetch(next.wrapping_add(at));
