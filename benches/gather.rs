@@ -32,6 +32,8 @@ use Stores::{NonTemporal, Temporal};
 struct Source {
     bytes: &'static [u8],
     random: Vec<u32>,
+    /// Rows are taken from the first so many bytes, a power of two.
+    span: usize,
 }
 
 impl Source {
@@ -40,13 +42,13 @@ impl Source {
         let bytes = &**Box::leak(Box::new(Bytes::filled(SOURCE, touch).expect("4 GiB")));
         let mut rng = Pcg64Mcg::seed_from_u64(1);
         let random = (0..RANDOM).map(|_| rng.random()).collect();
-        Source { bytes, random }
+        Source { bytes, random, span: SOURCE }
     }
 
     /// The `i`-th random row of `row_bytes`, a power of two.
     #[inline(always)]
     fn row(&self, i: usize, row_bytes: usize) -> &[u8] {
-        let start = (self.random[i % RANDOM] as usize * row_bytes) & (SOURCE - 1);
+        let start = (self.random[i % RANDOM] as usize * row_bytes) & (self.span - 1);
         &self.bytes[start..start + row_bytes]
     }
 }
@@ -213,6 +215,17 @@ fn section_rows(source: &Source) {
     }
 }
 
+/// What page walks cost: the same rows out of less memory. On a virtual machine a walk goes through two tables.
+fn section_span(source: &Source) {
+    let (g, pool) = (gather(1, Default::default()), rayon_pool(1));
+    for span in [64 * MIB, 256 * MIB, 1 << 30, SOURCE] {
+        let source = Source { bytes: source.bytes, random: source.random.clone(), span };
+        let mut variants = [memcpy(&source, &pool), rows(&source, &g, 512, Temporal)];
+        let gbps = compare(2 * MIB, 512, &mut variants);
+        print(&format!("rows 512 B of {}, to 2 MiB, 1 thread", size(span)), &variants, &gbps, gbps[0]);
+    }
+}
+
 /// How far ahead to ask.
 fn section_ahead(source: &Source) {
     let pool = rayon_pool(1);
@@ -234,8 +247,7 @@ fn section_ahead(source: &Source) {
 fn section_isa(source: &Source) {
     let pool = rayon_pool(1);
     let isas = Isa::available();
-    let gathers: Vec<Gather> =
-        isas.iter().map(|&isa| gather(1, GatherOptions { isa, ..Default::default() })).collect();
+    let gathers: Vec<Gather> = isas.iter().map(|&isa| gather(1, GatherOptions { isa, ..Default::default() })).collect();
     let mut variants = vec![memcpy(source, &pool)];
     for (g, isa) in gathers.iter().zip(&isas) {
         for stores in [Temporal, NonTemporal] {
@@ -252,11 +264,8 @@ fn section_small(source: &Source) {
     let (one, two) = (gather(1, Default::default()), gather(2, GatherOptions { alone_below: 0, ..Default::default() }));
     let pool = rayon_pool(2);
     for kib in [4, 8, 16, 32, 64, 128, 256, 512, 2048] {
-        let mut variants = [
-            rows(source, &one, 512, Temporal),
-            rows(source, &two, 512, Temporal),
-            on_rayon(source, &one, &pool, 512),
-        ];
+        let mut variants =
+            [rows(source, &one, 512, Temporal), rows(source, &two, 512, Temporal), on_rayon(source, &one, &pool, 512)];
         let gbps = compare(kib * KIB, 512, &mut variants);
         let us = |gbps: f64| (kib * KIB) as f64 / gbps / 1e3;
         println!(
@@ -332,8 +341,9 @@ fn main() {
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     println!("{}", gather(2, Default::default()).describe());
     let source = Source::new();
-    let sections: [(&str, fn(&Source)); 6] = [
+    let sections: [(&str, fn(&Source)); 7] = [
         ("rows", section_rows),
+        ("span", section_span),
         ("ahead", section_ahead),
         ("isa", section_isa),
         ("small", section_small),

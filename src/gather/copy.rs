@@ -1,7 +1,7 @@
 //! Copies of short rows from anywhere in memory.
 //!
 //! A row of 512 bytes is eight cache lines: too short for the hardware's stream prefetcher, so a plain loop waits for
-//! memory at every row. Each line that is copied therefore asks for the same line of a row further on.
+//! memory at every row. Each row that is copied therefore asks for one further on.
 #![allow(unsafe_code)] // Intrinsics and raw pointers.
 #![allow(unsafe_op_in_unsafe_fn)] // Lane operations; the contract is that of `Line`.
 
@@ -135,11 +135,7 @@ impl Line for Portable {
 }
 
 #[inline(always)]
-unsafe fn rows<L: Line, const STREAM: bool>(
-    mut next: impl FnMut() -> Option<Move>,
-    row_bytes: usize,
-    ahead: usize,
-) {
+unsafe fn rows<L: Line, const STREAM: bool>(mut next: impl FnMut() -> Option<Move>, row_bytes: usize, ahead: usize) {
     // The rows that have been asked for: a ring, whose oldest is at `oldest` once it is full.
     let mut asked = [Move::NOWHERE; MAX_AHEAD];
     let (ahead, mut n, mut oldest) = (ahead.clamp(1, MAX_AHEAD), 0, 0);
@@ -176,7 +172,7 @@ fn prefetch(p: *const u8) {
     unsafe { _mm_prefetch::<_MM_HINT_NTA>(p.cast()) }
 }
 
-/// Copies one row, and asks for `next` line by line if `ASK`.
+/// Copies one row, and asks for `next` if `ASK`.
 #[inline(always)]
 unsafe fn copy_row<L: Line, const STREAM: bool, const ASK: bool>(row: Move, row_bytes: usize, next: *const u8) {
     // Streaming stores need aligned lines: up to the first one the bytes go the usual way.
@@ -185,27 +181,17 @@ unsafe fn copy_row<L: Line, const STREAM: bool, const ASK: bool>(row: Move, row_
         std::ptr::copy_nonoverlapping(row.from, row.to, head);
     }
     let mut at = head;
-    // Four lines at once: all requests first, and a quarter of the branches.
-    while at + 4 * LINE <= row_bytes {
-        if ASK {
-            for i in 0..4 {
-                prefetch(next.wrapping_add(at + i * LINE));
-            }
-        }
-        let load = |i: usize| L::load(row.from.add(at + i * LINE));
-        let lines = [load(0), load(1), load(2), load(3)];
-        for (i, line) in lines.into_iter().enumerate() {
-            let to = row.to.add(at + i * LINE);
-            if STREAM { L::stream(to, line) } else { L::store(to, line) }
-        }
+    // A row of 128 pairs of 16 bits is eight lines, one of 64 is four.
+    while at + 8 * LINE <= row_bytes {
+        copy_lines::<L, STREAM, ASK, 8>(row, next, at);
+        at += 8 * LINE;
+    }
+    if at + 4 * LINE <= row_bytes {
+        copy_lines::<L, STREAM, ASK, 4>(row, next, at);
         at += 4 * LINE;
     }
     while at + LINE <= row_bytes {
-        if ASK {
-            prefetch(next.wrapping_add(at));
-        }
-        let line = L::load(row.from.add(at));
-        if STREAM { L::stream(row.to.add(at), line) } else { L::store(row.to.add(at), line) }
+        copy_lines::<L, STREAM, ASK, 1>(row, next, at);
         at += LINE;
     }
     if at < row_bytes {
@@ -213,5 +199,28 @@ unsafe fn copy_row<L: Line, const STREAM: bool, const ASK: bool>(row: Move, row_
             prefetch(next.wrapping_add(at));
         }
         std::ptr::copy_nonoverlapping(row.from.add(at), row.to.add(at), row_bytes - at);
+    }
+}
+
+/// Copies `N` lines from byte `at` of a row on: requests first, then loads, then stores. Line by line, the copy took 15 to
+/// 20 % longer.
+#[inline(always)]
+unsafe fn copy_lines<L: Line, const STREAM: bool, const ASK: bool, const N: usize>(
+    row: Move,
+    next: *const u8,
+    at: usize,
+) {
+    if ASK {
+        for i in 0..N {
+            prefetch(next.wrapping_add(at + i * LINE));
+        }
+    }
+    let lines: [L::V; N] = std::array::from_fn(
+        #[inline(always)]
+        |i| L::load(row.from.add(at + i * LINE)),
+    );
+    for (i, line) in lines.into_iter().enumerate() {
+        let to = row.to.add(at + i * LINE);
+        if STREAM { L::stream(to, line) } else { L::store(to, line) }
     }
 }

@@ -107,11 +107,6 @@ impl Pool {
         Ok(())
     }
 
-    /// Helpers besides the caller.
-    pub(crate) fn helpers(&self) -> usize {
-        self.threads.len()
-    }
-
     /// Why the threads could not be bound to their node, if that is so.
     pub(crate) fn pin_refused(&self) -> Option<&io::Error> {
         self.pin_refused.as_ref()
