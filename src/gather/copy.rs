@@ -71,6 +71,8 @@ pub(crate) fn fence(stores: Stores) {
 /// # Safety
 /// Pointers are valid for 64 bytes, and the implementing set's features are switched on.
 trait Line {
+    /// Whether the registers hold eight lines.
+    const WIDE: bool;
     type V: Copy;
     unsafe fn load(p: *const u8) -> Self::V;
     unsafe fn store(p: *mut u8, v: Self::V);
@@ -79,6 +81,7 @@ trait Line {
 }
 
 impl Line for Avx512 {
+    const WIDE: bool = true;
     type V = __m512i;
     #[inline(always)]
     unsafe fn load(p: *const u8) -> __m512i {
@@ -95,6 +98,7 @@ impl Line for Avx512 {
 }
 
 impl Line for Avx2 {
+    const WIDE: bool = true;
     type V = [__m256i; 2];
     #[inline(always)]
     unsafe fn load(p: *const u8) -> Self::V {
@@ -114,6 +118,7 @@ impl Line for Avx2 {
 
 /// SSE2, which every x86-64 has.
 impl Line for Portable {
+    const WIDE: bool = false;
     type V = [__m128i; 4];
     #[inline(always)]
     unsafe fn load(p: *const u8) -> Self::V {
@@ -182,11 +187,11 @@ unsafe fn copy_row<L: Line, const STREAM: bool, const ASK: bool>(row: Move, row_
     }
     let mut at = head;
     // A row of 128 pairs of 16 bits is eight lines, one of 64 is four.
-    while at + 8 * LINE <= row_bytes {
+    while L::WIDE && at + 8 * LINE <= row_bytes {
         copy_lines::<L, STREAM, ASK, 8>(row, next, at);
         at += 8 * LINE;
     }
-    if at + 4 * LINE <= row_bytes {
+    while at + 4 * LINE <= row_bytes {
         copy_lines::<L, STREAM, ASK, 4>(row, next, at);
         at += 4 * LINE;
     }

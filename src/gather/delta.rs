@@ -58,13 +58,18 @@ impl Delta {
         self.held.clear();
         self.held.resize(selection.len(), false);
         self.freed.clear();
+        self.freed.resize(selection.len(), 0);
+        let mut n_freed = 0;
+        // No branch on whether a pair is held: a third of them are not, which cannot be predicted.
         for (slot, position) in (0..).zip(table) {
-            match selection.binary_search(position) {
-                // In a table with a duplicate, the second is of no use.
-                Ok(i) if !self.held[i] => self.held[i] = true,
-                _ => self.freed.push(slot),
-            }
+            let i = selection.partition_point(|p| p < position).min(selection.len() - 1);
+            // In a table with a duplicate, the second is of no use.
+            let hit = (selection[i] == *position) & !self.held[i];
+            self.held[i] |= hit;
+            self.freed[n_freed] = slot;
+            n_freed += usize::from(!hit);
         }
+        self.freed.truncate(n_freed);
     }
 
     /// As many slots are freed as positions are missing, as table and selection are equally long.
