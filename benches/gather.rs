@@ -93,10 +93,12 @@ fn gather_rows(gather: &Gather, source: &Source, first: usize, row_bytes: usize,
     gather.gather(&rows, Staging { bytes: to, slot: |i| i }, stores);
 }
 
+type Run<'v> = Box<dyn FnMut(usize, &mut [u8]) + 'v>;
+
 /// A way to fill a staging block with the rows from random row `first` on.
 struct Variant<'v> {
     name: String,
-    run: Box<dyn FnMut(usize, &mut [u8]) + 'v>,
+    run: Run<'v>,
 }
 
 fn variant<'v>(name: impl Into<String>, run: impl FnMut(usize, &mut [u8]) + 'v) -> Variant<'v> {
@@ -337,11 +339,13 @@ fn section_delta(_: &Source) {
     }
 }
 
+type Section = fn(&Source);
+
 fn main() {
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     println!("{}", gather(2, Default::default()).describe());
     let source = Source::new();
-    let sections: [(&str, fn(&Source)); 7] = [
+    let sections: [(&str, Section); 7] = [
         ("rows", section_rows),
         ("span", section_span),
         ("ahead", section_ahead),
