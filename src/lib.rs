@@ -43,6 +43,7 @@ pub mod decode;
 pub mod device;
 pub mod engine;
 pub mod error;
+pub mod gather;
 pub mod kv;
 pub mod model;
 pub mod ops;

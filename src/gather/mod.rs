@@ -1,0 +1,300 @@
+//! Gathering scattered rows of host memory into one block: the 16-bit pairs of a selection, on their way to the device.
+//!
+//! ```text
+//! host pages (over several nodes)      staging block
+//! ┌────────┐ ┌────────┐ ┌────────┐
+//! │  ░     │ │ ▓      │ │     ▒  │  →  ▒░▓█            →  one copy to the device
+//! │     █  │ └────────┘ └────────┘     slot 0, 1, 2, 3
+//! └────────┘
+//! ```
+//!
+//! [`Topology`] says which CPUs are next to which memory, [`pool`] keeps threads there, [`copy`] moves the rows, and
+//! [`delta`] finds which rows need not be moved because they are in their slots from the step before.
+#![allow(unsafe_code)] // Several threads write one block.
+
+mod affinity;
+mod copy;
+mod cpulist;
+pub mod delta;
+mod futex;
+mod pool;
+mod quota;
+mod slots;
+mod topology;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, TryLockError};
+use std::time::Instant;
+
+pub use affinity::node_of_address;
+pub use copy::Stores;
+pub use topology::{Node, NodeId, Topology};
+
+use crate::cpu::Isa;
+use crate::error::Result;
+use copy::Move;
+use pool::Pool;
+use slots::{Slots, Way};
+
+/// Bytes that a thread takes at a time: half a microsecond of work, so that threads finish together, and 32 of them in
+/// the 256 KiB of a layer of one sequence (8 KV heads, 64 pairs of 512 bytes).
+const BLOCK_BYTES: usize = 8 << 10;
+
+/// Most rows that a thread takes at a time.
+const BLOCK_ROWS: usize = 64;
+
+/// Threads by default, where the machine has as many: a few cores saturate their memory, and a gather only has to keep
+/// up with the bus to the device.
+const DEFAULT_THREADS: usize = 16;
+
+/// How to gather.
+#[derive(Clone, Copy, Debug)]
+pub struct GatherOptions {
+    /// Threads, the caller's among them; `None` for as many as can run at once, up to 16.
+    pub threads: Option<usize>,
+    /// The instruction set of the copies.
+    pub isa: Isa,
+    /// Gathers of fewer bytes run on the calling thread alone.
+    pub alone_below: usize,
+    /// Bytes between the row that is copied and the one that is asked for.
+    pub ahead: usize,
+}
+
+impl Default for GatherOptions {
+    fn default() -> Self {
+        GatherOptions { threads: None, isa: Isa::detect(), alone_below: 64 << 10, ahead: 8 << 10 }
+    }
+}
+
+/// Rows that are gathered.
+pub struct Rows<S, N> {
+    /// How many.
+    pub n_rows: usize,
+    /// Bytes of each.
+    pub row_bytes: usize,
+    /// `Fn(usize) -> &[u8]`: the row with this index, of `row_bytes` bytes.
+    pub source: S,
+    /// `Fn(usize) -> NodeId`: the node that holds it. Not asked where there is one node.
+    pub node: N,
+}
+
+/// The block that they go to.
+pub struct Staging<'d, D> {
+    /// The block: slots of `row_bytes` bytes.
+    pub bytes: &'d mut [u8],
+    /// `Fn(usize) -> usize`: the slot of the row with this index; no two the same. Ascending slots are checked fastest.
+    pub slot: D,
+}
+
+/// What a gather did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GatherStats {
+    /// Bytes copied.
+    pub bytes: u64,
+    /// Time from call to return.
+    pub nanos: u64,
+}
+
+/// Gathers rows with the threads of all nodes. Nothing is allocated per call once the largest number of rows has been
+/// seen ([`Gather::reserve`] sees it beforehand).
+pub struct Gather {
+    topology: Topology,
+    options: GatherOptions,
+    threads: usize,
+    pin_refused: Option<String>,
+    /// Who holds it gathers with helpers; others at the same time gather alone.
+    team: Mutex<Team>,
+}
+
+struct Team {
+    pool: Pool,
+    slots: Slots,
+    /// Per node, the first row that nobody has taken.
+    cursors: Vec<Cursor>,
+}
+
+/// On a cache line of its own, as threads of one node change it.
+#[derive(Default)]
+#[repr(align(64))]
+struct Cursor(AtomicUsize);
+
+impl Gather {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// If the system refuses one.
+    pub fn new(topology: Topology, options: GatherOptions) -> Result<Gather> {
+        let threads = options.threads.unwrap_or(DEFAULT_THREADS.min(topology.threads())).max(1);
+        let pool = Pool::new(&topology, threads - 1)?;
+        let pin_refused = pool.pin_refused().map(ToString::to_string);
+        let cursors = topology.nodes().iter().map(|_| Cursor::default()).collect();
+        let team = Mutex::new(Team { pool, slots: Slots::default(), cursors });
+        Ok(Gather { topology, options, threads, pin_refused, team })
+    }
+
+    /// The nodes, threads and instruction set, and what did not work: for logs.
+    pub fn describe(&self) -> String {
+        let pinned = match &self.pin_refused {
+            None => "bound to their nodes".into(),
+            Some(why) => format!("not bound to their nodes: {why}"),
+        };
+        let topology = self.topology.describe();
+        format!("gather: {} threads ({pinned}), {}; {topology}", self.threads, self.options.isa)
+    }
+
+    /// Why the threads could not be bound to their nodes, if that is so. They work all the same.
+    pub fn pin_refused(&self) -> Option<&str> {
+        self.pin_refused.as_deref()
+    }
+
+    /// Threads that gather, the caller's among them.
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// Allocates now what a gather of `n_rows` rows into ascending slots needs.
+    pub fn reserve(&self, n_rows: usize) {
+        let mut team = self.team.lock().unwrap_or_else(|e| e.into_inner());
+        team.slots.reserve(n_rows);
+    }
+
+    /// Copies every row to its slot. Slots that no row goes to keep their bytes.
+    ///
+    /// # Panics
+    /// If a row has not `row_bytes` bytes, a slot is outside of the block, or two rows go to the same slot (a gather on
+    /// the calling thread alone notices the last only in debug builds; there the later row stays).
+    pub fn gather<'a, S, N, D>(&self, rows: &Rows<S, N>, to: Staging<'_, D>, stores: Stores) -> GatherStats
+    where
+        S: Fn(usize) -> &'a [u8] + Sync,
+        N: Fn(usize) -> NodeId + Sync,
+        D: Fn(usize) -> usize,
+    {
+        let start = Instant::now();
+        let bytes = rows.n_rows * rows.row_bytes;
+        let job = Job::new(self, rows, to.bytes, stores);
+        if bytes < self.options.alone_below || self.threads == 1 {
+            job.alone(&to.slot);
+        } else {
+            match self.team.try_lock() {
+                Ok(mut team) => job.together(&mut team, &to.slot),
+                // After a panic the scratch space is as good as before: every gather writes it anew.
+                Err(TryLockError::Poisoned(team)) => job.together(&mut team.into_inner(), &to.slot),
+                Err(TryLockError::WouldBlock) => job.alone(&to.slot),
+            }
+        }
+        GatherStats { bytes: bytes as u64, nanos: start.elapsed().as_nanos() as u64 }
+    }
+}
+
+/// One gather, as its threads see it.
+struct Job<'j, S, N> {
+    gather: &'j Gather,
+    rows: &'j Rows<S, N>,
+    /// The staging block: valid for `n_slots * row_bytes` bytes and lent to this job alone.
+    to: *mut u8,
+    n_slots: usize,
+    stores: Stores,
+    block_rows: usize,
+}
+
+// SAFETY: the rows may be shared by their bounds; threads write through `to` to distinct slots.
+unsafe impl<S: Sync, N: Sync> Sync for Job<'_, S, N> {}
+
+impl<'a, 'j, S, N> Job<'j, S, N>
+where
+    S: Fn(usize) -> &'a [u8] + Sync,
+    N: Fn(usize) -> NodeId + Sync,
+{
+    fn new(gather: &'j Gather, rows: &'j Rows<S, N>, to: &'j mut [u8], stores: Stores) -> Self {
+        let row_bytes = rows.row_bytes.max(1);
+        let block_rows = (BLOCK_BYTES / row_bytes).clamp(1, BLOCK_ROWS);
+        Job { gather, rows, to: to.as_mut_ptr(), n_slots: to.len() / row_bytes, stores, block_rows }
+    }
+
+    /// All rows, on this thread.
+    fn alone(&self, slot: &impl Fn(usize) -> usize) {
+        debug_assert!(distinct((0..self.rows.n_rows).map(slot)), "two rows go to the same slot");
+        let mut rows = 0..self.rows.n_rows;
+        self.copy(
+            #[inline(always)]
+            || rows.next().map(|i| self.row(i, slot(i))),
+        );
+    }
+
+    /// All rows, by the threads of the nodes that hold them.
+    fn together(&self, team: &mut Team, slot: &impl Fn(usize) -> usize) {
+        let ways = team.slots.resolve(self.rows.n_rows, self.n_slots, |i| Way { slot: slot(i), home: self.home(i) });
+        let cursors = &team.cursors[..];
+        cursors.iter().for_each(|cursor| cursor.0.store(0, Ordering::Relaxed));
+        let share = |node: usize| self.copy_share(node, &cursors[node].0, ways);
+        let own = || {
+            // First what is near, then what the others have not taken: waiting for them would take longer.
+            let here = self.here();
+            for i in 0..cursors.len() {
+                share((here + i) % cursors.len());
+            }
+        };
+        let blocks = self.rows.n_rows.div_ceil(self.block_rows);
+        team.pool.run(blocks.saturating_sub(1), &share, own);
+    }
+
+    /// The node whose threads copy row `i`.
+    fn home(&self, i: usize) -> usize {
+        let topology = &self.gather.topology;
+        if topology.nodes().len() == 1 { 0 } else { topology.home((self.rows.node)(i)) }
+    }
+
+    /// The node of the calling thread.
+    fn here(&self) -> usize {
+        let topology = &self.gather.topology;
+        if topology.nodes().len() == 1 {
+            return 0;
+        }
+        affinity::current().and_then(|cpu| topology.node_of_cpu(cpu)).unwrap_or(0)
+    }
+
+    /// Rows of one node, block by block until none is left.
+    fn copy_share(&self, node: usize, cursor: &AtomicUsize, ways: &[Way]) {
+        let mut block = 0..0;
+        self.copy(
+            #[inline(always)]
+            || loop {
+                if block.is_empty() {
+                    // Relaxed: which block it is matters, not when; the pool orders the bytes.
+                    let first = cursor.fetch_add(self.block_rows, Ordering::Relaxed);
+                    block = first..ways.len().min(first + self.block_rows);
+                }
+                let i = block.next()?;
+                if ways[i].home == node {
+                    return Some(self.row(i, ways[i].slot));
+                }
+            },
+        );
+    }
+
+    #[inline(always)]
+    fn copy(&self, next: impl FnMut() -> Option<Move>) {
+        let (isa, row_bytes) = (self.gather.options.isa, self.rows.row_bytes);
+        let ahead = self.gather.options.ahead / row_bytes.max(1);
+        // SAFETY: `row` has checked both ends. The slots of rows that run on different threads are distinct
+        // (`Slots::resolve`), and the block is lent to this job alone, so no source lies in it.
+        unsafe { copy::copy_rows(isa, self.stores, next, row_bytes, ahead) };
+        copy::fence(self.stores);
+    }
+
+    /// The way of row `i`, with both ends checked.
+    #[inline(always)]
+    fn row(&self, i: usize, slot: usize) -> Move {
+        let from = (self.rows.source)(i);
+        assert!(from.len() == self.rows.row_bytes, "row {i} has {} bytes", from.len());
+        assert!(slot < self.n_slots, "slot {slot} of a staging block of {}", self.n_slots);
+        // SAFETY: inside of the block by the assertion.
+        Move { from: from.as_ptr(), to: unsafe { self.to.add(slot * self.rows.row_bytes) } }
+    }
+}
+
+/// For debug builds.
+fn distinct(slots: impl Iterator<Item = usize>) -> bool {
+    let mut seen = std::collections::HashSet::new();
+    slots.into_iter().all(|slot| seen.insert(slot))
+}
