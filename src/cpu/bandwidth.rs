@@ -34,12 +34,36 @@ pub fn read_gbps(threads: usize) -> Result<f64> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
     let pool = pool.map_err(|e| Error::Usage(format!("{threads} threads: {e}")))?;
     pool.install(|| {
-        // Filled by the threads that read it, so that its pages are spread over the memory next to them.
-        let buffer = Bytes::filled(BUFFER, |b| b.par_chunks_mut(BLOCK).for_each(|b| b.fill(1)))?;
-        let slices = (0..PASSES).flat_map(|_| buffer.chunks_exact(SLICE));
+        let reader = Reader::new()?;
+        let slices = (0..PASSES).flat_map(|_| reader.buffer.chunks_exact(SLICE));
         let best = slices.map(seconds).fold(f64::INFINITY, f64::min);
         Ok(SLICE as f64 / best / 1e9)
     })
+}
+
+/// Memory to read, for comparing something with a plain read of as many bytes at the same moment: on a shared machine,
+/// the bandwidth of a second ago says little.
+pub struct Reader {
+    buffer: Bytes,
+}
+
+impl Reader {
+    /// A buffer of 1 GiB, filled by the threads of the current rayon pool, so that its pages are spread over the memory
+    /// next to them.
+    ///
+    /// # Errors
+    /// If 1 GiB is not to be had.
+    pub fn new() -> Result<Reader> {
+        let fill = |b: &mut [u8]| b.par_chunks_mut(BLOCK).for_each(|b| b.fill(1));
+        Ok(Reader { buffer: Bytes::filled(BUFFER, fill)? })
+    }
+
+    /// Seconds that the current rayon pool takes to read `bytes`, in whole slices of 64 MiB and scaled to the rest.
+    pub fn seconds(&self, bytes: usize) -> f64 {
+        let slices = bytes.div_ceil(SLICE);
+        let all: f64 = self.buffer.chunks_exact(SLICE).cycle().take(slices).map(seconds).sum();
+        all * bytes as f64 / (slices * SLICE) as f64
+    }
 }
 
 /// Reads some blocks.
