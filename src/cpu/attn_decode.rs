@@ -9,7 +9,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::attn_kernels::{self as kernels, CHUNK_PAGES, MAX_QUERIES, Task};
+use super::attn_chunk::{CHUNK_PAGES, Outputs, Task, attend_chunk};
+use super::attn_kernels::{MAX_QUERIES, Temp};
 use super::disjoint::Disjoint;
 use super::simd::Isa;
 use crate::kv::options::PAGE;
@@ -194,7 +195,7 @@ fn run_chunks<'a>(
             )
         };
         let task = Task { view: &view(seq), rows: seqs[seq], group_heads, n_heads, head, chunk, q };
-        TEMP.with_borrow_mut(|temp| kernels::chunk(isa, &task, kernels::Outputs { probs, partial, max, sum }, temp));
+        TEMP.with_borrow_mut(|temp| attend_chunk(isa, &task, Outputs { probs, partial, max, sum }, temp));
     };
     // Below about this many multiply-adds a task costs less than waking a thread for it.
     let work: usize = parts.iter().map(|p| p.queries * p.tokens).sum::<usize>() * shape.n_kv_heads * shape.head_dim;
@@ -227,5 +228,5 @@ fn combine<'a>(
 
 thread_local! {
     /// Scaled queries and a page's temporaries; a task never calls into rayon while it holds them.
-    static TEMP: RefCell<kernels::Temp> = RefCell::default();
+    static TEMP: RefCell<Temp> = RefCell::default();
 }

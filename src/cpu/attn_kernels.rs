@@ -10,163 +10,41 @@ use super::element::{Element, with_element};
 use super::simd::{Isa, LANES, Simd, dispatch};
 use crate::kv::layout::PackedLayout;
 use crate::kv::options::PAGE;
-use crate::kv::view::{Far, KvView, Replaced, SeqRows};
 use crate::model::Dtype;
-
-/// Pages of a chunk: 1,024 tokens are enough work to hide the cost of a task, and a context of 8k still makes eight
-/// tasks of every KV head.
-pub(crate) const CHUNK_PAGES: usize = 16;
 
 /// Query rows of one task, rows x G; 2 x 16 at most.
 pub(crate) const MAX_QUERIES: usize = 32;
-
-/// One chunk of one KV head of one sequence.
-pub(crate) struct Task<'a> {
-    pub(crate) view: &'a KvView<'a>,
-    pub(crate) rows: SeqRows,
-    pub(crate) group_heads: usize,
-    pub(crate) n_heads: usize,
-    pub(crate) head: usize,
-    pub(crate) chunk: usize,
-    /// `[rows, n_heads, head_dim]`.
-    pub(crate) q: &'a [f32],
-}
-
-/// What a chunk leaves behind.
-pub(crate) struct Outputs<'a> {
-    /// `[queries][tokens of the chunk]`.
-    pub(crate) probs: &'a mut [f32],
-    /// `[queries][D]`.
-    pub(crate) partial: &'a mut [f32],
-    /// `[queries]`.
-    pub(crate) max: &'a mut [f32],
-    /// `[queries]`.
-    pub(crate) sum: &'a mut [f32],
-}
 
 /// Memory of a task.
 #[derive(Default)]
 pub(crate) struct Temp {
     /// `[queries][D]`, scaled by `1 / sqrt(D)`.
-    q: Vec<f32>,
+    pub(crate) q: Vec<f32>,
     /// `[queries][D]` (scores) or `[queries][64]` (values): with a page's scales folded in.
     folded: Vec<f32>,
     /// `[queries][64]`: probabilities of a page without the replaced positions.
-    p: Vec<f32>,
+    pub(crate) p: Vec<f32>,
     /// Zeros and scales of one group, widened: `2 * max(D, 64)`.
     params: Vec<f32>,
 }
 
-/// One KV head of one page.
-enum Page<'a> {
-    Packed(&'a [u8]),
-    Wide(&'a [u8]),
-}
-
-fn page<'a>(view: &KvView<'a>, head: usize, page: usize) -> Page<'a> {
-    let shape = &view.shape;
-    let wide_head = head * shape.wide_head_bytes()..(head + 1) * shape.wide_head_bytes();
-    match (page.checked_sub(view.split / PAGE), view.far) {
-        (Some(in_tail), _) => Page::Wide(&view.tail[in_tail].bytes()[wide_head]),
-        (None, Far::Packed(bytes)) => Page::Packed(&bytes[shape.packed_head(page, head)]),
-        (None, Far::Wide(pages)) => Page::Wide(&pages[page].bytes()[wide_head]),
-        (None, Far::None) => unreachable!("the split is 0 without far pages"),
-    }
-}
-
-/// The replaced positions that lie in one page: where they stand there, and their pairs.
-fn replaced_in<'a>(view: &KvView<'a>, head: usize, page: usize) -> impl Iterator<Item = (usize, &'a [u8])> {
-    let none = Replaced { count: 0, stride: 0, positions: &[], pairs: &[] };
-    let r = view.replaced.unwrap_or(none);
-    let positions = &r.positions[head * r.stride..head * r.stride + r.count];
-    let pair = view.shape.pair_bytes();
-    let pairs = &r.pairs[head * r.stride * pair..];
-    let first = positions.partition_point(|&p| (p as usize) < page * PAGE);
-    let here = positions[first..].iter().map(|&p| p as usize).take_while(move |&p| p < (page + 1) * PAGE);
-    here.enumerate().map(move |(i, p)| (p % PAGE, &pairs[(first + i) * pair..][..pair]))
-}
-
-/// Scores, softmax and values of one chunk. The instruction set is dispatched per page and not per chunk: a page is a
-/// thousand times the dispatch, and the kernels are compiled once per set and number type, not once per combination.
-///
-/// The shapes are as [`crate::ops::attn_decode::attend`] checks them.
-pub(crate) fn chunk(isa: Isa, task: &Task, out: Outputs, temp: &mut Temp) {
-    let Task { view, rows, group_heads, head, .. } = *task;
-    let (d, queries) = (view.shape.head_dim, rows.n_rows * group_heads);
-    let first = task.chunk * CHUNK_PAGES;
-    let last = (first + CHUNK_PAGES).min(rows.padded_tokens() / PAGE);
-    let tokens = (last - first) * PAGE;
-    // Pages that lie wholly behind the window of the first row lie behind that of the second too.
-    let hidden = view.window.map_or(0, |w| (rows.position + 1).saturating_sub(w));
-    let begin = first.max(hidden / PAGE).min(last);
-    let valid = |page: usize| (rows.position + rows.n_rows - page * PAGE).min(PAGE);
-    let wide = |bytes, tokens| Wide { bytes, tokens, d, dtype: view.shape.dtype };
-
-    temp.q.resize(queries * d, 0.0);
-    temp.folded.resize(queries * d.max(PAGE), 0.0);
-    temp.p.resize(queries * PAGE, 0.0);
-    temp.params.resize(2 * d.max(PAGE), 0.0);
-    scale_queries(task, &mut temp.q);
-
-    for page_index in begin..last {
-        let scores = &mut out.probs[(page_index - first) * PAGE..];
-        match page(view, head, page_index) {
-            Page::Packed(bytes) => {
-                score_packed(isa, &view.shape.packed, bytes, queries, temp, scores, tokens);
-                for (token, pair) in replaced_in(view, head, page_index) {
-                    score_wide(isa, wide(pair, 1), queries, &temp.q, &mut scores[token..], tokens);
-                }
-            }
-            Page::Wide(bytes) => score_wide(isa, wide(bytes, valid(page_index)), queries, &temp.q, scores, tokens),
-        }
-    }
-
-    for query in 0..queries {
-        let scores = &mut out.probs[query * tokens..][(begin - first) * PAGE..tokens];
-        let position = rows.position + query / group_heads;
-        let visible = (view.window.map_or(0, |w| (position + 1).saturating_sub(w)), position + 1);
-        let local = |p: usize| p.saturating_sub(begin * PAGE).min(scores.len());
-        let visible = local(visible.0)..local(visible.1);
-        // SAFETY: whole pages of scores are a multiple of 16, and `visible` was cut to them.
-        (out.max[query], out.sum[query]) = dispatch!(isa, S => unsafe { softmax::<S>(scores, visible) });
-    }
-
-    out.partial.fill(0.0);
-    for page_index in begin..last {
-        let probs = &out.probs[(page_index - first) * PAGE..];
-        match page(view, head, page_index) {
-            Page::Packed(bytes) => {
-                for query in 0..queries {
-                    temp.p[query * PAGE..][..PAGE].copy_from_slice(&probs[query * tokens..][..PAGE]);
-                }
-                for (token, pair) in replaced_in(view, head, page_index) {
-                    mix_wide(isa, wide(pair, 1), queries, &probs[token..], tokens, out.partial);
-                    (0..queries).for_each(|query| temp.p[query * PAGE + token] = 0.0);
-                }
-                mix_packed(isa, &view.shape.packed, bytes, queries, temp, out.partial);
-            }
-            Page::Wide(bytes) => {
-                // Row 1's own pair apart: it may be NaN, and row 0's zero probability would not keep that out.
-                let local = |position: usize| position.saturating_sub(page_index * PAGE).min(PAGE);
-                let (both, all) = (local(rows.position + 1), local(rows.position + rows.n_rows));
-                mix_wide(isa, wide(bytes, both), queries, probs, tokens, out.partial);
-                if all > both {
-                    let own = wide(&bytes[both * view.shape.pair_bytes()..], all - both);
-                    let probs = &probs[group_heads * tokens + both..];
-                    mix_wide(isa, own, group_heads, probs, tokens, &mut out.partial[group_heads * d..]);
-                }
-            }
-        }
+impl Temp {
+    /// Makes room for `queries` query rows of head_dim `d`.
+    pub(crate) fn lay_out(&mut self, queries: usize, d: usize) {
+        self.q.resize(queries * d, 0.0);
+        self.folded.resize(queries * d.max(PAGE), 0.0);
+        self.p.resize(queries * PAGE, 0.0);
+        self.params.resize(2 * d.max(PAGE), 0.0);
     }
 }
 
 /// The first `tokens` pairs of one KV head of a wide page.
 #[derive(Clone, Copy)]
-struct Wide<'a> {
-    bytes: &'a [u8],
-    tokens: usize,
-    d: usize,
-    dtype: Dtype,
+pub(crate) struct Wide<'a> {
+    pub(crate) bytes: &'a [u8],
+    pub(crate) tokens: usize,
+    pub(crate) d: usize,
+    pub(crate) dtype: Dtype,
 }
 
 /// `bits!(layout.bits, BITS => call)`: the call with the number of bits as a constant.
@@ -190,7 +68,7 @@ macro_rules! bits {
 }
 
 /// Scores of all queries (`temp.q`) against one head of a packed page: `scores[query * stride + token]`.
-fn score_packed(
+pub(crate) fn score_packed(
     isa: Isa,
     layout: &PackedLayout,
     bytes: &[u8],
@@ -206,7 +84,14 @@ fn score_packed(
 }
 
 /// `partial[query] += sum_t p[query][t] v_t` over one head of a packed page, with `temp.p` as the probabilities.
-fn mix_packed(isa: Isa, layout: &PackedLayout, bytes: &[u8], queries: usize, temp: &mut Temp, partial: &mut [f32]) {
+pub(crate) fn mix_packed(
+    isa: Isa,
+    layout: &PackedLayout,
+    bytes: &[u8],
+    queries: usize,
+    temp: &mut Temp,
+    partial: &mut [f32],
+) {
     bits!(layout.bits, BITS => {
         // SAFETY: as in `score_packed`.
         dispatch!(isa, S => unsafe { mix_codes::<S, BITS>(layout, bytes, queries, temp, partial) })
@@ -214,7 +99,7 @@ fn mix_packed(isa: Isa, layout: &PackedLayout, bytes: &[u8], queries: usize, tem
 }
 
 /// Scores of all queries against wide pairs: `scores[query * stride + token]`.
-fn score_wide(isa: Isa, wide: Wide, queries: usize, q: &[f32], scores: &mut [f32], stride: usize) {
+pub(crate) fn score_wide(isa: Isa, wide: Wide, queries: usize, q: &[f32], scores: &mut [f32], stride: usize) {
     with_element!(wide.dtype, E => {
         // SAFETY: E is the number type; the kernel asserts the lengths.
         dispatch!(isa, S => unsafe { score_pairs::<S, E>(wide, queries, q, scores, stride) })
@@ -222,32 +107,26 @@ fn score_wide(isa: Isa, wide: Wide, queries: usize, q: &[f32], scores: &mut [f32
 }
 
 /// `partial[query] += sum_t p[query * stride + t] v_t` over wide pairs.
-fn mix_wide(isa: Isa, wide: Wide, queries: usize, p: &[f32], stride: usize, partial: &mut [f32]) {
+pub(crate) fn mix_wide(isa: Isa, wide: Wide, queries: usize, p: &[f32], stride: usize, partial: &mut [f32]) {
     with_element!(wide.dtype, E => {
         // SAFETY: E is the number type; the kernel asserts the lengths.
         dispatch!(isa, S => unsafe { mix_pairs::<S, E>(wide, queries, p, stride, partial) })
     });
 }
 
-/// `q / sqrt(D)` of all query rows of a KV head: row r, head h of the group at `[r * G + h]`.
-fn scale_queries(task: &Task, q: &mut [f32]) {
-    let d = task.view.shape.head_dim;
-    let scale = 1.0 / (d as f32).sqrt();
-    for (query, to) in q.chunks_exact_mut(d).enumerate() {
-        let row = task.rows.first_row + query / task.group_heads;
-        let head = task.head * task.group_heads + query % task.group_heads;
-        let from = &task.q[(row * task.n_heads + head) * d..][..d];
-        to.iter_mut().zip(from).for_each(|(t, f)| *t = f * scale);
-    }
+/// Turns scores into `e^(s - max)` where they are visible and 0 elsewhere. Returns max and sum; `(-inf, 0)` if nothing is
+/// visible. The length of `scores` is a multiple of 16.
+pub(crate) fn softmax(isa: Isa, scores: &mut [f32], visible: std::ops::Range<usize>) -> (f32, f32) {
+    // SAFETY: `dispatch!` switches on the features of S; whole pages are a multiple of 16.
+    dispatch!(isa, S => unsafe { softmax_lanes::<S>(scores, visible) })
 }
 
-/// Turns scores into `e^(s - max)` where they are visible and 0 elsewhere. Returns max and sum; `(-inf, 0)` if nothing is
-/// visible.
+/// See [`softmax`].
 ///
 /// # Safety
 /// The features of `S`; `visible` is inside of `scores`, whose length is a multiple of 16.
 #[inline(always)]
-unsafe fn softmax<S: Simd>(scores: &mut [f32], visible: std::ops::Range<usize>) -> (f32, f32) {
+unsafe fn softmax_lanes<S: Simd>(scores: &mut [f32], visible: std::ops::Range<usize>) -> (f32, f32) {
     if visible.is_empty() {
         scores.fill(0.0);
         return (f32::NEG_INFINITY, 0.0);

@@ -1,6 +1,7 @@
 //! The fast CPU form of each operation: kernels written once over [`simd::Simd`] and compiled once per [`Isa`].
 #![allow(unsafe_code)] // Lane operations on raw pointers, and slices whose parts several tasks write.
 
+mod attn_chunk;
 pub mod attn_decode;
 mod attn_kernels;
 pub mod attn_prefill;
