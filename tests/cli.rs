@@ -468,3 +468,19 @@ fn help_and_version() {
         assert!(help.contains("Examples:") && help.contains(option) && help.contains("SPECACHE_"), "{help}");
     }
 }
+
+/// Every row of the simulation: `event` is never slower than the others and reaches the bound.
+#[test]
+fn simulated_schedules_are_in_order() {
+    let text = stdout(&["bench", "--simulate", "--gpu", "a6000", "-m", "synthetic:llama-3-8b", "-d", "32768"]);
+    assert!(text.starts_with("Simulated, not measured"), "{text}");
+    let rows = text.lines().filter(|line| line.starts_with("| 32768"));
+    let numbers = |row: &str| row.split('|').filter_map(|cell| cell.trim().parse().ok()).collect::<Vec<f64>>();
+    let rows: Vec<Vec<f64>> = rows.map(numbers).collect();
+    assert!(rows.len() >= 3, "{text}");
+    for row in rows {
+        let [_, _, _, _, bound, serial, stream, event] = row[..] else { panic!("{row:?}") };
+        assert!(bound - 0.01 <= event && event <= stream && stream <= serial && event <= 1.03 * bound, "{row:?}");
+    }
+    assert_fails(&["bench", "--simulate", "--gpu", "voodoo"], 2, &["voodoo"]);
+}

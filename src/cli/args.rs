@@ -136,6 +136,7 @@ Examples:
   specache-engine --bench
   specache-engine bench -m synthetic:llama-3.2-1b -d 4096 --kv full,specache --kv-bits 1
   specache-engine bench -m models/llama -d 2000 -o json > bench.json
+  specache-engine bench --simulate --gpu a6000 -m synthetic:llama-3-8b --kv-bits 1
 
 Real weights get a real prompt, prefilled once per mode. Random weights
 (synthetic:SHAPE) get a cache of random pairs, so they have no prefill speed, and
@@ -166,6 +167,13 @@ pub struct BenchArgs {
     pub tuning: KvTuning,
     #[command(flatten)]
     pub device: DeviceArgs,
+    /// Run nothing: simulate the pipeline of a decode step on a card, from bytes over bandwidth, under each schedule
+    #[arg(long, env = "SPECACHE_BENCH_SIMULATE")]
+    pub simulate: bool,
+    /// The card to simulate
+    #[arg(long, env = "SPECACHE_BENCH_GPU", value_name = "GPU", default_value = "h200",
+          value_parser = ["a6000", "4090", "h100", "h200"])]
+    pub gpu: String,
     /// A table for people, or JSON with every repetition
     #[arg(short, long, env = "SPECACHE_BENCH_OUTPUT", value_name = "FORMAT", default_value = "md",
           value_parser = ["md", "json"])]

@@ -2,6 +2,7 @@
 
 mod models;
 mod report;
+mod simulate;
 
 use std::time::Instant;
 
@@ -31,6 +32,9 @@ const SEED: u64 = 1;
 /// Whatever is wrong with the arguments or a model.
 pub fn run(args: BenchArgs) -> Result<()> {
     check(&args)?;
+    if args.simulate {
+        return simulate::run(&args);
+    }
     let start = Instant::now();
     let mut progress = Progress::new();
     progress.show("measuring how fast this machine reads memory");

@@ -23,6 +23,15 @@ pub fn load(dir: &Path) -> Result<Model> {
     Ok(Model { name: name(dir), config, weights, generation, synthetic: false })
 }
 
+/// The configuration of a folder, without its weights.
+///
+/// # Errors
+/// As [`load`], for `config.json` alone.
+pub fn config(dir: &Path) -> Result<Config> {
+    check_folder(dir)?;
+    read_config(dir)
+}
+
 fn check_folder(dir: &Path) -> Result<()> {
     match std::fs::metadata(dir) {
         Ok(meta) if meta.is_dir() => Ok(()),

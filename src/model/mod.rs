@@ -51,6 +51,17 @@ pub struct GenerationConfig {
     pub eos_token_ids: Option<Vec<u32>>,
 }
 
+/// The configuration of a model folder or `synthetic:SHAPE`, without its weights.
+///
+/// # Errors
+/// [`crate::error::Error::Model`] with file and field; [`crate::error::Error::Usage`] for an unknown shape.
+pub fn config_of(spec: &str) -> Result<Config> {
+    match spec.strip_prefix("synthetic:") {
+        Some(shape) => synthetic::config(shape),
+        None => loader::config(std::path::Path::new(spec)),
+    }
+}
+
 impl Model {
     /// Loads a Hugging Face folder, or makes `synthetic:<shape>` with random weights.
     ///
