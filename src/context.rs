@@ -8,6 +8,9 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::rope::RopeTable;
 
+/// Most tokens of a context: positions are u32 in selections, and byte counts of a page times this fit a u64.
+pub const MAX_CONTEXT: usize = 1 << 28;
+
 /// A model on a device.
 pub struct Context {
     /// Where passes are computed.
@@ -16,7 +19,7 @@ pub struct Context {
     pub model: Model,
     /// RoPE frequencies of the model.
     pub rope: RopeTable,
-    /// Set from outside to stop prefill and decode.
+    /// Set from outside to stop prefill and decode; whoever sets it clears it before the next call.
     pub interrupt: Arc<AtomicBool>,
 }
 
@@ -46,17 +49,20 @@ impl Context {
     }
 
     pub(crate) fn check_context(&self, tokens: usize) -> Result<()> {
-        // Positions are u32 in selections; the attention buffers of a step grow with the context.
-        const MOST: usize = 1 << 28;
-        if tokens > MOST {
-            return Err(Error::Usage(format!("a context of {tokens} tokens: at most {MOST} are supported")));
-        }
-        match self.model.config.max_context() {
-            Some(most) if tokens > most => Err(Error::Usage(format!(
-                "a context of {tokens} tokens: this model's dynamic RoPE scaling is supported up to its \
-                 max_position_embeddings of {most}"
-            ))),
-            _ => Ok(()),
-        }
+        check_context(tokens, self.model.config.max_context())
+    }
+}
+
+/// Whether a context of `tokens` is supported; `max_context` is the model's own limit ([`crate::model::Config`]).
+pub(crate) fn check_context(tokens: usize, max_context: Option<usize>) -> Result<()> {
+    if tokens > MAX_CONTEXT {
+        return Err(Error::Usage(format!("a context of {tokens} tokens: at most {MAX_CONTEXT} are supported")));
+    }
+    match max_context {
+        Some(most) if tokens > most => Err(Error::Usage(format!(
+            "a context of {tokens} tokens: this model's dynamic RoPE scaling is supported up to its \
+             max_position_embeddings of {most}"
+        ))),
+        _ => Ok(()),
     }
 }

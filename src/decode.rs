@@ -25,9 +25,10 @@ use crate::session::{Buffers, Member, Next, Session};
 /// Before anything has changed: a token beyond the vocabulary, a session that is full or has failed,
 /// [`Error::Interrupted`]. A sequence that meets NaN fails alone: see [`Buffers::logits`].
 pub fn decode(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> Result<()> {
+    buffers.results.clear();
     context.check_interrupt()?;
     for Next { session, token } in batch.iter() {
-        session.check_usable()?;
+        session.check_usable(context)?;
         context.check_tokens(&[*token])?;
         check_room(session)?;
     }
@@ -38,6 +39,7 @@ pub fn decode(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> R
     pass(context, batch, buffers, |_| true, Pass::Step);
     for next in batch.iter_mut() {
         next.session.stats.offloaded_bytes += next.session.cache.advance();
+        next.session.stats.exposed += next.session.cache.take_waited();
         next.session.stats.steps += 1;
     }
     Ok(())
@@ -174,7 +176,7 @@ fn select_ahead(
     layer: usize,
     seq: usize,
     rows: &SeqRows,
-    attention: &crate::cpu::attn_decode::Scratch,
+    attention: &attn_decode::Scratch,
     kind: Pass,
 ) {
     let config = &context.model.config;
@@ -203,7 +205,7 @@ fn fetch_on_demand(
     seqs: &[SeqRows],
     layer: usize,
     rows: &mut linear::Rows,
-    attention: &mut crate::cpu::attn_decode::Scratch,
+    attention: &mut attn_decode::Scratch,
 ) {
     let config = &context.model.config;
     for m in members {

@@ -49,7 +49,7 @@ impl Engine {
     }
 
     /// Setting this flag, from any thread or a signal handler, makes prefill and decode stop before the next layer or
-    /// step with [`crate::Error::Interrupted`].
+    /// step with [`crate::Error::Interrupted`]. It stays set until whoever set it clears it.
     pub fn interrupt_flag(&self) -> Arc<AtomicBool> {
         self.context.interrupt.clone()
     }
@@ -67,9 +67,10 @@ impl Engine {
     /// What a session of these options and tokens takes, without making it.
     ///
     /// # Errors
-    /// [`crate::Error::Usage`] for options that do not fit the model.
+    /// [`crate::Error::Usage`] for options or a context that do not fit the model.
     pub fn plan(&self, kv: &KvOptions, max_tokens: usize) -> Result<CacheBytes> {
         kv.validate(&self.context.model.config)?;
+        self.context.check_context(max_tokens)?;
         Ok(CacheBytes::plan(&KvShape::new(&self.context.model.config, kv), kv, max_tokens))
     }
 

@@ -2,10 +2,10 @@
 //! algorithms").
 //!
 //! Layer-major: all chunks of all sequences pass layer l before any passes layer l + 1. So the device needs the wide
-//! pages of only two layers: one that is being computed, one that the copy stream sends to the host meanwhile.
+//! pages of only two layers of each prompt: one that is computed, one that the copy stream sends to the host meanwhile.
 
 use crate::context::Context;
-use crate::cpu::Isa;
+use crate::device::Device;
 use crate::error::Result;
 use crate::kv::PAGE;
 use crate::kv::host::WidePage;
@@ -28,17 +28,21 @@ const PANEL_MIN: usize = 8;
 /// memory budget does not allow. Later: [`crate::Error::Interrupted`], which leaves the sessions unusable.
 pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers) -> Result<Vec<Result<Vec<f32>>>> {
     for prompt in prompts.iter() {
-        prompt.session.check_usable()?;
+        prompt.session.check_usable(context)?;
         context.check_tokens(prompt.tokens)?;
         context.check_context(prompt.end())?;
     }
     let needs = prompts.iter().map(|prompt| prompt.session.cache.prefill_needs(prompt.end()));
-    let (device_bytes, host_bytes) = needs.fold((0, 0), |sum, needs| (sum.0 + needs.0, sum.1 + needs.1));
-    context.device.admit(device_bytes, host_bytes, "the KV pages of a prefill")?;
-    for prompt in prompts.iter_mut() {
-        prompt.session.cache.begin_prefill(prompt.end())?;
-    }
+    let (device_bytes, host_bytes) =
+        needs.fold((0u64, 0u64), |sum, needs| (sum.0.saturating_add(needs.0), sum.1.saturating_add(needs.1)));
     let hidden = context.model.config.hidden_size;
+    let stream_bytes = prompts.iter().map(|p| (p.tokens.len() * hidden * 4) as u64).fold(0, u64::saturating_add);
+    let device_bytes = device_bytes.saturating_add(stream_bytes);
+    // Held to the end: the residual streams, which nothing else meters, are a part of it.
+    let mut grants = context.device.grant(device_bytes, host_bytes, "a prefill")?;
+    for prompt in prompts.iter_mut() {
+        prompt.session.cache.begin_prefill(prompt.end(), &mut grants)?;
+    }
     let mut streams: Vec<Vec<f32>> = Vec::new(); // the residual stream of every prompt, [tokens, hidden]
     for prompt in prompts.iter() {
         let mut x = vec![0.0; prompt.tokens.len() * hidden];
@@ -48,7 +52,10 @@ pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers)
     for layer in 0..context.model.config.n_layers {
         for (prompt, x) in prompts.iter_mut().zip(&mut streams) {
             if let Err(interrupted) = prefill_layer(context, prompt, layer, x, buffers) {
-                prompts.iter_mut().for_each(|p| p.session.fail("its prefill was interrupted"));
+                for prompt in prompts.iter_mut() {
+                    prompt.session.fail("its prefill was interrupted");
+                    prompt.session.cache.free_working_pages();
+                }
                 return Err(interrupted);
             }
         }
@@ -75,7 +82,7 @@ fn prefill_layer(context: &Context, prompt: &mut Prompt, l: usize, x: &mut [f32]
         let not_finite = |_| *bad = bad.or(Some(l));
         let dense = Dense { device, config, rope: &context.rope, path };
         dense.norm_qkv_rope(layer, rows, |row| position + row, not_finite);
-        write_chunk(device.isa(), &cache.shape, &mut pages, position - first_page * PAGE, rows);
+        write_chunk(device, &cache.shape, &mut pages, position - first_page * PAGE, rows);
         let view = PrefillView {
             shape: cache.shape,
             packed: cache.layers[l].packed.bytes(),
@@ -94,12 +101,12 @@ fn prefill_layer(context: &Context, prompt: &mut Prompt, l: usize, x: &mut [f32]
 }
 
 /// K and V of a chunk, rounded, into the pages; `at` is the first row's place in them.
-fn write_chunk(isa: Isa, shape: &crate::kv::KvShape, pages: &mut [WidePage], at: usize, rows: &linear::Rows) {
+fn write_chunk(device: &Device, shape: &crate::kv::KvShape, pages: &mut [WidePage], at: usize, rows: &linear::Rows) {
     let width = shape.n_kv_heads * shape.head_dim;
     for (row, (k, v)) in rows.k.chunks_exact(width).zip(rows.v.chunks_exact(width)).enumerate() {
         let (page, token) = ((at + row) / PAGE, (at + row) % PAGE);
         let page = WidePage::get_mut(&mut pages[page]).expect("a page that is filled has one owner");
-        crate::ops::kv::write_pairs(isa, shape, page, token, k, v);
+        crate::ops::kv::write_pairs(device, shape, page, token, k, v);
     }
 }
 

@@ -3,17 +3,19 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use crate::context::Context;
-use crate::cpu::attn_decode::Scratch;
+use crate::context::{Context, check_context};
 use crate::error::{Error, Result};
 use crate::kv::cache::{Cache, CacheBytes};
 use crate::kv::view::SeqRows;
 use crate::kv::{KvMode, KvOptions, KvShape};
+use crate::ops::attn_decode::Scratch;
 use crate::ops::linear::Rows;
 
 /// One sequence: its cache, its speculative token, its figures.
 pub struct Session {
     pub(crate) cache: Cache,
+    /// The model's own limit of the context.
+    max_context: Option<usize>,
     /// The next step's second row; `None` until the pre-decode that follows a prefill.
     pub(crate) speculative: Option<u32>,
     /// Speculative tokens to use instead of the model's own, one a step.
@@ -36,6 +38,7 @@ impl Session {
         let shape = KvShape::new(&context.model.config, &kv);
         Ok(Session {
             cache: Cache::new(&context.device, shape, kv, max_tokens)?,
+            max_context: context.model.config.max_context(),
             speculative: None,
             forced: None,
             trace: None,
@@ -54,8 +57,9 @@ impl Session {
     /// Makes room for at least `max_tokens` tokens: for a conversation that outgrows what it was begun with.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`]; the session is as usable as before then.
+    /// [`Error::Usage`] beyond what the model supports, [`Error::OutOfMemory`]; nothing has changed then.
     pub fn reserve(&mut self, max_tokens: usize) -> Result<()> {
+        check_context(max_tokens, self.max_context)?;
         self.cache.reserve(max_tokens)
     }
 
@@ -70,7 +74,7 @@ impl Session {
     /// # Errors
     /// [`Error::Usage`] if the session is not empty or `n_tokens` is 0; [`Error::OutOfMemory`] as a prefill.
     pub fn fill_synthetic(&mut self, n_tokens: usize, seed: u64) -> Result<()> {
-        self.check_usable()?;
+        check_context(n_tokens, self.max_context)?;
         if self.n_tokens() > 0 || n_tokens == 0 {
             let has = self.n_tokens();
             return Err(Error::Usage(format!(
@@ -107,7 +111,12 @@ impl Session {
         self.trace.as_ref()
     }
 
-    pub(crate) fn check_usable(&self) -> Result<()> {
+    /// Whether the session can be used, with this context.
+    pub(crate) fn check_usable(&self, context: &Context) -> Result<()> {
+        let shape = KvShape::new(&context.model.config, self.kv());
+        if !self.cache.device().is(&context.device) || shape != self.cache.shape {
+            return Err(Error::Usage("this session belongs to another engine: use the one that made it".into()));
+        }
         match &self.failure {
             Some(why) => Err(Error::Usage(format!("this session cannot go on: {why}; start a new one"))),
             None => Ok(()),
@@ -120,6 +129,10 @@ impl Session {
 
     /// Checks this call's logits. A failure is final for the session: its cache holds what it should not.
     pub(crate) fn check_finite(&mut self, logits: &[f32]) -> Result<()> {
+        if let Some(why) = &self.failure {
+            // It failed earlier in the same call: in the pre-decode.
+            return Err(Error::NotFinite(why.clone()));
+        }
         if logits.iter().all(|x| x.is_finite()) && self.bad_layer.is_none() {
             return Ok(());
         }
@@ -157,7 +170,7 @@ pub struct Next<'a> {
     pub token: u32,
 }
 
-/// Memory of prefill and decode calls, kept between them so that a step allocates nothing.
+/// Memory of prefill and decode calls, kept between them: it grows with the context and is not allocated anew.
 #[derive(Default)]
 pub struct Buffers {
     pub(crate) rows: Rows,
@@ -186,11 +199,14 @@ impl Buffers {
     /// Logits `[vocab]` of sequence `i` of the last decode call, from its real row.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] if that sequence failed.
+    /// [`Error::NotFinite`] if that sequence failed; [`Error::Usage`] if there was none or the call was refused.
     pub fn logits(&self, i: usize) -> Result<&[f32]> {
-        match &self.results[i] {
-            Ok(row) => Ok(&self.logits[row * self.vocab..][..self.vocab]),
-            Err(e) => Err(Error::NotFinite(e.to_string())),
+        match self.results.get(i) {
+            Some(Ok(row)) => Ok(&self.logits[row * self.vocab..][..self.vocab]),
+            Some(Err(e)) => Err(Error::NotFinite(e.to_string())),
+            None => {
+                Err(Error::Usage(format!("logits of sequence {i}: the last decode call gave {}", self.results.len())))
+            }
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::model::fields::read_text;
 
 /// The tokenizer of a model folder.
 pub struct Tokenizer {
@@ -17,12 +18,8 @@ impl Tokenizer {
     /// [`Error::Model`] if the file is not a tokenizer.
     pub fn load(dir: &Path) -> Result<Option<Tokenizer>> {
         let file = dir.join("tokenizer.json");
-        let bytes = match std::fs::read(&file) {
-            Ok(bytes) => bytes,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(Error::io(file, e)),
-        };
-        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
+        let Some(json) = read_text(&file)? else { return Ok(None) };
+        let mut inner = tokenizers::Tokenizer::from_bytes(json.as_bytes())
             .map_err(|e| Error::model(&file, format!("not a usable tokenizer: {e}; download the file again")))?;
         // Files carry what training used; a prompt must be neither cut nor filled up.
         inner.with_padding(None);

@@ -304,6 +304,8 @@ fn bad_arguments_are_usage_errors() {
     }
     assert_eq!(run(&[]).status.code(), Some(2));
     assert_fails(&["bench", "-m", "synthetic:tiny", "-r", "0"], 2, &["-r 0"]);
+    assert_fails(&["bench", "-m", "synthetic:tiny", "-d", "18446744073709551615"], 2, &["-d", "at most"]);
+    assert_fails(&["bench", "-m", &recall(), "-d", "20000000000"], 2, &["-d", "at most"]);
 }
 
 #[test]

@@ -5,7 +5,6 @@ mod common;
 use common::tiny::Random;
 use common::{device, on_every_other_isa};
 use proptest::prelude::*;
-use specache::cpu::Isa;
 use specache::cpu::attn_decode::Scratch;
 use specache::device::{Buffer, Device};
 use specache::kv::host::WidePage;
@@ -20,6 +19,11 @@ use specache::ops::select::{self, Selection};
 use specache::ops::{attn_decode, attn_prefill};
 use specache::reference::{self, Pair, Quantised};
 use std::sync::Arc;
+
+/// Device memory for a test.
+fn alloc(device: &Device, len: usize) -> Buffer {
+    device.grant(0, 0, "test").unwrap().device(len, "test").unwrap()
+}
 
 fn shape(n_kv_heads: usize, head_dim: usize, dtype: Dtype, bits: usize, group_size: usize) -> KvShape {
     KvShape { n_layers: 1, n_kv_heads, head_dim, dtype, packed: PackedLayout { head_dim, bits, group_size } }
@@ -51,16 +55,16 @@ impl Cache {
         let (k, v) = (numbers(), numbers());
         let mut pages = Vec::new();
         for page in 0..n / PAGE {
-            let mut wide = device.alloc(shape.wide_page_bytes(), "test").unwrap();
+            let mut wide = alloc(&device, shape.wide_page_bytes());
             for token in 0..PAGE {
                 let at = |x: &[Vec<Vec<f32>>]| {
                     x.iter().flat_map(|head| head[page * PAGE + token].clone()).collect::<Vec<_>>()
                 };
-                write_pairs(Isa::detect(), &shape, &mut wide, token, &at(&k), &at(&v));
+                write_pairs(&device, &shape, &mut wide, token, &at(&k), &at(&v));
             }
             pages.push(Arc::new(wide));
         }
-        let mut packed = device.alloc(n / PAGE * shape.packed_page_bytes(), "test").unwrap();
+        let mut packed = alloc(&device, n / PAGE * shape.packed_page_bytes());
         let (mut low_k, mut low_v) = (vec![vec![]; shape.n_kv_heads], vec![vec![]; shape.n_kv_heads]);
         if shape.dtype != Dtype::F32 && shape.head_dim.is_multiple_of(shape.packed.group_size) {
             pack_pages(&device, &shape, &pages, 0, &mut packed);
@@ -97,7 +101,7 @@ impl Cache {
     fn tail(&self, split: usize, end: usize) -> Vec<WidePage> {
         let mut tail: Vec<WidePage> = self.pages[split / PAGE..end.div_ceil(PAGE)].to_vec();
         if !end.is_multiple_of(PAGE) {
-            let mut page = self.device.alloc(self.shape.wide_page_bytes(), "test").unwrap();
+            let mut page = alloc(&self.device, self.shape.wide_page_bytes());
             for head in 0..self.shape.n_kv_heads {
                 let filled = self.shape.pair(head, 0).start..self.shape.pair(head, end % PAGE - 1).end;
                 page.bytes_mut()[filled.clone()].copy_from_slice(&self.pages[end / PAGE].bytes()[filled]);
@@ -127,7 +131,7 @@ impl Cache {
 
     fn empty_slots(&self, top_k: usize) -> Slots {
         let n = self.shape.n_kv_heads * top_k;
-        let alloc = |bytes| self.device.alloc(bytes, "test").unwrap();
+        let alloc = |bytes| alloc(&self.device, bytes);
         Slots { count: 0, positions: alloc(n * 4), pairs: alloc(n * self.shape.pair_bytes()), top_k }
     }
 }
@@ -531,10 +535,10 @@ fn a_pair_that_fp16_cannot_hold_is_heard() {
     for (x, fits) in [(65_504.0, true), (-65_504.0, true), (65_520.0, false), (-1e6, false), (f32::NAN, false)] {
         let shape = shape(1, 32, Dtype::F16, 2, 32);
         let device = device(1);
-        let mut page = device.alloc(shape.wide_page_bytes(), "test").unwrap();
+        let mut page = alloc(&device, shape.wide_page_bytes());
         let mut k = vec![0.5; 32];
         k[7] = x;
-        write_pairs(Isa::detect(), &shape, &mut page, 3, &k, &[0.25; 32]);
+        write_pairs(&device, &shape, &mut page, 3, &k, &[0.25; 32]);
         let pair = &page.as_slice::<half::f16>()[3 * 64..][..64];
         let expected = if fits { half::f16::from_f32(x) } else { half::f16::NAN };
         assert_eq!(pair[7].to_bits(), expected.to_bits(), "{x}");

@@ -11,7 +11,6 @@ use specache::kv::{KvMode, KvOptions};
 use specache::model::{Dtype, Model};
 use specache::session::{Buffers, Next, Prompt, Session};
 use specache::{Engine, Error, Result};
-use std::time::Duration;
 
 const TINY: Tiny = Tiny { head_dim: 32, n_kv_heads: 2, group_heads: 3, n_layers: 3, window: None };
 
@@ -200,11 +199,6 @@ fn plans() -> Vec<(KvOptions, usize)> {
     plans
 }
 
-/// Waits until the copy stream has let go of everything that was dropped while it was at work.
-fn settle(device: &Device) {
-    device.copy_stream().launch((), |_| ()).wait(&mut Duration::default());
-}
-
 fn used(device: &Device) -> (u64, u64) {
     (device.device_memory().used(), device.host_memory().used())
 }
@@ -238,7 +232,6 @@ fn memory_is_what_was_planned() {
             assert!(more.exit_code() == 2 && more.to_string().contains("full"), "{more}");
         }
         drop(session);
-        settle(&device);
         assert_eq!(used(&device), (0, 0), "{what} after the session");
     }
 }
@@ -392,4 +385,139 @@ fn usage_errors() {
     for wrong in [kv(KvMode::SpeCache, 3, 32, 33, 7), kv(KvMode::Kivi, 2, 64, 33, 7), kv(KvMode::Fetch, 2, 32, 31, 7)] {
         assert_eq!(engine.session(wrong, 10).err().unwrap().exit_code(), 2, "{wrong:?}");
     }
+}
+
+/// Several threads on one engine, each with a session of its own: every mode gives the bits that it gives alone.
+#[test]
+fn threads_do_not_disturb_each_other() {
+    let engine = Engine::new(TINY.model(), device(2));
+    let alone: Vec<_> = (0..6).map(|i| decode(&engine, &[i], 40)).collect();
+    std::thread::scope(|scope| {
+        let run = |i: usize| {
+            let engine = &engine;
+            scope.spawn(move || decode(engine, &[i % 6], 40))
+        };
+        let threads: Vec<_> = (0..12).map(run).collect();
+        for (i, thread) in threads.into_iter().enumerate() {
+            let rows = |run: &[Vec<Result<Vec<f32>>>]| -> Vec<Vec<f32>> {
+                run.iter().flatten().map(|row| row.as_ref().unwrap().clone()).collect()
+            };
+            assert_eq!(rows(&thread.join().unwrap()), rows(&alone[i % 6]), "thread {i}");
+        }
+    });
+}
+
+/// With room for one session only, the next one fits as soon as the one before is gone, whatever was in flight.
+#[test]
+fn memory_is_back_when_a_session_is_dropped() {
+    let options = kv(KvMode::SpeCache, 2, 32, 33, 7);
+    let shape = KvShape::new(&engine_config(), &options);
+    let plan = with_budgets(None, None).0.plan(&options, 200).unwrap();
+    let budget = plan.device() + CacheBytes::prefill_scratch(&shape, &options, 200) + 200 * 1024;
+    let (engine, device) = with_budgets(Some(budget), Some(plan.host));
+    let tokens = ids(9, 195);
+    for _ in 0..50 {
+        let mut session = engine.session(options, 200).unwrap();
+        let mut buffers = Buffers::default();
+        let prompt = Prompt { session: &mut session, tokens: &tokens[..190] };
+        engine.prefill(&mut [prompt], &mut buffers).unwrap().remove(0).unwrap();
+        engine.decode(&mut [Next { session: &mut session, token: tokens[190] }], &mut buffers).unwrap();
+        drop(session);
+        assert_eq!(used(&device), (0, 0));
+    }
+}
+
+/// Two prefills that fit one by one but not together: one is refused and holds what it held before.
+#[test]
+fn of_two_prefills_that_race_for_memory_one_is_refused_whole() {
+    let options = kv(KvMode::SpeCache, 2, 32, 33, 7);
+    let (free, _) = with_budgets(None, None);
+    let mut one = free.session(options, 100).unwrap();
+    let tokens = ids(3, 3000);
+    let mut buffers = Buffers::default();
+    free.prefill(&mut [Prompt { session: &mut one, tokens: &tokens }], &mut buffers).unwrap().remove(0).unwrap();
+    let needed = free.device().device_memory().peak();
+    let (engine, device) = with_budgets(Some(needed + needed / 3), None);
+    for _ in 0..10 {
+        let mut sessions = [engine.session(options, 100).unwrap(), engine.session(options, 100).unwrap()];
+        let before = sessions.each_ref().map(Session::cache_bytes);
+        let results = std::thread::scope(|scope| {
+            let run = |session| {
+                let (engine, tokens) = (&engine, &tokens[..]);
+                scope.spawn(move || {
+                    let prompt = Prompt { session, tokens };
+                    engine.prefill(&mut [prompt], &mut Buffers::default()).map(|mut rows| rows.remove(0).unwrap())
+                })
+            };
+            sessions.each_mut().map(run).map(|thread| thread.join().unwrap())
+        });
+        assert!(results.iter().any(Result::is_ok));
+        for ((result, session), before) in results.iter().zip(&sessions).zip(before) {
+            if let Err(error) = result {
+                assert_eq!((error.exit_code(), session.cache_bytes()), (4, before));
+            }
+        }
+    }
+    assert_eq!(used(&device), (0, 0));
+}
+
+/// Room is asked for before it is taken, and never beyond what the model supports.
+#[test]
+fn reserve_changes_nothing_where_it_is_refused() {
+    let (engine, device) = with_budgets(Some(4 << 20), None);
+    for mode in KvMode::ALL {
+        let options = kv(mode, 2, 32, 33, 1000);
+        let mut session = engine.session(options, 130).unwrap();
+        let before = (used(&device), session.cache_bytes());
+        for (tokens, code) in [(1 << 20, 4), (usize::MAX, 2), ((1 << 28) + 1, 2)] {
+            assert_eq!(session.reserve(tokens).unwrap_err().exit_code(), code, "{mode:?} {tokens}");
+            assert_eq!((used(&device), session.cache_bytes()), before, "{mode:?} {tokens}");
+        }
+        assert_eq!(engine.plan(&options, usize::MAX).unwrap_err().exit_code(), 2);
+        session.reserve(300).unwrap();
+        assert_eq!(session.cache_bytes(), engine.plan(&options, 300).unwrap(), "{mode:?}");
+    }
+    let dynamic = common::engine(common::fixture("hf/rope_dynamic").to_str().unwrap());
+    let most = dynamic.model().config.max_context().unwrap();
+    let mut session = dynamic.session(kv(KvMode::Full, 2, 32, 33, 0), most).unwrap();
+    assert!(session.reserve(most + 1).unwrap_err().to_string().contains("dynamic RoPE"));
+}
+
+/// Growing in the middle of a sequence keeps the selection that the next step waits for: same bits as with room from the
+/// start.
+#[test]
+fn room_made_late_is_as_good_as_room_from_the_start() {
+    let engine = Engine::new(TINY.model(), device(1));
+    let tokens = ids(5, 420);
+    for mode in KvMode::ALL {
+        // More slots than fit a short context: growing makes room for them.
+        let options = kv(mode, 2, 32, 33, 150);
+        let run = |late: bool| {
+            let mut session = engine.session(options, if late { 201 } else { 420 }).unwrap();
+            let mut buffers = Buffers::default();
+            let prompt = Prompt { session: &mut session, tokens: &tokens[..190] };
+            engine.prefill(&mut [prompt], &mut buffers).unwrap().remove(0).unwrap();
+            let mut rows = vec![];
+            for (i, &token) in tokens[190..419].iter().enumerate() {
+                if late && i == 10 {
+                    session.reserve(420).unwrap();
+                }
+                engine.decode(&mut [Next { session: &mut session, token }], &mut buffers).unwrap();
+                rows.push(buffers.logits(0).unwrap().to_vec());
+            }
+            rows
+        };
+        assert_eq!(run(true), run(false), "{mode:?}");
+    }
+}
+
+/// A session works with the engine that made it, and with no other.
+#[test]
+fn a_session_of_another_engine_is_refused() {
+    let (one, other) = (Engine::new(TINY.model(), device(1)), Engine::new(TINY.model(), device(1)));
+    let mut session = one.session(kv(KvMode::Full, 2, 32, 33, 0), 10).unwrap();
+    let mut buffers = Buffers::default();
+    let error = other.prefill(&mut [Prompt { session: &mut session, tokens: &[1] }], &mut buffers).err().unwrap();
+    assert!(error.exit_code() == 2 && error.to_string().contains("another engine"), "{error}");
+    assert!(buffers.logits(0).unwrap_err().exit_code() == 2);
 }

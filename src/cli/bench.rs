@@ -6,6 +6,7 @@ mod simulate;
 
 use std::time::Instant;
 
+use specache::context::MAX_CONTEXT;
 use specache::cpu::bandwidth;
 use specache::device::{Device, interrupt, ram};
 use specache::error::{Error, Result};
@@ -57,6 +58,9 @@ fn check(args: &BenchArgs) -> Result<()> {
     match (args.n_predict, args.depth, args.repetitions) {
         (Some(0), ..) => zero("-n"),
         (_, Some(0), _) => zero("-d"),
+        (_, Some(depth), _) if depth > MAX_CONTEXT => {
+            Err(Error::Usage(format!("-d {depth}: at most {MAX_CONTEXT} tokens are supported")))
+        }
         (.., 0) => zero("-r"),
         _ => Ok(()),
     }

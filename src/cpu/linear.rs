@@ -61,15 +61,20 @@ pub fn project(isa: Isa, path: Path, x: &[f32], rows: usize, parts: &mut [Part<'
         check(&input, part.linear, part.out);
     }
     let block = path.block(input.k);
-    let blocks: usize = parts.iter().map(|p| p.n().div_ceil(block)).sum();
-    let work = parts.iter().map(|p| p.n()).sum::<usize>() * rows * input.k;
-    // The mutable borrows become tiles for the time of the region; nothing may be allocated for them.
-    let parts = Parts(parts);
+    let n = |linear: &Linear| linear.weight.rows();
+    let blocks: usize = parts.iter().map(|p| n(p.linear).div_ceil(block)).sum();
+    let work = parts.iter().map(|p| n(p.linear)).sum::<usize>() * rows * input.k;
+    // The mutable borrows become tiles for the time of the region: in an array, as nothing may be allocated for them.
+    assert!(parts.len() <= MOST_PARTS, "linear: at most {MOST_PARTS} matrices share an input");
+    let mut targets = [None; MOST_PARTS];
+    for (target, part) in targets.iter_mut().zip(parts) {
+        *target = Some((part.linear, Tile::new(part.out, n(part.linear))));
+    }
     path.prepare(isa, input, |x| {
         for_blocks(blocks, work, &|index| {
-            let (part, range) = parts.find(index, block);
+            let (linear, tile, range) = find(&targets, index, block);
             // SAFETY: `check` and `find` keep the range within the part; each index is another part or range of columns.
-            unsafe { fill(isa, x, part.linear, range.clone(), part.tile().right(range.start), Store::Overwrite) }
+            unsafe { fill(isa, x, linear, range.clone(), tile.right(range.start), Store::Overwrite) }
         })
     });
 }
@@ -166,31 +171,24 @@ fn block_range(index: usize, block: usize, n: usize) -> Range<usize> {
     index * block..((index + 1) * block).min(n)
 }
 
-impl Part<'_> {
-    fn n(&self) -> usize {
-        self.linear.weight.rows()
-    }
+/// Matrices of one [`project`]: q, k and v are the most there is.
+const MOST_PARTS: usize = 4;
 
-    fn tile(&self) -> Tile {
-        Tile { at: self.out.as_ptr().cast_mut(), stride: self.n() }
-    }
-}
-
-/// The parts of a region, numbered by blocks.
-struct Parts<'a, 'b>(&'a mut [Part<'b>]);
-
-impl<'b> Parts<'_, 'b> {
-    /// Part and columns of block `index`, counted through all parts.
-    fn find(&self, mut index: usize, block: usize) -> (&Part<'b>, Range<usize>) {
-        for part in self.0.iter() {
-            let blocks = part.n().div_ceil(block);
-            if index < blocks {
-                return (part, block_range(index, block, part.n()));
-            }
-            index -= blocks;
+/// Matrix, output and columns of block `index`, counted through all parts.
+fn find<'a>(
+    targets: &[Option<(&'a Linear, Tile)>],
+    mut index: usize,
+    block: usize,
+) -> (&'a Linear, Tile, Range<usize>) {
+    for &(linear, tile) in targets.iter().flatten() {
+        let n = linear.weight.rows();
+        let blocks = n.div_ceil(block);
+        if index < blocks {
+            return (linear, tile, block_range(index, block, n));
         }
-        unreachable!("a block beyond the last part")
+        index -= blocks;
     }
+    unreachable!("a block beyond the last part")
 }
 
 /// Output features `range` of all rows, to `to`.

@@ -239,11 +239,11 @@ pub(crate) const EXP_MIN: f32 = -87.336_54;
 /// Coefficients of r^2 .. r^6 in [`Simd::exp`].
 const EXP_POLY: [f32; 5] = [0.499_999_94, 0.166_665_2, 0.041_668_393, 0.008_368_781, 0.001_381_446_7];
 
-/// Asks for the cache line at `p` into the second-level cache. Never faults either.
+/// Asks for the cache line at `p` into the second-level cache. Never faults, so any address will do.
 #[inline(always)]
 pub(crate) fn prefetch_l2(p: *const u8) {
     use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-    // SAFETY: as above.
+    // SAFETY: SSE is part of x86-64; a prefetch of an invalid address is ignored.
     unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
 }
 

@@ -56,12 +56,14 @@ impl Meter {
         }
     }
 
-    /// Checks that `bytes` could be taken, without taking them: admission of a request before it starts.
+    /// Sets `bytes` aside, so that what is allocated from them cannot be refused: admission of a request before it
+    /// starts.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] as [`Meter::take`].
-    pub fn admit(&self, bytes: u64, what: &str) -> Result<()> {
-        if bytes <= self.available() { Ok(()) } else { Err(self.refusal(bytes, self.available(), what)) }
+    pub fn grant(&self, bytes: u64, what: &str) -> Result<Grant> {
+        self.take(bytes, what)?;
+        Ok(Grant { meter: self.clone(), left: bytes })
     }
 
     pub(crate) fn refusal(&self, needed: u64, available: u64, what: &str) -> Error {
@@ -72,6 +74,27 @@ impl Meter {
 
     pub(crate) fn give_back(&self, bytes: u64) {
         self.0.used.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}
+
+/// Bytes of a budget that are set aside. What nobody drew goes back when it is dropped.
+pub struct Grant {
+    meter: Meter,
+    left: u64,
+}
+
+impl Grant {
+    /// Draws bytes, from the budget itself where the grant falls short.
+    fn draw(&mut self, bytes: u64, what: &str) -> Result<()> {
+        self.meter.take(bytes.saturating_sub(self.left), what)?;
+        self.left = self.left.saturating_sub(bytes);
+        Ok(())
+    }
+}
+
+impl Drop for Grant {
+    fn drop(&mut self) {
+        self.meter.give_back(self.left);
     }
 }
 
@@ -88,10 +111,11 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    pub(super) fn new(len: usize, meter: &Meter, poison: bool, what: &str) -> Result<Buffer> {
+    pub(super) fn new(len: usize, grant: &mut Grant, poison: bool, what: &str) -> Result<Buffer> {
         let n_lines = len.div_ceil(64);
         let bytes = n_lines as u64 * 64;
-        meter.take(bytes, what)?;
+        grant.draw(bytes, what)?;
+        let meter = &grant.meter;
         let mut lines = Vec::new();
         if lines.try_reserve_exact(n_lines).is_err() {
             meter.give_back(bytes);
@@ -151,9 +175,10 @@ mod tests {
     #[test]
     fn budget_is_hard_and_drop_gives_back() {
         let meter = Meter::new("device", Some(256));
-        let a = Buffer::new(100, &meter, false, "a").unwrap();
+        let alloc = |len, what| Buffer::new(len, &mut meter.grant(0, what)?, false, what);
+        let a = alloc(100, "a").unwrap();
         assert_eq!((meter.used(), a.metered_bytes(), a.len()), (128, 128, 100));
-        let refused = Buffer::new(129, &meter, false, "the second").err().unwrap();
+        let refused = alloc(129, "the second").err().unwrap();
         assert_eq!(refused.exit_code(), 4);
         let text = refused.to_string();
         assert!(text.contains("the second") && text.contains("192") && text.contains("128"), "{text}");
@@ -163,9 +188,27 @@ mod tests {
     }
 
     #[test]
+    fn a_grant_cannot_be_taken_away() {
+        let meter = Meter::new("device", Some(256));
+        let mut grant = meter.grant(192, "a request").unwrap();
+        assert_eq!(meter.available(), 64);
+        assert!(meter.grant(65, "another").is_err());
+        let a = Buffer::new(128, &mut grant, false, "a").unwrap();
+        assert_eq!(meter.available(), 64, "drawn from what was set aside");
+        let b = Buffer::new(128, &mut grant, false, "more than is left of it").unwrap();
+        assert_eq!(meter.available(), 0);
+        drop(grant);
+        assert_eq!(meter.available(), 0);
+        drop((a, b));
+        assert_eq!(meter.used(), 0);
+        drop(meter.grant(100, "not drawn").unwrap());
+        assert_eq!(meter.used(), 0);
+    }
+
+    #[test]
     fn poison_reads_as_nan() {
         let meter = Meter::new("device", None);
-        let b = Buffer::new(64, &meter, true, "b").unwrap();
+        let b = Buffer::new(64, &mut meter.grant(0, "b").unwrap(), true, "b").unwrap();
         assert!(b.as_slice::<f32>().iter().all(|x| x.is_nan()));
         assert!(b.as_slice::<u16>().iter().all(|&x| half::bf16::from_bits(x).is_nan()));
         assert_eq!(b.bytes().as_ptr() as usize % 64, 0);

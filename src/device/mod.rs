@@ -14,7 +14,7 @@ pub mod stream;
 
 use std::sync::Arc;
 
-pub use buffer::{Buffer, Meter};
+pub use buffer::{Buffer, Grant, Meter};
 pub use stream::{InFlight, Stream};
 
 use crate::cpu::Isa;
@@ -66,7 +66,7 @@ impl Device {
         Ok(Device(Arc::new(Inner {
             isa,
             pool,
-            copy: Stream::new("copy"),
+            copy: Stream::new("copy")?,
             device_memory: Meter::new("device", options.device_budget),
             host_memory: Meter::new("host", options.host_budget),
             poison: options.poison,
@@ -108,14 +108,14 @@ impl Device {
         &self.0.host_memory
     }
 
-    /// Checks that a request fits the budgets of both kinds of memory and, as both are the same RAM on this device, what
-    /// the machine has left. Takes nothing.
+    /// Admits a request: sets bytes of both kinds of memory aside, if the budgets allow it and, as both are the same RAM
+    /// on this device, the machine has them.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] naming `what`, the bytes needed and the bytes available.
-    pub fn admit(&self, device_bytes: u64, host_bytes: u64, what: &str) -> Result<()> {
-        self.0.device_memory.admit(device_bytes, what)?;
-        self.0.host_memory.admit(host_bytes, what)?;
+    /// [`Error::OutOfMemory`] naming `what`, the bytes needed and the bytes available; nothing is taken then.
+    pub fn grant(&self, device_bytes: u64, host_bytes: u64, what: &str) -> Result<Grants> {
+        let device = self.0.device_memory.grant(device_bytes, what)?;
+        let host = self.0.host_memory.grant(host_bytes, what)?;
         let needed = device_bytes.saturating_add(host_bytes);
         match ram::available() {
             Some(available) if available < needed => Err(Error::OutOfMemory {
@@ -125,23 +125,37 @@ impl Device {
                 available,
                 fix: "shorten the context, use a smaller KV cache (--kv kivi), or free memory".into(),
             }),
-            _ => Ok(()),
+            _ => Ok(Grants { device, host, poison: self.0.poison }),
         }
     }
 
+    /// Whether two handles are of one device.
+    pub fn is(&self, other: &Device) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+/// Memory that a request has been granted ([`Device::grant`]). What it does not use goes back when this is dropped.
+pub struct Grants {
+    device: Grant,
+    host: Grant,
+    poison: bool,
+}
+
+impl Grants {
     /// Device memory of `len` bytes, zeroed (or poisoned). Metered until it is dropped.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] when the budget is used up.
-    pub fn alloc(&self, len: usize, what: &str) -> Result<Buffer> {
-        Buffer::new(len, &self.0.device_memory, self.0.poison, what)
+    /// [`Error::OutOfMemory`] when more is asked for than was granted and the budget does not have it.
+    pub fn device(&mut self, len: usize, what: &str) -> Result<Buffer> {
+        Buffer::new(len, &mut self.device, self.poison, what)
     }
 
     /// Host memory of `len` bytes for KV pages, metered as such.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] when the budget is used up.
-    pub fn alloc_host(&self, len: usize, what: &str) -> Result<Buffer> {
-        Buffer::new(len, &self.0.host_memory, self.0.poison, what)
+    /// As [`Grants::device`].
+    pub fn host(&mut self, len: usize, what: &str) -> Result<Buffer> {
+        Buffer::new(len, &mut self.host, self.poison, what)
     }
 }

@@ -1,9 +1,12 @@
 //! An ordered queue of work beside the calling thread, and values that it is busy with.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result};
 
 /// An ordered queue: work runs one after the other, in the order of its launch, while the caller goes on.
 pub struct Stream {
@@ -13,11 +16,32 @@ pub struct Stream {
 
 impl Stream {
     /// Starts the worker thread of a stream.
-    pub fn new(name: &str) -> Stream {
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if the system refuses a thread.
+    pub fn new(name: &str) -> Result<Stream> {
         let (queue, jobs) = channel::<Box<dyn FnOnce() + Send>>();
-        let run = move || jobs.into_iter().for_each(|job| job());
-        let worker = std::thread::Builder::new().name(name.into()).spawn(run).expect("the system refuses a thread");
-        Stream { queue: Some(queue), worker: Some(worker) }
+        // A job that panics tells its waiter (see `Finish`); the stream goes on.
+        let run = move || jobs.into_iter().for_each(|job| drop(catch_unwind(AssertUnwindSafe(job))));
+        let refused = |e| Error::Usage(format!("no thread for the {name} stream: {e}; raise the limit on processes"));
+        let worker = std::thread::Builder::new().name(name.into()).spawn(run).map_err(refused)?;
+        Ok(Stream { queue: Some(queue), worker: Some(worker) })
+    }
+
+    fn enqueue(&self, job: Box<dyn FnOnce() + Send>) {
+        self.queue.as_ref().expect("present until drop").send(job).expect("the worker lives as long as the stream");
+    }
+
+    /// Runs work that nobody waits for by itself; [`Stream::drain`] does.
+    pub fn launch_detached(&self, work: impl FnOnce() + Send + 'static) {
+        self.enqueue(Box::new(work));
+    }
+
+    /// Waits until everything launched so far is done, and says how long that took.
+    pub fn drain(&self) -> Duration {
+        let mut waited = Duration::default();
+        self.launch((), |()| ()).wait(&mut waited);
+        waited
     }
 
     /// Hands `value` to the stream, which runs `work` on it when everything launched before is done. The value can be
@@ -30,7 +54,7 @@ impl Stream {
             work(&mut value);
             finish.with(value);
         });
-        self.queue.as_ref().expect("present until drop").send(job).expect("the worker lives as long as the stream");
+        self.enqueue(job);
         InFlight(shared)
     }
 }
@@ -73,7 +97,7 @@ impl<T> Drop for Finish<T> {
     }
 }
 
-/// A value that a stream is working on.
+/// A value that a stream is working on. Dropping it waits too: nothing is freed while the stream uses it.
 #[must_use = "the value comes back only by waiting for it"]
 pub struct InFlight<T>(Arc<Shared<T>>);
 
@@ -97,13 +121,33 @@ impl<T> InFlight<T> {
     }
 }
 
+impl<T> Drop for InFlight<T> {
+    fn drop(&mut self) {
+        let state = self.0.state.lock().unwrap_or_else(|e| e.into_inner());
+        let busy = |s: &mut State<T>| matches!(s, State::Busy);
+        drop(self.0.done.wait_while(state, busy).unwrap_or_else(|e| e.into_inner()));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
+    fn dropping_a_value_in_flight_waits_for_it() {
+        let stream = Stream::new("test").unwrap();
+        let done = Arc::new(Mutex::new(false));
+        let flag = done.clone();
+        drop(stream.launch(0, move |_| {
+            std::thread::sleep(Duration::from_millis(20));
+            *flag.lock().unwrap() = true;
+        }));
+        assert!(*done.lock().unwrap());
+    }
+
+    #[test]
     fn work_runs_in_order_and_values_come_back() {
-        let stream = Stream::new("test");
+        let stream = Stream::new("test").unwrap();
         let log = Arc::new(Mutex::new(vec![]));
         let jobs: Vec<_> = (0..20)
             .map(|i| {
@@ -125,7 +169,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "copy stream panicked")]
     fn a_panic_reaches_the_waiter() {
-        let stream = Stream::new("test");
+        let stream = Stream::new("test").unwrap();
         stream.launch((), |_| panic!("expected in this test")).wait(&mut Duration::default());
     }
 }

@@ -9,7 +9,7 @@ use super::host::{HostLayer, WidePage, page_in, page_out};
 use super::layout::KvShape;
 use super::options::{KvMode, KvOptions, PAGE};
 use super::prefetch::Prefetch;
-use crate::device::{Buffer, Device, InFlight};
+use crate::device::{Buffer, Device, Grants, InFlight};
 use crate::error::Result;
 use crate::ops;
 
@@ -41,6 +41,17 @@ pub struct Cache {
     spare: VecDeque<WidePage>,
     /// `offload` only: two sets of pages that whole layers come back into, by turns.
     loads: [Load; 2],
+    /// What waiting for the copy stream has cost since [`Cache::take_waited`].
+    waited: Duration,
+}
+
+impl Drop for Cache {
+    /// Page-outs still hold pages: whoever comes next is to find them free.
+    fn drop(&mut self) {
+        if self.options.mode.on_host() {
+            self.device.copy_stream().drain();
+        }
+    }
 }
 
 /// A set of device pages that a layer's host pages are loaded into.
@@ -68,31 +79,42 @@ pub struct CacheBytes {
 impl CacheBytes {
     /// Bytes on the device while decoding.
     pub fn device(&self) -> u64 {
-        self.packed + self.wide + self.slots + self.loads
+        [self.packed, self.wide, self.slots, self.loads].into_iter().fold(0, u64::saturating_add)
     }
 
     /// Bytes on the device that only the prefill of a context of `n` tokens needs, while it lasts.
     pub fn prefill_scratch(shape: &KvShape, options: &KvOptions, n: usize) -> u64 {
-        prefill_pages(options, n) as u64 * shape.wide_page_bytes().next_multiple_of(64) as u64
+        wide_page_bytes(shape).saturating_mul(prefill_pages(options, n) as u64)
     }
 
-    /// The plan for a sequence of at most `capacity` tokens.
+    /// The plan for a sequence of at most `capacity` tokens. Saturates where no machine could follow.
     pub fn plan(shape: &KvShape, options: &KvOptions, capacity: usize) -> CacheBytes {
-        let line = |bytes: usize| bytes.next_multiple_of(64) as u64;
-        let layers = shape.n_layers as u64;
+        let line = |bytes: u64| bytes.saturating_add(63) / 64 * 64;
+        let times = |n: usize, bytes: u64| bytes.saturating_mul(n as u64);
         let (offloadable, tail) = page_counts(options, capacity);
-        let wide_page = line(shape.wide_page_bytes());
-        let mode = options.mode;
-        let pairs = shape.n_kv_heads * options.top_k;
-        let slots = line(pairs * 4) + line(pairs * shape.pair_bytes());
+        let wide_page = wide_page_bytes(shape);
+        let (mode, layers) = (options.mode, shape.n_layers);
+        let pairs = shape.n_kv_heads * slots_per_head(options, offloadable);
+        let slots = line(times(pairs, 4)).saturating_add(line(times(pairs, shape.pair_bytes() as u64)));
+        let packed = line(times(offloadable, shape.packed_page_bytes() as u64));
         CacheBytes {
-            packed: if mode.low_bit() { layers * line(offloadable * shape.packed_page_bytes()) } else { 0 },
-            wide: layers * tail as u64 * wide_page,
-            slots: if mode.fetches() { layers * slots } else { 0 },
-            loads: if mode == KvMode::Offload { 2 * offloadable as u64 * wide_page } else { 0 },
-            host: if mode.on_host() { layers * offloadable as u64 * wide_page } else { 0 },
+            packed: if mode.low_bit() { times(layers, packed) } else { 0 },
+            wide: times(layers, times(tail, wide_page)),
+            slots: if mode.fetches() { times(layers, slots) } else { 0 },
+            loads: if mode == KvMode::Offload { times(2 * offloadable, wide_page) } else { 0 },
+            host: if mode.on_host() { times(layers, times(offloadable, wide_page)) } else { 0 },
         }
     }
+}
+
+/// Bytes that a meter counts for a wide page.
+fn wide_page_bytes(shape: &KvShape) -> u64 {
+    shape.wide_page_bytes().next_multiple_of(64) as u64
+}
+
+/// Slots of a KV head: never more than could be selected.
+fn slots_per_head(options: &KvOptions, offloadable: usize) -> usize {
+    options.top_k.min(offloadable * PAGE)
 }
 
 /// Pages per layer of a sequence of at most `capacity` tokens: how many can be offloaded, and how many wide ones the
@@ -113,34 +135,30 @@ fn prefill_pages(options: &KvOptions, n: usize) -> usize {
 }
 
 impl Cache {
-    /// An empty cache with room for `capacity` tokens; everything that decoding will need is allocated here.
+    /// An empty cache with room for `capacity` tokens; everything that decoding will need is allocated here. Room for the
+    /// prefill of as many tokens is asked for too, but not kept.
     ///
     /// # Errors
-    /// [`crate::Error::OutOfMemory`] before anything is allocated if the plan does not fit a budget.
+    /// [`crate::Error::OutOfMemory`] before anything is allocated if the plan does not fit.
     pub fn new(device: &Device, shape: KvShape, options: KvOptions, capacity: usize) -> Result<Cache> {
-        let mut cache = Cache {
-            shape,
-            options,
-            counters: Counters::new(&options),
-            layers: Vec::with_capacity(shape.n_layers),
-            device: device.clone(),
-            capacity: 0,
-            spare: VecDeque::new(),
-            loads: Default::default(),
-        };
-        let top_k = if options.mode.fetches() { options.top_k } else { 0 };
         let plan = CacheBytes::plan(&shape, &options, capacity);
         let prefill = CacheBytes::prefill_scratch(&shape, &options, capacity);
-        device.admit(plan.device() + prefill, plan.host, "the KV cache of a sequence")?;
+        let device_bytes = plan.device().saturating_add(prefill);
+        let grants = &mut device.grant(device_bytes, plan.host, "the KV cache of a sequence")?;
+        let mut layers = Vec::with_capacity(shape.n_layers);
         for _ in 0..shape.n_layers {
-            cache.layers.push(LayerCache {
+            layers.push(LayerCache {
                 tail: Vec::new(),
-                packed: device.alloc(0, "")?,
-                host: if options.mode.on_host() { Some(Arc::new(HostLayer::new(device, &shape, 0)?)) } else { None },
-                prefetch: Prefetch::new(device, &shape, top_k)?,
+                packed: grants.device(0, "")?,
+                host: options.mode.on_host().then(Arc::default),
+                prefetch: Prefetch::new(grants, &shape)?,
             });
         }
-        cache.reserve(capacity)?;
+        let (spare, loads, counters) = (VecDeque::new(), Default::default(), Counters::new(&options));
+        let waited = Duration::default();
+        let mut cache =
+            Cache { shape, options, counters, layers, device: device.clone(), capacity: 0, spare, loads, waited };
+        cache.grow(capacity, grants)?;
         Ok(cache)
     }
 
@@ -154,32 +172,41 @@ impl Cache {
         self.capacity
     }
 
-    /// Grows to at least `capacity` tokens.
+    /// Makes room for at least `capacity` tokens.
     ///
     /// # Errors
-    /// [`crate::Error::OutOfMemory`]; the cache is as usable as before then.
+    /// [`crate::Error::OutOfMemory`]; nothing has changed then.
     pub fn reserve(&mut self, capacity: usize) -> Result<()> {
+        let (device_bytes, host_bytes) = self.needs(capacity, 0);
+        let mut grants = self.device.grant(device_bytes, host_bytes, "a longer KV cache")?;
+        self.grow(capacity, &mut grants)
+    }
+
+    fn grow(&mut self, capacity: usize, grants: &mut Grants) -> Result<()> {
         if capacity <= self.capacity {
             return Ok(());
         }
-        let (device, shape) = (self.device.clone(), self.shape);
+        let shape = self.shape;
         let (offloadable, tail) = page_counts(&self.options, capacity);
         for layer in &mut self.layers {
             let packed_bytes = offloadable * shape.packed_page_bytes();
             if self.options.mode.low_bit() && layer.packed.len() < packed_bytes {
-                let mut grown = device.alloc(packed_bytes, "packed KV pages")?;
+                let mut grown = grants.device(packed_bytes, "packed KV pages")?;
                 grown.bytes_mut()[..layer.packed.len()].copy_from_slice(layer.packed.bytes());
                 layer.packed = grown;
             }
             if let Some(host) = &layer.host {
-                host.reserve(&device, &shape, offloadable)?;
+                host.reserve(grants, &shape, offloadable)?;
+            }
+            if self.options.mode.fetches() {
+                layer.prefetch.reserve(grants, &shape, slots_per_head(&self.options, offloadable))?;
             }
         }
-        self.top_up_spare(tail * shape.n_layers)?;
+        self.top_up_spare(tail * shape.n_layers, grants)?;
         if self.options.mode == KvMode::Offload {
             for load in &mut self.loads {
                 while load.pages.len() < offloadable {
-                    load.pages.push(Arc::new(device.alloc(shape.wide_page_bytes(), "layers that come back")?));
+                    load.pages.push(Arc::new(grants.device(shape.wide_page_bytes(), "layers that come back")?));
                 }
             }
         }
@@ -204,9 +231,9 @@ impl Cache {
     }
 
     /// Makes sure that spare and tail pages together are at least `total`.
-    fn top_up_spare(&mut self, total: usize) -> Result<()> {
+    fn top_up_spare(&mut self, total: usize, grants: &mut Grants) -> Result<()> {
         for _ in self.wide_pages()..total {
-            let page = self.device.alloc(self.shape.wide_page_bytes(), "wide KV pages")?;
+            let page = grants.device(self.shape.wide_page_bytes(), "wide KV pages")?;
             self.spare.push_front(Arc::new(page));
         }
         Ok(())
@@ -216,7 +243,7 @@ impl Cache {
     fn take_spare(&mut self) -> WidePage {
         let mut page = self.spare.pop_front().expect("pages were reserved for this many tokens");
         while Arc::get_mut(&mut page).is_none() {
-            self.device.copy_stream().launch((), |_| ()).wait(&mut Duration::default());
+            self.waited += self.device.copy_stream().drain();
         }
         page
     }
@@ -232,7 +259,7 @@ impl Cache {
             self.layers[layer].tail.push(fresh);
         }
         let page = Arc::get_mut(&mut self.layers[layer].tail[page]).expect("an incomplete page has one owner");
-        ops::kv::write_pairs(self.device.isa(), &self.shape, page, position % PAGE, k, v);
+        ops::kv::write_pairs(&self.device, &self.shape, page, position % PAGE, k, v);
     }
 
     /// The end of a decode step: the counters move, and a page that counts as offloaded from now on is packed and sent
@@ -268,29 +295,35 @@ impl Cache {
         self.layers.len() * page_counts(&self.options, capacity).1 + prefill_pages(&self.options, n)
     }
 
-    /// Bytes on the device and on the host, beyond those held now, that [`Cache::begin_prefill`] takes.
-    pub fn prefill_needs(&self, n: usize) -> (u64, u64) {
-        let capacity = n.max(self.capacity);
+    /// Bytes on the device and on the host, beyond those held now, that room for `capacity` tokens takes, and the prefill
+    /// of a context of `prefill` tokens beside it.
+    fn needs(&self, capacity: usize, prefill: usize) -> (u64, u64) {
+        let capacity = capacity.max(self.capacity);
         let (held, plan) = (self.bytes(), CacheBytes::plan(&self.shape, &self.options, capacity));
-        let wide_page = self.shape.wide_page_bytes().next_multiple_of(64) as u64;
-        let wide = self.prefill_wide_pages(n, capacity) as u64 * wide_page;
-        // A layer's packed pages exist twice while they move to their new place.
-        let moving = if plan.packed > held.packed { held.packed / self.layers.len() as u64 } else { 0 };
-        let device = plan.packed + moving + plan.slots + plan.loads + wide.max(held.wide);
+        let wide = wide_page_bytes(&self.shape).saturating_mul(self.prefill_wide_pages(prefill, capacity) as u64);
+        // What grows exists twice for a moment, a layer at a time.
+        let layers = self.layers.len() as u64;
+        let moving = |new: u64, old: u64| if new > old { old / layers } else { 0 };
+        let moving = moving(plan.packed, held.packed) + moving(plan.slots, held.slots);
+        let device = CacheBytes { wide: wide.max(held.wide), ..plan }.device().saturating_add(moving);
         (device.saturating_sub(held.device()), plan.host.saturating_sub(held.host))
     }
 
-    /// Starts the prefill of more tokens, up to `n` in all: reserves room and working pages.
+    /// Bytes on the device and on the host that [`Cache::begin_prefill`] takes beyond those held now.
+    pub fn prefill_needs(&self, n: usize) -> (u64, u64) {
+        self.needs(n, n)
+    }
+
+    /// Starts the prefill of more tokens, up to `n` in all: makes room, and takes working pages.
     ///
     /// # Errors
-    /// [`crate::Error::OutOfMemory`]; never if [`Cache::prefill_needs`] was available before.
-    pub fn begin_prefill(&mut self, n: usize) -> Result<()> {
-        let mut exposed = Duration::ZERO;
+    /// [`crate::Error::OutOfMemory`]; never if [`Cache::prefill_needs`] was granted.
+    pub fn begin_prefill(&mut self, n: usize, grants: &mut Grants) -> Result<()> {
         for layer in &mut self.layers {
-            layer.prefetch.arrive(&mut exposed);
+            layer.prefetch.arrive(&mut self.waited);
         }
-        self.reserve(n)?;
-        self.top_up_spare(self.prefill_wide_pages(n, self.capacity))
+        self.grow(n, grants)?;
+        self.top_up_spare(self.prefill_wide_pages(n, self.capacity), grants)
     }
 
     /// The device pages of one layer for a prefill up to `n` tokens: all that the new tokens must see at 16 bits and all
@@ -334,8 +367,18 @@ impl Cache {
         for layer in &mut self.layers {
             layer.prefetch.slots_mut().count = 0;
         }
-        let keep = self.layers.len() * page_counts(&self.options, self.capacity).1;
+        self.free_working_pages();
+    }
+
+    /// Frees the pages that only a prefill needs: at its end, or where it was given up.
+    pub fn free_working_pages(&mut self) {
+        let keep = self.prefill_wide_pages(0, self.capacity);
         while self.wide_pages() > keep && self.spare.pop_front().is_some() {}
+    }
+
+    /// Time that writes have waited for pages since the last call.
+    pub fn take_waited(&mut self) -> Duration {
+        std::mem::take(&mut self.waited)
     }
 
     /// `offload`: begins to bring `layer` back. Returns the bytes that this moves.

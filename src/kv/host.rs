@@ -4,7 +4,7 @@ use std::sync::{Arc, RwLock, RwLockReadGuard};
 
 use super::layout::KvShape;
 use super::options::PAGE;
-use crate::device::{Buffer, Device, InFlight};
+use crate::device::{Buffer, Device, Grants, InFlight};
 use crate::error::Result;
 
 /// A wide page on the device. Shared with the copy stream while a copy reads it; whoever writes needs it alone.
@@ -12,29 +12,20 @@ pub type WidePage = Arc<Buffer>;
 
 /// The host pages of one layer. Written by page-out and read by page-in and gather, all on the copy stream and so in
 /// order; the lock is there for everybody else (snapshots, tests) and is never contended in a step.
+#[derive(Default)]
 pub struct HostLayer {
     pages: RwLock<Vec<Buffer>>,
 }
 
 impl HostLayer {
-    /// Room for `n_pages` pages.
-    ///
-    /// # Errors
-    /// [`crate::Error::OutOfMemory`] when the host budget is used up.
-    pub fn new(device: &Device, shape: &KvShape, n_pages: usize) -> Result<HostLayer> {
-        let layer = HostLayer { pages: RwLock::new(Vec::new()) };
-        layer.reserve(device, shape, n_pages)?;
-        Ok(layer)
-    }
-
     /// Grows to at least `n_pages` pages.
     ///
     /// # Errors
-    /// As [`HostLayer::new`].
-    pub fn reserve(&self, device: &Device, shape: &KvShape, n_pages: usize) -> Result<()> {
+    /// [`crate::Error::OutOfMemory`] if that is more than was granted.
+    pub fn reserve(&self, grants: &mut Grants, shape: &KvShape, n_pages: usize) -> Result<()> {
         let mut pages = self.pages.write().unwrap_or_else(|e| e.into_inner());
         while pages.len() < n_pages {
-            pages.push(device.alloc_host(shape.wide_page_bytes(), "the 16-bit KV copy")?);
+            pages.push(grants.host(shape.wide_page_bytes(), "the 16-bit KV copy")?);
         }
         Ok(())
     }
@@ -53,11 +44,11 @@ impl HostLayer {
 /// Copies complete device pages to the host, beginning with page `first`, while the caller goes on.
 pub fn page_out(device: &Device, host: &Arc<HostLayer>, first: usize, pages: Vec<WidePage>) {
     let host = host.clone();
-    // Nobody waits for this value: the stream's order puts it before every gather that may read the page, and the
+    // Nobody waits for this by itself: the stream's order puts it before every gather that may read the page, and the
     // pages' reference counts keep them from being written meanwhile.
-    let _detached = device.copy_stream().launch(pages, move |pages| {
+    device.copy_stream().launch_detached(move || {
         let mut to = host.pages.write().unwrap_or_else(|e| e.into_inner());
-        for (i, page) in pages.drain(..).enumerate() {
+        for (i, page) in pages.into_iter().enumerate() {
             to[first + i].bytes_mut().copy_from_slice(page.bytes());
         }
     });

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::host::HostLayer;
 use super::layout::KvShape;
 use super::options::PAGE;
-use crate::device::{Buffer, Device, InFlight};
+use crate::device::{Buffer, Device, Grants, InFlight};
 use crate::error::Result;
 
 /// Prefetched pairs of one layer. Every KV head has the same number of them.
@@ -17,16 +17,28 @@ pub struct Slots {
     pub positions: Buffer,
     /// `[n_kv_heads, top_k]` pairs, K | V.
     pub pairs: Buffer,
-    /// k.
+    /// k, or as many as can be selected at all if that is less.
     pub top_k: usize,
 }
 
 impl Slots {
-    fn new(device: &Device, shape: &KvShape, top_k: usize) -> Result<Slots> {
+    fn new(grants: &mut Grants, shape: &KvShape, top_k: usize) -> Result<Slots> {
         let n = shape.n_kv_heads * top_k;
-        let positions = device.alloc(n * 4, "the prefetched positions")?;
-        let pairs = device.alloc(n * shape.pair_bytes(), "the prefetched pairs")?;
+        let positions = grants.device(n * 4, "the prefetched positions")?;
+        let pairs = grants.device(n * shape.pair_bytes(), "the prefetched pairs")?;
         Ok(Slots { count: 0, positions, pairs, top_k })
+    }
+
+    /// The same selection in slots that have room for more.
+    fn copy_to(&self, to: &mut Slots, shape: &KvShape) {
+        to.count = self.count;
+        for head in 0..shape.n_kv_heads {
+            let (from_row, to_row) = (head * self.top_k, head * to.top_k);
+            to.positions.as_mut_slice::<u32>()[to_row..][..self.count].copy_from_slice(self.selected(head));
+            let pair = shape.pair_bytes();
+            let from = &self.pairs.bytes()[from_row * pair..][..self.count * pair];
+            to.pairs.bytes_mut()[to_row * pair..][..from.len()].copy_from_slice(from);
+        }
     }
 
     /// The selected positions of one KV head.
@@ -49,14 +61,28 @@ pub struct Prefetch {
 }
 
 impl Prefetch {
-    /// Empty slots for `top_k` pairs per KV head.
+    /// Empty slots, with room for no pair yet.
     ///
     /// # Errors
-    /// [`crate::Error::OutOfMemory`] when the device budget is used up.
-    pub fn new(device: &Device, shape: &KvShape, top_k: usize) -> Result<Prefetch> {
-        let slots = Slots::new(device, shape, top_k)?;
-        let metered_bytes = slots.positions.metered_bytes() + slots.pairs.metered_bytes();
-        Ok(Prefetch { ready: Some(slots), in_flight: None, metered_bytes })
+    /// [`crate::Error::OutOfMemory`] if that is more than was granted.
+    pub fn new(grants: &mut Grants, shape: &KvShape) -> Result<Prefetch> {
+        Ok(Prefetch { ready: Some(Slots::new(grants, shape, 0)?), in_flight: None, metered_bytes: 0 })
+    }
+
+    /// Grows to room for `top_k` pairs per KV head. A selection that is there stays.
+    ///
+    /// # Errors
+    /// As [`Prefetch::new`].
+    pub fn reserve(&mut self, grants: &mut Grants, shape: &KvShape, top_k: usize) -> Result<()> {
+        self.arrive(&mut Duration::default());
+        if self.slots().top_k >= top_k {
+            return Ok(());
+        }
+        let mut slots = Slots::new(grants, shape, top_k)?;
+        self.slots().copy_to(&mut slots, shape);
+        self.metered_bytes = slots.positions.metered_bytes() + slots.pairs.metered_bytes();
+        self.ready = Some(slots);
+        Ok(())
     }
 
     /// Device bytes that the slots take, wherever they are.

@@ -17,7 +17,9 @@ impl Cache {
     /// If the cache is not empty.
     pub fn fill_synthetic(&mut self, n: usize, seed: u64) -> Result<u64> {
         assert_eq!(self.counters.n, 0, "only an empty cache is filled");
-        self.begin_prefill(n)?;
+        let (device_bytes, host_bytes) = self.prefill_needs(n);
+        let mut grants = self.device().grant(device_bytes, host_bytes, "a cache of random pairs")?;
+        self.begin_prefill(n, &mut grants)?;
         let width = self.shape.n_kv_heads * self.shape.head_dim;
         let (mut k, mut v) = (vec![0.0; width], vec![0.0; width]);
         let mut random = Random(seed);
@@ -27,7 +29,7 @@ impl Cache {
             for token in 0..n {
                 let page = WidePage::get_mut(&mut pages[token / PAGE]).expect("a page that is filled has one owner");
                 k.iter_mut().chain(&mut v).for_each(|x| *x = random.normal());
-                ops::kv::write_pairs(device.isa(), &self.shape, page, token % PAGE, &k, &v);
+                ops::kv::write_pairs(&device, &self.shape, page, token % PAGE, &k, &v);
             }
             sent += self.settle_prefill(layer, n, pages);
         }

@@ -259,10 +259,10 @@ fn default_positions(arch: Arch) -> usize {
     }
 }
 
-/// Null, or absent outside of the Mistral family: one KV head per query head.
 /// Most query heads per KV head: with two rows, 32 queries are what the attention kernels hold at once.
 const MAX_GROUP_HEADS: usize = 16;
 
+/// Null, or absent outside of the Mistral family: one KV head per query head.
 fn n_kv_heads(f: &Fields, arch: Arch, n_heads: usize) -> Result<usize> {
     const NAME: &str = "num_key_value_heads";
     let n = match f.count(NAME, MAX_HEADS)? {

@@ -18,7 +18,7 @@ pub(super) struct Fields<'a> {
 }
 
 /// Reads a text file of a model folder; `None` if there is no such file.
-pub(super) fn read_text(file: &Path) -> Result<Option<String>> {
+pub(crate) fn read_text(file: &Path) -> Result<Option<String>> {
     let size = match std::fs::metadata(file) {
         Ok(meta) if meta.is_file() => meta.len(),
         Ok(_) => return Err(Error::model(file, "not a regular file")),

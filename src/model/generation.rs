@@ -27,14 +27,25 @@ impl GenerationConfig {
         let f = Fields::parse(file, json)?;
         Ok(GenerationConfig {
             do_sample: f.flag("do_sample")?,
-            temperature: f.number("temperature", "of at least 0", |x| x >= 0.0)?.map(|x| x as f32),
+            temperature: f
+                .number("temperature", "of at least 0", |x| x >= 0.0 && single(x).is_finite())?
+                .map(|x| x as f32),
             top_k: top_k(&f)?,
-            top_p: f.number("top_p", "above 0 and at most 1", |x| x > 0.0 && x <= 1.0)?.map(|x| x as f32),
-            min_p: f.number("min_p", "of at least 0 and below 1", |x| (0.0..1.0).contains(&x))?.map(|x| x as f32),
-            repetition_penalty: f.number("repetition_penalty", "above 0", |x| x > 0.0)?.map(|x| x as f32),
+            top_p: f.number("top_p", "above 0 and at most 1", |x| single(x) > 0.0 && x <= 1.0)?.map(|x| x as f32),
+            min_p: f
+                .number("min_p", "of at least 0 and below 1", |x| (0.0..1.0).contains(&single(x)))?
+                .map(|x| x as f32),
+            repetition_penalty: f
+                .number("repetition_penalty", "above 0", |x| single(x) > 0.0 && single(x).is_finite())?
+                .map(|x| x as f32),
             eos_token_ids: f.token_ids("eos_token_id")?,
         })
     }
+}
+
+/// As the sampler will see it.
+fn single(x: f64) -> f32 {
+    x as f32
 }
 
 /// 0 switches top-k off.

@@ -3,7 +3,7 @@
 //! A leaf of the dependency tree: nothing here knows about devices, caches or decoding.
 
 pub mod config;
-mod fields;
+pub(crate) mod fields;
 mod generation;
 pub mod loader;
 pub mod rope;

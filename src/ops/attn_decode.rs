@@ -1,6 +1,7 @@
 //! Attention of a decode step: one or two rows a sequence over the mixed cache.
 
 use crate::cpu;
+pub use crate::cpu::attn_decode::Scratch;
 use crate::device::Device;
 use crate::kv::options::PAGE;
 use crate::kv::view::{Far, KvView, SeqRows};
@@ -16,7 +17,7 @@ pub fn attend<'a>(
     view: impl Fn(usize) -> KvView<'a> + Sync,
     q: &[f32],
     out: &mut [f32],
-    scratch: &mut cpu::attn_decode::Scratch,
+    scratch: &mut Scratch,
 ) {
     let rows: usize = seqs.iter().map(|s| s.n_rows).sum();
     assert_eq!(q.len(), out.len(), "attend: q and out");
