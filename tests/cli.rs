@@ -486,3 +486,24 @@ fn simulated_schedules_are_in_order() {
     }
     assert_fails(&["bench", "--simulate", "--gpu", "voodoo"], 2, &["voodoo"]);
 }
+
+/// The README's example: 1-bit KIVI has forgotten what is asked for, 1-bit SpeCache has not.
+#[test]
+fn one_bit_forgets_and_specache_remembers() {
+    let prompt = common::fixture("recall_prompt.txt").display().to_string();
+    let say = |kv: &[&str]| generate(&[&["-f", &prompt, "-n", "4"], kv].concat());
+    assert_eq!(say(&["--kv", "full"]), " fimi maga losu.");
+    assert_eq!(say(&["--kv", "kivi", "--kv-bits", "1"]), " fimi losu losu.");
+    assert_eq!(say(&["--kv", "specache", "--kv-bits", "1", "--kv-top-k", "16"]), " fimi maga losu.");
+}
+
+/// An output never takes the place of an input.
+#[test]
+fn logits_do_not_overwrite_their_input() {
+    let folder = folder("same");
+    let ids = file(&folder, "ids.json", "[1, 2, 3, 4]");
+    let before = std::fs::read(&ids).unwrap();
+    let args = ["logits", "-m", &recall(), "--tokens", &ids, "--prefill", "2", "-o", &ids];
+    assert_fails(&args, 2, &["--tokens and -o name the same file"]);
+    assert_eq!(std::fs::read(&ids).unwrap(), before);
+}

@@ -270,7 +270,7 @@ fn budgets_are_checked_before_anything_is_allocated() {
             let (engine, device) = with_budgets(device_budget, host_budget);
             let error = engine.session(options, capacity).err().unwrap();
             assert!(error.exit_code() == 4 && error.to_string().contains(memory), "{error}");
-            assert_eq!((device.device_memory().peak(), device.host_memory().peak()), (0, 0), "{options:?}");
+            assert_eq!(used(&device), (0, 0), "{options:?}");
         }
     }
 }

@@ -309,7 +309,8 @@ fn kv_mode() -> impl TypedValueParser<Value = KvMode> {
 /// How tokens are chosen. What is not given comes from generation_config.json, or is off.
 #[derive(Args)]
 pub struct SamplingArgs {
-    /// Temperature; 0 takes the most likely token
+    /// Temperature; 0 takes the most likely token. Sampling options that are not given come from the model's
+    /// generation_config.json if it says do_sample, else the default is 0
     #[arg(long, env = "SPECACHE_TEMP", value_name = "T", allow_negative_numbers = true)]
     temp: Option<f32>,
     /// Keep the k most likely tokens; 0 keeps all

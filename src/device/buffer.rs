@@ -67,9 +67,12 @@ impl Meter {
     }
 
     pub(crate) fn refusal(&self, needed: u64, available: u64, what: &str) -> Error {
-        let option = if self.0.memory == "device" { "--vram-budget" } else { "--host-kv-budget" };
-        let fix = format!("raise {option}, shorten the context, or use fewer sequences");
-        Error::OutOfMemory { memory: self.0.memory, what: what.to_string(), needed, available, fix }
+        let (memory, fix) = match (self.0.budget, self.0.memory) {
+            (u64::MAX, _) => ("system", "free memory or shorten the context"),
+            (_, "device") => ("device", "raise --vram-budget or shorten the context"),
+            (_, memory) => (memory, "raise --host-kv-budget or shorten the context"),
+        };
+        Error::OutOfMemory { memory, what: what.to_string(), needed, available, fix: fix.into() }
     }
 
     pub(crate) fn give_back(&self, bytes: u64) {

@@ -1,4 +1,5 @@
-//! Ctrl-C for command lines: the first one asks the engine to stop, the second one ends the process.
+//! Ctrl-C for command lines, and the system's requests to end: the first one asks the engine to stop, the second one ends
+//! the process.
 #![allow(unsafe_code)] // Signal handlers.
 
 use std::sync::Arc;
@@ -12,13 +13,15 @@ const INTERRUPTED: i32 = 130;
 /// The flag of the engine that works now; null while none does.
 static FLAG: AtomicPtr<AtomicBool> = AtomicPtr::new(std::ptr::null_mut());
 
-/// Makes Ctrl-C set the flag of the engine at work ([`forward`]). Without one, or the second time, it ends the process
+/// Makes Ctrl-C (SIGTERM and SIGHUP too) set the flag of the engine at work ([`forward`]). Without one, or the second time, it ends the process
 /// at once with exit code 130.
 pub fn install() {
     let action = SigAction::new(SigHandler::Handler(on_interrupt), SaFlags::SA_RESTART, SigSet::empty());
-    // SAFETY: the handler does nothing but atomic accesses and `_exit`, which are safe in a signal handler.
-    // Without a handler (which no Linux refuses) Ctrl-C ends the process as it does by default.
-    let _ = unsafe { sigaction(Signal::SIGINT, &action) };
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        // SAFETY: the handler does nothing but atomic accesses and `_exit`, which are safe in a signal handler.
+        // Without a handler (which no Linux refuses) the signal ends the process as it does by default.
+        let _ = unsafe { sigaction(signal, &action) };
+    }
 }
 
 /// Until the guard is dropped, Ctrl-C sets `flag` (see [`crate::Engine::interrupt_flag`]) instead of ending the process.

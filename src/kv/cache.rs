@@ -144,7 +144,8 @@ impl Cache {
         let plan = CacheBytes::plan(&shape, &options, capacity);
         let prefill = CacheBytes::prefill_scratch(&shape, &options, capacity);
         let device_bytes = plan.device().saturating_add(prefill);
-        let grants = &mut device.grant(device_bytes, plan.host, "the KV cache of a sequence")?;
+        let what = format!("the KV cache of {capacity} tokens ({prefill} bytes of it while they are prefilled)");
+        let grants = &mut device.grant(device_bytes, plan.host, &what)?;
         let mut layers = Vec::with_capacity(shape.n_layers);
         for _ in 0..shape.n_layers {
             layers.push(LayerCache {
