@@ -335,3 +335,24 @@ fn synthetic_shapes() {
     let message = error.to_string();
     assert!(synthetic::shapes().all(|shape| message.contains(shape)), "{message}");
 }
+
+/// Weights are mapped and not copied: every matrix lies in the mapping of its file, the tied LM head on the embedding.
+#[test]
+fn weights_are_mapped() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/recall");
+    let model = Model::load(folder).unwrap();
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let address = |hex: &str| usize::from_str_radix(hex, 16).unwrap();
+    let file = maps.lines().find(|line| line.ends_with("recall/model.safetensors")).expect("the file is mapped");
+    let (start, end) = file.split_once(' ').unwrap().0.split_once('-').unwrap();
+    let weights = &model.weights;
+    let layers = weights.layers.iter().flat_map(|l| [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down]);
+    for matrix in layers.map(|linear| &linear.weight).chain([&weights.embed, &weights.lm_head.weight]) {
+        let range = matrix.bytes().as_ptr_range();
+        assert!(
+            address(start) <= range.start as usize && range.end as usize <= address(end),
+            "{range:?} outside {file}"
+        );
+    }
+    assert_eq!(weights.embed.bytes().as_ptr(), weights.lm_head.weight.bytes().as_ptr());
+}
