@@ -5,7 +5,7 @@
 //! be called any other way: outside of such a function every lane operation would be a call through memory.
 //! Closures in a kernel need `#[inline(always)]` too, for the same reason.
 //!
-//! ```ignore
+//! ```text
 //! #[inline(always)]
 //! unsafe fn scale<S: Simd>(x: &mut [f32], by: f32) {
 //!     let by_v = S::splat(by);
