@@ -205,6 +205,26 @@ unsafe fn fold<S: Simd>(a: &[f32], b: &[f32], c: &[f32], to: &mut [f32]) -> f32 
     S::sum(dot)
 }
 
+/// Folds the scales of one group into every row of `n` numbers, and gives each row's product with the zeros.
+///
+/// # Safety
+/// The features of `S`; `params` holds `n` zeros and `n` scales in fp16, `n` a multiple of 32.
+#[inline(always)]
+unsafe fn fold_group<S: Simd>(
+    params: &[u8],
+    n: usize,
+    rows: &[f32],
+    widened: &mut [f32],
+    folded: &mut [f32],
+    bias: &mut [f32],
+) {
+    widen_f16::<S>(params, widened);
+    let (zero, scale) = widened.split_at(n);
+    for ((row, to), bias) in rows.chunks_exact(n).zip(folded.chunks_exact_mut(n)).zip(bias) {
+        *bias = fold::<S>(row, zero, &scale[..n], to);
+    }
+}
+
 /// See [`score_packed`].
 ///
 /// # Safety
@@ -222,12 +242,7 @@ unsafe fn score_codes<S: Simd, const BITS: usize>(
     let codes = &bytes[layout.k_codes()];
     let mut bias = [0f32; MAX_QUERIES];
     for (group, params) in bytes[layout.k_params()].chunks_exact(4 * d).enumerate() {
-        widen_f16::<S>(params, &mut temp.params);
-        let (zero, scale) = temp.params.split_at(d);
-        for query in 0..queries {
-            let (q, to) = (&temp.q[query * d..][..d], &mut temp.folded[query * d..][..d]);
-            bias[query] = fold::<S>(q, zero, &scale[..d], to);
-        }
+        fold_group::<S>(params, d, &temp.q[..queries * d], &mut temp.params, &mut temp.folded, &mut bias);
         for block in group * g / 32..(group + 1) * g / 32 {
             let codes = codes.as_ptr().add(block * 4 * BITS);
             tiles!(queries, at, T => {
@@ -337,12 +352,7 @@ unsafe fn mix_codes<S: Simd, const BITS: usize>(
     let mut bias = [0f32; MAX_QUERIES];
     let mut mixed = [0f32; 8 * 32];
     for (group, params) in bytes[layout.v_params()].chunks_exact(4 * PAGE).enumerate() {
-        widen_f16::<S>(params, &mut temp.params);
-        let (zero, scale) = temp.params.split_at(PAGE);
-        for query in 0..queries {
-            let (p, to) = (&temp.p[query * PAGE..][..PAGE], &mut temp.folded[query * PAGE..][..PAGE]);
-            bias[query] = fold::<S>(p, zero, &scale[..PAGE], to);
-        }
+        fold_group::<S>(params, PAGE, &temp.p[..queries * PAGE], &mut temp.params, &mut temp.folded, &mut bias);
         for block in group * g / 32..(group + 1) * g / 32 {
             let codes = codes.as_ptr().add(block * 4 * BITS);
             tiles!(queries, at, T => {
