@@ -144,6 +144,10 @@ impl Run<'_> {
         }
         let Outcome { tokens, prefill, first_token, decode, .. } = outcome;
         let rate = |r: Option<f64>| r.map_or("n/a".to_string(), |r| format!("{r:.1} tok/s"));
+        if !std::io::stdout().is_terminal() {
+            // Where both streams go to one place, the report begins on a line of its own.
+            say(format_args!(""));
+        }
         say(format_args!("{}, {}", self.engine.model().name, self.engine.device().describe()));
         say(format_args!(
             "prompt: {} tokens in {:.1} ms, {}; first token after {:.1} ms",
