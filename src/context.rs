@@ -4,9 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::device::Device;
+use crate::device::arena::ArenaOptions;
 use crate::error::{Error, Result};
-use crate::model::Model;
+use crate::kv::slab::{Slab, SlabOptions};
+use crate::kv::{KvOptions, KvShape};
 use crate::model::rope::RopeTable;
+use crate::model::{Config, Model};
 
 /// Most tokens of a context: positions are u32 in selections, and byte counts of a page times this fit a u64.
 pub const MAX_CONTEXT: usize = 1 << 28;
@@ -19,6 +22,8 @@ pub struct Context {
     pub model: Model,
     /// RoPE frequencies of the model.
     pub rope: RopeTable,
+    /// The 16-bit pages of all sequences on the host.
+    pub slab: Slab,
     /// Set from outside to stop prefill and decode; whoever sets it clears it before the next call.
     pub interrupt: Arc<AtomicBool>,
 }
@@ -27,7 +32,8 @@ impl Context {
     /// A model on a device.
     pub fn new(model: Model, device: Device) -> Context {
         let rope = RopeTable::new(&model.config);
-        Context { device, model, rope, interrupt: Arc::default() }
+        let slab = host_slab(&device, &model.config);
+        Context { device, model, rope, slab, interrupt: Arc::default() }
     }
 
     pub(crate) fn check_interrupt(&self) -> Result<()> {
@@ -51,6 +57,26 @@ impl Context {
     pub(crate) fn check_context(&self, tokens: usize) -> Result<()> {
         check_context(tokens, self.model.config.max_context())
     }
+}
+
+/// The slab of a model's host pages: one page size, as K and V on the host are of 16 bits whatever their type. Nothing is
+/// mapped before a sequence asks for pages.
+fn host_slab(device: &Device, config: &Config) -> Slab {
+    let page_bytes = KvShape::new(config, &KvOptions::default()).wide_page_bytes();
+    let options = device.options();
+    let nodes = device.copy_engine().gather.topology().nodes().iter().map(|node| node.id.0 as usize).collect();
+    Slab::new(SlabOptions {
+        what: "the 16-bit KV copy",
+        // Small models map little; a large sequence maps what it needs at once.
+        arena_bytes: 64 << 20,
+        // Half the cores at most: whoever waits for pages computes on the others.
+        touch_threads: (device.threads() / 2).clamp(1, 8),
+        arena: ArenaOptions { pin: options.pin.clone(), poison: options.poison, ..ArenaOptions::default() },
+        nodes,
+        faults: options.faults.clone(),
+        ..SlabOptions::new(page_bytes, device.host_memory())
+    })
+    .expect("the limits of a config keep a page below 1 GiB")
 }
 
 /// Whether a context of `tokens` is supported; `max_context` is the model's own limit ([`crate::model::Config`]).

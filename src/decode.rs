@@ -8,9 +8,11 @@
 use std::time::{Duration, Instant};
 
 use crate::context::Context;
-use crate::device::Device;
+use crate::device::order::StreamId;
+use crate::device::{Device, Schedule};
 use crate::error::{Error, Result};
 use crate::kv::KvMode;
+use crate::kv::fetch::FetchQueue;
 use crate::kv::view::SeqRows;
 use crate::ops::attn_decode;
 use crate::ops::linear::{self, Dense, Path};
@@ -74,7 +76,9 @@ fn pass(
     let config = &model.config;
     let dense = Dense { device, config, rope: &context.rope, path: Path::Rows };
     plan_rows(batch, buffers, takes_part, kind);
-    let Buffers { rows, attention, members, seqs, tokens, logits, .. } = buffers;
+    device.begin_step();
+    let Buffers { rows, attention, members, seqs, tokens, logits, fetches, .. } = buffers;
+    fetches.begin_pass(device.options().pipeline);
     let n_rows = seqs.iter().map(|s| s.n_rows).sum();
     rows.resize(config, n_rows);
     tokens.clear();
@@ -86,15 +90,15 @@ fn pass(
     }
 
     for (l, layer) in model.weights.layers.iter().enumerate() {
+        device.at_layer(Some(l));
         let not_finite = |row| mark_bad(batch, members, seqs, row, l);
         dense.norm_qkv_rope(layer, rows, position, not_finite);
         for (m, s) in members.iter().zip(&*seqs) {
-            let session = &mut *batch[m.index].session;
-            append(session, l, s, rows);
-            arrive(session, l);
+            append(batch[m.index].session, l, s, rows);
         }
+        arrive(device, batch, members, l);
         if members.iter().any(|m| batch[m.index].session.kv().mode == KvMode::Fetch) {
-            fetch_on_demand(context, batch, members, seqs, l, rows, attention);
+            fetch_on_demand(context, batch, members, seqs, l, rows, attention, fetches);
         }
         let view = |i: usize| batch[members[i].index].session.cache.view(l, config.sliding_window);
         attn_decode::attend(device, config.n_heads, seqs, view, &rows.q, &mut rows.attn, attention);
@@ -106,11 +110,13 @@ fn pass(
                 KvMode::Full | KvMode::Kivi | KvMode::Fetch => {}
             }
         }
+        fetch(device, batch, members, l, KvMode::SpeCache, kind, fetches);
         dense.out_residual(layer, rows);
         dense.norm_gate_up(layer, rows);
         dense.down_residual(layer, rows);
     }
 
+    device.at_layer(None);
     logits.resize(n_rows * config.vocab_size, 0.0);
     linear::norm_logits(device, model, &rows.x, n_rows, &mut rows.normed, logits);
     finish(batch, buffers, config.vocab_size, kind);
@@ -163,13 +169,22 @@ fn append(session: &mut Session, layer: usize, seq: &SeqRows, rows: &linear::Row
     }
 }
 
-/// Waits for what an earlier step or layer has asked the host for.
-fn arrive(session: &mut Session, layer: usize) {
-    session.cache.layers[layer].prefetch.arrive(&mut session.stats.exposed);
-    session.cache.finish_load(layer, &mut session.stats.exposed);
+/// Waits for what an earlier step or layer has asked the host for: each sequence for its own, or, in the paper's schedule,
+/// all of them for everything that the copy stream has been given.
+fn arrive(device: &Device, batch: &mut [Next], members: &[Member], layer: usize) {
+    let mut waited = Duration::ZERO;
+    let for_all = device.options().pipeline == Schedule::Stream;
+    if for_all {
+        waited += device.wait(device.record(StreamId::CopyIn), "all copies arrive before attention");
+    }
+    for m in members {
+        batch[m.index].session.cache.arrive(layer, for_all, &mut waited);
+    }
+    // Whoever's copy it was, all of them waited.
+    members.iter().for_each(|m| batch[m.index].session.stats.exposed += waited);
 }
 
-/// `specache`: the last row's attention selects what the next step will read at 16 bits, and the copy begins.
+/// `specache`: the last row's attention selects what the next step will read at 16 bits.
 fn select_ahead(
     context: &Context,
     session: &mut Session,
@@ -194,10 +209,10 @@ fn select_ahead(
     let slots = session.cache.layers[layer].prefetch.slots_mut();
     let selection = Selection { seq, row, candidates, slots };
     select::select(&context.device, group_heads, n_kv_heads, attention, selection);
-    begin_fetch(&context.device, session, layer, kind);
 }
 
 /// `fetch`: the real row scores the low-bit cache, and waits while what it needs comes from the host.
+#[allow(clippy::too_many_arguments)] // One call site, which names them all.
 fn fetch_on_demand(
     context: &Context,
     batch: &mut [Next],
@@ -206,48 +221,69 @@ fn fetch_on_demand(
     layer: usize,
     rows: &mut linear::Rows,
     attention: &mut attn_decode::Scratch,
+    fetches: &mut FetchQueue,
 ) {
-    let config = &context.model.config;
+    let (device, config) = (&context.device, &context.model.config);
     for m in members {
         let session = &mut *batch[m.index].session;
         if session.kv().mode == KvMode::Fetch {
-            session.cache.layers[layer].prefetch.slots_mut().count = 0;
+            session.cache.layers[layer].prefetch.slots_mut().clear(false);
         }
     }
     let view = |i: usize| batch[members[i].index].session.cache.view(layer, config.sliding_window);
-    attn_decode::attend(&context.device, config.n_heads, seqs, view, &rows.q, &mut rows.attn, attention);
+    attn_decode::attend(device, config.n_heads, seqs, view, &rows.q, &mut rows.attn, attention);
     for (seq, (m, s)) in members.iter().zip(seqs).enumerate() {
         let session = &mut *batch[m.index].session;
+        if session.kv().mode != KvMode::Fetch {
+            continue;
+        }
+        let candidates = session.candidates(s.position, session.cache.counters.nq, config.sliding_window);
+        let slots = session.cache.layers[layer].prefetch.slots_mut();
+        let selection = Selection { seq, row: 0, candidates, slots };
+        select::select(device, config.group_heads(), config.n_kv_heads, attention, selection);
+    }
+    // Nothing overlaps with these copies: all of their time is exposed, whoever's thread it runs on.
+    let start = Instant::now();
+    fetch(device, batch, members, layer, KvMode::Fetch, Pass::Step, fetches);
+    for m in members {
+        let session = &mut *batch[m.index].session;
         if session.kv().mode == KvMode::Fetch {
-            let candidates = session.candidates(s.position, session.cache.counters.nq, config.sliding_window);
-            let slots = session.cache.layers[layer].prefetch.slots_mut();
-            let selection = Selection { seq, row: 0, candidates, slots };
-            select::select(&context.device, config.group_heads(), config.n_kv_heads, attention, selection);
-            // Nothing overlaps with this copy: all of its time is exposed, whoever's thread it runs on.
-            let start = Instant::now();
-            begin_fetch(&context.device, session, layer, Pass::Step);
-            session.cache.layers[layer].prefetch.arrive(&mut Duration::default());
-            session.stats.exposed += start.elapsed();
+            session.cache.arrive(layer, false, &mut Duration::default());
         }
     }
+    let exposed = start.elapsed();
+    members.iter().for_each(|m| batch[m.index].session.stats.exposed += exposed);
 }
 
-/// Keeps the selection if it is traced, and starts the copy of its pairs.
-fn begin_fetch(device: &Device, session: &mut Session, layer: usize, kind: Pass) {
-    let shape = session.cache.shape;
-    let (prefetch, host) = session.cache.fetching(layer);
-    if let Some(trace) = &mut session.trace {
-        let slots = prefetch.slots();
-        let selected = (0..shape.n_kv_heads).map(|head| slots.selected(head).to_vec()).collect();
-        match kind {
-            Pass::PreDecode => trace.pre_decode.push(selected),
-            Pass::Step => trace.steps.last_mut().expect("a step has begun").push(selected),
+/// Begins to fetch what the sequences of one mode have selected in a layer: all of them at once, or one by one in the
+/// paper's schedule. Only `serial` waits.
+fn fetch(
+    device: &Device,
+    batch: &mut [Next],
+    members: &[Member],
+    layer: usize,
+    mode: KvMode,
+    kind: Pass,
+    fetches: &mut FetchQueue,
+) {
+    let schedule = device.options().pipeline;
+    let mut part = 0;
+    for m in members {
+        let session = &mut *batch[m.index].session;
+        if session.kv().mode != mode {
+            continue;
+        }
+        session.note_selection(layer, kind == Pass::PreDecode);
+        let fetched = fetches.add(device, &mut session.cache, layer, part);
+        session.note_fetch(layer, fetched, kind == Pass::PreDecode);
+        if schedule == Schedule::Stream {
+            fetches.launch(device, layer, part);
+            part += 1;
         }
     }
-    let bytes = prefetch.begin(device, host, shape);
-    match kind {
-        Pass::PreDecode => session.stats.pre_decode_bytes += bytes,
-        Pass::Step => session.stats.fetched_bytes += bytes,
+    fetches.launch(device, layer, part);
+    if schedule == Schedule::Serial && mode == KvMode::SpeCache {
+        arrive(device, batch, members, layer);
     }
 }
 

@@ -7,6 +7,7 @@ use crate::context::Context;
 use crate::device::{Device, DeviceOptions};
 use crate::error::Result;
 use crate::kv::cache::CacheBytes;
+use crate::kv::slab::SlabStats;
 use crate::kv::{KvOptions, KvShape};
 use crate::model::Model;
 use crate::session::{Buffers, Next, Prompt, Session};
@@ -72,6 +73,11 @@ impl Engine {
         kv.validate(&self.context.model.config)?;
         self.context.check_context(max_tokens)?;
         Ok(CacheBytes::plan(&KvShape::new(&self.context.model.config, kv), kv, max_tokens))
+    }
+
+    /// The 16-bit pages of all sessions on the host, in figures.
+    pub fn host_pages(&self) -> SlabStats {
+        self.context.slab.stats()
     }
 
     /// See [`prefill::prefill`]. `buffers` keeps memory between calls; its contents mean nothing.

@@ -33,6 +33,9 @@ pub enum Error {
     /// NaN or infinity where numbers belong; the request that met it fails, others go on. Exit code 1.
     #[error("{0}")]
     NotFinite(String),
+    /// A copy between host and device, or the device itself, failed; the request that needed it fails. Exit code 5.
+    #[error("{0}")]
+    Device(String),
     /// Reading or writing a file failed. Exit code 1.
     #[error("{}: {source}", file.display())]
     Io {
@@ -60,13 +63,15 @@ impl Error {
         Error::Io { file: file.as_ref().to_owned(), source }
     }
 
-    /// The exit code of the command line: 1 failure, 2 usage, 3 model invalid, 4 out of memory, 130 interrupted.
+    /// The exit code of the command line: 1 failure, 2 usage, 3 model invalid, 4 out of memory, 5 device or copy
+    /// failed, 130 interrupted.
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Io { .. } | Error::NotFinite(_) => 1,
             Error::Usage(_) => 2,
             Error::Model { .. } => 3,
             Error::OutOfMemory { .. } => 4,
+            Error::Device(_) => 5,
             Error::Interrupted => 130,
         }
     }

@@ -8,6 +8,7 @@ use crate::context::Context;
 use crate::device::Device;
 use crate::error::Result;
 use crate::kv::PAGE;
+use crate::kv::cache::Admission;
 use crate::kv::host::WidePage;
 use crate::kv::view::PrefillView;
 use crate::ops::attn_prefill;
@@ -33,15 +34,16 @@ pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers)
         context.check_context(prompt.end())?;
     }
     let needs = prompts.iter().map(|prompt| prompt.session.cache.prefill_needs(prompt.end()));
-    let (device_bytes, host_bytes) =
-        needs.fold((0u64, 0u64), |sum, needs| (sum.0.saturating_add(needs.0), sum.1.saturating_add(needs.1)));
+    let (device_bytes, host_pages) =
+        needs.fold((0u64, 0usize), |sum, needs| (sum.0.saturating_add(needs.0), sum.1.saturating_add(needs.1)));
     let hidden = context.model.config.hidden_size;
     let stream_bytes = prompts.iter().map(|p| (p.tokens.len() * hidden * 4) as u64).fold(0, u64::saturating_add);
     let device_bytes = device_bytes.saturating_add(stream_bytes);
     // Held to the end: the residual streams, which nothing else meters, are a part of it.
-    let mut grants = context.device.grant(device_bytes, host_bytes, "a prefill")?;
+    let mut admission = Admission::ask(&context.device, &context.slab, device_bytes, host_pages, "a prefill")?;
+    context.device.begin_step();
     for prompt in prompts.iter_mut() {
-        prompt.session.cache.begin_prefill(prompt.end(), &mut grants)?;
+        prompt.session.cache.begin_prefill(prompt.end(), &mut admission)?;
     }
     let mut streams: Vec<Vec<f32>> = Vec::new(); // the residual stream of every prompt, [tokens, hidden]
     for prompt in prompts.iter() {
@@ -50,16 +52,18 @@ pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers)
         streams.push(x);
     }
     for layer in 0..context.model.config.n_layers {
+        context.device.at_layer(Some(layer));
         for (prompt, x) in prompts.iter_mut().zip(&mut streams) {
             if let Err(interrupted) = prefill_layer(context, prompt, layer, x, buffers) {
                 for prompt in prompts.iter_mut() {
-                    prompt.session.fail("its prefill was interrupted");
+                    prompt.session.fail_interrupted();
                     prompt.session.cache.free_working_pages();
                 }
                 return Err(interrupted);
             }
         }
     }
+    context.device.at_layer(None);
     Ok(prompts.iter_mut().zip(&streams).map(|(prompt, x)| finish(context, prompt, x, buffers)).collect())
 }
 
@@ -85,7 +89,7 @@ fn prefill_layer(context: &Context, prompt: &mut Prompt, l: usize, x: &mut [f32]
         write_chunk(device, &cache.shape, &mut pages, position - first_page * PAGE, rows);
         let view = PrefillView {
             shape: cache.shape,
-            packed: cache.layers[l].packed.bytes(),
+            packed: &cache.layers[l].packed,
             pages: &pages,
             first_page,
             window: config.sliding_window,

@@ -6,6 +6,7 @@ use std::time::Duration;
 use crate::context::{Context, check_context};
 use crate::error::{Error, Result};
 use crate::kv::cache::{Cache, CacheBytes};
+use crate::kv::fetch::{FetchQueue, Fetched};
 use crate::kv::view::SeqRows;
 use crate::kv::{KvMode, KvOptions, KvShape};
 use crate::ops::attn_decode::Scratch;
@@ -27,7 +28,30 @@ pub struct Session {
     pub(crate) bad_layer: Option<usize>,
     /// The speculative token of the step before; this step's real token tells whether it was right.
     pub(crate) last_guess: Option<u32>,
-    failure: Option<String>,
+    failure: Option<Failure>,
+}
+
+/// Why a session cannot go on.
+#[derive(Clone)]
+enum Failure {
+    NotFinite(String),
+    Copy(String),
+    Interrupted(String),
+}
+
+impl Failure {
+    fn why(&self) -> &str {
+        let (Failure::NotFinite(why) | Failure::Copy(why) | Failure::Interrupted(why)) = self;
+        why
+    }
+
+    fn error(&self) -> Error {
+        match self {
+            Failure::NotFinite(why) => Error::NotFinite(why.clone()),
+            Failure::Copy(why) => Error::Device(why.clone()),
+            Failure::Interrupted(_) => Error::Interrupted,
+        }
+    }
 }
 
 impl Session {
@@ -37,16 +61,56 @@ impl Session {
         context.check_context(max_tokens)?;
         let shape = KvShape::new(&context.model.config, &kv);
         Ok(Session {
-            cache: Cache::new(&context.device, shape, kv, max_tokens)?,
             max_context: context.model.config.max_context(),
+            ..Session::around(Cache::new(&context.device, &context.slab, shape, kv, max_tokens)?)
+        })
+    }
+
+    fn around(cache: Cache) -> Session {
+        Session {
+            stats: Stats::new(cache.shape.n_layers),
+            cache,
+            max_context: None,
             speculative: None,
             forced: None,
             trace: None,
-            stats: Stats::new(shape.n_layers),
             bad_layer: None,
             last_guess: None,
             failure: None,
+        }
+    }
+
+    /// A second session with the same tokens, and as much room, which goes its own way from here: for several answers to
+    /// one prompt. Complete 16-bit pages on the host are shared, what lies on the device is copied. Figures begin anew.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]; nothing has changed then.
+    pub fn fork(&mut self) -> Result<Session> {
+        Ok(Session {
+            max_context: self.max_context,
+            speculative: self.speculative,
+            last_guess: self.last_guess,
+            failure: self.failure.clone(),
+            ..Session::around(self.cache.fork()?)
         })
+    }
+
+    /// Forgets all tokens from `n_tokens` on: the session is as after a prefill of those that stay, with the figures of
+    /// its whole life.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for 0 tokens or more than there are, for a session that has failed, and in `kivi` for tokens whose
+    /// 16-bit form is gone; [`Error::OutOfMemory`] if pages that a fork shares cannot be replaced. Nothing has changed
+    /// then.
+    pub fn truncate(&mut self, n_tokens: usize) -> Result<()> {
+        self.check_sound()?;
+        let has = self.n_tokens();
+        if n_tokens == 0 || n_tokens > has {
+            return Err(Error::Usage(format!("truncate to {n_tokens} tokens: from 1 to the {has} that there are")));
+        }
+        self.cache.truncate(n_tokens)?;
+        (self.speculative, self.last_guess) = (None, None);
+        Ok(())
     }
 
     /// Tokens in the cache.
@@ -117,21 +181,30 @@ impl Session {
         if !self.cache.device().is(&context.device) || shape != self.cache.shape {
             return Err(Error::Usage("this session belongs to another engine: use the one that made it".into()));
         }
+        self.check_sound()
+    }
+
+    fn check_sound(&self) -> Result<()> {
         match &self.failure {
-            Some(why) => Err(Error::Usage(format!("this session cannot go on: {why}; start a new one"))),
+            Some(f) => Err(Error::Usage(format!("this session cannot go on: {}; start a new one", f.why()))),
             None => Ok(()),
         }
     }
 
-    pub(crate) fn fail(&mut self, why: &str) {
-        self.failure = Some(why.to_string());
+    /// A prefill was given up half way.
+    pub(crate) fn fail_interrupted(&mut self) {
+        self.failure = Some(Failure::Interrupted("its prefill was interrupted".into()));
     }
 
     /// Checks this call's logits. A failure is final for the session: its cache holds what it should not.
     pub(crate) fn check_finite(&mut self, logits: &[f32]) -> Result<()> {
-        if let Some(why) = &self.failure {
+        if let Some(failure) = &self.failure {
             // It failed earlier in the same call: in the pre-decode.
-            return Err(Error::NotFinite(why.clone()));
+            return Err(failure.error());
+        }
+        if let Some(why) = self.cache.failure() {
+            let failure = Failure::Copy(format!("this session's 16-bit pairs are not complete: {why}"));
+            return Err(self.failure.insert(failure).error());
         }
         if logits.iter().all(|x| x.is_finite()) && self.bad_layer.is_none() {
             return Ok(());
@@ -142,8 +215,7 @@ impl Session {
             None => "the last layer or the LM head gave".to_string(),
         };
         let why = format!("{place} NaN or infinity; the weights may be damaged or too large for their number type");
-        self.fail(&why);
-        Err(Error::NotFinite(why))
+        Err(self.failure.insert(Failure::NotFinite(why)).error())
     }
 }
 
@@ -183,6 +255,8 @@ pub struct Buffers {
     pub(crate) logits: Vec<f32>,
     /// Logits row of each sequence of the batch, or why it failed.
     pub(crate) results: Vec<Result<usize>>,
+    /// Pairs on their way from the host.
+    pub(crate) fetches: FetchQueue,
     pub(crate) vocab: usize,
 }
 
@@ -199,10 +273,11 @@ impl Buffers {
     /// Logits `[vocab]` of sequence `i` of the last decode call, from its real row.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] if that sequence failed; [`Error::Usage`] if there was none or the call was refused.
+    /// [`Error::NotFinite`] or [`Error::Device`] if that sequence failed; [`Error::Usage`] if there was none or the call was refused.
     pub fn logits(&self, i: usize) -> Result<&[f32]> {
         match self.results.get(i) {
             Some(Ok(row)) => Ok(&self.logits[row * self.vocab..][..self.vocab]),
+            Some(Err(Error::Device(why))) => Err(Error::Device(why.clone())),
             Some(Err(e)) => Err(Error::NotFinite(e.to_string())),
             None => {
                 Err(Error::Usage(format!("logits of sequence {i}: the last decode call gave {}", self.results.len())))
@@ -222,6 +297,9 @@ pub struct Stats {
     pub compared: u64,
     /// Per layer: pairs of row 0's own top-k that had been prefetched, and pairs of that top-k.
     pub hits: Vec<(u64, u64)>,
+    /// Per layer, decode steps only: pairs that were fetched, and pairs that were selected. Fewer are fetched than selected
+    /// where delta prefetch finds them in their slots.
+    pub fetched: Vec<(u64, u64)>,
     /// Bytes from host to device in decode steps.
     pub fetched_bytes: u64,
     /// Bytes from host to device in pre-decodes, once per prefill.
@@ -242,7 +320,19 @@ impl Stats {
     }
 
     fn new(n_layers: usize) -> Stats {
-        Stats { hits: vec![(0, 0); n_layers], ..Stats::default() }
+        Stats { hits: vec![(0, 0); n_layers], fetched: vec![(0, 0); n_layers], ..Stats::default() }
+    }
+
+    /// Share of the selected pairs of one layer that were in their slots already; `None` before anything was selected.
+    pub fn layer_saved(&self, layer: usize) -> Option<f64> {
+        let (fetched, of) = self.fetched[layer];
+        (of > 0).then(|| 1.0 - fetched as f64 / of as f64)
+    }
+
+    /// Share of the selected pairs that were in their slots already, over all layers.
+    pub fn saved(&self) -> Option<f64> {
+        let (fetched, of) = self.fetched.iter().fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1));
+        (of > 0).then(|| 1.0 - fetched as f64 / of as f64)
     }
 
     /// Share of hits of one layer; `None` before anything could be hit.
@@ -292,6 +382,27 @@ impl Session {
     pub(crate) fn candidates(&self, position: usize, limit: usize, window: Option<usize>) -> std::ops::Range<usize> {
         let first = window.map_or(0, |w| (position + 1).saturating_sub(w));
         first.min(limit)..limit
+    }
+
+    /// Keeps what a layer has selected, if that is traced.
+    pub(crate) fn note_selection(&mut self, layer: usize, pre_decode: bool) {
+        let Some(trace) = &mut self.trace else { return };
+        let slots = self.cache.layers[layer].prefetch.slots();
+        let selected = (0..self.cache.shape.n_kv_heads).map(|head| slots.selected(head).to_vec()).collect();
+        let selections = if pre_decode { Some(&mut trace.pre_decode) } else { trace.steps.last_mut() };
+        selections.expect("a step has begun").push(selected);
+    }
+
+    /// Counts a fetch of so many pairs.
+    pub(crate) fn note_fetch(&mut self, layer: usize, pairs: Fetched, pre_decode: bool) {
+        let bytes = pairs.fetched * self.cache.shape.pair_bytes() as u64;
+        if pre_decode {
+            self.stats.pre_decode_bytes += bytes;
+            return;
+        }
+        self.stats.fetched_bytes += bytes;
+        let sum = &mut self.stats.fetched[layer];
+        *sum = (sum.0 + pairs.fetched, sum.1 + pairs.selected);
     }
 
     /// Whether the next decode call begins with a pre-decode.

@@ -4,36 +4,10 @@
 //! Two resources work beside each other: the compute stream and the link from the host. A layer's prefetch is issued when
 //! its attention has been computed and is needed by the same layer's attention one step later.
 
+pub use crate::device::Schedule;
 use crate::kv::options::{KvMode, KvOptions, PAGE};
 use crate::kv::{Counters, KvShape};
 use crate::model::Config;
-
-/// How the compute stream waits for prefetched pairs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Schedule {
-    /// Each layer's fetch is waited for where it is issued.
-    Serial,
-    /// A second stream, a copy per sequence and layer, and before each attention a wait for everything that stream has
-    /// been given: what the paper describes.
-    Stream,
-    /// One copy per layer for the whole batch, and each layer waits for its own event of the step before.
-    #[default]
-    Event,
-}
-
-impl Schedule {
-    /// All of them, the slowest first.
-    pub const ALL: [Schedule; 3] = [Schedule::Serial, Schedule::Stream, Schedule::Event];
-
-    /// The name on the command line.
-    pub fn name(self) -> &'static str {
-        match self {
-            Schedule::Serial => "serial",
-            Schedule::Stream => "stream",
-            Schedule::Event => "event",
-        }
-    }
-}
 
 /// Costs of a decode step, microseconds and bytes.
 #[derive(Clone, Copy, Debug, PartialEq)]

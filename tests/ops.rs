@@ -117,10 +117,16 @@ impl Cache {
         let pair_bytes = self.shape.pair_bytes();
         let mut slots = self.empty_slots(top_k);
         slots.count = positions.len();
+        let mut taken = std::collections::HashSet::new();
         for head in 0..heads {
             for (slot, &position) in positions.iter().enumerate() {
-                let at = head * top_k + slot;
-                slots.positions.as_mut_slice::<u32>()[at] = position;
+                slots.positions.as_mut_slice::<u32>()[head * top_k + slot] = position;
+                // As after some steps of delta prefetch: slots in another order than positions.
+                let other = (slot * 7 + head) % top_k;
+                let free = (0..top_k).map(|i| (other + i) % top_k).find(|i| !taken.contains(&(head, *i))).unwrap();
+                taken.insert((head, free));
+                slots.slot_of.as_mut_slice::<u32>()[head * top_k + slot] = free as u32;
+                let at = head * top_k + free;
                 let (page, token) = (position as usize / PAGE, position as usize % PAGE);
                 let from = &self.pages[page].bytes()[self.shape.pair(head, token)];
                 slots.pairs.bytes_mut()[at * pair_bytes..][..pair_bytes].copy_from_slice(from);
@@ -130,9 +136,9 @@ impl Cache {
     }
 
     fn empty_slots(&self, top_k: usize) -> Slots {
-        let n = self.shape.n_kv_heads * top_k;
-        let alloc = |bytes| alloc(&self.device, bytes);
-        Slots { count: 0, positions: alloc(n * 4), pairs: alloc(n * self.shape.pair_bytes()), top_k }
+        let bytes = Slots::bytes(&self.shape, top_k);
+        let mut grants = self.device.grant(bytes, 0, "test").unwrap();
+        Slots::new(&mut grants, &self.shape, top_k).unwrap()
     }
 }
 
@@ -235,14 +241,15 @@ fn check_decode(cache: &Cache, group_heads: usize, far_wide: bool) {
                 far: match far_wide {
                     _ if split == 0 => Far::None,
                     true => Far::Wide(&cache.pages),
-                    false => Far::Packed(cache.packed.bytes()),
+                    false => Far::Packed(&cache.packed),
                 },
                 tail: &tail,
                 replaced: (!replaced.is_empty()).then_some(Replaced {
                     count: slots.count,
                     stride: slots.top_k,
-                    positions: slots.positions.as_slice(),
-                    pairs: slots.pairs.bytes(),
+                    positions: &slots.positions,
+                    slot_of: &slots.slot_of,
+                    pairs: &slots.pairs,
                 }),
                 window,
             };
@@ -395,8 +402,7 @@ fn prefill_attention() {
             for window in [None, Some(1), Some(40), Some(256), Some(300)] {
                 let tail = cache.tail(packed, position + rows);
                 let first_page = packed / PAGE;
-                let view =
-                    PrefillView { shape: cache.shape, packed: cache.packed.bytes(), pages: &tail, first_page, window };
+                let view = PrefillView { shape: cache.shape, packed: &cache.packed, pages: &tail, first_page, window };
                 let q: Vec<f32> = (0..rows * width).map(|_| random.next() * size).collect();
                 let mut out = vec![f32::NAN; q.len()];
                 let attend =
@@ -509,7 +515,7 @@ fn what_fp16_cannot_hold_is_heard() {
                 };
                 let cache = Cache::new(shape(1, d, Dtype::Bf16, bits, 32), n, next);
                 let own = cache.tail(0, 1);
-                let far = Far::Packed(cache.packed.bytes());
+                let far = Far::Packed(&cache.packed);
                 let view = |_| KvView { shape: cache.shape, split: 64, far, tail: &own, replaced: None, window: None };
                 let seqs = [SeqRows { position: 64, first_row: 0, n_rows: 1 }];
                 let (q, mut out) = (vec![0.5; d], vec![0.0; d]);

@@ -199,22 +199,23 @@ fn plans() -> Vec<(KvOptions, usize)> {
     plans
 }
 
-fn used(device: &Device) -> (u64, u64) {
-    (device.device_memory().used(), device.host_memory().used())
+/// Device bytes in use, and host bytes that are leased or promised.
+fn used(engine: &Engine) -> (u64, u64) {
+    let pages = engine.host_pages();
+    (engine.device().device_memory().used(), ((pages.leased + pages.reserved) * pages.page_bytes) as u64)
 }
 
 /// A session holds what was planned, from its first byte to its last, and the meters say so.
 #[test]
 fn memory_is_what_was_planned() {
-    let device = device(2);
-    let engine = Engine::new(TINY.model(), device.clone());
-    assert_eq!(used(&device), (0, 0));
+    let engine = Engine::new(TINY.model(), device(2));
+    assert_eq!(used(&engine), (0, 0));
     for (options, capacity) in plans() {
         let what = format!("{options:?}, {capacity} tokens");
         let plan = engine.plan(&options, capacity).unwrap();
         let mut session = engine.session(options, capacity).unwrap();
         assert_eq!(session.cache_bytes(), plan, "{what}");
-        assert_eq!(used(&device), (plan.device(), plan.host), "{what}");
+        assert_eq!(used(&engine), (plan.device(), plan.host), "{what}");
         if capacity > 1 {
             let steps = (capacity - 1).min(70);
             let tokens = ids(1, capacity);
@@ -224,7 +225,7 @@ fn memory_is_what_was_planned() {
             assert_eq!(session.cache_bytes(), plan, "{what} after the prefill");
             for &token in &tokens[capacity - steps..] {
                 engine.decode(&mut [Next { session: &mut session, token }], &mut buffers).unwrap();
-                assert_eq!(used(&device), (plan.device(), plan.host), "{what} after a step");
+                assert_eq!(used(&engine), (plan.device(), plan.host), "{what} after a step");
             }
             assert_eq!(session.cache_bytes(), plan, "{what} after all steps");
             // It is full to the last token, and says so before anything has changed.
@@ -232,7 +233,7 @@ fn memory_is_what_was_planned() {
             assert!(more.exit_code() == 2 && more.to_string().contains("full"), "{more}");
         }
         drop(session);
-        assert_eq!(used(&device), (0, 0), "{what} after the session");
+        assert_eq!(used(&engine), (0, 0), "{what} after the session");
     }
 }
 
@@ -240,37 +241,37 @@ fn engine_config() -> specache::model::Config {
     TINY.model().config
 }
 
-fn with_budgets(device_budget: Option<u64>, host_budget: Option<u64>) -> (Engine, Device) {
+fn with_budgets(device_budget: Option<u64>, host_budget: Option<u64>) -> Engine {
     let device = Device::cpu(&DeviceOptions { device_budget, host_budget, ..options(1) }).unwrap();
-    (Engine::new(TINY.model(), device.clone()), device)
+    Engine::new(TINY.model(), device)
 }
 
 /// A byte too few is refused before anything is allocated; just enough is enough.
 #[test]
 fn budgets_are_checked_before_anything_is_allocated() {
     for (options, capacity) in plans() {
-        let plan = with_budgets(None, None).0.plan(&options, capacity).unwrap();
+        let plan = with_budgets(None, None).plan(&options, capacity).unwrap();
         // Room for a prompt of the whole context is part of what is asked for, though not of what is held.
         let shape = KvShape::new(&engine_config(), &options);
         let admitted = plan.device() + CacheBytes::prefill_scratch(&shape, &options, capacity);
-        let (engine, device) = with_budgets(Some(admitted), Some(plan.host));
+        let engine = with_budgets(Some(admitted), Some(plan.host));
         let session = engine.session(options, capacity).unwrap();
-        assert_eq!(device.device_memory().available(), admitted - plan.device());
+        assert_eq!(engine.device().device_memory().available(), admitted - plan.device());
         // A second one does not fit beside it, and takes nothing.
         let error = engine.session(options, capacity).err().unwrap();
-        assert_eq!((error.exit_code(), used(&device)), (4, (plan.device(), plan.host)));
+        assert_eq!((error.exit_code(), used(&engine)), (4, (plan.device(), plan.host)));
         drop(session);
-        assert_eq!(used(&device), (0, 0));
+        assert_eq!(used(&engine), (0, 0));
 
         let too_small = [(Some(admitted - 1), None, "device"), (None, plan.host.checked_sub(1), "host")];
         for (device_budget, host_budget, memory) in too_small {
             if device_budget.is_none() && host_budget.is_none() {
                 continue; // Nothing on the host, so nothing can be missing there.
             }
-            let (engine, device) = with_budgets(device_budget, host_budget);
+            let engine = with_budgets(device_budget, host_budget);
             let error = engine.session(options, capacity).err().unwrap();
             assert!(error.exit_code() == 4 && error.to_string().contains(memory), "{error}");
-            assert_eq!(used(&device), (0, 0), "{options:?}");
+            assert_eq!(used(&engine), (0, 0), "{options:?}");
         }
     }
 }
@@ -282,12 +283,12 @@ fn a_prefill_that_does_not_fit_changes_nothing() {
     let tokens = ids(4, 1200);
     for mode in KvMode::ALL {
         let options = kv(mode, 2, 32, 33, 7);
-        let (free, _) = with_budgets(None, None);
+        let free = with_budgets(None, None);
         let plan = free.plan(&options, 300).unwrap();
         // Enough for two sessions and the working pages of short prompts.
         let budget = 2 * plan.device() + 400_000;
-        let (engine, device) = with_budgets(Some(budget), None);
-        let rows = |engine: &Engine, device: &Device, refused: bool| {
+        let engine = with_budgets(Some(budget), None);
+        let rows = |engine: &Engine, refused: bool| {
             let mut sessions = [engine.session(options, 300).unwrap(), engine.session(options, 300).unwrap()];
             let mut buffers = Buffers::default();
             let mut rows = vec![];
@@ -296,13 +297,13 @@ fn a_prefill_that_does_not_fit_changes_nothing() {
                 rows.push(engine.prefill(&mut [prompt], &mut buffers).unwrap().remove(0).unwrap());
             }
             if refused {
-                let before = (used(device), sessions.each_ref().map(Session::cache_bytes));
+                let before = (used(engine), sessions.each_ref().map(Session::cache_bytes));
                 let mut prompts = sessions.each_mut().map(|session| Prompt { session, tokens: &tokens[..10] });
                 let too_long: Vec<u32> = tokens.iter().copied().cycle().take(200_000).collect();
                 prompts[1].tokens = &too_long;
                 let error = engine.prefill(&mut prompts, &mut buffers).unwrap_err();
                 assert_eq!(error.exit_code(), 4, "{}: {error}", mode.name());
-                let after = (used(device), sessions.each_ref().map(Session::cache_bytes));
+                let after = (used(engine), sessions.each_ref().map(Session::cache_bytes));
                 assert_eq!(before, after, "{}", mode.name());
             }
             for &token in &tokens[250..290] {
@@ -312,7 +313,7 @@ fn a_prefill_that_does_not_fit_changes_nothing() {
             }
             rows
         };
-        assert!(rows(&engine, &device, true) == rows(&engine, &device, false), "{}", mode.name());
+        assert!(rows(&engine, true) == rows(&engine, false), "{}", mode.name());
     }
 }
 
@@ -412,9 +413,9 @@ fn threads_do_not_disturb_each_other() {
 fn memory_is_back_when_a_session_is_dropped() {
     let options = kv(KvMode::SpeCache, 2, 32, 33, 7);
     let shape = KvShape::new(&engine_config(), &options);
-    let plan = with_budgets(None, None).0.plan(&options, 200).unwrap();
+    let plan = with_budgets(None, None).plan(&options, 200).unwrap();
     let budget = plan.device() + CacheBytes::prefill_scratch(&shape, &options, 200) + 200 * 1024;
-    let (engine, device) = with_budgets(Some(budget), Some(plan.host));
+    let engine = with_budgets(Some(budget), Some(plan.host));
     let tokens = ids(9, 195);
     for _ in 0..50 {
         let mut session = engine.session(options, 200).unwrap();
@@ -423,7 +424,7 @@ fn memory_is_back_when_a_session_is_dropped() {
         engine.prefill(&mut [prompt], &mut buffers).unwrap().remove(0).unwrap();
         engine.decode(&mut [Next { session: &mut session, token: tokens[190] }], &mut buffers).unwrap();
         drop(session);
-        assert_eq!(used(&device), (0, 0));
+        assert_eq!(used(&engine), (0, 0));
     }
 }
 
@@ -431,13 +432,13 @@ fn memory_is_back_when_a_session_is_dropped() {
 #[test]
 fn of_two_prefills_that_race_for_memory_one_is_refused_whole() {
     let options = kv(KvMode::SpeCache, 2, 32, 33, 7);
-    let (free, _) = with_budgets(None, None);
+    let free = with_budgets(None, None);
     let mut one = free.session(options, 100).unwrap();
     let tokens = ids(3, 3000);
     let mut buffers = Buffers::default();
     free.prefill(&mut [Prompt { session: &mut one, tokens: &tokens }], &mut buffers).unwrap().remove(0).unwrap();
     let needed = free.device().device_memory().peak();
-    let (engine, device) = with_budgets(Some(needed + needed / 3), None);
+    let engine = with_budgets(Some(needed + needed / 3), None);
     for _ in 0..10 {
         let mut sessions = [engine.session(options, 100).unwrap(), engine.session(options, 100).unwrap()];
         let before = sessions.each_ref().map(Session::cache_bytes);
@@ -458,20 +459,20 @@ fn of_two_prefills_that_race_for_memory_one_is_refused_whole() {
             }
         }
     }
-    assert_eq!(used(&device), (0, 0));
+    assert_eq!(used(&engine), (0, 0));
 }
 
 /// Room is asked for before it is taken, and never beyond what the model supports.
 #[test]
 fn reserve_changes_nothing_where_it_is_refused() {
-    let (engine, device) = with_budgets(Some(4 << 20), None);
+    let engine = with_budgets(Some(4 << 20), None);
     for mode in KvMode::ALL {
         let options = kv(mode, 2, 32, 33, 1000);
         let mut session = engine.session(options, 130).unwrap();
-        let before = (used(&device), session.cache_bytes());
+        let before = (used(&engine), session.cache_bytes());
         for (tokens, code) in [(1 << 20, 4), (usize::MAX, 2), ((1 << 28) + 1, 2)] {
             assert_eq!(session.reserve(tokens).unwrap_err().exit_code(), code, "{mode:?} {tokens}");
-            assert_eq!((used(&device), session.cache_bytes()), before, "{mode:?} {tokens}");
+            assert_eq!((used(&engine), session.cache_bytes()), before, "{mode:?} {tokens}");
         }
         assert_eq!(engine.plan(&options, usize::MAX).unwrap_err().exit_code(), 2);
         session.reserve(300).unwrap();

@@ -1,17 +1,21 @@
 //! What can be said on the command line, and in `SPECACHE_*` variables.
 
 use std::path::PathBuf;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use clap::builder::{FalseyValueParser, PossibleValuesParser, TypedValueParser};
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use specache::device::DeviceOptions;
+use specache::device::link::LinkOptions;
+use specache::device::pin::{Mlock, Pin};
+use specache::device::{DeviceOptions, Schedule};
+use specache::error::Error;
 use specache::kv::{KvMode, KvOptions};
 use specache::model::Dtype;
 use specache::sampler::SamplingOverrides;
 
+use super::output::AtomicFile;
 use super::size;
 
 static VERSION: LazyLock<String> = LazyLock::new(|| match option_env!("SPECACHE_COMMIT") {
@@ -37,7 +41,7 @@ Every option can also be set by the environment variable named beside it; the co
 line wins.
 
 Exit codes: 0 success (also when the reader of stdout goes away), 1 failure, 2 usage,
-3 invalid model, 4 out of memory, 130 interrupted.";
+3 invalid model, 4 out of memory, 5 a copy or the device failed, 130 interrupted.";
 
 /// The whole command line.
 #[derive(Parser)]
@@ -203,6 +207,47 @@ pub struct DeviceArgs {
     /// Most host memory for 16-bit KV copies
     #[arg(long, env = "SPECACHE_HOST_KV_BUDGET", value_name = "SIZE", value_parser = size::parse)]
     host_kv_budget: Option<u64>,
+    /// How computation waits for copies: where they are issued; for all of them before each attention, as the paper has
+    /// it; or for each layer's own event
+    #[arg(long, env = "SPECACHE_PIPELINE", value_name = "SCHEDULE", default_value = "event",
+          value_parser = schedule())]
+    pipeline: Schedule,
+    /// Fetch all selected pairs at every step, not only those that were not selected by the step before
+    #[arg(long, env = "SPECACHE_NO_DELTA", value_parser = FalseyValueParser::new())]
+    no_delta: bool,
+    /// Threads that gather pairs from host memory [default: a quarter of those that can run, 1 to 16]
+    #[arg(long, env = "SPECACHE_GATHER_THREADS", value_name = "N", allow_negative_numbers = true,
+          value_parser = clap::value_parser!(u16).range(1..=256))]
+    gather_threads: Option<u16>,
+    /// Slow the copies between host and device down to so many GB/s each way
+    #[arg(long, env = "SPECACHE_SIM_PCIE_GBPS", value_name = "GB/S", allow_negative_numbers = true,
+          value_parser = positive)]
+    sim_pcie_gbps: Option<f64>,
+    /// Add so many microseconds to each of these copies
+    #[arg(long, env = "SPECACHE_SIM_COPY_LATENCY_US", value_name = "US", allow_negative_numbers = true,
+          value_parser = not_negative, default_value = "0")]
+    sim_copy_latency_us: f64,
+    /// Lock the 16-bit copies in host memory, so that they are never swapped out
+    #[arg(long, env = "SPECACHE_MLOCK", value_parser = FalseyValueParser::new())]
+    mlock: bool,
+    /// Write what ran when as a Chrome trace, which Perfetto opens: a row per stream, step and layer on every slice
+    #[arg(long, env = "SPECACHE_TRACE", value_name = "OUT.json")]
+    pub trace: Option<PathBuf>,
+}
+
+fn schedule() -> impl TypedValueParser<Value = Schedule> {
+    let named = |name: String| Schedule::ALL.into_iter().find(|s| s.name() == name).expect("a name from the list");
+    PossibleValuesParser::new(Schedule::ALL.map(Schedule::name)).map(named)
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    not_negative(text).and_then(|x| if x > 0.0 { Ok(x) } else { Err("must be above 0".into()) })
+}
+
+fn not_negative(text: &str) -> Result<f64, String> {
+    let x = text.parse::<f64>().map_err(|e| e.to_string())?;
+    // An hour, or a terabyte a microsecond, is beyond any link.
+    if (0.0..3.6e9).contains(&x) { Ok(x) } else { Err("must be a number from 0 to 3.6e9".into()) }
 }
 
 impl DeviceArgs {
@@ -212,8 +257,22 @@ impl DeviceArgs {
             threads: self.threads.map(usize::from),
             device_budget: self.vram_budget,
             host_budget: self.host_kv_budget,
-            poison: false,
+            pipeline: self.pipeline,
+            delta: !self.no_delta,
+            gather_threads: self.gather_threads.map(usize::from),
+            link: LinkOptions { gbps: self.sim_pcie_gbps, latency_us: self.sim_copy_latency_us },
+            pin: self.mlock.then(|| Arc::new(Mlock) as Arc<dyn Pin>),
+            trace: self.trace.is_some(),
+            ..DeviceOptions::default()
         }
+    }
+
+    /// Begins the trace's file, if one is wanted, so that a place where it cannot be is known before any work is done.
+    ///
+    /// # Errors
+    /// As [`AtomicFile::create`].
+    pub fn trace_file(&self) -> Result<Option<AtomicFile>, Error> {
+        self.trace.as_deref().map(AtomicFile::create).transpose()
     }
 }
 

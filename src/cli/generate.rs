@@ -13,7 +13,7 @@ use specache::{Buffers, Engine, Next, Prompt, Session};
 
 use super::args::GenerateArgs;
 use super::input::{self, Source};
-use super::output::print;
+use super::output::{print, write_trace};
 use super::progress::{Progress, say};
 use super::size;
 
@@ -25,6 +25,7 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     if args.n_predict == 0 {
         return Err(Error::Usage("-n 0: at least one token must be generated".into()));
     }
+    let trace = args.model.device.trace_file()?;
     let source = input::prompt(&args.prompt)?;
     let mut progress = Progress::new();
     progress.show(format_args!("loading {}", args.model.model));
@@ -42,7 +43,8 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     let mut run = Run { args: &args, engine: &engine, prompt, session, sampler, emitter, progress };
     let outcome = run.generate()?;
     run.progress.clear();
-    run.report(&outcome)
+    run.report(&outcome)?;
+    write_trace(trace, engine.device())
 }
 
 /// The prompt's ids: those of a file as they are, those of a text with the special tokens of the tokenizer.

@@ -11,7 +11,7 @@ use specache::session::{Selections, Session, Trace};
 use specache::teacher::{Forced, forced};
 
 use super::args::LogitsArgs;
-use super::output::{AtomicFile, npy_header};
+use super::output::{AtomicFile, npy_header, write_trace};
 use super::progress::{Progress, say};
 use super::{generate, input};
 
@@ -31,6 +31,7 @@ pub fn run(args: LogitsArgs) -> Result<()> {
     input::check_ids("--tokens", &ids, vocab_size)?;
     input::check_ids("--spec-tokens", speculative.as_deref().unwrap_or_default(), vocab_size)?;
     let mut npy = AtomicFile::create(&args.output)?;
+    let timeline = args.model.device.trace_file()?;
     let mut trace = args.trace_selections.as_deref().map(AtomicFile::create).transpose()?;
 
     let _ctrl_c = interrupt::forward(engine.interrupt_flag());
@@ -48,7 +49,7 @@ pub fn run(args: LogitsArgs) -> Result<()> {
     write_all(npy, &mut trace, &session)?;
     say(format_args!("{n_rows} rows of {vocab_size} logits in {}", args.output.display()));
     generate::say_cache(&engine, &session);
-    Ok(())
+    write_trace(timeline, engine.device())
 }
 
 /// Options that need a mode, and files that need a place each.
@@ -57,7 +58,11 @@ fn check_modes(args: &LogitsArgs, kv: &KvOptions) -> Result<()> {
         let mode = kv.mode.name();
         return Err(Error::Usage(format!("--trace-selections: --kv {mode} selects nothing; use specache or fetch")));
     }
-    let files = [Some(("-o", &args.output)), args.trace_selections.as_ref().map(|f| ("--trace-selections", f))];
+    let files = [
+        Some(("-o", &args.output)),
+        args.trace_selections.as_ref().map(|f| ("--trace-selections", f)),
+        args.model.device.trace.as_ref().map(|f| ("--trace", f)),
+    ];
     let inputs = [Some(("--tokens", &args.tokens)), args.spec_tokens.as_ref().map(|f| ("--spec-tokens", f))];
     let place = |file: &PathBuf| file.canonicalize().unwrap_or_else(|_| file.clone());
     let mut named: Vec<(&str, PathBuf)> = inputs.into_iter().flatten().map(|(option, f)| (option, place(f))).collect();

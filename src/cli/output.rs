@@ -4,6 +4,8 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use specache::device::Device;
+use specache::device::trace::write_chrome;
 use specache::error::{Error, Result};
 
 /// What stdout is called in an [`Error::Io`].
@@ -91,6 +93,18 @@ impl Drop for AtomicFile {
             let _ = fs::remove_file(temporary);
         }
     }
+}
+
+/// Writes what an engine's streams did into the file of `--trace`.
+///
+/// # Errors
+/// As [`AtomicFile::write`].
+pub fn write_trace(file: Option<AtomicFile>, device: &Device) -> Result<()> {
+    let (Some(mut file), Some(trace)) = (file, device.trace()) else { return Ok(()) };
+    let mut text = Vec::new();
+    write_chrome(&trace.take(), &mut text).expect("memory takes everything");
+    file.write(&text)?;
+    file.commit()
 }
 
 /// A target and a temporary name in its folder, so that renaming never copies.

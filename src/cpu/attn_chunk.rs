@@ -2,6 +2,7 @@
 
 use super::attn_kernels::{Temp, Wide, mix_packed, mix_wide, score_packed, score_wide, softmax};
 use super::simd::Isa;
+use crate::device::Buffer;
 use crate::kv::options::PAGE;
 use crate::kv::view::{Far, KvView, Replaced, SeqRows};
 
@@ -44,7 +45,7 @@ fn page<'a>(view: &KvView<'a>, head: usize, page: usize) -> Page<'a> {
     let wide_head = head * shape.wide_head_bytes()..(head + 1) * shape.wide_head_bytes();
     match (page.checked_sub(view.split / PAGE), view.far) {
         (Some(in_tail), _) => Page::Wide(&view.tail[in_tail].bytes()[wide_head]),
-        (None, Far::Packed(bytes)) => Page::Packed(&bytes[shape.packed_head(page, head)]),
+        (None, Far::Packed(pages)) => Page::Packed(&pages.bytes()[shape.packed_head(page, head)]),
         (None, Far::Wide(pages)) => Page::Wide(&pages[page].bytes()[wide_head]),
         (None, Far::None) => unreachable!("the split is 0 without far pages"),
     }
@@ -52,14 +53,15 @@ fn page<'a>(view: &KvView<'a>, head: usize, page: usize) -> Page<'a> {
 
 /// The replaced positions that lie in one page: where they stand there, and their pairs.
 fn replaced_in<'a>(view: &KvView<'a>, head: usize, page: usize) -> impl Iterator<Item = (usize, &'a [u8])> {
-    let none = Replaced { count: 0, stride: 0, positions: &[], pairs: &[] };
-    let r = view.replaced.unwrap_or(none);
-    let positions = &r.positions[head * r.stride..head * r.stride + r.count];
-    let pair = view.shape.pair_bytes();
-    let pairs = &r.pairs[head * r.stride * pair..];
-    let first = positions.partition_point(|&p| (p as usize) < page * PAGE);
-    let here = positions[first..].iter().map(|&p| p as usize).take_while(move |&p| p < (page + 1) * PAGE);
-    here.enumerate().map(move |(i, p)| (p % PAGE, &pairs[(first + i) * pair..][..pair]))
+    view.replaced.into_iter().flat_map(move |Replaced { count, stride, positions, slot_of, pairs }| {
+        let of_head = |numbers: &'a Buffer| &numbers.as_slice::<u32>()[head * stride..][..count];
+        let (positions, slot_of) = (of_head(positions), of_head(slot_of));
+        let pair = view.shape.pair_bytes();
+        let pairs = &pairs.bytes()[head * stride * pair..];
+        let first = positions.partition_point(|&p| (p as usize) < page * PAGE);
+        let here = positions[first..].iter().map(|&p| p as usize).take_while(move |&p| p < (page + 1) * PAGE);
+        here.zip(&slot_of[first..]).map(move |(p, &slot)| (p % PAGE, &pairs[slot as usize * pair..][..pair]))
+    })
 }
 
 /// Scores, softmax and values of one chunk. The instruction set is dispatched per page and not per chunk: a page is a

@@ -154,7 +154,7 @@ impl Temp {
         for (i, page) in (start / PAGE..(start + keys).div_ceil(PAGE)).enumerate() {
             let (k, v) = (&mut self.k[i * PAGE * d..][..PAGE * d], &mut self.v[i * PAGE * d..][..PAGE * d]);
             let Some(wide) = page.checked_sub(view.first_page) else {
-                unpack_head(&view.shape.packed, &view.packed[view.shape.packed_head(page, head)], k, v);
+                unpack_head(&view.shape.packed, &view.packed.bytes()[view.shape.packed_head(page, head)], k, v);
                 continue;
             };
             let tokens = (keys - i * PAGE).min(PAGE);

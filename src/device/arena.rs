@@ -218,6 +218,14 @@ impl Arena {
         })
     }
 
+    /// The node that its memory is bound to.
+    pub fn node(&self) -> Option<usize> {
+        match self.placement {
+            Placement::Node(node) => Some(node),
+            Placement::Anywhere(_) => None,
+        }
+    }
+
     /// The chunks.
     pub fn chunks(&self) -> &[Chunk] {
         &self.plan.chunks

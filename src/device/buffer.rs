@@ -104,13 +104,26 @@ impl Drop for Grant {
 /// One cache line; the unit that keeps a buffer aligned for 64-byte vectors.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
-struct Line([u8; 64]);
+pub(crate) struct Line([u8; 64]);
+
+impl Default for Line {
+    fn default() -> Line {
+        Line([0; 64])
+    }
+}
 
 /// A byte range in metered memory, aligned to 64 bytes. Read and written as numbers through [`Buffer::as_slice`].
 pub struct Buffer {
     lines: Vec<Line>,
     len: usize,
     meter: Meter,
+    id: u64,
+}
+
+/// A number that nothing else has or will have.
+pub(crate) fn unique_id() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 impl Buffer {
@@ -126,7 +139,12 @@ impl Buffer {
         }
         // 0xFF in every byte is NaN as f32, fp16 and bf16, and an absurd position as u32.
         lines.resize(n_lines, Line([if poison { 0xFF } else { 0 }; 64]));
-        Ok(Buffer { lines, len, meter: meter.clone() })
+        Ok(Buffer { lines, len, meter: meter.clone(), id: unique_id() })
+    }
+
+    /// Its number: no other buffer has it, before or after.
+    pub fn id(&self) -> u64 {
+        self.id
     }
 
     /// Length in bytes.

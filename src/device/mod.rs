@@ -5,23 +5,39 @@
 
 pub mod arena;
 pub mod buffer;
+pub mod fault;
+pub mod in_flight;
 pub mod interrupt;
+pub mod link;
 pub mod map;
 pub mod order;
 pub mod pin;
 pub mod ram;
+pub mod schedule;
 pub mod stream;
+pub mod trace;
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 pub use buffer::{Buffer, Grant, Meter};
-pub use stream::{InFlight, Stream};
+pub use in_flight::{Carried, InFlight};
+pub use schedule::Schedule;
+pub use stream::{Event, Job};
 
 use crate::cpu::Isa;
 use crate::error::{Error, Result};
+use crate::gather::{Gather, GatherOptions, Topology};
+use fault::Faults;
+use link::{CopyEngine, LinkOptions};
+use order::{Checker, EventClock, Site, StreamId, Uses};
+use pin::Pin;
+use stream::Streams;
+use trace::{Place, Trace};
 
 /// What a device is to be like.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone)]
 pub struct DeviceOptions {
     /// Compute threads; `None`: as many as the process may use.
     pub threads: Option<usize>,
@@ -29,21 +45,62 @@ pub struct DeviceOptions {
     pub device_budget: Option<u64>,
     /// Most bytes of host memory for KV pages; `None`: no limit of our own.
     pub host_budget: Option<u64>,
+    /// How computation waits for copies.
+    pub pipeline: Schedule,
+    /// Keep the pairs that stay selected where they are and fetch only the others.
+    pub delta: bool,
+    /// Threads that gather, the copy stream's own among them; `None`: a quarter of those that can run, at least 1 and at
+    /// most 16, as all cores compute on this device.
+    pub gather_threads: Option<usize>,
+    /// A slower link between host and device than memory is.
+    pub link: LinkOptions,
+    /// What keeps the pages in host memory resident; `None`: nothing, as no device copies from them by itself.
+    pub pin: Option<Arc<dyn Pin>>,
+    /// Keep what ran when: [`Device::trace`].
+    pub trace: bool,
+    /// Check the order of all operations; SPECACHE_CHECK_ORDER=1 does too, and says at the end what it found.
+    pub order: Option<Arc<Mutex<Checker>>>,
     /// Fill new buffers with a pattern that reads as NaN, so that a read of what nobody wrote shows (tests).
     pub poison: bool,
+    /// An operation that is to fail (tests).
+    pub faults: Option<Arc<Faults>>,
 }
 
-/// A compute device with its memory meters and its copy stream. Cheap to clone.
+impl Default for DeviceOptions {
+    fn default() -> Self {
+        DeviceOptions {
+            threads: None,
+            device_budget: None,
+            host_budget: None,
+            pipeline: Schedule::default(),
+            delta: true,
+            gather_threads: None,
+            link: LinkOptions::default(),
+            pin: None,
+            trace: false,
+            order: None,
+            poison: false,
+            faults: None,
+        }
+    }
+}
+
+/// A compute device with its memory meters, its streams and its gather pool. Cheap to clone.
 #[derive(Clone)]
 pub struct Device(Arc<Inner>);
 
 struct Inner {
     isa: Isa,
     pool: rayon::ThreadPool,
-    copy: Stream,
+    streams: Streams,
+    copy_engine: Arc<CopyEngine>,
     device_memory: Meter,
     host_memory: Meter,
-    poison: bool,
+    options: DeviceOptions,
+    trace: Option<Arc<Trace>>,
+    order: Option<Arc<Mutex<Checker>>>,
+    /// Passes so far.
+    steps: AtomicU32,
 }
 
 impl Device {
@@ -63,13 +120,23 @@ impl Device {
             .thread_name(|i| format!("compute-{i}"))
             .build()
             .map_err(|e| Error::Usage(format!("--threads {threads}: {e}")))?;
+        let topology = Topology::detect();
+        let gather_threads = options.gather_threads.unwrap_or((topology.threads() / 4).clamp(1, 16));
+        let gather_options = GatherOptions { threads: Some(gather_threads), isa, ..GatherOptions::default() };
+        let gather = Gather::new(topology, gather_options)?;
+        let trace = options.trace.then(|| Arc::new(Trace::new()));
+        let asked = std::env::var_os("SPECACHE_CHECK_ORDER").is_some_and(|v| v == "1");
         Ok(Device(Arc::new(Inner {
             isa,
             pool,
-            copy: Stream::new("copy")?,
+            streams: Streams::new(trace.clone())?,
+            copy_engine: Arc::new(CopyEngine::new(gather, options.link, options.faults.clone())),
             device_memory: Meter::new("device", options.device_budget),
             host_memory: Meter::new("host", options.host_budget),
-            poison: options.poison,
+            trace,
+            order: options.order.clone().or_else(|| asked.then(Arc::default)),
+            options: options.clone(),
+            steps: AtomicU32::new(0),
         })))
     }
 
@@ -93,9 +160,99 @@ impl Device {
         self.0.pool.install(work)
     }
 
-    /// The stream that moves KV pages between host and device.
-    pub fn copy_stream(&self) -> &Stream {
-        &self.0.copy
+    /// What it was made with.
+    pub fn options(&self) -> &DeviceOptions {
+        &self.0.options
+    }
+
+    /// The gather pool and the link, for the jobs of copies.
+    pub fn copy_engine(&self) -> Arc<CopyEngine> {
+        self.0.copy_engine.clone()
+    }
+
+    /// A new pass begins on the calling thread: what it launches from now on belongs to it.
+    pub(crate) fn begin_step(&self) {
+        let step = self.0.steps.fetch_add(1, Ordering::Relaxed) + 1;
+        Place { step, layer: None }.enter();
+    }
+
+    /// The calling thread comes to a layer, or leaves the layers.
+    pub(crate) fn at_layer(&self, layer: Option<usize>) {
+        Place { layer: layer.map(|l| l as u32), ..Place::current() }.enter();
+    }
+
+    /// Marks an operation of the compute stream: it uses what `uses` says, and lasts until the guard is dropped.
+    pub(crate) fn operation(&self, name: &'static str, uses: impl FnOnce(&mut Uses)) -> Operation<'_> {
+        self.declare(StreamId::Compute, name, uses);
+        Operation { trace: self.0.trace.as_deref().map(|trace| (trace, Instant::now())), name }
+    }
+
+    /// Hands `job` to a stream: it runs when everything given before is done, and uses what `uses` says.
+    pub fn launch(
+        &self,
+        stream: StreamId,
+        name: &'static str,
+        uses: impl FnOnce(&mut Uses),
+        job: Arc<dyn Job>,
+    ) -> Event {
+        self.declare(stream, name, uses);
+        self.0.streams.launch(stream, job, name, self.clock(stream))
+    }
+
+    /// An event that stands for everything that `stream` has been given so far.
+    pub fn record(&self, stream: StreamId) -> Event {
+        match stream {
+            StreamId::Compute => Event::of_compute(self.clock(stream)),
+            _ => self.0.streams.record(stream, self.clock(stream)),
+        }
+    }
+
+    /// What `stream` is given from now on comes after `event`. `site` names the place in the program.
+    pub fn after(&self, stream: StreamId, event: Event, site: Site) {
+        if let Some(mut checker) = self.checker() {
+            checker.wait(stream, event.clock(), site);
+        }
+        self.0.streams.after(stream, event);
+    }
+
+    /// The compute stream waits for `event`. Returns the time that this took. `site` names the place in the program.
+    pub fn wait(&self, event: Event, site: Site) -> Duration {
+        if let Some(mut checker) = self.checker() {
+            checker.wait(StreamId::Compute, event.clock(), site);
+        }
+        let start = Instant::now();
+        let waited = self.0.streams.wait(event);
+        if let (Some(trace), true) = (&self.0.trace, waited > Duration::ZERO) {
+            trace.add(StreamId::Compute, site, true, Place::current(), start, 0);
+        }
+        waited
+    }
+
+    /// Blocks until `event` has passed, so that the memory of its job can be used anew. Orders nothing that the checker
+    /// would count: on a device with queues of its own, this is the host's business and not the compute stream's.
+    pub(crate) fn finish(&self, event: Event) {
+        self.0.streams.wait(event);
+    }
+
+    /// What ran when, if the device was made to keep it.
+    pub fn trace(&self) -> Option<&Trace> {
+        self.0.trace.as_deref()
+    }
+
+    fn checker(&self) -> Option<MutexGuard<'_, Checker>> {
+        Some(self.0.order.as_ref()?.lock().unwrap_or_else(|e| e.into_inner()))
+    }
+
+    fn declare(&self, stream: StreamId, name: &'static str, uses: impl FnOnce(&mut Uses)) {
+        if let Some(mut checker) = self.checker() {
+            let mut used = Uses::default();
+            uses(&mut used);
+            checker.operation(stream, name, Place::current().layer_or_0(), used.reads, used.writes);
+        }
+    }
+
+    fn clock(&self, stream: StreamId) -> EventClock {
+        self.checker().map_or(EventClock::default(), |checker| checker.record(stream))
     }
 
     /// Bytes and budget of device memory.
@@ -108,14 +265,13 @@ impl Device {
         &self.0.host_memory
     }
 
-    /// Admits a request: sets bytes of both kinds of memory aside, if the budgets allow it and, as both are the same RAM
-    /// on this device, the machine has them.
+    /// Admits a request: sets bytes of device memory aside, if the budget allows it and the machine has them, and as many
+    /// for the host pages beside them: both are the same RAM on this device. Host pages are promised by their slab.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] naming `what`, the bytes needed and the bytes available; nothing is taken then.
     pub fn grant(&self, device_bytes: u64, host_bytes: u64, what: &str) -> Result<Grants> {
         let device = self.0.device_memory.grant(device_bytes, what)?;
-        let host = self.0.host_memory.grant(host_bytes, what)?;
         let needed = device_bytes.saturating_add(host_bytes);
         match ram::available() {
             Some(available) if available < needed => Err(Error::OutOfMemory {
@@ -125,7 +281,7 @@ impl Device {
                 available,
                 fix: "shorten the context, use a smaller KV cache (--kv kivi), or free memory".into(),
             }),
-            _ => Ok(Grants { device, host, poison: self.0.poison }),
+            _ => Ok(Grants { device, poison: self.0.options.poison }),
         }
     }
 
@@ -135,10 +291,36 @@ impl Device {
     }
 }
 
-/// Memory that a request has been granted ([`Device::grant`]). What it does not use goes back when this is dropped.
+impl Drop for Inner {
+    /// Only whoever asked for the check by the environment has nobody else to tell it.
+    fn drop(&mut self) {
+        if let (Some(order), None) = (&self.order, &self.options.order) {
+            let checker = order.lock().unwrap_or_else(|e| e.into_inner());
+            let conflicts = checker.conflicts();
+            eprintln!("order of {} operations: {} conflicts", checker.operations(), conflicts.len());
+            conflicts.iter().take(10).for_each(|conflict| eprintln!("  {conflict}"));
+        }
+    }
+}
+
+/// An operation of the compute stream, until it is dropped.
+#[must_use = "it lasts until it is dropped"]
+pub(crate) struct Operation<'a> {
+    trace: Option<(&'a Trace, Instant)>,
+    name: &'static str,
+}
+
+impl Drop for Operation<'_> {
+    fn drop(&mut self) {
+        if let Some((trace, begin)) = self.trace {
+            trace.add(StreamId::Compute, self.name, false, Place::current(), begin, 0);
+        }
+    }
+}
+
+/// Device memory that a request has been granted ([`Device::grant`]). What it does not use goes back when this is dropped.
 pub struct Grants {
     device: Grant,
-    host: Grant,
     poison: bool,
 }
 
@@ -149,13 +331,5 @@ impl Grants {
     /// [`Error::OutOfMemory`] when more is asked for than was granted and the budget does not have it.
     pub fn device(&mut self, len: usize, what: &str) -> Result<Buffer> {
         Buffer::new(len, &mut self.device, self.poison, what)
-    }
-
-    /// Host memory of `len` bytes for KV pages, metered as such.
-    ///
-    /// # Errors
-    /// As [`Grants::device`].
-    pub fn host(&mut self, len: usize, what: &str) -> Result<Buffer> {
-        Buffer::new(len, &mut self.host, self.poison, what)
     }
 }

@@ -1,175 +1,309 @@
-//! An ordered queue of work beside the calling thread, and values that it is busy with.
+//! Ordered queues of work beside the calling thread, and the events that order them among each other.
+//!
+//! The compute stream is the calling thread itself; each of the others is a worker thread. Launching, recording and waiting
+//! allocate nothing once the queues have grown: jobs are values that their owners keep and launch again and again.
 
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::order::{EventClock, StreamId};
+use super::trace::{Place, Trace};
 use crate::error::{Error, Result};
 
-/// An ordered queue: work runs one after the other, in the order of its launch, while the caller goes on.
-pub struct Stream {
-    queue: Option<Sender<Box<dyn FnOnce() + Send>>>,
-    worker: Option<JoinHandle<()>>,
+/// Work that can be launched on a stream, also several times. Each run does the work of one launch, in order.
+pub trait Job: Send + Sync {
+    /// Does the work. Returns the bytes moved, for traces. What goes wrong is told to whoever waits for the result; a
+    /// panic ends this run and not the stream.
+    fn run(&self) -> u64;
 }
 
-impl Stream {
-    /// Starts the worker thread of a stream.
+/// A point in a stream: everything that it had been given when the event was recorded.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Event {
+    stream: StreamId,
+    /// Items of the stream.
+    at: u64,
+    /// The same for the order checker.
+    clock: EventClock,
+}
+
+impl Event {
+    pub(super) fn of_compute(clock: EventClock) -> Event {
+        Event { stream: StreamId::Compute, at: 0, clock }
+    }
+
+    pub(super) fn clock(&self) -> EventClock {
+        self.clock
+    }
+
+    /// The later of two points in one stream.
+    pub fn later(self, other: Option<Event>) -> Event {
+        match other {
+            Some(other) if other.at > self.at => {
+                assert_eq!(self.stream, other.stream, "only points of one stream are ordered");
+                other
+            }
+            _ => self,
+        }
+    }
+}
+
+/// The streams beside the compute stream.
+pub(super) struct Streams {
+    queues: Arc<Queues>,
+    workers: Vec<JoinHandle<()>>,
+}
+
+struct Queues([Queue; WORKERS.len()]);
+
+const WORKERS: [StreamId; 3] = [StreamId::Gather, StreamId::CopyIn, StreamId::CopyOut];
+
+impl Queues {
+    /// `None`: the compute stream, whose work is done when it has been given.
+    fn of(&self, stream: StreamId) -> Option<&Queue> {
+        (stream as usize).checked_sub(1).map(|i| &self.0[i])
+    }
+}
+
+#[derive(Default)]
+struct Queue {
+    state: Mutex<State>,
+    given: Condvar,
+    finished: Condvar,
+    /// Items that are done.
+    done: AtomicU64,
+}
+
+#[derive(Default)]
+struct State {
+    items: VecDeque<Item>,
+    /// Items that were ever given.
+    issued: u64,
+    /// Threads that wait for `finished`.
+    waiters: u32,
+    quit: bool,
+}
+
+enum Item {
+    Wait(Event),
+    Run(Arc<dyn Job>, &'static str, Place),
+}
+
+impl Streams {
+    /// Starts the workers.
     ///
     /// # Errors
     /// [`Error::Usage`] if the system refuses a thread.
-    pub fn new(name: &str) -> Result<Stream> {
-        let (queue, jobs) = channel::<Box<dyn FnOnce() + Send>>();
-        // A job that panics tells its waiter (see `Finish`); the stream goes on.
-        let run = move || jobs.into_iter().for_each(|job| drop(catch_unwind(AssertUnwindSafe(job))));
-        let refused = |e| Error::Usage(format!("no thread for the {name} stream: {e}; raise the limit on processes"));
-        let worker = std::thread::Builder::new().name(name.into()).spawn(run).map_err(refused)?;
-        Ok(Stream { queue: Some(queue), worker: Some(worker) })
+    pub(super) fn new(trace: Option<Arc<Trace>>) -> Result<Streams> {
+        let mut streams = Streams { queues: Arc::new(Queues(Default::default())), workers: Vec::new() };
+        for stream in WORKERS {
+            let (queues, trace) = (streams.queues.clone(), trace.clone());
+            let name = stream.name();
+            let refused =
+                |e| Error::Usage(format!("no thread for the {name} stream: {e}; raise the limit on processes"));
+            let run = move || queues.work(stream, trace.as_deref());
+            streams.workers.push(std::thread::Builder::new().name(name.into()).spawn(run).map_err(refused)?);
+        }
+        Ok(streams)
     }
 
-    fn enqueue(&self, job: Box<dyn FnOnce() + Send>) {
-        self.queue.as_ref().expect("present until drop").send(job).expect("the worker lives as long as the stream");
+    /// Hands `job` to the stream: it runs when everything given before is done.
+    pub(super) fn launch(&self, stream: StreamId, job: Arc<dyn Job>, name: &'static str, clock: EventClock) -> Event {
+        let at = self.give(stream, Item::Run(job, name, Place::current()));
+        Event { stream, at, clock }
     }
 
-    /// Runs work that nobody waits for by itself; [`Stream::drain`] does.
-    pub fn launch_detached(&self, work: impl FnOnce() + Send + 'static) {
-        self.enqueue(Box::new(work));
+    /// What the stream is given from now on begins after `event`.
+    pub(super) fn after(&self, stream: StreamId, event: Event) {
+        if event.stream != stream && event.stream != StreamId::Compute {
+            self.give(stream, Item::Wait(event));
+        }
     }
 
-    /// Waits until everything launched so far is done, and says how long that took.
-    pub fn drain(&self) -> Duration {
-        let mut waited = Duration::default();
-        self.launch((), |()| ()).wait(&mut waited);
-        waited
+    /// Everything that the stream has been given so far.
+    pub(super) fn record(&self, stream: StreamId, clock: EventClock) -> Event {
+        let at = self.queues.of(stream).map_or(0, |queue| queue.lock().issued);
+        Event { stream, at, clock }
     }
 
-    /// Hands `value` to the stream, which runs `work` on it when everything launched before is done. The value can be
-    /// had back only by waiting for it, so nobody reads it early and nobody frees it early.
-    pub fn launch<T: Send + 'static>(&self, mut value: T, work: impl FnOnce(&mut T) + Send + 'static) -> InFlight<T> {
-        let shared = Arc::new(Shared { state: Mutex::new(State::Busy), done: Condvar::new() });
-        let finish = Finish(shared.clone(), None);
-        let job = Box::new(move || {
-            // A panic in `work` drops `finish` without its value, and the waiter hears of it.
-            work(&mut value);
-            finish.with(value);
-        });
-        self.enqueue(job);
-        InFlight(shared)
+    /// Blocks until `event` has passed, and says how long that took: nothing if it had passed.
+    pub(super) fn wait(&self, event: Event) -> Duration {
+        self.queues.wait(event)
+    }
+
+    fn give(&self, stream: StreamId, item: Item) -> u64 {
+        let queue = self.queues.of(stream).expect("the compute stream is the calling thread");
+        let mut state = queue.lock();
+        state.items.push_back(item);
+        state.issued += 1;
+        let at = state.issued;
+        drop(state);
+        queue.given.notify_one();
+        at
     }
 }
 
-impl Drop for Stream {
+impl Drop for Streams {
+    /// What has been given is done first.
     fn drop(&mut self) {
-        drop(self.queue.take());
-        if let Some(worker) = self.worker.take() {
-            // A panic of the worker was reported to whoever waited for its value.
+        for queue in &self.queues.0 {
+            queue.lock().quit = true;
+            queue.given.notify_one();
+        }
+        for worker in self.workers.drain(..) {
+            // Jobs' panics were caught.
             let _ = worker.join();
         }
     }
 }
 
-struct Shared<T> {
-    state: Mutex<State<T>>,
-    done: Condvar,
-}
-
-enum State<T> {
-    Busy,
-    Done(T),
-    Failed,
-}
-
-/// Reports the end of a job whether it returned or panicked.
-struct Finish<T>(Arc<Shared<T>>, Option<T>);
-
-impl<T> Finish<T> {
-    fn with(mut self, value: T) {
-        self.1 = Some(value);
-    }
-}
-
-impl<T> Drop for Finish<T> {
-    fn drop(&mut self) {
-        let state = self.1.take().map_or(State::Failed, State::Done);
-        *self.0.state.lock().unwrap_or_else(|e| e.into_inner()) = state;
-        self.0.done.notify_all();
-    }
-}
-
-/// A value that a stream is working on. Dropping it waits too: nothing is freed while the stream uses it.
-#[must_use = "the value comes back only by waiting for it"]
-pub struct InFlight<T>(Arc<Shared<T>>);
-
-impl<T> InFlight<T> {
-    /// Waits until the stream is done with the value. The time spent here is added to `exposed`.
-    ///
-    /// # Panics
-    /// If the work panicked.
-    pub fn wait(self, exposed: &mut Duration) -> T {
-        let mut state = self.0.state.lock().unwrap_or_else(|e| e.into_inner());
-        if matches!(*state, State::Busy) {
-            let start = Instant::now();
-            let busy = |s: &mut State<T>| matches!(s, State::Busy);
-            state = self.0.done.wait_while(state, busy).unwrap_or_else(|e| e.into_inner());
-            *exposed += start.elapsed();
-        }
-        match std::mem::replace(&mut *state, State::Failed) {
-            State::Done(value) => value,
-            State::Busy | State::Failed => panic!("work on the copy stream panicked"),
+impl Queues {
+    /// The life of a worker.
+    fn work(&self, stream: StreamId, trace: Option<&Trace>) {
+        let queue = self.of(stream).expect("a worker has a queue");
+        while let Some(item) = queue.next() {
+            match item {
+                // Only what was given earlier can be waited for, so no two streams wait for each other.
+                Item::Wait(event) => drop(self.wait(event)),
+                Item::Run(job, name, place) => {
+                    let begin = Instant::now();
+                    // A panic has told its waiter by poisoning what the job worked on.
+                    let bytes = catch_unwind(AssertUnwindSafe(|| job.run())).unwrap_or(0);
+                    drop(job); // before the event passes: what the job held is its owner's alone from then on
+                    if let Some(trace) = trace {
+                        trace.add(stream, name, false, place, begin, bytes);
+                    }
+                }
+            }
+            queue.finish();
         }
     }
+
+    fn wait(&self, event: Event) -> Duration {
+        let Some(queue) = self.of(event.stream) else { return Duration::ZERO };
+        if queue.done.load(Ordering::Acquire) >= event.at {
+            return Duration::ZERO;
+        }
+        let start = Instant::now();
+        let mut state = queue.lock();
+        state.waiters += 1;
+        while queue.done.load(Ordering::Acquire) < event.at {
+            state = queue.finished.wait(state).unwrap_or_else(|e| e.into_inner());
+        }
+        state.waiters -= 1;
+        start.elapsed()
+    }
 }
 
-impl<T> Drop for InFlight<T> {
-    fn drop(&mut self) {
-        let state = self.0.state.lock().unwrap_or_else(|e| e.into_inner());
-        let busy = |s: &mut State<T>| matches!(s, State::Busy);
-        drop(self.0.done.wait_while(state, busy).unwrap_or_else(|e| e.into_inner()));
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// The next item; `None` when there will be none.
+    fn next(&self) -> Option<Item> {
+        let mut state = self.lock();
+        loop {
+            if let Some(item) = state.items.pop_front() {
+                return Some(item);
+            }
+            if state.quit {
+                return None;
+            }
+            state = self.given.wait(state).unwrap_or_else(|e| e.into_inner());
+        }
+    }
+
+    /// One more item is done.
+    fn finish(&self) {
+        self.done.fetch_add(1, Ordering::Release);
+        // Whoever looked at `done` before is counted in `waiters` under the lock, so nobody sleeps through this.
+        if self.lock().waiters > 0 {
+            self.finished.notify_all();
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicU32;
+
     use super::*;
 
-    #[test]
-    fn dropping_a_value_in_flight_waits_for_it() {
-        let stream = Stream::new("test").unwrap();
-        let done = Arc::new(Mutex::new(false));
-        let flag = done.clone();
-        drop(stream.launch(0, move |_| {
-            std::thread::sleep(Duration::from_millis(20));
-            *flag.lock().unwrap() = true;
-        }));
-        assert!(*done.lock().unwrap());
+    /// Notes its number, after a while.
+    struct Note(u32, u64, Arc<Mutex<Vec<u32>>>);
+
+    impl Job for Note {
+        fn run(&self) -> u64 {
+            std::thread::sleep(Duration::from_micros(self.1));
+            self.2.lock().unwrap().push(self.0);
+            0
+        }
+    }
+
+    fn launch(streams: &Streams, stream: StreamId, job: impl Job + 'static) -> Event {
+        streams.launch(stream, Arc::new(job), "test", EventClock::default())
     }
 
     #[test]
-    fn work_runs_in_order_and_values_come_back() {
-        let stream = Stream::new("test").unwrap();
+    fn a_stream_runs_in_order_and_events_cover_what_came_before() {
+        let streams = Streams::new(None).unwrap();
         let log = Arc::new(Mutex::new(vec![]));
         let jobs: Vec<_> = (0..20)
-            .map(|i| {
-                let log = log.clone();
-                stream.launch(i, move |v| {
-                    std::thread::sleep(Duration::from_micros(50 * (20 - i)));
-                    log.lock().unwrap().push(*v);
-                    *v += 100;
-                })
-            })
+            .map(|i| launch(&streams, StreamId::CopyIn, Note(i, 50 * (20 - u64::from(i)), log.clone())))
             .collect();
-        let mut exposed = Duration::ZERO;
-        let values: Vec<_> = jobs.into_iter().map(|j| j.wait(&mut exposed)).collect();
-        assert_eq!(values, (100..120).collect::<Vec<_>>());
+        streams.wait(jobs[9]);
+        assert!(log.lock().unwrap().len() >= 10);
+        let waited = streams.wait(streams.record(StreamId::CopyIn, EventClock::default()));
+        assert!(waited > Duration::ZERO);
         assert_eq!(*log.lock().unwrap(), (0..20).collect::<Vec<_>>());
-        assert!(exposed > Duration::ZERO);
+        assert_eq!(streams.wait(jobs[9]), Duration::ZERO, "it has passed");
     }
 
     #[test]
-    #[should_panic(expected = "copy stream panicked")]
-    fn a_panic_reaches_the_waiter() {
-        let stream = Stream::new("test").unwrap();
-        stream.launch((), |_| panic!("expected in this test")).wait(&mut Duration::default());
+    fn a_stream_waits_for_another_ones_event() {
+        let streams = Streams::new(None).unwrap();
+        let log = Arc::new(Mutex::new(vec![]));
+        for round in 0..20 {
+            let gathered = launch(&streams, StreamId::Gather, Note(2 * round, 300, log.clone()));
+            streams.after(StreamId::CopyIn, gathered);
+            let copied = launch(&streams, StreamId::CopyIn, Note(2 * round + 1, 0, log.clone()));
+            streams.wait(copied);
+        }
+        assert_eq!(*log.lock().unwrap(), (0..40).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn what_was_launched_runs_before_the_streams_end() {
+        let log = Arc::new(Mutex::new(vec![]));
+        let streams = Streams::new(None).unwrap();
+        launch(&streams, StreamId::CopyOut, Note(7, 2000, log.clone()));
+        drop(streams);
+        assert_eq!(*log.lock().unwrap(), [7]);
+    }
+
+    struct Panics(Arc<AtomicU32>);
+
+    impl Job for Panics {
+        fn run(&self) -> u64 {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            panic!("expected in this test");
+        }
+    }
+
+    #[test]
+    fn a_panic_ends_the_job_and_not_the_stream() {
+        let streams = Streams::new(None).unwrap();
+        let runs = Arc::new(AtomicU32::new(0));
+        let job: Arc<dyn Job> = Arc::new(Panics(runs.clone()));
+        for _ in 0..3 {
+            let event = streams.launch(StreamId::Gather, job.clone(), "test", EventClock::default());
+            streams.wait(event);
+        }
+        assert_eq!(runs.load(Ordering::Relaxed), 3);
     }
 }

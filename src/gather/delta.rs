@@ -37,24 +37,25 @@ impl Delta {
     /// slots and in positions.
     ///
     /// Afterwards the first `selection.len()` slots hold exactly the selection and the rest are [`EMPTY`], so that a
-    /// reader needs the count alone. Of the pairs in those first slots, the ones that are selected stay where they are;
+    /// reader needs the count alone; `slot_of` says for each position of the selection which slot that is. Of the pairs in those first slots, the ones that are selected stay where they are;
     /// a pair beyond them (the selection has shrunk) counts as not held.
     ///
     /// # Panics
-    /// If the selection has more positions than there are slots.
-    pub fn plan(&mut self, table: &mut [u32], selection: &[u32]) -> &[Miss] {
+    /// If the selection has more positions than there are slots, or `slot_of` has not as many as it.
+    pub fn plan(&mut self, table: &mut [u32], selection: &[u32], slot_of: &mut [u32]) -> &[Miss] {
         assert!(selection.len() <= table.len(), "{} pairs for {} slots", selection.len(), table.len());
+        assert_eq!(selection.len(), slot_of.len(), "a slot for each position");
         debug_assert!(selection.windows(2).all(|w| w[0] < w[1]), "a selection ascends");
         debug_assert!(selection.last().is_none_or(|&last| last != EMPTY), "{EMPTY} stands for no position");
         let (table, beyond) = table.split_at_mut(selection.len());
         beyond.fill(EMPTY);
-        self.find_held(table, selection);
-        self.place_misses(table, selection);
+        self.find_held(table, selection, slot_of);
+        self.place_misses(table, selection, slot_of);
         &self.misses
     }
 
     /// Marks what is held, and lists the slots that are not of use.
-    fn find_held(&mut self, table: &[u32], selection: &[u32]) {
+    fn find_held(&mut self, table: &[u32], selection: &[u32], slot_of: &mut [u32]) {
         self.held.clear();
         self.held.resize(selection.len(), false);
         self.freed.clear();
@@ -66,6 +67,7 @@ impl Delta {
             // In a table with a duplicate, the second is of no use.
             let hit = (selection[i] == *position) & !self.held[i];
             self.held[i] |= hit;
+            slot_of[i] = if hit { slot } else { slot_of[i] };
             self.freed[n_freed] = slot;
             n_freed += usize::from(!hit);
         }
@@ -73,11 +75,12 @@ impl Delta {
     }
 
     /// As many slots are freed as positions are missing, as table and selection are equally long.
-    fn place_misses(&mut self, table: &mut [u32], selection: &[u32]) {
+    fn place_misses(&mut self, table: &mut [u32], selection: &[u32], slot_of: &mut [u32]) {
         self.misses.clear();
-        let missing = selection.iter().zip(&self.held).filter(|(_, held)| !**held);
-        for ((&position, _), &slot) in missing.zip(&self.freed) {
+        let missing = selection.iter().zip(&self.held).zip(slot_of).filter(|((_, held), _)| !**held);
+        for (((&position, _), slot_of), &slot) in missing.zip(&self.freed) {
             table[slot as usize] = position;
+            *slot_of = slot;
             self.misses.push(Miss { slot, position });
         }
     }
@@ -114,8 +117,10 @@ mod tests {
         fn slots_hold_the_selection_and_hits_do_not_move((before, selection) in table_and_selection()) {
             let mut delta = Delta::new(0);
             let mut after = before.clone();
-            let misses = delta.plan(&mut after, &selection).to_vec();
             let n = selection.len();
+            let mut slot_of = vec![EMPTY; n];
+            let misses = delta.plan(&mut after, &selection, &mut slot_of).to_vec();
+            prop_assert!(selection.iter().zip(&slot_of).all(|(&p, &slot)| after[slot as usize] == p));
 
             prop_assert_eq!(after[..n].iter().copied().collect::<BTreeSet<_>>(), BTreeSet::from_iter(selection.clone()));
             prop_assert!(after[n..].iter().all(|&p| p == EMPTY));
@@ -130,10 +135,10 @@ mod tests {
             prop_assert!(misses.windows(2).all(|w| w[0].slot < w[1].slot));
             prop_assert!(misses.iter().all(|m| after[m.slot as usize] == m.position));
 
-            let mut again = before;
-            prop_assert_eq!(delta.plan(&mut again, &Vec::from_iter(wanted.clone())), &misses[..]);
+            let (mut again, wanted) = (before, Vec::from_iter(wanted));
+            prop_assert_eq!(delta.plan(&mut again, &wanted, &mut slot_of), &misses[..]);
             prop_assert_eq!(&again, &after);
-            prop_assert!(delta.plan(&mut again, &Vec::from_iter(wanted)).is_empty());
+            prop_assert!(delta.plan(&mut again, &wanted, &mut slot_of).is_empty());
         }
     }
 
@@ -142,21 +147,24 @@ mod tests {
     fn a_head_over_time() {
         let mut delta = Delta::new(4);
         let mut table = [EMPTY; 4];
+        let mut plan = |table: &mut [u32; 4], selection: &[u32]| {
+            delta.plan(table, selection, &mut vec![EMPTY; selection.len()]).to_vec()
+        };
         let miss = |slot, position| Miss { slot, position };
-        assert_eq!(delta.plan(&mut table, &[7, 9]), [miss(0, 7), miss(1, 9)]);
-        assert_eq!(delta.plan(&mut table, &[3, 7, 9, 12]), [miss(2, 3), miss(3, 12)]);
-        assert_eq!(delta.plan(&mut table, &[3, 5, 9, 12]), [miss(0, 5)]);
+        assert_eq!(plan(&mut table, &[7, 9]), [miss(0, 7), miss(1, 9)]);
+        assert_eq!(plan(&mut table, &[3, 7, 9, 12]), [miss(2, 3), miss(3, 12)]);
+        assert_eq!(plan(&mut table, &[3, 5, 9, 12]), [miss(0, 5)]);
         assert_eq!(table, [5, 9, 3, 12]);
         // 12 lies beyond the first two slots and has to come again.
-        assert_eq!(delta.plan(&mut table, &[9, 12]), [miss(0, 12)]);
+        assert_eq!(plan(&mut table, &[9, 12]), [miss(0, 12)]);
         assert_eq!(table, [12, 9, EMPTY, EMPTY]);
-        assert_eq!(delta.plan(&mut table, &[]), []);
+        assert_eq!(plan(&mut table, &[]), []);
         assert_eq!(table, [EMPTY; 4]);
     }
 
     #[test]
     #[should_panic(expected = "3 pairs for 2 slots")]
     fn more_than_fits() {
-        Delta::new(2).plan(&mut [EMPTY; 2], &[1, 2, 3]);
+        Delta::new(2).plan(&mut [EMPTY; 2], &[1, 2, 3], &mut [EMPTY; 3]);
     }
 }

@@ -142,6 +142,11 @@ impl Gather {
         format!("gather: {} threads ({pinned}), {}; {topology}", self.threads, self.options.isa)
     }
 
+    /// The nodes that it knows.
+    pub fn topology(&self) -> &Topology {
+        &self.topology
+    }
+
     /// Why the threads could not be bound to their nodes, if that is so. They work all the same.
     pub fn pin_refused(&self) -> Option<&str> {
         self.pin_refused.as_deref()

@@ -1,17 +1,28 @@
 //! The cache of one sequence over all layers, and how pages change their place in it.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::counters::Counters;
-use super::host::{HostLayer, WidePage, page_in, page_out};
+use super::host::{HostLayer, PageIn, PageOut, WidePage};
 use super::layout::KvShape;
 use super::options::{KvMode, KvOptions, PAGE};
+pub use super::plan::CacheBytes;
+use super::plan::{host_pages, page_counts, prefill_pages, slots_per_head, wide_page_bytes};
 use super::prefetch::Prefetch;
-use crate::device::{Buffer, Device, Grants, InFlight};
-use crate::error::Result;
+use super::slab::{PageRef, Reservation, Slab, UniquePage};
+use super::view::{Far, KvView, Replaced};
+use crate::device::order::Site;
+use crate::device::{Buffer, Device, Event, Grants, InFlight};
+use crate::error::{Error, Result};
 use crate::ops;
+
+/// Where computation waits for prefetched pairs.
+const ARRIVAL: Site = "pairs arrive before attention";
+/// Where it waits for whole pages.
+const LOADED: Site = "loaded pages arrive before attention";
 
 /// One layer of a sequence's cache.
 pub struct LayerCache {
@@ -38,129 +49,251 @@ pub struct Cache {
     device: Device,
     capacity: usize,
     /// Wide pages that no layer uses, the longest unused first: what the copy stream may still read is at the back.
-    spare: VecDeque<WidePage>,
+    spare: VecDeque<Spare>,
+    host: HostPages,
     /// `offload` only: two sets of pages that whole layers come back into, by turns.
-    loads: [Load; 2],
+    loads: Vec<Load>,
     /// What waiting for the copy stream has cost since [`Cache::take_waited`].
     waited: Duration,
+    /// Why copies have failed, if one has.
+    failure: Option<String>,
 }
 
-impl Drop for Cache {
-    /// Page-outs still hold pages: whoever comes next is to find them free.
-    fn drop(&mut self) {
-        if self.options.mode.on_host() {
-            self.device.copy_stream().drain();
-        }
-    }
+/// A wide page that no layer uses.
+struct Spare {
+    page: WidePage,
+    /// When the copy stream has read it.
+    free_after: Option<Event>,
+}
+
+/// The host pages of a sequence that are not in its tables, and the way into those.
+struct HostPages {
+    slab: Slab,
+    /// All pages that it may ever need are its own or promised to it.
+    promised: Reservation,
+    /// Leased and not in use: a truncated sequence's.
+    spare: Vec<UniquePage>,
+    /// Pages that are in tables, on their way there, promised or spare.
+    total: usize,
+    page_out: Arc<PageOut>,
+    /// When all pages that were sent are on the host.
+    paged_out: Option<Event>,
 }
 
 /// A set of device pages that a layer's host pages are loaded into.
-#[derive(Default)]
 struct Load {
-    pages: Vec<WidePage>,
-    in_flight: Option<InFlight<Vec<WidePage>>>,
+    pages: InFlight<Vec<WidePage>>,
+    job: Arc<PageIn>,
 }
 
-/// Bytes that the cache of one sequence takes, by kind. Known before anything is allocated.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct CacheBytes {
-    /// Packed pages.
-    pub packed: u64,
-    /// Wide pages on the device: the residual, or everything in `full`.
-    pub wide: u64,
-    /// Prefetched pairs and their positions.
-    pub slots: u64,
-    /// Layers that come back whole (`offload`).
-    pub loads: u64,
-    /// Wide pages on the host.
-    pub host: u64,
-}
-
-impl CacheBytes {
-    /// Bytes on the device while decoding.
-    pub fn device(&self) -> u64 {
-        [self.packed, self.wide, self.slots, self.loads].into_iter().fold(0, u64::saturating_add)
-    }
-
-    /// Bytes on the device that only the prefill of a context of `n` tokens needs, while it lasts.
-    pub fn prefill_scratch(shape: &KvShape, options: &KvOptions, n: usize) -> u64 {
-        wide_page_bytes(shape).saturating_mul(prefill_pages(options, n) as u64)
-    }
-
-    /// The plan for a sequence of at most `capacity` tokens. Saturates where no machine could follow.
-    pub fn plan(shape: &KvShape, options: &KvOptions, capacity: usize) -> CacheBytes {
-        let line = |bytes: u64| bytes.saturating_add(63) / 64 * 64;
-        let times = |n: usize, bytes: u64| bytes.saturating_mul(n as u64);
-        let (offloadable, tail) = page_counts(options, capacity);
-        let wide_page = wide_page_bytes(shape);
-        let (mode, layers) = (options.mode, shape.n_layers);
-        let pairs = shape.n_kv_heads * slots_per_head(options, offloadable);
-        let slots = line(times(pairs, 4)).saturating_add(line(times(pairs, shape.pair_bytes() as u64)));
-        let packed = line(times(offloadable, shape.packed_page_bytes() as u64));
-        CacheBytes {
-            packed: if mode.low_bit() { times(layers, packed) } else { 0 },
-            wide: times(layers, times(tail, wide_page)),
-            slots: if mode.fetches() { times(layers, slots) } else { 0 },
-            loads: if mode == KvMode::Offload { times(2 * offloadable, wide_page) } else { 0 },
-            host: if mode.on_host() { times(layers, times(offloadable, wide_page)) } else { 0 },
-        }
+impl Drop for Cache {
+    /// Copies still hold pages: whoever comes next is to find them free.
+    fn drop(&mut self) {
+        self.come_to_rest();
     }
 }
 
-/// Bytes that a meter counts for a wide page.
-fn wide_page_bytes(shape: &KvShape) -> u64 {
-    shape.wide_page_bytes().next_multiple_of(64) as u64
+/// Memory that a cache has been granted: what of it is not used goes back when this is dropped.
+pub struct Admission {
+    device: Grants,
+    host: Reservation,
 }
 
-/// Slots of a KV head: never more than could be selected.
-fn slots_per_head(options: &KvOptions, offloadable: usize) -> usize {
-    options.top_k.min(offloadable * PAGE)
-}
-
-/// Pages per layer of a sequence of at most `capacity` tokens: how many can be offloaded, and how many wide ones the
-/// device holds. One more than the tail needs where pages are copied out, so that a step never waits for the copy of
-/// the page that it is about to reuse.
-fn page_counts(options: &KvOptions, capacity: usize) -> (usize, usize) {
-    let counters = Counters::new(options);
-    // Decoding offloads a page at n - no >= R + P, so never more than a prefill of the same length.
-    let offloadable = counters.offloaded_after_prefill(capacity);
-    let spare = usize::from(options.mode.on_host());
-    (offloadable / PAGE, counters.tail_pages(capacity) + spare)
-}
-
-/// Wide pages that the prefill of a context of `n` tokens needs beside those that stay: one layer is computed while the
-/// copy stream still reads the one before.
-fn prefill_pages(options: &KvOptions, n: usize) -> usize {
-    if options.mode == KvMode::Full { 0 } else { 2 * n.div_ceil(PAGE) }
+impl Admission {
+    /// Asks for bytes on the device and pages on the host, for all of which `what` is the reason.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`]; nothing is taken then.
+    pub fn ask(device: &Device, slab: &Slab, bytes: u64, host_pages: usize, what: &str) -> Result<Admission> {
+        let granted = device.grant(bytes, slab.missing_bytes(host_pages), what)?;
+        Ok(Admission { device: granted, host: slab.reserve(host_pages)? })
+    }
 }
 
 impl Cache {
-    /// An empty cache with room for `capacity` tokens; everything that decoding will need is allocated here. Room for the
-    /// prefill of as many tokens is asked for too, but not kept.
+    /// An empty cache with room for `capacity` tokens; everything that decoding will need is allocated or promised here.
+    /// Room for the prefill of as many tokens is asked for too, but not kept.
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`] before anything is allocated if the plan does not fit.
-    pub fn new(device: &Device, shape: KvShape, options: KvOptions, capacity: usize) -> Result<Cache> {
+    pub fn new(device: &Device, slab: &Slab, shape: KvShape, options: KvOptions, capacity: usize) -> Result<Cache> {
         let plan = CacheBytes::plan(&shape, &options, capacity);
         let prefill = CacheBytes::prefill_scratch(&shape, &options, capacity);
         let device_bytes = plan.device().saturating_add(prefill);
         let what = format!("the KV cache of {capacity} tokens ({prefill} bytes of it while they are prefilled)");
-        let grants = &mut device.grant(device_bytes, plan.host, &what)?;
+        let pages = host_pages(&shape, &options, capacity);
+        let mut admission = Admission::ask(device, slab, device_bytes, pages, &what)?;
+        let mut cache = Cache::empty(device, slab, shape, options, &mut admission)?;
+        cache.grow(capacity, &mut admission)?;
+        Ok(cache)
+    }
+
+    /// A cache with room for nothing.
+    fn empty(
+        device: &Device,
+        slab: &Slab,
+        shape: KvShape,
+        options: KvOptions,
+        admission: &mut Admission,
+    ) -> Result<Cache> {
+        let grants = &mut admission.device;
         let mut layers = Vec::with_capacity(shape.n_layers);
         for _ in 0..shape.n_layers {
             layers.push(LayerCache {
                 tail: Vec::new(),
                 packed: grants.device(0, "")?,
-                host: options.mode.on_host().then(Arc::default),
+                host: options.mode.on_host().then(|| Arc::new(HostLayer::new(slab, 0, [].into_iter()))),
                 prefetch: Prefetch::new(grants, &shape)?,
             });
         }
-        let (spare, loads, counters) = (VecDeque::new(), Default::default(), Counters::new(&options));
-        let waited = Duration::default();
-        let mut cache =
-            Cache { shape, options, counters, layers, device: device.clone(), capacity: 0, spare, loads, waited };
-        cache.grow(capacity, grants)?;
-        Ok(cache)
+        let load = || Load { pages: InFlight::new(Vec::new()), job: PageIn::new(device) };
+        Ok(Cache {
+            shape,
+            options,
+            counters: Counters::new(&options),
+            layers,
+            device: device.clone(),
+            capacity: 0,
+            spare: VecDeque::new(),
+            host: HostPages {
+                slab: slab.clone(),
+                promised: slab.nothing_reserved(),
+                spare: Vec::new(),
+                total: 0,
+                page_out: PageOut::new(device),
+                paged_out: None,
+            },
+            loads: if options.mode == KvMode::Offload { vec![load(), load()] } else { Vec::new() },
+            waited: Duration::default(),
+            failure: None,
+        })
+    }
+
+    /// A cache with the same tokens and as much room, which goes its own way from here. Complete host pages are shared;
+    /// what lies on the device is copied.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`]; nothing has changed then.
+    pub fn fork(&mut self) -> Result<Cache> {
+        self.come_to_rest();
+        let Cache { shape, options, capacity, .. } = *self;
+        let tables = self.layers.iter().flat_map(|layer| &layer.host);
+        let shared = tables.map(|table| table.pages().count()).sum::<usize>();
+        let bytes = CacheBytes::plan(&shape, &options, capacity).device();
+        let pages = host_pages(&shape, &options, capacity) - shared;
+        let mut admission = Admission::ask(&self.device, &self.host.slab, bytes, pages, "a fork of a KV cache")?;
+        let mut fork = Cache::empty(&self.device, &self.host.slab, shape, options, &mut admission)?;
+        for (to, from) in fork.layers.iter_mut().zip(&self.layers) {
+            let table =
+                |host: &Arc<HostLayer>| Arc::new(HostLayer::new(&self.host.slab, host.room(), host.pages().cloned()));
+            to.host = from.host.as_ref().map(table);
+        }
+        fork.host.total = shared;
+        fork.grow(capacity, &mut admission)?;
+        fork.counters = self.counters;
+        fork.failure = self.failure.clone();
+        for (l, from) in self.layers.iter().enumerate() {
+            for page in &from.tail {
+                let mut copy = fork.take_spare();
+                let to = Arc::get_mut(&mut copy).expect("a new page has one owner");
+                to.bytes_mut().copy_from_slice(page.bytes());
+                fork.layers[l].tail.push(copy);
+            }
+            let to = &mut fork.layers[l];
+            to.packed.bytes_mut().copy_from_slice(from.packed.bytes());
+            to.prefetch.copy_from(&from.prefetch, &shape);
+        }
+        Ok(fork)
+    }
+
+    /// Forgets all tokens from `n` on (at least one stays): the cache is as after a prefill of the first `n`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Usage`] in `kivi`, where the 16-bit pairs that would become the residual are gone;
+    /// [`crate::Error::OutOfMemory`] if host pages are shared with a fork and none are left to take their place. Nothing
+    /// has changed then.
+    pub fn truncate(&mut self, n: usize) -> Result<()> {
+        let mut counters = Counters::new(&self.options);
+        counters.after_prefill(n);
+        if !self.options.mode.on_host() && counters.nq < self.counters.nq {
+            let least = self.counters.nq + self.options.residual_len;
+            return Err(Error::Usage(format!(
+                "truncate to {n} tokens: --kv kivi keeps the tokens before {} in their low-bit form only; keep at least \
+                 {least}, or use another mode",
+                self.counters.nq
+            )));
+        }
+        self.come_to_rest();
+        let keep = counters.no / PAGE;
+        let tables = self.layers.iter().flat_map(|layer| &layer.host);
+        let shared = tables.flat_map(|table| table.pages().skip(keep)).filter(|page| !page.is_unique()).count();
+        if shared > 0 {
+            self.host.promised.extend(shared)?;
+        }
+        for l in 0..self.layers.len() {
+            self.truncate_tail(l, &counters, n.div_ceil(PAGE));
+            self.truncate_table(l, keep);
+            if self.options.mode.fetches() {
+                self.layers[l].prefetch.slots_mut().clear(true);
+            }
+        }
+        self.counters = counters;
+        Ok(())
+    }
+
+    /// The tail of a layer becomes that of `counters`, up to page `end`: pages that lie low-bit on the device now and are
+    /// wide then come back from the host.
+    fn truncate_tail(&mut self, layer: usize, counters: &Counters, end: usize) {
+        let (old, new) = (self.counters.nq / PAGE, counters.nq / PAGE);
+        let mut tail = std::mem::take(&mut self.layers[layer].tail);
+        let kept = end.saturating_sub(old).min(tail.len());
+        tail.drain(kept..).for_each(|page| self.spare.push_back(Spare { page, free_after: None }));
+        let packed = new.saturating_sub(old).min(tail.len());
+        tail.drain(..packed).for_each(|page| self.spare.push_back(Spare { page, free_after: None }));
+        if new < old {
+            let mut loaded = self.load(layer, new..old.min(end));
+            loaded.append(&mut tail);
+            tail = loaded;
+        }
+        self.layers[layer].tail = tail;
+    }
+
+    /// Leaves `keep` pages in the table of a layer. Those that nobody shares stay with this cache, to be used again.
+    fn truncate_table(&mut self, layer: usize, keep: usize) {
+        let Some(table) = self.layers[layer].host.take() else { return };
+        let dropped: Vec<PageRef> = table.pages().skip(keep).cloned().collect();
+        let kept = HostLayer::new(&self.host.slab, table.room(), table.pages().take(keep).cloned());
+        self.layers[layer].host = Some(Arc::new(kept));
+        drop(table); // and its references with it
+        self.host.spare.extend(dropped.into_iter().filter_map(|page| page.try_into_unique().ok()));
+    }
+
+    /// Waits for all copies: afterwards everything is here, and held by nobody else.
+    fn come_to_rest(&mut self) {
+        const SITE: Option<Site> = Some("a cache comes to rest");
+        for l in 0..self.layers.len() {
+            let arrived = self.layers[l].prefetch.arrive(&self.device, SITE, &mut self.waited);
+            self.note(arrived);
+        }
+        for i in 0..self.loads.len() {
+            let arrived = self.loads[i].pages.arrive(&self.device, SITE, &mut self.waited);
+            self.note(arrived);
+        }
+        if let Some(event) = self.host.paged_out {
+            self.waited += self.device.wait(event, SITE.expect("above"));
+        }
+    }
+
+    /// Keeps the first reason why a copy failed.
+    fn note(&mut self, copied: std::result::Result<(), String>) {
+        if let Err(why) = copied {
+            self.failure.get_or_insert(why);
+        }
+    }
+
+    /// Why a copy has failed, if one has: then the cache does not hold what it should, and its sequence cannot go on.
+    pub fn failure(&self) -> Option<&str> {
+        self.failure.as_deref().or(self.host.page_out.failure())
     }
 
     /// Where it lives.
@@ -178,17 +311,20 @@ impl Cache {
     /// # Errors
     /// [`crate::Error::OutOfMemory`]; nothing has changed then.
     pub fn reserve(&mut self, capacity: usize) -> Result<()> {
-        let (device_bytes, host_bytes) = self.needs(capacity, 0);
-        let mut grants = self.device.grant(device_bytes, host_bytes, "a longer KV cache")?;
-        self.grow(capacity, &mut grants)
+        let (device_bytes, host_pages) = self.needs(capacity, 0);
+        let mut admission =
+            Admission::ask(&self.device, &self.host.slab, device_bytes, host_pages, "a longer KV cache")?;
+        self.grow(capacity, &mut admission)
     }
 
-    fn grow(&mut self, capacity: usize, grants: &mut Grants) -> Result<()> {
+    fn grow(&mut self, capacity: usize, admission: &mut Admission) -> Result<()> {
         if capacity <= self.capacity {
             return Ok(());
         }
+        self.come_to_rest();
         let shape = self.shape;
         let (offloadable, tail) = page_counts(&self.options, capacity);
+        let grants = &mut admission.device;
         for layer in &mut self.layers {
             let packed_bytes = offloadable * shape.packed_page_bytes();
             if self.options.mode.low_bit() && layer.packed.len() < packed_bytes {
@@ -196,34 +332,37 @@ impl Cache {
                 grown.bytes_mut()[..layer.packed.len()].copy_from_slice(layer.packed.bytes());
                 layer.packed = grown;
             }
-            if let Some(host) = &layer.host {
-                host.reserve(grants, &shape, offloadable)?;
+            if let Some(host) = layer.host.as_mut().filter(|host| host.room() < offloadable) {
+                *host = Arc::new(HostLayer::new(&self.host.slab, offloadable, host.pages().cloned()));
             }
             if self.options.mode.fetches() {
                 layer.prefetch.reserve(grants, &shape, slots_per_head(&self.options, offloadable))?;
             }
         }
         self.top_up_spare(tail * shape.n_layers, grants)?;
-        if self.options.mode == KvMode::Offload {
-            for load in &mut self.loads {
-                while load.pages.len() < offloadable {
-                    load.pages.push(Arc::new(grants.device(shape.wide_page_bytes(), "layers that come back")?));
-                }
+        for load in &mut self.loads {
+            let pages = load.pages.get_mut();
+            while pages.len() < offloadable {
+                pages.push(Arc::new(grants.device(shape.wide_page_bytes(), "layers that come back")?));
             }
         }
+        let total = host_pages(&shape, &self.options, capacity);
+        self.host.promised.take_from(&mut admission.host, total - self.host.total);
+        self.host.total = total;
         self.capacity = capacity;
         Ok(())
     }
 
     /// Bytes that this cache holds now.
     pub fn bytes(&self) -> CacheBytes {
-        let wide = |n: usize| n as u64 * self.shape.wide_page_bytes().next_multiple_of(64) as u64;
+        let wide = |n: usize| n as u64 * wide_page_bytes(&self.shape);
+        let (offloadable, _) = page_counts(&self.options, self.capacity);
         CacheBytes {
             packed: self.layers.iter().map(|l| l.packed.metered_bytes()).sum(),
             wide: wide(self.wide_pages()),
             slots: self.layers.iter().map(|l| l.prefetch.metered_bytes()).sum(),
-            loads: wide(self.loads.iter().map(|l| l.pages.len()).sum()),
-            host: self.layers.iter().flat_map(|l| &l.host).map(|h| h.bytes()).sum(),
+            loads: wide(self.loads.len() * offloadable),
+            host: wide(self.host.total),
         }
     }
 
@@ -235,16 +374,16 @@ impl Cache {
     fn top_up_spare(&mut self, total: usize, grants: &mut Grants) -> Result<()> {
         for _ in self.wide_pages()..total {
             let page = grants.device(self.shape.wide_page_bytes(), "wide KV pages")?;
-            self.spare.push_front(Arc::new(page));
+            self.spare.push_front(Spare { page: Arc::new(page), free_after: None });
         }
         Ok(())
     }
 
     /// Takes a page that nobody else reads any more, waiting for the copy stream if it must.
     fn take_spare(&mut self) -> WidePage {
-        let mut page = self.spare.pop_front().expect("pages were reserved for this many tokens");
-        while Arc::get_mut(&mut page).is_none() {
-            self.waited += self.device.copy_stream().drain();
+        let Spare { page, free_after } = self.spare.pop_front().expect("pages were reserved for this many tokens");
+        if let Some(event) = free_after {
+            self.waited += self.device.wait(event, "a device page is paged out before it is used again");
         }
         page
     }
@@ -270,23 +409,40 @@ impl Cache {
         let offloaded = self.counters.advance();
         if self.counters.nq > before.nq {
             for layer in &mut self.layers {
-                self.spare.push_back(layer.tail.remove(0));
+                let page = layer.tail.remove(0);
+                self.spare.push_back(Spare { page, free_after: self.host.paged_out });
             }
         }
         let Some(page) = offloaded else { return 0 };
         let in_tail = page - self.counters.nq / PAGE;
-        (0..self.shape.n_layers).map(|l| self.offload(l, page, self.layers[l].tail[in_tail..=in_tail].to_vec())).sum()
+        for l in 0..self.layers.len() {
+            let wide = self.layers[l].tail[in_tail].clone();
+            self.pack_and_stage(l, page, std::slice::from_ref(&wide));
+        }
+        self.page_out()
     }
 
-    /// Packs complete wide pages, beginning with page `first`, and sends them to the host. Returns the bytes sent.
-    fn offload(&mut self, layer: usize, first: usize, pages: Vec<WidePage>) -> u64 {
+    /// Packs complete wide pages, beginning with page `first`, and gives them to the next page-out.
+    fn pack_and_stage(&mut self, layer: usize, first: usize, pages: &[WidePage]) {
         let layer = &mut self.layers[layer];
         if self.options.mode.low_bit() {
-            ops::pack::pack_pages(&self.device, &self.shape, &pages, first, &mut layer.packed);
+            ops::pack::pack_pages(&self.device, &self.shape, pages, first, &mut layer.packed);
         }
-        let Some(host) = &layer.host else { return 0 };
-        let bytes = pages.iter().map(|p| p.len() as u64).sum();
-        page_out(&self.device, host, first, pages);
+        let Some(table) = &layer.host else { return };
+        let HostPages { promised, spare, page_out, .. } = &mut self.host;
+        for (i, page) in pages.iter().enumerate() {
+            let fresh = || promised.alloc().try_into_unique().expect("a new lease is the only one");
+            page_out.add(page.clone(), spare.pop().unwrap_or_else(fresh), table, first + i);
+        }
+    }
+
+    /// Sends to the host what was staged for it. Returns the bytes sent.
+    fn page_out(&mut self) -> u64 {
+        if !self.options.mode.on_host() {
+            return 0;
+        }
+        let (event, bytes) = self.host.page_out.launch(&self.device);
+        self.host.paged_out = Some(event);
         bytes
     }
 
@@ -296,9 +452,9 @@ impl Cache {
         self.layers.len() * page_counts(&self.options, capacity).1 + prefill_pages(&self.options, n)
     }
 
-    /// Bytes on the device and on the host, beyond those held now, that room for `capacity` tokens takes, and the prefill
-    /// of a context of `prefill` tokens beside it.
-    fn needs(&self, capacity: usize, prefill: usize) -> (u64, u64) {
+    /// Bytes on the device and pages on the host, beyond those held now, that room for `capacity` tokens takes, and the
+    /// prefill of a context of `prefill` tokens beside it.
+    fn needs(&self, capacity: usize, prefill: usize) -> (u64, usize) {
         let capacity = capacity.max(self.capacity);
         let (held, plan) = (self.bytes(), CacheBytes::plan(&self.shape, &self.options, capacity));
         let wide = wide_page_bytes(&self.shape).saturating_mul(self.prefill_wide_pages(prefill, capacity) as u64);
@@ -307,38 +463,55 @@ impl Cache {
         let moving = |new: u64, old: u64| if new > old { old / layers } else { 0 };
         let moving = moving(plan.packed, held.packed) + moving(plan.slots, held.slots);
         let device = CacheBytes { wide: wide.max(held.wide), ..plan }.device().saturating_add(moving);
-        (device.saturating_sub(held.device()), plan.host.saturating_sub(held.host))
+        let host = host_pages(&self.shape, &self.options, capacity) - self.host.total;
+        (device.saturating_sub(held.device()), host)
     }
 
-    /// Bytes on the device and on the host that [`Cache::begin_prefill`] takes beyond those held now.
-    pub fn prefill_needs(&self, n: usize) -> (u64, u64) {
+    /// Bytes on the device and pages on the host that [`Cache::begin_prefill`] takes beyond those held now.
+    pub fn prefill_needs(&self, n: usize) -> (u64, usize) {
         self.needs(n, n)
+    }
+
+    /// The slab of its host pages.
+    pub fn slab(&self) -> &Slab {
+        &self.host.slab
     }
 
     /// Starts the prefill of more tokens, up to `n` in all: makes room, and takes working pages.
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`]; never if [`Cache::prefill_needs`] was granted.
-    pub fn begin_prefill(&mut self, n: usize, grants: &mut Grants) -> Result<()> {
-        for layer in &mut self.layers {
-            layer.prefetch.arrive(&mut self.waited);
+    pub fn begin_prefill(&mut self, n: usize, admission: &mut Admission) -> Result<()> {
+        for l in 0..self.layers.len() {
+            let arrived = self.layers[l].prefetch.arrive(&self.device, Some(ARRIVAL), &mut self.waited);
+            self.note(arrived);
         }
-        self.grow(n, grants)?;
-        self.top_up_spare(self.prefill_wide_pages(n, self.capacity), grants)
+        self.grow(n, admission)?;
+        self.top_up_spare(self.prefill_wide_pages(n, self.capacity), &mut admission.device)
+    }
+
+    /// Brings host pages of a layer back into device pages, and waits for them.
+    fn load(&mut self, layer: usize, from: Range<usize>) -> Vec<WidePage> {
+        let pages = from.clone().map(|_| self.take_spare()).collect();
+        let Some(host) = self.layers[layer].host.clone() else { return pages };
+        let mut pages = InFlight::new(pages);
+        PageIn::new(&self.device).launch(&self.device, &host, from, &mut pages, self.host.paged_out);
+        let arrived = pages.arrive(&self.device, Some(LOADED), &mut Duration::default());
+        self.note(arrived);
+        pages.into_inner()
     }
 
     /// The device pages of one layer for a prefill up to `n` tokens: all that the new tokens must see at 16 bits and all
     /// that they will fill. In modes with a host copy they begin at position 0 and the offloaded ones come back from
     /// there; in `kivi` they begin at `nq`. Give them back with [`Cache::settle_prefill`].
     pub fn prefill_pages(&mut self, layer: usize, n: usize) -> Vec<WidePage> {
-        let mut pages = Vec::with_capacity(n.div_ceil(PAGE));
-        if let Some(host) = self.layers[layer].host.clone() {
-            let loaded = (0..self.counters.nq / PAGE).map(|_| self.take_spare()).collect();
-            pages = page_in(&self.device, &host, self.counters.nq, loaded).wait(&mut Duration::default());
-        }
+        let loaded = if self.options.mode.on_host() { self.counters.nq / PAGE } else { 0 };
+        let mut pages = if loaded > 0 { self.load(layer, 0..loaded) } else { Vec::new() };
         pages.append(&mut self.layers[layer].tail);
         let wanted = n.div_ceil(PAGE) - self.prefill_first_page();
-        self.spare.extend(pages.drain(wanted.min(pages.len())..)); // a page that only a speculative row had begun
+        // A page that only a speculative row had begun.
+        let begun = pages.drain(wanted.min(pages.len())..);
+        self.spare.extend(begun.map(|page| Spare { page, free_after: None }));
         while pages.len() < wanted {
             pages.push(self.take_spare());
         }
@@ -356,8 +529,13 @@ impl Cache {
         let first = self.prefill_first_page();
         let (old, new) = (self.counters.no / PAGE, self.counters.offloaded_after_prefill(n) / PAGE);
         self.layers[layer].tail = pages.split_off(new - first);
-        let sent = if new > old { self.offload(layer, old, pages[old - first..].to_vec()) } else { 0 };
-        self.spare.extend(pages);
+        let mut sent = 0;
+        if new > old {
+            self.pack_and_stage(layer, old, &pages[old - first..]);
+            sent = self.page_out();
+        }
+        let free_after = self.host.paged_out;
+        self.spare.extend(pages.into_iter().map(|page| Spare { page, free_after }));
         sent
     }
 
@@ -366,7 +544,7 @@ impl Cache {
     pub fn end_prefill(&mut self, n: usize) {
         self.counters.after_prefill(n);
         for layer in &mut self.layers {
-            layer.prefetch.slots_mut().count = 0;
+            layer.prefetch.slots_mut().clear(false);
         }
         self.free_working_pages();
     }
@@ -384,44 +562,49 @@ impl Cache {
 
     /// `offload`: begins to bring `layer` back. Returns the bytes that this moves.
     pub fn begin_load(&mut self, layer: usize) -> u64 {
-        let (Some(host), n) = (&self.layers[layer].host, self.counters.nq) else { return 0 };
-        let load = &mut self.loads[layer % 2];
-        load.in_flight = Some(page_in(&self.device, host, n, std::mem::take(&mut load.pages)));
-        (n / PAGE * self.shape.wide_page_bytes()) as u64
+        let (Some(host), n_pages) = (&self.layers[layer].host, self.counters.nq / PAGE) else { return 0 };
+        let Load { pages, job } = &mut self.loads[layer % 2];
+        job.launch(&self.device, host, 0..n_pages, pages, self.host.paged_out);
+        n_pages as u64 * self.shape.wide_page_bytes() as u64
     }
 
-    /// `offload`: waits until `layer` is back.
-    pub fn finish_load(&mut self, layer: usize, exposed: &mut Duration) {
-        let load = &mut self.loads[layer % 2];
-        if let Some(in_flight) = load.in_flight.take() {
-            load.pages = in_flight.wait(exposed);
+    /// Waits for what `layer` reads of the host's: prefetched pairs, or its pages in `offload`. The time that this takes is
+    /// added to `exposed`. `waited`: whether the caller has waited for all copies already.
+    pub fn arrive(&mut self, layer: usize, waited: bool, exposed: &mut Duration) {
+        let site = |site| if waited { None } else { Some(site) };
+        let arrived = self.layers[layer].prefetch.arrive(&self.device, site(ARRIVAL), exposed);
+        self.note(arrived);
+        let n_loads = self.loads.len();
+        if n_loads > 0 {
+            let arrived = self.loads[layer % n_loads].pages.arrive(&self.device, site(LOADED), exposed);
+            self.note(arrived);
         }
     }
 
-    /// The slots of `layer` and the host pages that fill them.
+    /// The slots of `layer`, the host pages that fill them, and when those are complete.
     ///
     /// # Panics
     /// In modes that do not fetch.
-    pub fn fetching(&mut self, layer: usize) -> (&mut Prefetch, &Arc<HostLayer>) {
+    pub fn fetching(&mut self, layer: usize) -> (&mut Prefetch, &Arc<HostLayer>, Option<Event>) {
         let LayerCache { prefetch, host, .. } = &mut self.layers[layer];
-        (prefetch, host.as_ref().expect("a mode that fetches has a host copy"))
+        (prefetch, host.as_ref().expect("a mode that fetches has a host copy"), self.host.paged_out)
     }
 
-    /// What attention reads of `layer`, for rows that begin at `position`.
-    pub fn view(&self, layer: usize, window: Option<usize>) -> super::view::KvView<'_> {
-        use super::view::{Far, KvView};
+    /// What attention reads of `layer`.
+    pub fn view(&self, layer: usize, window: Option<usize>) -> KvView<'_> {
         let cache = &self.layers[layer];
         let far = match self.options.mode {
             KvMode::Full => Far::None,
-            KvMode::Offload => Far::Wide(&self.loads[layer % 2].pages),
-            KvMode::Kivi | KvMode::Fetch | KvMode::SpeCache => Far::Packed(cache.packed.bytes()),
+            KvMode::Offload => Far::Wide(self.loads[layer % 2].pages.get()),
+            KvMode::Kivi | KvMode::Fetch | KvMode::SpeCache => Far::Packed(&cache.packed),
         };
         let slots = self.options.mode.fetches().then(|| cache.prefetch.slots());
-        let replaced = slots.map(|s| super::view::Replaced {
+        let replaced = slots.map(|s| Replaced {
             count: s.count,
             stride: s.top_k,
-            positions: s.positions.as_slice(),
-            pairs: s.pairs.bytes(),
+            positions: &s.positions,
+            slot_of: &s.slot_of,
+            pairs: &s.pairs,
         });
         KvView { shape: self.shape, split: self.counters.nq, far, tail: &cache.tail, replaced, window }
     }

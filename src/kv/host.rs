@@ -1,71 +1,225 @@
-//! The 16-bit copy of a sequence on the host: one list of wide pages per layer.
+//! The 16-bit copy of a sequence on the host: a page table per layer over the slab, and the copies that fill and read it.
 
-use std::sync::{Arc, RwLock, RwLockReadGuard};
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
-use super::layout::KvShape;
-use super::options::PAGE;
-use crate::device::{Buffer, Device, Grants, InFlight};
-use crate::error::Result;
+use super::slab::{PageRef, Slab, UniquePage};
+use crate::device::buffer::unique_id;
+use crate::device::link::CopyEngine;
+use crate::device::order::{Resource, StreamId, Uses};
+use crate::device::{Buffer, Carried, Device, Event, InFlight, Job};
 
 /// A wide page on the device. Shared with the copy stream while a copy reads it; whoever writes needs it alone.
 pub type WidePage = Arc<Buffer>;
 
-/// The host pages of one layer. Written by page-out and read by page-in and gather, all on the copy stream and so in
-/// order; the lock is there for everybody else (snapshots, tests) and is never contended in a step.
-#[derive(Default)]
+/// The host pages of one layer, from position 0 on. Each entry is written once, when its page is complete: a page that is
+/// still on its way cannot be read, because it is not here.
 pub struct HostLayer {
-    pages: RwLock<Vec<Buffer>>,
+    id: u64,
+    slab: Slab,
+    /// `[room]`.
+    pages: Box<[OnceLock<PageRef>]>,
 }
 
 impl HostLayer {
-    /// Grows to at least `n_pages` pages.
-    ///
-    /// # Errors
-    /// [`crate::Error::OutOfMemory`] if that is more than was granted.
-    pub fn reserve(&self, grants: &mut Grants, shape: &KvShape, n_pages: usize) -> Result<()> {
-        let mut pages = self.pages.write().unwrap_or_else(|e| e.into_inner());
-        while pages.len() < n_pages {
-            pages.push(grants.host(shape.wide_page_bytes(), "the 16-bit KV copy")?);
-        }
-        Ok(())
+    /// A table with room for `room` pages, which begins with these.
+    pub fn new(slab: &Slab, room: usize, pages: impl Iterator<Item = PageRef>) -> HostLayer {
+        let mut pages: Vec<OnceLock<PageRef>> = pages.map(OnceLock::from).collect();
+        assert!(pages.len() <= room, "{} pages in a table for {room}", pages.len());
+        pages.resize_with(room, OnceLock::new);
+        HostLayer { id: unique_id(), slab: slab.clone(), pages: pages.into() }
     }
 
-    /// The pages, to read.
-    pub fn pages(&self) -> RwLockReadGuard<'_, Vec<Buffer>> {
-        self.pages.read().unwrap_or_else(|e| e.into_inner())
+    /// Pages that it has room for.
+    pub fn room(&self) -> usize {
+        self.pages.len()
     }
 
-    /// Bytes that the pages take.
-    pub fn bytes(&self) -> u64 {
-        self.pages().iter().map(Buffer::metered_bytes).sum()
+    /// Page `index`, if it is complete.
+    pub fn page(&self, index: usize) -> Option<&PageRef> {
+        self.pages.get(index)?.get()
+    }
+
+    /// All complete pages, in order.
+    pub fn pages(&self) -> impl Iterator<Item = &PageRef> {
+        self.pages.iter().map_while(OnceLock::get)
+    }
+
+    /// What the order checker calls page `index`.
+    pub fn resource(&self, index: usize) -> Resource {
+        Resource::HostPage(self.id, index)
     }
 }
 
-/// Copies complete device pages to the host, beginning with page `first`, while the caller goes on.
-pub fn page_out(device: &Device, host: &Arc<HostLayer>, first: usize, pages: Vec<WidePage>) {
-    let host = host.clone();
-    // Nobody waits for this by itself: the stream's order puts it before every gather that may read the page, and the
-    // pages' reference counts keep them from being written meanwhile.
-    device.copy_stream().launch_detached(move || {
-        let mut to = host.pages.write().unwrap_or_else(|e| e.into_inner());
-        for (i, page) in pages.into_iter().enumerate() {
-            to[first + i].bytes_mut().copy_from_slice(page.bytes());
-        }
-    });
+impl Drop for HostLayer {
+    /// All leases end under one lock.
+    fn drop(&mut self) {
+        let mut pages: Vec<PageRef> = self.pages.iter_mut().filter_map(OnceLock::take).collect();
+        self.slab.free_batch(pages.drain(..));
+    }
 }
 
-/// Copies the first `n_tokens / 64` host pages into `pages`, which must be held alone, while the caller goes on.
-pub fn page_in(
-    device: &Device,
-    host: &Arc<HostLayer>,
-    n_tokens: usize,
-    pages: Vec<WidePage>,
-) -> InFlight<Vec<WidePage>> {
-    let host = host.clone();
-    device.copy_stream().launch(pages, move |pages| {
-        for (page, from) in pages.iter_mut().zip(host.pages().iter()).take(n_tokens / PAGE) {
-            let page = Arc::get_mut(page).expect("a page that is loaded has one owner");
-            page.bytes_mut().copy_from_slice(from.bytes());
+/// Copies complete device pages to the host: one job for each cache, launched again and again. A run does what one launch
+/// was given, in order.
+pub struct PageOut {
+    engine: Arc<CopyEngine>,
+    launches: Mutex<Launches>,
+    failure: OnceLock<String>,
+}
+
+#[derive(Default)]
+struct Launches {
+    pages: VecDeque<Out>,
+    /// Pages of each launch that has not run; the last entry is that of the next launch.
+    counts: VecDeque<usize>,
+}
+
+/// A page on its way out.
+struct Out {
+    from: WidePage,
+    to: UniquePage,
+    host: Arc<HostLayer>,
+    index: usize,
+}
+
+impl PageOut {
+    /// Nothing is on its way.
+    pub fn new(device: &Device) -> Arc<PageOut> {
+        let launches = Launches { pages: VecDeque::new(), counts: VecDeque::from([0]) };
+        Arc::new(PageOut { engine: device.copy_engine(), launches: Mutex::new(launches), failure: OnceLock::new() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Launches> {
+        self.launches.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Why a copy failed, if one has: the host's pages are not complete then.
+    pub fn failure(&self) -> Option<&str> {
+        self.failure.get().map(String::as_str)
+    }
+
+    /// Gives the next launch a page: to be page `index` of `host`, by way of the leased page `to`.
+    pub fn add(&self, from: WidePage, to: UniquePage, host: &Arc<HostLayer>, index: usize) {
+        let mut launches = self.lock();
+        launches.pages.push_back(Out { from, to, host: host.clone(), index });
+        *launches.counts.back_mut().expect("the next launch's count") += 1;
+    }
+
+    /// Begins to copy what was added. Returns when that is done, and the bytes that it moves.
+    pub fn launch(self: &Arc<Self>, device: &Device) -> (Event, u64) {
+        device.after(StreamId::CopyOut, device.record(StreamId::Compute), "a page is complete before it is paged out");
+        let mut launches = self.lock();
+        let count = *launches.counts.back().expect("the next launch's count");
+        launches.counts.push_back(0);
+        let first = launches.pages.len() - count;
+        let bytes = launches.pages.range(first..).map(|page| page.from.len() as u64).sum();
+        let event = device.launch(
+            StreamId::CopyOut,
+            "page out",
+            |uses| {
+                uses.reads.extend(launches.pages.range(first..).map(|p| Resource::DevicePage(p.from.id())));
+                uses.writes.extend(launches.pages.range(first..).map(|p| p.host.resource(p.index)));
+            },
+            self.clone(),
+        );
+        (event, bytes)
+    }
+
+    /// The next page of the launch that runs.
+    fn pop(&self) -> Out {
+        self.lock().pages.pop_front().expect("as many pages as were added")
+    }
+}
+
+impl Job for PageOut {
+    fn run(&self) -> u64 {
+        let count = self.lock().counts.pop_front().expect("a launch");
+        if let Err(why) = self.engine.check() {
+            let _first_reason_wins = self.failure.set(format!("pages could not be copied to the host: {why}"));
+            (0..count).for_each(|_| drop(self.pop()));
+            return 0;
         }
-    })
+        let bytes = self.lock().pages.iter().take(count).map(|page| page.from.len() as u64).sum();
+        self.engine.transfer(bytes, || {
+            for _ in 0..count {
+                let Out { from, mut to, host, index } = self.pop();
+                to.bytes_mut().copy_from_slice(from.bytes());
+                assert!(host.pages[index].set(to.share()).is_ok(), "a page is paged out once");
+            }
+        });
+        bytes
+    }
+}
+
+/// Brings a layer's first host pages back into device pages: one job for each set of pages.
+pub struct PageIn {
+    engine: Arc<CopyEngine>,
+    launch: Mutex<Option<In>>,
+}
+
+struct In {
+    pages: Carried<Vec<WidePage>>,
+    host: Arc<HostLayer>,
+    from: Range<usize>,
+}
+
+impl PageIn {
+    /// Nothing is on its way.
+    pub fn new(device: &Device) -> Arc<PageIn> {
+        Arc::new(PageIn { engine: device.copy_engine(), launch: Mutex::new(None) })
+    }
+
+    /// Begins to copy the host pages `from` into as many of `pages`, which must be held alone. `paged_out`: when the last
+    /// of them is complete.
+    pub fn launch(
+        self: &Arc<Self>,
+        device: &Device,
+        host: &Arc<HostLayer>,
+        from: Range<usize>,
+        pages: &mut InFlight<Vec<WidePage>>,
+        paged_out: Option<Event>,
+    ) {
+        device.after(StreamId::CopyIn, device.record(StreamId::Compute), "device pages are free before a load");
+        if let Some(event) = paged_out {
+            device.after(StreamId::CopyIn, event, "host pages are complete before a load");
+        }
+        let carried = pages.send();
+        let away = carried.clone();
+        *self.lock() = Some(In { pages: carried, host: host.clone(), from: from.clone() });
+        let uses = |uses: &mut Uses| {
+            uses.reads.extend(from.clone().map(|index| host.resource(index)));
+            away.look(|pages| {
+                uses.writes.extend(pages.iter().take(from.len()).map(|page| Resource::DevicePage(page.id())));
+            });
+        };
+        away.depart(device.launch(StreamId::CopyIn, "load", uses, self.clone()));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<In>> {
+        self.launch.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+impl Job for PageIn {
+    fn run(&self) -> u64 {
+        let In { pages, host, from } = self.lock().take().expect("a launch");
+        let mut bytes = 0;
+        pages.work(|pages| {
+            self.engine.check()?;
+            let complete = host.pages().count();
+            if complete < from.end {
+                return Err(format!("page {complete} is not on the host"));
+            }
+            bytes = pages.iter().take(from.len()).map(|page| page.len() as u64).sum();
+            self.engine.transfer(bytes, || {
+                for (page, from) in pages.iter_mut().zip(&host.pages[from]) {
+                    let page = Arc::get_mut(page).expect("a page that is loaded has one owner");
+                    page.bytes_mut().copy_from_slice(from.get().expect("complete").bytes());
+                }
+            });
+            Ok(())
+        });
+        bytes
+    }
 }

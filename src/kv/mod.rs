@@ -2,9 +2,11 @@
 
 pub mod cache;
 pub mod counters;
+pub mod fetch;
 pub mod host;
 pub mod layout;
 pub mod options;
+pub mod plan;
 pub mod prefetch;
 pub mod slab;
 mod synthetic;

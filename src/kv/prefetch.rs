@@ -1,13 +1,12 @@
-//! The 16-bit pairs that replace low-bit ones: which positions, and their way back from the host.
+//! The 16-bit pairs that replace low-bit ones: which positions, and in which slots they lie.
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use super::host::HostLayer;
 use super::layout::KvShape;
-use super::options::PAGE;
-use crate::device::{Buffer, Device, Grants, InFlight};
+use crate::device::order::Site;
+use crate::device::{Buffer, Carried, Device, Grants, InFlight};
 use crate::error::Result;
+use crate::gather::delta::{Delta, EMPTY, Miss};
 
 /// Prefetched pairs of one layer. Every KV head has the same number of them.
 pub struct Slots {
@@ -15,29 +14,51 @@ pub struct Slots {
     pub count: usize,
     /// `[n_kv_heads, top_k]` u32, ascending within `count`.
     pub positions: Buffer,
-    /// `[n_kv_heads, top_k]` pairs, K | V.
+    /// `[n_kv_heads, top_k]` u32: the slot in which the pair of each position lies.
+    pub slot_of: Buffer,
+    /// `[n_kv_heads, top_k]` pairs, K | V: one a slot.
     pub pairs: Buffer,
+    /// `[n_kv_heads, top_k]` u32: the position that each slot holds, or [`EMPTY`].
+    table: Buffer,
     /// k, or as many as can be selected at all if that is less.
     pub top_k: usize,
 }
 
 impl Slots {
-    fn new(grants: &mut Grants, shape: &KvShape, top_k: usize) -> Result<Slots> {
-        let n = shape.n_kv_heads * top_k;
-        let positions = grants.device(n * 4, "the prefetched positions")?;
-        let pairs = grants.device(n * shape.pair_bytes(), "the prefetched pairs")?;
-        Ok(Slots { count: 0, positions, pairs, top_k })
+    /// Bytes that a device meters for the slots of a layer.
+    pub fn bytes(shape: &KvShape, top_k: usize) -> u64 {
+        let line = |bytes: u64| bytes.saturating_add(63) / 64 * 64;
+        let pairs = (shape.n_kv_heads as u64).saturating_mul(top_k as u64);
+        line(pairs.saturating_mul(4))
+            .saturating_mul(3)
+            .saturating_add(line(pairs.saturating_mul(shape.pair_bytes() as u64)))
     }
 
-    /// The same selection in slots that have room for more.
+    /// Empty slots.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`] if that is more than was granted.
+    pub fn new(grants: &mut Grants, shape: &KvShape, top_k: usize) -> Result<Slots> {
+        let n = shape.n_kv_heads * top_k;
+        let mut numbers = || grants.device(n * 4, "the prefetched positions");
+        let (positions, slot_of, mut table) = (numbers()?, numbers()?, numbers()?);
+        table.as_mut_slice::<u32>().fill(EMPTY);
+        let pairs = grants.device(n * shape.pair_bytes(), "the prefetched pairs")?;
+        Ok(Slots { count: 0, positions, slot_of, pairs, table, top_k })
+    }
+
+    /// The same selection in slots that have room for at least as many.
     fn copy_to(&self, to: &mut Slots, shape: &KvShape) {
         to.count = self.count;
         for head in 0..shape.n_kv_heads {
-            let (from_row, to_row) = (head * self.top_k, head * to.top_k);
-            to.positions.as_mut_slice::<u32>()[to_row..][..self.count].copy_from_slice(self.selected(head));
-            let pair = shape.pair_bytes();
-            let from = &self.pairs.bytes()[from_row * pair..][..self.count * pair];
-            to.pairs.bytes_mut()[to_row * pair..][..from.len()].copy_from_slice(from);
+            let copy = |from: &Buffer, to_buffer: &mut Buffer, bytes: usize| {
+                let from = &from.bytes()[head * self.top_k * bytes..][..self.top_k * bytes];
+                to_buffer.bytes_mut()[head * to.top_k * bytes..][..from.len()].copy_from_slice(from);
+            };
+            copy(&self.positions, &mut to.positions, 4);
+            copy(&self.slot_of, &mut to.slot_of, 4);
+            copy(&self.table, &mut to.table, 4);
+            copy(&self.pairs, &mut to.pairs, shape.pair_bytes());
         }
     }
 
@@ -46,17 +67,31 @@ impl Slots {
         &self.positions.as_slice()[head * self.top_k..][..self.count]
     }
 
-    /// Bytes that a fetch of all pairs moves.
-    pub fn fetch_bytes(&self, shape: &KvShape) -> u64 {
-        (shape.n_kv_heads * self.count * shape.pair_bytes()) as u64
+    /// Nothing is selected. Pairs that are there may still be of use to the next selection, unless they are to be
+    /// forgotten: then what they were read from has changed.
+    pub fn clear(&mut self, forget: bool) {
+        self.count = 0;
+        if forget {
+            self.table.as_mut_slice::<u32>().fill(EMPTY);
+        }
+    }
+
+    /// Finds a slot for each selected pair of one KV head. `miss` hears of those that have to be fetched.
+    pub(super) fn place(&mut self, head: usize, delta: &mut Delta, keep: bool, mut miss: impl FnMut(Miss)) {
+        let (row, count) = (head * self.top_k..(head + 1) * self.top_k, self.count);
+        let table = &mut self.table.as_mut_slice::<u32>()[row.clone()];
+        if !keep {
+            table.fill(EMPTY);
+        }
+        let selection = &self.positions.as_slice::<u32>()[row.clone()][..count];
+        let slot_of = &mut self.slot_of.as_mut_slice::<u32>()[row][..count];
+        delta.plan(table, selection, slot_of).iter().for_each(|&m| miss(m));
     }
 }
 
 /// The slots of one layer: at rest, or on their way.
 pub struct Prefetch {
-    // Exactly one of the two is there, but for the moment of a change.
-    ready: Option<Slots>,
-    in_flight: Option<InFlight<Slots>>,
+    slots: InFlight<Slots>,
     metered_bytes: u64,
 }
 
@@ -66,23 +101,33 @@ impl Prefetch {
     /// # Errors
     /// [`crate::Error::OutOfMemory`] if that is more than was granted.
     pub fn new(grants: &mut Grants, shape: &KvShape) -> Result<Prefetch> {
-        Ok(Prefetch { ready: Some(Slots::new(grants, shape, 0)?), in_flight: None, metered_bytes: 0 })
+        Ok(Prefetch { slots: InFlight::new(Slots::new(grants, shape, 0)?), metered_bytes: 0 })
     }
 
     /// Grows to room for `top_k` pairs per KV head. A selection that is there stays.
     ///
     /// # Errors
     /// As [`Prefetch::new`].
+    ///
+    /// # Panics
+    /// While a prefetch is under way.
     pub fn reserve(&mut self, grants: &mut Grants, shape: &KvShape, top_k: usize) -> Result<()> {
-        self.arrive(&mut Duration::default());
         if self.slots().top_k >= top_k {
             return Ok(());
         }
         let mut slots = Slots::new(grants, shape, top_k)?;
         self.slots().copy_to(&mut slots, shape);
-        self.metered_bytes = slots.positions.metered_bytes() + slots.pairs.metered_bytes();
-        self.ready = Some(slots);
+        self.metered_bytes = Slots::bytes(shape, top_k);
+        *self.slots.get_mut() = slots;
         Ok(())
+    }
+
+    /// The same selection as `from`, for a sequence that goes its own way from there.
+    ///
+    /// # Panics
+    /// If there is less room, or while a prefetch is under way.
+    pub fn copy_from(&mut self, from: &Prefetch, shape: &KvShape) {
+        from.slots().copy_to(self.slots.get_mut(), shape);
     }
 
     /// Device bytes that the slots take, wherever they are.
@@ -90,12 +135,15 @@ impl Prefetch {
         self.metered_bytes
     }
 
-    /// Waits for a prefetch that is under way; from here on [`Prefetch::slots`] holds its pairs. Time that the caller
-    /// spent waiting is added to `exposed`.
-    pub fn arrive(&mut self, exposed: &mut Duration) {
-        if let Some(in_flight) = self.in_flight.take() {
-            self.ready = Some(in_flight.wait(exposed));
-        }
+    /// Waits for a prefetch that is under way; from here on [`Prefetch::slots`] holds its pairs. See
+    /// [`InFlight::arrive`].
+    pub fn arrive(
+        &mut self,
+        device: &Device,
+        site: Option<Site>,
+        exposed: &mut Duration,
+    ) -> std::result::Result<(), String> {
+        self.slots.arrive(device, site, exposed)
     }
 
     /// The pairs that have arrived.
@@ -103,7 +151,7 @@ impl Prefetch {
     /// # Panics
     /// While a prefetch is under way: call [`Prefetch::arrive`] first.
     pub fn slots(&self) -> &Slots {
-        self.ready.as_ref().expect("no prefetch is under way")
+        self.slots.get()
     }
 
     /// The slots, to write a new selection into.
@@ -111,31 +159,11 @@ impl Prefetch {
     /// # Panics
     /// As [`Prefetch::slots`].
     pub fn slots_mut(&mut self) -> &mut Slots {
-        self.ready.as_mut().expect("no prefetch is under way")
+        self.slots.get_mut()
     }
 
-    /// Begins to gather the selected pairs from the host. Returns the bytes that this moves.
-    pub fn begin(&mut self, device: &Device, host: &Arc<HostLayer>, shape: KvShape) -> u64 {
-        let slots = self.ready.take().expect("no prefetch is under way");
-        let bytes = slots.fetch_bytes(&shape);
-        let host = host.clone();
-        let gather = move |slots: &mut Slots| gather(slots, &host, &shape);
-        self.in_flight = Some(device.copy_stream().launch(slots, gather));
-        bytes
-    }
-}
-
-/// Copies every selected pair from its host page into its slot.
-fn gather(slots: &mut Slots, host: &HostLayer, shape: &KvShape) {
-    let pages = host.pages();
-    let Slots { count, positions, pairs, top_k } = slots;
-    let pair_bytes = shape.pair_bytes();
-    for head in 0..shape.n_kv_heads {
-        let selected = &positions.as_slice::<u32>()[head * *top_k..][..*count];
-        let to = pairs.bytes_mut()[head * *top_k * pair_bytes..].chunks_exact_mut(pair_bytes);
-        for (&position, to) in selected.iter().zip(to) {
-            let (page, token) = (position as usize / PAGE, position as usize % PAGE);
-            to.copy_from_slice(&pages[page].bytes()[shape.pair(head, token)]);
-        }
+    /// The slots leave for a fetch.
+    pub(super) fn send(&mut self) -> Carried<Slots> {
+        self.slots.send()
     }
 }

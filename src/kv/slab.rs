@@ -43,6 +43,7 @@ use state::{Entry, Region, State};
 
 use crate::device::Meter;
 use crate::device::arena::{Arena, ArenaOptions, ArenaPlan, ArenaStats};
+use crate::device::fault::{Fault, Faults};
 use crate::error::{Error, Result};
 
 /// What a slab is to be like.
@@ -60,6 +61,10 @@ pub struct SlabOptions {
     pub touch_threads: usize,
     /// How arenas are mapped and prepared.
     pub arena: ArenaOptions,
+    /// NUMA nodes that arenas are bound to, one after the other in turns; none: as `arena` says.
+    pub nodes: Vec<usize>,
+    /// A lease that is to fail (tests).
+    pub faults: Option<Arc<Faults>>,
 }
 
 impl SlabOptions {
@@ -72,6 +77,8 @@ impl SlabOptions {
             arena_bytes: 1 << 30,
             touch_threads: 0,
             arena: ArenaOptions::default(),
+            nodes: Vec::new(),
+            faults: None,
         }
     }
 }
@@ -177,8 +184,21 @@ impl Slab {
     /// [`Error::OutOfMemory`] with the bytes needed and available; nothing has changed then.
     pub fn reserve(&self, n: usize) -> Result<Reservation> {
         let mut reservation = Reservation::none(self);
-        reservation.extend(n)?;
+        if n > 0 {
+            reservation.extend(n)?;
+        }
         Ok(reservation)
+    }
+
+    /// A promise of no pages, to be extended.
+    pub fn nothing_reserved(&self) -> Reservation {
+        Reservation::none(self)
+    }
+
+    /// Bytes that promising `n` pages more would map, or that of pages which are mapped but not yet touched.
+    pub fn missing_bytes(&self, n: usize) -> u64 {
+        let state = lock(&self.0.state);
+        (n as u64).saturating_sub(state.unreserved_touched() as u64).saturating_mul(self.0.stride as u64)
     }
 
     /// Figures of this moment.
@@ -209,6 +229,9 @@ impl Slab {
 impl Inner {
     /// Reserves `n` pages, growing if it must, and returns the lock.
     fn admit(self: &Arc<Inner>, n: usize) -> Result<MutexGuard<'_, State>> {
+        if self.options.faults.as_ref().is_some_and(|faults| faults.strikes(Fault::Lease)) {
+            return Err(self.options.meter.refusal(n as u64 * self.stride as u64, 0, self.options.what));
+        }
         loop {
             let mut state = lock(&self.state);
             if state.unreserved() >= n {
@@ -323,7 +346,7 @@ impl Inner {
         if missing == 0 {
             return Ok(());
         }
-        let arena = Arc::new(self.map(n, missing)?);
+        let arena = Arc::new(self.map(n, missing, region)?);
         let table = Region::new(arena.clone(), capacity); // outside of the lock: it takes 5 ns a page
         lock(&self.state).install(table);
         let slab = Arc::downgrade(self);
@@ -337,8 +360,10 @@ impl Inner {
 
     /// An arena with at least `missing` of the `n` pages that are wanted: of the usual size, or, if the system refuses
     /// that, of the size that is needed.
-    fn map(&self, n: usize, missing: usize) -> Result<Arena> {
-        let SlabOptions { meter, what, arena_bytes, arena, .. } = &self.options;
+    fn map(&self, n: usize, missing: usize, region: usize) -> Result<Arena> {
+        let SlabOptions { meter, what, arena_bytes, arena, nodes, .. } = &self.options;
+        let node = if nodes.is_empty() { arena.node } else { Some(nodes[region % nodes.len()]) };
+        let arena = &ArenaOptions { node, ..arena.clone() };
         let most = u32::MAX as usize - lock(&self.state).capacity;
         let attempt = |pages: usize| {
             let plan = ArenaPlan::new(self.stride, pages.min(most), arena.chunk_bytes, meter.available());

@@ -1,6 +1,6 @@
 //! A cache full of random pairs, for benchmarks of decoding at a depth that nobody wants to prefill for.
 
-use super::cache::Cache;
+use super::cache::{Admission, Cache};
 use super::host::WidePage;
 use super::options::PAGE;
 use crate::error::Result;
@@ -17,9 +17,9 @@ impl Cache {
     /// If the cache is not empty.
     pub fn fill_synthetic(&mut self, n: usize, seed: u64) -> Result<u64> {
         assert_eq!(self.counters.n, 0, "only an empty cache is filled");
-        let (device_bytes, host_bytes) = self.prefill_needs(n);
-        let mut grants = self.device().grant(device_bytes, host_bytes, "a cache of random pairs")?;
-        self.begin_prefill(n, &mut grants)?;
+        let (bytes, host_pages) = self.prefill_needs(n);
+        let mut admission = Admission::ask(self.device(), self.slab(), bytes, host_pages, "a cache of random pairs")?;
+        self.begin_prefill(n, &mut admission)?;
         let width = self.shape.n_kv_heads * self.shape.head_dim;
         let (mut k, mut v) = (vec![0.0; width], vec![0.0; width]);
         let mut random = Random(seed);
@@ -59,6 +59,7 @@ impl Random {
 mod tests {
     use super::*;
     use crate::device::{Device, DeviceOptions};
+    use crate::kv::slab::{Slab, SlabOptions};
     use crate::kv::{KvMode, KvOptions, KvShape};
     use crate::model::synthetic;
 
@@ -78,7 +79,8 @@ mod tests {
         for mode in KvMode::ALL {
             let options = KvOptions { mode, ..KvOptions::default() };
             let shape = KvShape::new(&config, &options);
-            let mut cache = Cache::new(&device, shape, options, 400).unwrap();
+            let slab = Slab::new(SlabOptions::new(shape.wide_page_bytes(), device.host_memory())).unwrap();
+            let mut cache = Cache::new(&device, &slab, shape, options, 400).unwrap();
             let before = cache.bytes();
             let sent = device.run(|| cache.fill_synthetic(300, 7)).unwrap();
             let offloaded = if mode == KvMode::Full { 0 } else { 192 };

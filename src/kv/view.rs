@@ -3,6 +3,7 @@
 use super::host::WidePage;
 use super::layout::KvShape;
 use super::options::PAGE;
+use crate::device::Buffer;
 
 /// What attention reads of one layer of one sequence: `[0, split)` from `far`, `[split, ..)` from `tail`.
 pub struct KvView<'a> {
@@ -26,7 +27,7 @@ pub enum Far<'a> {
     /// There are none.
     None,
     /// Packed pages one after the other.
-    Packed(&'a [u8]),
+    Packed(&'a Buffer),
     /// Wide pages.
     Wide(&'a [WidePage]),
 }
@@ -38,10 +39,12 @@ pub struct Replaced<'a> {
     pub count: usize,
     /// Pairs per KV head that there is room for.
     pub stride: usize,
-    /// `[n_kv_heads, stride]`, ascending within `count`.
-    pub positions: &'a [u32],
+    /// `[n_kv_heads, stride]` u32, ascending within `count`.
+    pub positions: &'a Buffer,
+    /// `[n_kv_heads, stride]` u32: where among the pairs of its KV head the pair of each position is.
+    pub slot_of: &'a Buffer,
     /// `[n_kv_heads, stride]` pairs, K | V.
-    pub pairs: &'a [u8],
+    pub pairs: &'a Buffer,
 }
 
 /// The rows of one sequence: row r stands at `position + r` and sees everything up to itself.
@@ -72,7 +75,7 @@ pub struct PrefillView<'a> {
     /// Shape of the pages.
     pub shape: KvShape,
     /// Packed pages before the wide ones; empty unless a `kivi` cache is continued.
-    pub packed: &'a [u8],
+    pub packed: &'a Buffer,
     /// Wide pages from page `first_page` on, the chunk's own pairs included.
     pub pages: &'a [WidePage],
     /// Pages that are read packed.

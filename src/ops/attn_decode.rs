@@ -3,6 +3,7 @@
 use crate::cpu;
 pub use crate::cpu::attn_decode::Scratch;
 use crate::device::Device;
+use crate::device::order::{Resource, Uses};
 use crate::kv::options::PAGE;
 use crate::kv::view::{Far, KvView, SeqRows};
 
@@ -30,10 +31,29 @@ pub fn attend<'a>(
         assert!(v.tail.len() >= (s.padded_tokens() - v.split) / PAGE, "attend: pages of the tail");
         let far_pages = match v.far {
             Far::None => 0,
-            Far::Packed(bytes) => bytes.len() / v.shape.packed_page_bytes(),
+            Far::Packed(pages) => pages.len() / v.shape.packed_page_bytes(),
             Far::Wide(pages) => pages.len(),
         };
         assert!(far_pages >= v.split / PAGE, "attend: {far_pages} far pages for a split at {}", v.split);
     }
+    let _attend = device.operation("attend", |uses| (0..seqs.len()).for_each(|i| declare(&view(i), uses)));
     cpu::attn_decode::attend(device.isa(), n_heads, seqs, view, q, out, scratch);
+}
+
+/// What attention reads of one sequence.
+fn declare(view: &KvView, uses: &mut Uses) {
+    match view.far {
+        Far::None => {}
+        Far::Packed(pages) => {
+            uses.reads.extend((0..view.split / PAGE).map(|page| Resource::PackedPage(pages.id(), page)));
+        }
+        Far::Wide(pages) => {
+            uses.reads.extend(pages[..view.split / PAGE].iter().map(|page| Resource::DevicePage(page.id())));
+        }
+    }
+    uses.reads.extend(view.tail.iter().map(|page| Resource::DevicePage(page.id())));
+    if let Some(replaced) = &view.replaced {
+        uses.reads.push(Resource::Selection(replaced.positions.id()));
+        uses.reads.push(Resource::Slots(replaced.pairs.id()));
+    }
 }

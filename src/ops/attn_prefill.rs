@@ -2,6 +2,7 @@
 
 use crate::cpu;
 use crate::device::Device;
+use crate::device::order::Resource;
 use crate::kv::options::PAGE;
 use crate::kv::view::PrefillView;
 
@@ -21,5 +22,9 @@ pub fn attend(
     assert_eq!((q.len(), out.len()), (rows * width, rows * width), "attend: q and out");
     assert!((view.first_page + view.pages.len()) * PAGE >= position + rows, "attend: pages");
     assert!(view.packed.len() >= view.first_page * view.shape.packed_page_bytes(), "attend: packed pages");
+    let _attend = device.operation("attend", |uses| {
+        uses.reads.extend((0..view.first_page).map(|page| Resource::PackedPage(view.packed.id(), page)));
+        uses.reads.extend(view.pages.iter().map(|page| Resource::DevicePage(page.id())));
+    });
     cpu::attn_prefill::attend(device.isa(), n_heads, view, position, rows, q, out);
 }

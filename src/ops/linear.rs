@@ -54,6 +54,7 @@ impl Rows {
 
 /// `x[i]` = embedding of `tokens[i]`. Ids were checked against the vocabulary.
 pub fn embed(device: &Device, model: &Model, tokens: &[u32], x: &mut [f32]) {
+    let _embed = device.operation("embed", |_| {});
     embedding::embed(device.isa(), &model.weights.embed, tokens, x);
 }
 
@@ -80,6 +81,7 @@ impl Dense<'_> {
         position: impl Fn(usize) -> usize,
         mut not_finite: impl FnMut(usize),
     ) {
+        let _operation = self.device.operation("norm_qkv_rope", |_| {});
         let Rows { n, x, normed, q, k, v, cos, sin, .. } = rows;
         let Dense { device, config, rope, path } = *self;
         if let Some(first) = norm::rms_norm(device.isa(), x, *n, &layer.input_norm, config.rms_norm_eps, normed) {
@@ -110,11 +112,13 @@ impl Dense<'_> {
 
     /// `x += W_o attn`.
     pub fn out_residual(&self, layer: &Layer, rows: &mut Rows) {
+        let _operation = self.device.operation("out_residual", |_| {});
         project_add(self.device.isa(), self.path, &rows.attn, rows.n, &layer.o, &mut rows.x);
     }
 
     /// RMS norm, then `silu(W_gate x) * W_up x`.
     pub fn norm_gate_up(&self, layer: &Layer, rows: &mut Rows) {
+        let _operation = self.device.operation("norm_gate_up", |_| {});
         let Rows { n, x, normed, mlp, .. } = rows;
         norm::rms_norm(self.device.isa(), x, *n, &layer.post_norm, self.config.rms_norm_eps, normed);
         swiglu(self.device.isa(), self.path, normed, *n, &layer.gate, &layer.up, mlp);
@@ -122,6 +126,7 @@ impl Dense<'_> {
 
     /// `x += W_down mlp`.
     pub fn down_residual(&self, layer: &Layer, rows: &mut Rows) {
+        let _operation = self.device.operation("down_residual", |_| {});
         project_add(self.device.isa(), self.path, &rows.mlp, rows.n, &layer.down, &mut rows.x);
     }
 }
@@ -143,6 +148,7 @@ fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
 
 /// Final norm and LM head of `n` rows of x: `logits` is `[n, vocab]`.
 pub fn norm_logits(device: &Device, model: &Model, x: &[f32], n: usize, normed: &mut Vec<f32>, logits: &mut [f32]) {
+    let _operation = device.operation("norm_logits", |_| {});
     normed.resize(n * model.config.hidden_size, 0.0);
     let eps = model.config.rms_norm_eps;
     norm::rms_norm(device.isa(), x, n, &model.weights.final_norm, eps, normed);

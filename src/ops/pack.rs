@@ -1,6 +1,7 @@
 //! KIVI quantisation of complete pages.
 
 use crate::cpu;
+use crate::device::order::Resource;
 use crate::device::{Buffer, Device};
 use crate::kv::host::WidePage;
 use crate::kv::layout::KvShape;
@@ -14,6 +15,10 @@ pub fn pack_pages(device: &Device, shape: &KvShape, pages: &[WidePage], first: u
         first + pages.len()
     );
     assert!(pages.iter().all(|p| p.len() == shape.wide_page_bytes()), "pack: size of the wide pages");
+    let _pack = device.operation("pack", |uses| {
+        uses.reads.extend(pages.iter().map(|page| Resource::DevicePage(page.id())));
+        uses.writes.extend((first..first + pages.len()).map(|page| Resource::PackedPage(packed.id(), page)));
+    });
     let to = &mut packed.bytes_mut()[first * page_bytes..(first + pages.len()) * page_bytes];
     cpu::pack::pack_pages(device.isa(), shape, pages, to);
 }

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use crate::cpu;
 use crate::device::Device;
+use crate::device::order::Resource;
 use crate::kv::prefetch::Slots;
 
 /// One sequence's part of a selection.
@@ -27,6 +28,7 @@ pub fn select(
     selection: Selection,
 ) {
     let Selection { seq, row, candidates, slots } = selection;
+    let _select = device.operation("select", |uses| uses.writes.push(Resource::Selection(slots.positions.id())));
     slots.count = slots.top_k.min(candidates.len());
     let (top_k, count) = (slots.top_k, slots.count);
     if count == 0 {

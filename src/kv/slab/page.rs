@@ -12,6 +12,7 @@ use bytemuck::Pod;
 use super::Inner;
 use super::state::Entry;
 use crate::device::arena::POISON;
+use crate::gather::NodeId;
 
 /// The number of a page in its slab.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -79,6 +80,11 @@ impl PageRef {
     /// Its number.
     pub fn id(&self) -> PageId {
         self.entry().id
+    }
+
+    /// NUMA node that its memory is bound to; `None` where it lies anywhere.
+    pub fn node(&self) -> Option<NodeId> {
+        self.entry().node
     }
 
     /// Its bytes, aligned to 64, and to 4096 if the page size is a multiple of that.

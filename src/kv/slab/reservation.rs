@@ -45,6 +45,15 @@ impl Reservation {
         self.left -= n;
     }
 
+    /// Takes over the promise of `n` pages.
+    ///
+    /// # Panics
+    /// If the other has promised fewer.
+    pub fn take_from(&mut self, other: &mut Reservation, n: usize) {
+        other.count_off(n);
+        self.left += n;
+    }
+
     /// Promises `n` pages more.
     ///
     /// # Errors

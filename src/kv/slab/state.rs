@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::{Inner, PageId};
 use crate::device::arena::Arena;
+use crate::gather::NodeId;
 
 /// One page in the table.
 pub(super) struct Entry {
@@ -15,6 +16,8 @@ pub(super) struct Entry {
     pub id: PageId,
     /// `[stride]`, in the arena.
     pub bytes: NonNull<u8>,
+    /// NUMA node that the arena is bound to.
+    pub node: Option<NodeId>,
 }
 
 // SAFETY: `refs` is atomic and the rest never changes; who may use the bytes is for `PageRef` to say.
@@ -34,7 +37,8 @@ pub(super) struct Region {
 impl Region {
     /// The table of an arena whose first page is number `first` of the slab.
     pub fn new(arena: Arc<Arena>, first: usize) -> Region {
-        let entry = |i| Entry { refs: AtomicU32::new(0), id: PageId((first + i) as u32), bytes: arena.page(i) };
+        let node = arena.node().map(|node| NodeId(node as u32));
+        let entry = |i| Entry { refs: AtomicU32::new(0), id: PageId((first + i) as u32), bytes: arena.page(i), node };
         let entries = (0..arena.pages()).map(entry).collect();
         Region { entries, published: vec![false; arena.chunks().len()], arena }
     }
@@ -78,6 +82,11 @@ impl State {
     /// Free pages that nobody was promised.
     pub fn unreserved(&self) -> usize {
         self.free() - self.reserved
+    }
+
+    /// Free pages that nobody was promised and that have memory behind them.
+    pub fn unreserved_touched(&self) -> usize {
+        (self.stack.len() + self.fresh_pages).saturating_sub(self.reserved)
     }
 
     /// Adds the pages of an arena, all of them cold.

@@ -1,0 +1,39 @@
+//! Faults on order: a countdown that makes the n-th pin, page lease or copy fail, for tests that sweep n.
+
+use std::sync::atomic::{AtomicI64, Ordering};
+
+/// What can be made to fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// A chunk of host memory is pinned.
+    Pin,
+    /// Pages are promised to a sequence.
+    Lease,
+    /// A copy between host and device, or the gather before it.
+    Copy,
+}
+
+/// Counts operations of one kind and fails one of them.
+#[derive(Debug)]
+pub struct Faults {
+    kind: Fault,
+    /// Operations that still succeed; below 0 all do again.
+    left: AtomicI64,
+}
+
+impl Faults {
+    /// The operation of this kind with number `index` (from 0) fails, and no other.
+    pub fn at(kind: Fault, index: u32) -> Faults {
+        Faults { kind, left: AtomicI64::new(index.into()) }
+    }
+
+    /// Whether the operation that has just come fails.
+    pub fn strikes(&self, kind: Fault) -> bool {
+        kind == self.kind && self.left.fetch_sub(1, Ordering::Relaxed) == 0
+    }
+
+    /// Whether the fault has happened: a sweep ends where it did not.
+    pub fn has_struck(&self) -> bool {
+        self.left.load(Ordering::Relaxed) < 0
+    }
+}

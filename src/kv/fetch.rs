@@ -1,0 +1,352 @@
+//! From a selection to pairs in their slots: find what is missing, gather it into a staging block, copy the block.
+//!
+//! ```text
+//! compute   select l ─┐                                   ┌─ attend l (one step later)
+//! gather              └─ host pages ▒░▓█ → staging block ─┐
+//! copy in                                                 └─ staging block → slots ─┘
+//! ```
+//!
+//! A fetch is one layer of all sequences of a batch (one sequence in the paper's schedule): one gather, one copy, one
+//! event. Its memory is kept from pass to pass, so that fetching allocates nothing.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use super::cache::Cache;
+use super::host::HostLayer;
+use super::options::PAGE;
+use super::prefetch::Slots;
+use crate::device::buffer::{Line, unique_id};
+use crate::device::link::CopyEngine;
+use crate::device::order::{Resource, StreamId, Uses};
+use crate::device::{Carried, Device, Event, Job, Schedule};
+use crate::gather::delta::Delta;
+use crate::gather::{NodeId, Rows, Staging, Stores};
+
+/// The most staging blocks, of at most a layer's pairs of a batch each.
+const MAX_DEPTH: usize = 4;
+
+/// Pairs of a selection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fetched {
+    /// Those that come from the host.
+    pub fetched: u64,
+    /// All of them.
+    pub selected: u64,
+}
+
+/// The fetches of the calls that share some buffers.
+#[derive(Default)]
+pub struct FetchQueue {
+    delta: Delta,
+    /// `[layer]`, and beside it the other sequences of the batch where each has a fetch of its own.
+    fetches: Vec<Vec<Fetch>>,
+    blocks: Vec<Block>,
+    /// Launches so far: the next one takes block `turn % depth`.
+    turn: usize,
+    depth: usize,
+    times: Arc<Times>,
+    /// When this pass began to fetch, and how many layers it has fetched since.
+    pass: Option<(Instant, u32)>,
+}
+
+/// A block of pinned memory that pairs are gathered into and copied from, and after what it is free again.
+struct Block {
+    memory: Arc<Mutex<Vec<Line>>>,
+    id: u64,
+    free_after: Option<Event>,
+}
+
+impl Block {
+    fn new() -> Block {
+        Block { memory: Arc::default(), id: unique_id(), free_after: None }
+    }
+}
+
+/// One layer's fetch, as its owner sees it.
+struct Fetch {
+    work: Arc<Mutex<Work>>,
+    gather: Arc<GatherJob>,
+    copy: Arc<CopyJob>,
+    /// When it is done, so that it can be used again.
+    done: Option<Event>,
+}
+
+/// One layer's fetch, as its jobs see it.
+#[derive(Default)]
+struct Work {
+    sequences: Vec<Sequence>,
+    rows: Vec<Row>,
+    pair_bytes: usize,
+    memory: Arc<Mutex<Vec<Line>>>,
+    block: u64,
+    /// When the last page that may be read is on the host.
+    paged_out: Option<Event>,
+    failure: Option<String>,
+}
+
+/// Where a sequence's pairs come from and go to.
+struct Sequence {
+    host: Arc<HostLayer>,
+    slots: Carried<Slots>,
+    /// Its part of the rows.
+    rows: Range<usize>,
+}
+
+/// One pair.
+#[derive(Clone, Copy)]
+struct Row {
+    sequence: u32,
+    page: u32,
+    /// Its first byte in the host page.
+    offset: u32,
+    /// Its slot, counted over all KV heads.
+    slot: u32,
+}
+
+/// What gathers and copies have taken lately, nanoseconds: the longest, which fades.
+#[derive(Default)]
+struct Times {
+    gather: AtomicU64,
+    copy: AtomicU64,
+}
+
+impl Times {
+    fn note(longest: &AtomicU64, took: Duration) {
+        // One thread writes each. A sixteenth less with each pass, so that one slow moment is forgotten after some steps.
+        let faded = longest.load(Ordering::Relaxed) / 16 * 15;
+        longest.store(faded.max(took.as_nanos() as u64), Ordering::Relaxed);
+    }
+}
+
+/// Staging blocks that let gather and copy overlap as far as it helps. With `d` blocks a layer's fetch comes every
+/// `max(g, c, (g + c) / d)`; more blocks are of no use once that is as short as the longest of gather, copy and the
+/// layer's computation.
+pub(crate) fn staging_depth(gather: Duration, copy: Duration, layer: Duration) -> usize {
+    let longest = gather.max(copy).max(layer);
+    if longest.is_zero() {
+        return 1;
+    }
+    let depth = (gather + copy).as_secs_f64() / longest.as_secs_f64();
+    (depth.ceil() as usize).clamp(1, MAX_DEPTH)
+}
+
+impl FetchQueue {
+    /// A pass over the layers begins: what the ones before took says how many staging blocks are used.
+    pub fn begin_pass(&mut self, schedule: Schedule) {
+        let nanos = |time: &AtomicU64| Duration::from_nanos(time.load(Ordering::Relaxed));
+        let layer = match self.pass.take() {
+            Some((begin, layers)) if layers > 0 => begin.elapsed() / layers,
+            _ => Duration::ZERO,
+        };
+        self.depth = match schedule {
+            Schedule::Serial => 1,
+            Schedule::Stream => 2,
+            // Nothing measured yet: enough for any case that is not bound by both at once.
+            Schedule::Event if layer.is_zero() => 2,
+            Schedule::Event => staging_depth(nanos(&self.times.gather), nanos(&self.times.copy), layer),
+        };
+        self.blocks.resize_with(self.blocks.len().max(self.depth), Block::new);
+        self.pass = Some((Instant::now(), 0));
+    }
+
+    /// Adds what `cache` has newly selected in `layer` to the fetch that is being put together there; `part` counts the
+    /// fetches of the layer in this pass. If no pair has to be fetched, the slots stay where they are.
+    pub fn add(&mut self, device: &Device, cache: &mut Cache, layer: usize, part: usize) -> Fetched {
+        let (shape, keep) = (cache.shape, device.options().delta);
+        let (prefetch, host, paged_out) = cache.fetching(layer);
+        let fetch = fetch_of(&mut self.fetches, device, &self.times, layer, part);
+        let done = fetch.done.take();
+        // Long past, unless the sequences of that pass are not among those of this one.
+        done.into_iter().for_each(|event| device.finish(event));
+        let mut work = lock(&fetch.work);
+        let Work { sequences, rows, .. } = &mut *work;
+        if done.is_some() {
+            sequences.clear(); // where a job has panicked, they are still there
+            rows.clear();
+        }
+        let (sequence, first) = (sequences.len() as u32, rows.len());
+        let slots = prefetch.slots_mut();
+        let top_k = slots.top_k;
+        for head in 0..shape.n_kv_heads {
+            slots.place(head, &mut self.delta, keep, |miss| {
+                let (page, token) = (miss.position as usize / PAGE, miss.position as usize % PAGE);
+                let slot = head as u32 * top_k as u32 + miss.slot;
+                rows.push(Row { sequence, page: page as u32, offset: shape.pair(head, token).start as u32, slot });
+            });
+        }
+        let rows = first..rows.len();
+        let fetched = Fetched { fetched: rows.len() as u64, selected: (shape.n_kv_heads * slots.count) as u64 };
+        if !rows.is_empty() {
+            sequences.push(Sequence { host: host.clone(), slots: prefetch.send(), rows: rows.clone() });
+            work.pair_bytes = shape.pair_bytes();
+            work.paged_out = paged_out.map(|event| event.later(work.paged_out)).or(work.paged_out);
+        }
+        fetched
+    }
+
+    /// Launches what was added, if anything was.
+    pub fn launch(&mut self, device: &Device, layer: usize, part: usize) {
+        if let Some((_, layers)) = self.pass.as_mut().filter(|_| part == 0) {
+            *layers += 1;
+        }
+        let Some(fetch) = self.fetches.get_mut(layer).and_then(|fetches| fetches.get_mut(part)) else { return };
+        let mut work = lock(&fetch.work);
+        if work.sequences.is_empty() {
+            return;
+        }
+        let block = &mut self.blocks[self.turn % self.depth];
+        self.turn += 1;
+        (work.memory, work.block) = (block.memory.clone(), block.id);
+        device.after(StreamId::Gather, device.record(StreamId::Compute), "a selection is complete before its gather");
+        if let Some(event) = work.paged_out.take() {
+            device.after(StreamId::Gather, event, "host pages are complete before a gather");
+        }
+        if let Some(event) = block.free_after {
+            device.after(StreamId::Gather, event, "a staging block is free before a gather");
+        }
+        let gathered = device.launch(StreamId::Gather, "gather", |u| work.gather_uses(u), fetch.gather.clone());
+        device.after(StreamId::CopyIn, gathered, "a staging block is full before its copy");
+        let copied = device.launch(StreamId::CopyIn, "prefetch", |u| work.copy_uses(u), fetch.copy.clone());
+        block.free_after = Some(copied);
+        work.sequences.iter().for_each(|sequence| sequence.slots.depart(copied));
+        fetch.done = Some(copied);
+    }
+}
+
+/// The memory of a fetch, made where it is missing.
+fn fetch_of<'q>(
+    fetches: &'q mut Vec<Vec<Fetch>>,
+    device: &Device,
+    times: &Arc<Times>,
+    layer: usize,
+    part: usize,
+) -> &'q mut Fetch {
+    fetches.resize_with(fetches.len().max(layer + 1), Vec::new);
+    let parts = &mut fetches[layer];
+    parts.resize_with(parts.len().max(part + 1), || Fetch::new(device, times));
+    &mut parts[part]
+}
+
+impl Fetch {
+    fn new(device: &Device, times: &Arc<Times>) -> Fetch {
+        let (work, engine, times) = (Arc::<Mutex<Work>>::default(), device.copy_engine(), times.clone());
+        let gather = Arc::new(GatherJob { work: work.clone(), engine: engine.clone(), times: times.clone() });
+        let copy = Arc::new(CopyJob { work: work.clone(), engine, times });
+        Fetch { work, gather, copy, done: None }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+impl Work {
+    fn gather_uses(&self, uses: &mut Uses) {
+        let row = |row: &Row| self.sequences[row.sequence as usize].host.resource(row.page as usize);
+        uses.reads.extend(self.rows.iter().map(row));
+        self.for_each_slots(|slots| uses.reads.push(Resource::Selection(slots.positions.id())));
+        uses.writes.push(Resource::Staging(self.block));
+    }
+
+    fn copy_uses(&self, uses: &mut Uses) {
+        uses.reads.push(Resource::Staging(self.block));
+        self.for_each_slots(|slots| uses.writes.push(Resource::Slots(slots.pairs.id())));
+    }
+
+    fn for_each_slots(&self, mut each: impl FnMut(&Slots)) {
+        self.sequences.iter().for_each(|sequence| sequence.slots.look(&mut each));
+    }
+
+    fn bytes(&self) -> usize {
+        self.rows.len() * self.pair_bytes
+    }
+
+    /// All pairs into the staging block, in the order of the rows.
+    fn gather(&self, engine: &CopyEngine) -> Result<(), String> {
+        engine.check()?;
+        let Work { sequences, rows, pair_bytes, .. } = self;
+        let page = |row: &Row| sequences[row.sequence as usize].host.page(row.page as usize);
+        if let Some(missing) = rows.iter().find(|row| page(row).is_none()) {
+            return Err(format!("page {} is not on the host", missing.page));
+        }
+        let page = |i: usize| page(&rows[i]).expect("looked for above");
+        let mut memory = lock(&self.memory);
+        let lines = self.bytes().div_ceil(size_of::<Line>()).max(memory.len());
+        memory.resize(lines, Line::default());
+        let source = |i: usize| &page(i).bytes()[rows[i].offset as usize..][..*pair_bytes];
+        let node = |i: usize| page(i).node().unwrap_or(NodeId(0));
+        let bytes = &mut bytemuck::cast_slice_mut(&mut memory[..])[..self.bytes()];
+        let gathered = Rows { n_rows: rows.len(), row_bytes: *pair_bytes, source, node };
+        // The copy comes right afterwards, and on this device it reads the block through the caches.
+        engine.gather.gather(&gathered, Staging { bytes, slot: |i| i }, Stores::Temporal);
+        Ok(())
+    }
+
+    /// The staging block into the slots of one sequence.
+    fn copy(&self, rows: Range<usize>, slots: &mut Slots) {
+        let memory = lock(&self.memory);
+        let bytes: &[u8] = bytemuck::cast_slice(&memory[..]);
+        let pairs = slots.pairs.bytes_mut().chunks_exact_mut(self.pair_bytes);
+        let mut pairs = pairs.enumerate();
+        let from = bytes[rows.start * self.pair_bytes..].chunks_exact(self.pair_bytes);
+        // Slots ascend within a sequence, so one walk over them meets all.
+        for (row, from) in self.rows[rows].iter().zip(from) {
+            let (_, to) = pairs.find(|(slot, _)| *slot == row.slot as usize).expect("slots ascend");
+            to.copy_from_slice(from);
+        }
+    }
+}
+
+/// First half of a fetch.
+struct GatherJob {
+    work: Arc<Mutex<Work>>,
+    engine: Arc<CopyEngine>,
+    times: Arc<Times>,
+}
+
+impl Job for GatherJob {
+    fn run(&self) -> u64 {
+        let start = Instant::now();
+        let mut work = lock(&self.work);
+        // The copy would tell a panic's waiter of nothing, if it were not noted before.
+        work.failure = Some("a gather thread panicked".into());
+        work.failure = work.gather(&self.engine).err();
+        Times::note(&self.times.gather, start.elapsed());
+        work.bytes() as u64
+    }
+}
+
+/// Second half of a fetch.
+struct CopyJob {
+    work: Arc<Mutex<Work>>,
+    engine: Arc<CopyEngine>,
+    times: Arc<Times>,
+}
+
+impl Job for CopyJob {
+    fn run(&self) -> u64 {
+        let start = Instant::now();
+        let mut work = lock(&self.work);
+        let bytes = work.bytes() as u64;
+        let failure = work.failure.take().or_else(|| self.engine.check().err());
+        self.engine.transfer(bytes, || {
+            for sequence in &work.sequences {
+                sequence.slots.work(|slots| match &failure {
+                    Some(why) => Err(why.clone()),
+                    None => {
+                        work.copy(sequence.rows.clone(), slots);
+                        Ok(())
+                    }
+                });
+            }
+        });
+        // What it held is its owners' alone from here on.
+        work.sequences.clear();
+        work.rows.clear();
+        Times::note(&self.times.copy, start.elapsed());
+        bytes
+    }
+}
