@@ -143,7 +143,8 @@ fn plan_rows(batch: &mut [Next], buffers: &mut Buffers, takes_part: impl Fn(&Ses
         }
         let n_rows = 1 + usize::from(speculative.is_some());
         buffers.members.push(Member { index, tokens: [*token, speculative.unwrap_or(0)] });
-        buffers.seqs.push(SeqRows { position: session.n_tokens(), first_row, n_rows });
+        let (position, room) = (session.n_tokens(), session.cache.capacity() + n_rows);
+        buffers.seqs.push(SeqRows { position, first_row, n_rows, room });
         first_row += n_rows;
     }
 }

@@ -255,7 +255,7 @@ fn check_decode(cache: &Cache, group_heads: usize, far_wide: bool) {
             };
             let q: Vec<f32> = (0..n_rows * width).map(|_| random.next() * size).collect();
             let mut out = vec![f32::NAN; q.len()];
-            let seqs = [SeqRows { position, first_row: 0, n_rows }];
+            let seqs = [SeqRows { position, first_row: 0, n_rows, room: 0 }];
             attn_decode::attend(device, n_heads, &seqs, view, &q, &mut out, &mut scratch);
 
             let mut means = vec![];
@@ -357,7 +357,7 @@ fn select_ties_go_to_the_lower_position() {
         let (window, q) = (Some(position + 1 - candidates.start.min(position)), vec![0.0; 2 * 3 * 32]);
         let view = |_| KvView { shape: cache.shape, split: 0, far: Far::None, tail: &tail, replaced: None, window };
         let (mut out, mut scratch) = (vec![f32::NAN; q.len()], Scratch::default());
-        let seqs = [SeqRows { position, first_row: 0, n_rows: 1 }];
+        let seqs = [SeqRows { position, first_row: 0, n_rows: 1, room: 0 }];
         attn_decode::attend(&cache.device, 6, &seqs, view, &q, &mut out, &mut scratch);
         for top_k in [0, 1, 2, 63, 64, 65, 1025, 2048, 3000] {
             let mut slots = cache.empty_slots(top_k);
@@ -517,7 +517,7 @@ fn what_fp16_cannot_hold_is_heard() {
                 let own = cache.tail(0, 1);
                 let far = Far::Packed(&cache.packed);
                 let view = |_| KvView { shape: cache.shape, split: 64, far, tail: &own, replaced: None, window: None };
-                let seqs = [SeqRows { position: 64, first_row: 0, n_rows: 1 }];
+                let seqs = [SeqRows { position: 64, first_row: 0, n_rows: 1, room: 0 }];
                 let (q, mut out) = (vec![0.5; d], vec![0.0; d]);
                 attn_decode::attend(&cache.device, 1, &seqs, view, &q, &mut out, &mut Scratch::default());
                 let what = format!("{bits} bits, {low} to {high}, K {outlier_is_k}: {out:?}");

@@ -9,7 +9,7 @@ use specache::kv::KvShape;
 use specache::kv::cache::CacheBytes;
 use specache::kv::{KvMode, KvOptions};
 use specache::model::{Dtype, Model};
-use specache::session::{Buffers, Next, Prompt, Session};
+use specache::session::{Buffers, Next, Prompt, Selections, Session};
 use specache::{Engine, Error, Result};
 
 const TINY: Tiny = Tiny { head_dim: 32, n_kv_heads: 2, group_heads: 3, n_layers: 3, window: None };
@@ -321,13 +321,15 @@ fn a_prefill_that_does_not_fit_changes_nothing() {
 /// everything, and the bytes of every copy.
 #[test]
 fn stats_are_exact() {
-    let engine = Engine::new(TINY.model(), device(2));
+    let engines = [true, false]
+        .map(|delta| Engine::new(TINY.model(), Device::cpu(&DeviceOptions { delta, ..options(2) }).unwrap()));
     let (prompt, steps, residual_len) = (130, 70, 33);
     let tokens = ids(6, prompt + steps + 1);
     let pair_bytes = 2 * 32 * 2;
     let page_bytes = 64 * 2 * pair_bytes;
     for (mode, top_k) in [(KvMode::SpeCache, 7), (KvMode::SpeCache, 1000), (KvMode::Fetch, 7), (KvMode::Offload, 0)] {
-        for right in [true, false] {
+        for (right, engine) in [true, false].into_iter().flat_map(|right| engines.each_ref().map(|e| (right, e))) {
+            let delta = engine.device().options().delta;
             let mut session = engine.session(kv(mode, 2, 32, residual_len, top_k), tokens.len()).unwrap();
             session.keep_trace();
             let shift = u32::from(!right);
@@ -350,9 +352,15 @@ fn stats_are_exact() {
                 continue;
             }
             let pairs = |selections: &Vec<Vec<Vec<u32>>>| selections.iter().flatten().map(Vec::len).sum::<usize>();
-            let fetched = trace.steps.iter().map(pairs).sum::<usize>();
-            assert_eq!(stats.fetched_bytes, (fetched * pair_bytes) as u64);
+            let selected = trace.steps.iter().map(pairs).sum::<usize>();
+            // With delta prefetch: those that the selection before did not have. Selections never shrink here.
+            let befores = [&trace.pre_decode].into_iter().chain(&trace.steps);
+            let held = befores.zip(&trace.steps).map(|(before, now)| common(before, now)).sum::<usize>();
+            let fetched = if delta { selected - held } else { selected };
+            assert_eq!(stats.fetched_bytes, (fetched * pair_bytes) as u64, "{mode:?}, delta {delta}");
             assert_eq!(stats.pre_decode_bytes, (pairs(&trace.pre_decode) * pair_bytes) as u64);
+            assert_eq!(stats.saved(), Some(1.0 - fetched as f64 / selected as f64));
+            assert!(!delta || held > 0, "the case shows nothing");
             if mode == KvMode::Fetch {
                 assert_eq!((stats.acceptance(), stats.hit_rate()), (None, None));
                 continue;
@@ -368,6 +376,12 @@ fn stats_are_exact() {
             assert_eq!(of, expected as u64);
         }
     }
+}
+
+/// Pairs that two selections have in common.
+fn common(a: &Selections, b: &Selections) -> usize {
+    let heads = a.iter().flatten().zip(b.iter().flatten());
+    heads.map(|(a, b)| a.iter().filter(|p| b.contains(p)).count()).sum()
 }
 
 /// Misuse is an error that says what would be right, before anything has changed.

@@ -48,6 +48,8 @@ struct SeqPart {
     queries: usize,
     tokens: usize,
     chunks: usize,
+    /// Tokens that it may have in steps to come.
+    room: usize,
 }
 
 impl SeqPart {
@@ -74,6 +76,8 @@ pub(crate) struct HeadProbs<'a> {
     weight: &'a [f32],
     queries: usize,
     tokens: usize,
+    /// Tokens that there may be in steps to come.
+    pub(crate) room: usize,
 }
 
 impl HeadProbs<'_> {
@@ -107,32 +111,35 @@ impl Scratch {
             weight: &self.weight[weight],
             queries: part.queries,
             tokens: part.tokens,
+            room: part.room,
         }
     }
 
-    /// Lays the scratch out for these sequences. Allocates only where a step needs more than any step before.
+    /// Lays the scratch out for these sequences. Allocates only where sequences have more room than any before.
     fn lay_out(&mut self, seqs: &[SeqRows], group_heads: usize, n_kv_heads: usize, head_dim: usize) {
         let (mut probs, mut partial, mut weight) = (0, 0, 0);
+        let (mut room, mut chunks_of_room) = (0, 0);
         self.parts.clear();
         self.tasks.clear();
         for (i, s) in seqs.iter().enumerate() {
             let (queries, tokens) = (s.n_rows * group_heads, s.padded_tokens());
             let chunks = tokens.div_ceil(CHUNK_TOKENS);
-            self.parts.push(SeqPart { probs, partial, weight, queries, tokens, chunks });
+            self.parts.push(SeqPart { probs, partial, weight, queries, tokens, chunks, room: s.padded_room() });
             probs += n_kv_heads * queries * tokens;
             partial += n_kv_heads * chunks * queries * head_dim;
             weight += n_kv_heads * chunks * queries;
+            room += n_kv_heads * queries * s.padded_room();
+            chunks_of_room += n_kv_heads * queries * s.padded_room().div_ceil(CHUNK_TOKENS);
             self.tasks.extend((0..n_kv_heads).flat_map(|h| (0..chunks).map(move |c| (i, h, c))));
         }
+        self.tasks.reserve(chunks_of_room.saturating_sub(self.tasks.len()));
         for (buffer, len) in [
-            (&mut self.probs, probs),
-            (&mut self.partial, partial),
-            (&mut self.weight, weight),
-            (&mut self.sum, weight),
+            (&mut self.probs, room),
+            (&mut self.partial, chunks_of_room * head_dim),
+            (&mut self.weight, chunks_of_room),
+            (&mut self.sum, chunks_of_room),
         ] {
-            if buffer.len() < len {
-                buffer.resize(len.next_power_of_two(), 0.0);
-            }
+            buffer.resize(len.max(buffer.len()), 0.0);
         }
     }
 }

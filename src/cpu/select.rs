@@ -31,10 +31,13 @@ impl Temp {
         candidates: Range<usize>,
         count: usize,
     ) -> &mut [u64] {
+        let head = scratch.head_probs(seq, head);
         self.probs.clear();
-        self.probs.resize(candidates.len(), 0.0);
-        scratch.head_probs(seq, head).add_to(queries, candidates.clone(), &mut self.probs);
         self.keys.clear();
+        self.probs.reserve(head.room);
+        self.keys.reserve(head.room);
+        self.probs.resize(candidates.len(), 0.0);
+        head.add_to(queries, candidates.clone(), &mut self.probs);
         // Probabilities are not negative, so their bits are ordered as they are; NaN (a request that will fail) sorts
         // first and harms nobody.
         let key = |(p, position): (&f32, usize)| u64::from(!p.to_bits()) << 32 | position as u64;

@@ -1,16 +1,17 @@
-//! Faults on order: a countdown that makes the n-th pin, page lease or copy fail, for tests that sweep n.
+//! Faults on order: a countdown that makes the n-th page lease or copy fail, for tests that sweep n. (Pins are hooks of the
+//! caller's, so a test brings one that fails.)
 
 use std::sync::atomic::{AtomicI64, Ordering};
 
 /// What can be made to fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// A chunk of host memory is pinned.
-    Pin,
     /// Pages are promised to a sequence.
     Lease,
     /// A copy between host and device, or the gather before it.
     Copy,
+    /// The thread of a copy, or of the gather before it, panics.
+    Worker,
 }
 
 /// Counts operations of one kind and fails one of them.

@@ -49,11 +49,13 @@ impl CopyEngine {
     ///
     /// # Errors
     /// If a test has ordered that ([`Faults`]).
+    ///
+    /// # Panics
+    /// As above.
     pub fn check(&self) -> Result<(), String> {
-        match &self.faults {
-            Some(faults) if faults.strikes(Fault::Copy) => Err("the copy was made to fail (fault injection)".into()),
-            _ => Ok(()),
-        }
+        let Some(faults) = &self.faults else { return Ok(()) };
+        assert!(!faults.strikes(Fault::Worker), "a panic of a copy thread (fault injection)");
+        if faults.strikes(Fault::Copy) { Err("the copy was made to fail (fault injection)".into()) } else { Ok(()) }
     }
 }
 

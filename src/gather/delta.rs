@@ -33,6 +33,13 @@ impl Delta {
         Delta { misses, held, freed }
     }
 
+    /// Makes room for plans of `top_k` slots.
+    pub fn reserve(&mut self, top_k: usize) {
+        self.misses.reserve(top_k.saturating_sub(self.misses.len()));
+        self.held.reserve(top_k.saturating_sub(self.held.len()));
+        self.freed.reserve(top_k.saturating_sub(self.freed.len()));
+    }
+
     /// Brings `table` to `selection`, whose positions ascend strictly, and returns what has to be fetched, ascending in
     /// slots and in positions.
     ///

@@ -14,7 +14,7 @@ use super::plan::{host_pages, page_counts, prefill_pages, slots_per_head, wide_p
 use super::prefetch::Prefetch;
 use super::slab::{PageRef, Reservation, Slab, UniquePage};
 use super::view::{Far, KvView, Replaced};
-use crate::device::order::Site;
+use crate::device::order::{Resource, Site, Uses};
 use crate::device::{Buffer, Device, Event, Grants, InFlight};
 use crate::error::{Error, Result};
 use crate::ops;
@@ -182,6 +182,7 @@ impl Cache {
         let bytes = CacheBytes::plan(&shape, &options, capacity).device();
         let pages = host_pages(&shape, &options, capacity) - shared;
         let mut admission = Admission::ask(&self.device, &self.host.slab, bytes, pages, "a fork of a KV cache")?;
+        let _fork = self.device.operation("fork", |uses| self.declare(uses));
         let mut fork = Cache::empty(&self.device, &self.host.slab, shape, options, &mut admission)?;
         for (to, from) in fork.layers.iter_mut().zip(&self.layers) {
             let table =
@@ -284,6 +285,17 @@ impl Cache {
         }
     }
 
+    /// All that lies on the device and in the tables of host pages, as an operation that reads it.
+    fn declare(&self, uses: &mut Uses) {
+        for layer in &self.layers {
+            uses.reads.extend(layer.tail.iter().map(|page| Resource::DevicePage(page.id())));
+            let pages = layer.host.iter().flat_map(|table| (0..table.pages().count()).map(|page| table.resource(page)));
+            uses.reads.extend(pages);
+            let slots = layer.prefetch.slots();
+            uses.reads.extend([Resource::Selection(slots.positions.id()), Resource::Slots(slots.pairs.id())]);
+        }
+    }
+
     /// Keeps the first reason why a copy failed.
     fn note(&mut self, copied: std::result::Result<(), String>) {
         if let Err(why) = copied {
@@ -322,6 +334,8 @@ impl Cache {
             return Ok(());
         }
         self.come_to_rest();
+        let device = self.device.clone();
+        let _grow = device.operation("grow", |uses| self.declare(uses));
         let shape = self.shape;
         let (offloadable, tail) = page_counts(&self.options, capacity);
         let grants = &mut admission.device;

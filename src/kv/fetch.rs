@@ -80,6 +80,8 @@ struct Work {
     sequences: Vec<Sequence>,
     rows: Vec<Row>,
     pair_bytes: usize,
+    /// Pairs that the sequences may have at most, so that memory grows with them and not with each step's luck.
+    room: usize,
     memory: Arc<Mutex<Vec<Line>>>,
     block: u64,
     /// When the last page that may be read is on the host.
@@ -162,14 +164,17 @@ impl FetchQueue {
         // Long past, unless the sequences of that pass are not among those of this one.
         done.into_iter().for_each(|event| device.finish(event));
         let mut work = lock(&fetch.work);
-        let Work { sequences, rows, .. } = &mut *work;
+        let Work { sequences, rows, room, .. } = &mut *work;
         if done.is_some() {
             sequences.clear(); // where a job has panicked, they are still there
             rows.clear();
+            *room = 0;
         }
         let (sequence, first) = (sequences.len() as u32, rows.len());
         let slots = prefetch.slots_mut();
         let top_k = slots.top_k;
+        rows.reserve(shape.n_kv_heads * top_k);
+        self.delta.reserve(top_k);
         for head in 0..shape.n_kv_heads {
             slots.place(head, &mut self.delta, keep, |miss| {
                 let (page, token) = (miss.position as usize / PAGE, miss.position as usize % PAGE);
@@ -182,6 +187,7 @@ impl FetchQueue {
         if !rows.is_empty() {
             sequences.push(Sequence { host: host.clone(), slots: prefetch.send(), rows: rows.clone() });
             work.pair_bytes = shape.pair_bytes();
+            work.room += shape.n_kv_heads * top_k;
             work.paged_out = paged_out.map(|event| event.later(work.paged_out)).or(work.paged_out);
         }
         fetched
@@ -274,12 +280,13 @@ impl Work {
         }
         let page = |i: usize| page(&rows[i]).expect("looked for above");
         let mut memory = lock(&self.memory);
-        let lines = self.bytes().div_ceil(size_of::<Line>()).max(memory.len());
+        let lines = (self.room * pair_bytes).div_ceil(size_of::<Line>()).max(memory.len());
         memory.resize(lines, Line::default());
         let source = |i: usize| &page(i).bytes()[rows[i].offset as usize..][..*pair_bytes];
         let node = |i: usize| page(i).node().unwrap_or(NodeId(0));
         let bytes = &mut bytemuck::cast_slice_mut(&mut memory[..])[..self.bytes()];
         let gathered = Rows { n_rows: rows.len(), row_bytes: *pair_bytes, source, node };
+        engine.gather.reserve(self.room);
         // The copy comes right afterwards, and on this device it reads the block through the caches.
         engine.gather.gather(&gathered, Staging { bytes, slot: |i| i }, Stores::Temporal);
         Ok(())

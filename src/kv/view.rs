@@ -56,12 +56,19 @@ pub struct SeqRows {
     pub first_row: usize,
     /// 1 or 2.
     pub n_rows: usize,
+    /// Tokens that the sequence has room for: scratch memory is made for as many, so that no step has to make more.
+    pub room: usize,
 }
 
 impl SeqRows {
     /// Position of row `row` of the pass, if it is one of these.
     pub fn position_of(&self, row: usize) -> Option<usize> {
         (self.first_row..self.first_row + self.n_rows).contains(&row).then(|| self.position + row - self.first_row)
+    }
+
+    /// Tokens for which scratch memory is made, in whole pages.
+    pub(crate) fn padded_room(&self) -> usize {
+        self.room.max(self.position + self.n_rows).next_multiple_of(PAGE)
     }
 
     /// Tokens that any row sees or hides, in whole pages.

@@ -1,0 +1,222 @@
+//! The pipeline of copies: the same bits under every schedule, every wait needed and none missing, faults that stay where
+//! they happen.
+
+mod common;
+
+use std::sync::{Arc, Mutex};
+
+use common::tiny::{Tiny, ids};
+use common::{fixture, json, kv, options};
+use specache::device::link::LinkOptions;
+use specache::device::order::{Checker, Conflict};
+use specache::device::{Device, DeviceOptions, Schedule};
+use specache::kv::{KvMode, KvOptions};
+use specache::sampler::argmax;
+use specache::{Buffers, Engine, Next, Prompt, Result, Session};
+
+const TINY: Tiny = Tiny { head_dim: 32, n_kv_heads: 2, group_heads: 3, n_layers: 3, window: None };
+
+/// Modes with a host copy, and the two without.
+fn modes() -> Vec<KvOptions> {
+    KvMode::ALL.into_iter().map(|mode| kv(mode, 1, 32, 33, 7)).collect()
+}
+
+fn engine(model: &Tiny, options: DeviceOptions) -> Engine {
+    Engine::new(model.model(), Device::cpu(&options).unwrap())
+}
+
+/// Prefills one session behind what it holds.
+fn prefill(engine: &Engine, session: &mut Session, tokens: &[u32], rows: &mut Vec<Vec<f32>>) -> Result<()> {
+    rows.push(engine.prefill(&mut [Prompt { session, tokens }], &mut Buffers::default())?.remove(0)?);
+    Ok(())
+}
+
+/// Feeds tokens to several sessions at once, a different one to each.
+fn decode(
+    engine: &Engine,
+    sessions: &mut [&mut Session],
+    tokens: &[u32],
+    buffers: &mut Buffers,
+    rows: &mut Vec<Vec<f32>>,
+) -> Result<()> {
+    for &token in tokens {
+        let mut batch: Vec<Next> = sessions
+            .iter_mut()
+            .enumerate()
+            .map(|(i, session)| Next { session, token: (token + 5 * i as u32) % 64 })
+            .collect();
+        engine.decode(&mut batch, buffers)?;
+        for i in 0..sessions.len() {
+            rows.push(buffers.logits(i)?.to_vec());
+        }
+    }
+    Ok(())
+}
+
+/// Two sequences through all that a cache can meet: prompts, steps over page borders, a second prompt, a fork, more room, a
+/// truncation. All logits on the way.
+fn life(engine: &Engine, kv: KvOptions) -> Result<Vec<Vec<f32>>> {
+    let (mut rows, mut buffers) = (Vec::new(), Buffers::default());
+    let tokens = ids(3, 700);
+    // Long enough that its third layer is computed in the pages that the first one was sent out from.
+    let mut long = engine.session(kv, 600)?;
+    prefill(engine, &mut long, &tokens[..600], &mut rows)?;
+    prefill(engine, &mut long, &tokens[600..], &mut rows)?;
+    drop(long);
+    let mut a = engine.session(kv, 280)?;
+    let mut b = engine.session(kv, 300)?;
+    prefill(engine, &mut a, &tokens[..130], &mut rows)?;
+    prefill(engine, &mut b, &tokens[50..220], &mut rows)?;
+    decode(engine, &mut [&mut a, &mut b], &tokens[130..170], &mut buffers, &mut rows)?;
+    prefill(engine, &mut a, &tokens[220..290], &mut rows)?;
+    decode(engine, &mut [&mut a, &mut b], &tokens[290..300], &mut buffers, &mut rows)?;
+    let mut fork = a.fork()?;
+    a.reserve(380)?;
+    decode(engine, &mut [&mut fork, &mut a, &mut b], &tokens[300..308], &mut buffers, &mut rows)?;
+    // In kivi, pairs that would become the residual are gone: the last ones can still be forgotten.
+    let keep = if kv.mode == KvMode::Kivi { a.n_tokens() - 3 } else { 100 };
+    a.truncate(keep)?;
+    drop(b);
+    decode(engine, &mut [&mut a, &mut fork], &tokens[310..316], &mut buffers, &mut rows)?;
+    a.truncate(a.n_tokens() - 1)?;
+    prefill(engine, &mut a, &tokens[316..390], &mut rows)?;
+    decode(engine, &mut [&mut a], &tokens[390..395], &mut buffers, &mut rows)?;
+    Ok(rows)
+}
+
+/// Devices that differ in how copies are waited for and made, and in nothing that a result may depend on.
+fn devices() -> Vec<(String, DeviceOptions)> {
+    let mut devices = vec![];
+    for pipeline in Schedule::ALL {
+        for delta in [true, false] {
+            for gather_threads in [1, 3] {
+                let what = format!("{}, delta {delta}, {gather_threads} gather threads", pipeline.name());
+                let gather_threads = Some(gather_threads);
+                devices.push((what, DeviceOptions { pipeline, delta, gather_threads, ..options(2) }));
+            }
+        }
+        let link = LinkOptions { gbps: Some(0.05), latency_us: 30.0 };
+        devices.push((format!("{}, a slow link", pipeline.name()), DeviceOptions { pipeline, link, ..options(2) }));
+    }
+    devices
+}
+
+#[test]
+fn every_schedule_gives_the_same_bits() {
+    for kv in modes() {
+        let mut first: Option<Vec<Vec<f32>>> = None;
+        for (what, device) in devices() {
+            let rows = life(&engine(&TINY, device), kv).unwrap();
+            let expected = first.get_or_insert_with(|| rows.clone());
+            let differs = rows.iter().zip(&*expected).position(|(a, b)| a != b);
+            assert_eq!((differs, rows.len()), (None, expected.len()), "{:?}, {what}", kv.mode);
+        }
+    }
+}
+
+/// Greedy tokens of the recall model.
+fn recall_tokens(options: DeviceOptions, kv: KvOptions, steps: usize) -> (Vec<u32>, Session) {
+    let engine = Engine::load(fixture("recall").to_str().unwrap(), &options).unwrap();
+    let prompts: Vec<serde_json::Value> = json(fixture("recall_prompts.json"));
+    let prompt: Vec<u32> = serde_json::from_value(prompts[0]["ids"].clone()).unwrap();
+    let mut session = engine.session(kv, prompt.len() + steps + 1).unwrap();
+    let mut buffers = Buffers::default();
+    let first = Prompt { session: &mut session, tokens: &prompt };
+    let mut tokens = vec![argmax(&engine.prefill(&mut [first], &mut buffers).unwrap().remove(0).unwrap())];
+    for _ in 0..steps {
+        let token = tokens[tokens.len() - 1];
+        engine.decode(&mut [Next { session: &mut session, token }], &mut buffers).unwrap();
+        tokens.push(argmax(buffers.logits(0).unwrap()));
+    }
+    (tokens, session)
+}
+
+#[test]
+fn the_recall_models_tokens_are_the_same_under_every_schedule() {
+    for mode in KvMode::ALL {
+        let kv = kv(mode, 1, 64, 64, 16);
+        let mut first: Option<Vec<u32>> = None;
+        for pipeline in Schedule::ALL {
+            for delta in [true, false] {
+                let order = Arc::new(Mutex::new(Checker::new()));
+                let options = DeviceOptions { pipeline, delta, order: Some(order.clone()), ..options(2) };
+                let (tokens, _) = recall_tokens(options, kv, 80);
+                let expected = first.get_or_insert_with(|| tokens.clone());
+                assert_eq!(*expected, tokens, "{mode:?}, {}, delta {delta}", pipeline.name());
+                let order = order.lock().unwrap();
+                assert_eq!(order.conflicts(), [], "{mode:?}, {}, delta {delta}", pipeline.name());
+                assert!(order.operations() > 1000);
+            }
+        }
+    }
+}
+
+/// What the checker says of a life in one mode, with the waits at one site taken out of what the program promises.
+fn check(kv: KvOptions, pipeline: Schedule, ignored: Option<&'static str>) -> (Vec<Conflict>, Vec<&'static str>) {
+    let mut checker = Checker::new();
+    if let Some(site) = ignored {
+        checker.ignore(site);
+    }
+    let order = Arc::new(Mutex::new(checker));
+    let engine = engine(&TINY, DeviceOptions { pipeline, order: Some(order.clone()), ..options(1) });
+    life(&engine, kv).unwrap();
+    let order = order.lock().unwrap();
+    (order.conflicts().to_vec(), order.sites().collect())
+}
+
+/// Waits that order nothing by themselves: mode, schedule (all where it is empty), place, and why they are there.
+const HARMLESS: [(&str, &str, &str, &str); 12] = [
+    ("full", "stream", ALL, "nothing is copied"),
+    ("kivi", "stream", ALL, "nothing is copied"),
+    ("offload", "", REST, "a step waits for its loads, and each load for the page-outs before it"),
+    ("fetch", "", REST, "a step waits for its fetches, and each gather for the page-outs before it"),
+    ("fetch", "stream", ALL, "a fetch is waited for where it is issued"),
+    ("fetch", "serial", STAGING, "as above, so the block is free when the next gather is issued"),
+    ("fetch", "event", STAGING, "as above"),
+    (
+        "fetch",
+        "",
+        FREE,
+        "pages are taken longest unused first: those of this life were last used before its last page-out",
+    ),
+    ("fetch", "", COMPLETE, "those pages were paged out too, and taking them has waited for that"),
+    ("specache", "serial", STAGING, "as in fetch"),
+    ("specache", "serial", REST, "as in fetch"),
+    ("specache", "stream", ARRIVAL, "where a prefill begins; the next attention waits for all copies"),
+];
+const ALL: &str = "all copies arrive before attention";
+const REST: &str = "a cache comes to rest";
+const STAGING: &str = "a staging block is free before a gather";
+const FREE: &str = "device pages are free before a load";
+const COMPLETE: &str = "host pages are complete before a load";
+const ARRIVAL: &str = "pairs arrive before attention";
+
+/// No conflict with all waits; and without any one of them the checker names two operations that meet.
+#[test]
+fn every_wait_is_needed_and_none_is_missing() {
+    let mut survivors = vec![];
+    for kv in modes() {
+        for pipeline in Schedule::ALL {
+            let (mode, schedule) = (kv.mode.name(), pipeline.name());
+            let (conflicts, sites) = check(kv, pipeline, None);
+            assert!(conflicts.is_empty(), "{mode}, {schedule}: {}", conflicts[0]);
+            for site in sites {
+                let (conflicts, _) = check(kv, pipeline, Some(site));
+                match conflicts.first() {
+                    Some(conflict) => println!("{mode}, {schedule}, without \"{site}\": {conflict}"),
+                    None => survivors.push((mode, schedule, site)),
+                }
+            }
+        }
+    }
+    let known = |&(mode, schedule, site): &(&str, &str, &str)| {
+        HARMLESS.iter().any(|&(m, s, place, _)| m == mode && (s.is_empty() || s == schedule) && place == site)
+    };
+    let unknown: Vec<_> = survivors.iter().filter(|survivor| !known(survivor)).collect();
+    assert!(unknown.is_empty(), "waits without which the checker finds no conflict: {unknown:#?}");
+    for (mode, schedule, place, why) in HARMLESS {
+        let survives =
+            survivors.iter().any(|s| s.0 == mode && (schedule.is_empty() || s.1 == schedule) && s.2 == place);
+        assert!(survives, "{mode}, {schedule}: \"{place}\" is needed after all ({why})");
+    }
+}
