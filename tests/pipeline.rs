@@ -165,7 +165,7 @@ fn check(kv: KvOptions, pipeline: Schedule, ignored: Option<&'static str>) -> (V
 }
 
 /// Waits that order nothing by themselves: mode, schedule (all where it is empty), place, and why they are there.
-const HARMLESS: [(&str, &str, &str, &str); 12] = [
+const HARMLESS: [(&str, &str, &str, &str); 14] = [
     ("full", "stream", ALL, "nothing is copied"),
     ("kivi", "stream", ALL, "nothing is copied"),
     ("offload", "", REST, "a step waits for its loads, and each load for the page-outs before it"),
@@ -180,6 +180,8 @@ const HARMLESS: [(&str, &str, &str, &str); 12] = [
         "pages are taken longest unused first: those of this life were last used before its last page-out",
     ),
     ("fetch", "", COMPLETE, "those pages were paged out too, and taking them has waited for that"),
+    ("specache", "", FREE, "as in fetch"),
+    ("specache", "", COMPLETE, "as in fetch"),
     ("specache", "serial", STAGING, "as in fetch"),
     ("specache", "serial", REST, "as in fetch"),
     ("specache", "stream", ARRIVAL, "where a prefill begins; the next attention waits for all copies"),
