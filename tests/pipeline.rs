@@ -165,10 +165,9 @@ fn check(kv: KvOptions, pipeline: Schedule, ignored: Option<&'static str>) -> (V
 }
 
 /// Waits that order nothing by themselves: mode, schedule (all where it is empty), place, and why they are there.
-const HARMLESS: [(&str, &str, &str, &str); 14] = [
+const HARMLESS: [(&str, &str, &str, &str); 13] = [
     ("full", "stream", ALL, "nothing is copied"),
     ("kivi", "stream", ALL, "nothing is copied"),
-    ("offload", "", REST, "a step waits for its loads, and each load for the page-outs before it"),
     ("fetch", "", REST, "a step waits for its fetches, and each gather for the page-outs before it"),
     ("fetch", "stream", ALL, "a fetch is waited for where it is issued"),
     ("fetch", "serial", STAGING, "as above, so the block is free when the next gather is issued"),
