@@ -1,5 +1,7 @@
 //! KIVI quantisation on the CPU: K per channel over g tokens, V per token over g channels (method.md, "The cache").
 
+use std::cell::RefCell;
+
 use half::f16;
 use rayon::prelude::*;
 
@@ -16,7 +18,10 @@ pub(crate) fn pack_pages(isa: Isa, shape: &KvShape, pages: &[WidePage], to: &mut
     let one = |(i, to): (usize, &mut [u8])| {
         let (page, head) = (i / shape.n_kv_heads, i % shape.n_kv_heads);
         let from = &pages[page].bytes()[head * shape.wide_head_bytes()..][..shape.wide_head_bytes()];
-        dispatch!(isa, S => pack_head::<S>(shape, from, to));
+        TEMP.with_borrow_mut(|temp| {
+            temp.lay_out(shape.head_dim);
+            dispatch!(isa, S => pack_head::<S>(shape, from, to, temp));
+        });
     };
     if pages.len() * shape.n_kv_heads <= 2 {
         to.chunks_exact_mut(head_bytes).enumerate().for_each(one);
@@ -25,16 +30,36 @@ pub(crate) fn pack_pages(isa: Isa, shape: &KvShape, pages: &[WidePage], to: &mut
     }
 }
 
+thread_local! {
+    static TEMP: RefCell<Temp> = RefCell::default();
+}
+
+/// A thread's memory for one head of a page.
+#[derive(Default)]
+struct Temp {
+    /// `[64][K: D | V: D]`.
+    pairs: Vec<f32>,
+    /// One line: a channel's tokens, or a token's channels.
+    values: Vec<f32>,
+    codes: Vec<u8>,
+}
+
+impl Temp {
+    fn lay_out(&mut self, head_dim: usize) {
+        self.pairs.resize(PAGE * 2 * head_dim, 0.0);
+        self.values.resize(head_dim.max(PAGE), 0.0);
+        self.codes.resize(head_dim.max(PAGE), 0);
+    }
+}
+
 /// Quantises one head of a page: `from` is `[64][K: D | V: D]`. Plain loops; `S` only decides what the compiler may use.
 #[inline(always)]
-fn pack_head<S: Simd>(shape: &KvShape, from: &[u8], to: &mut [u8]) {
-    let layout = &shape.packed;
-    let d = shape.head_dim;
-    // 64 x 2 x 256 f32 at most; a page is packed every 64 steps, so this need not be kept between calls.
-    let mut pairs = vec![0f32; PAGE * 2 * d];
-    widen(shape.dtype, from, &mut pairs);
-    pack_k(layout, |token, channel| pairs[token * 2 * d + channel], to);
-    pack_v(layout, |token, channel| pairs[token * 2 * d + d + channel], to);
+fn pack_head<S: Simd>(shape: &KvShape, from: &[u8], to: &mut [u8], temp: &mut Temp) {
+    let (layout, d) = (&shape.packed, shape.head_dim);
+    let Temp { pairs, values, codes } = temp;
+    widen(shape.dtype, from, pairs);
+    pack_k(layout, |token, channel| pairs[token * 2 * d + channel], values, codes, to);
+    pack_v(layout, |token, channel| pairs[token * 2 * d + d + channel], values, codes, to);
 }
 
 /// Zero, scale and codes of one group (method.md): both rounded to fp16 first, then a true division, rounded half to
@@ -60,9 +85,15 @@ fn quantise(bits: usize, values: &[f32], codes: &mut [u8]) -> (f16, f16) {
 }
 
 #[inline(always)]
-fn pack_k(layout: &PackedLayout, value: impl Fn(usize, usize) -> f32, to: &mut [u8]) {
+fn pack_k(
+    layout: &PackedLayout,
+    value: impl Fn(usize, usize) -> f32,
+    values: &mut [f32],
+    codes: &mut [u8],
+    to: &mut [u8],
+) {
     let PackedLayout { head_dim: d, bits, group_size: g } = *layout;
-    let (mut values, mut codes) = ([0f32; PAGE], [0u8; PAGE]);
+    let (values, codes) = (&mut values[..PAGE], &mut codes[..PAGE]);
     for channel in 0..d {
         for (token, v) in values.iter_mut().enumerate() {
             *v = value(token, channel);
@@ -72,14 +103,20 @@ fn pack_k(layout: &PackedLayout, value: impl Fn(usize, usize) -> f32, to: &mut [
             let (zero, scale) = quantise(bits, &values[tokens.clone()], &mut codes[tokens]);
             write_params(&mut to[layout.k_params()], d, group, channel, zero, scale);
         }
-        write_codes(bits, &codes, &mut to[layout.k_codes()], channel);
+        write_codes(bits, codes, &mut to[layout.k_codes()], channel);
     }
 }
 
 #[inline(always)]
-fn pack_v(layout: &PackedLayout, value: impl Fn(usize, usize) -> f32, to: &mut [u8]) {
+fn pack_v(
+    layout: &PackedLayout,
+    value: impl Fn(usize, usize) -> f32,
+    values: &mut [f32],
+    codes: &mut [u8],
+    to: &mut [u8],
+) {
     let PackedLayout { head_dim: d, bits, group_size: g } = *layout;
-    let (mut values, mut codes) = (vec![0f32; d], vec![0u8; d]);
+    let (values, codes) = (&mut values[..d], &mut codes[..d]);
     for token in 0..PAGE {
         for (channel, v) in values.iter_mut().enumerate() {
             *v = value(token, channel);
@@ -89,7 +126,7 @@ fn pack_v(layout: &PackedLayout, value: impl Fn(usize, usize) -> f32, to: &mut [
             let (zero, scale) = quantise(bits, &values[channels.clone()], &mut codes[channels]);
             write_params(&mut to[layout.v_params()], PAGE, group, token, zero, scale);
         }
-        write_codes(bits, &codes, &mut to[layout.v_codes()], token);
+        write_codes(bits, codes, &mut to[layout.v_codes()], token);
     }
 }
 

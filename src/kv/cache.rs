@@ -305,7 +305,8 @@ impl Cache {
 
     /// Why a copy has failed, if one has: then the cache does not hold what it should, and its sequence cannot go on.
     pub fn failure(&self) -> Option<&str> {
-        self.failure.as_deref().or(self.host.page_out.failure())
+        // Pages that never came to the host are the reason why others could not come back from there.
+        self.host.page_out.failure().or(self.failure.as_deref())
     }
 
     /// Where it lives.

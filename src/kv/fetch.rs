@@ -9,6 +9,7 @@
 //! A fetch is one layer of all sequences of a batch (one sequence in the paper's schedule): one gather, one copy, one
 //! event. Its memory is kept from pass to pass, so that fetching allocates nothing.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -86,7 +87,7 @@ struct Work {
     block: u64,
     /// When the last page that may be read is on the host.
     paged_out: Option<Event>,
-    failure: Option<String>,
+    failure: Option<Cow<'static, str>>,
 }
 
 /// Where a sequence's pairs come from and go to.
@@ -319,8 +320,8 @@ impl Job for GatherJob {
         let start = Instant::now();
         let mut work = lock(&self.work);
         // The copy would tell a panic's waiter of nothing, if it were not noted before.
-        work.failure = Some("a gather thread panicked".into());
-        work.failure = work.gather(&self.engine).err();
+        work.failure = Some(Cow::Borrowed("a thread of the gather panicked"));
+        work.failure = work.gather(&self.engine).err().map(Cow::Owned);
         Times::note(&self.times.gather, start.elapsed());
         work.bytes() as u64
     }
@@ -338,11 +339,11 @@ impl Job for CopyJob {
         let start = Instant::now();
         let mut work = lock(&self.work);
         let bytes = work.bytes() as u64;
-        let failure = work.failure.take().or_else(|| self.engine.check().err());
+        let failure = work.failure.take().or_else(|| self.engine.check().err().map(Cow::Owned));
         self.engine.transfer(bytes, || {
             for sequence in &work.sequences {
                 sequence.slots.work(|slots| match &failure {
-                    Some(why) => Err(why.clone()),
+                    Some(why) => Err(why.to_string()),
                     None => {
                         work.copy(sequence.rows.clone(), slots);
                         Ok(())

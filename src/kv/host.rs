@@ -130,13 +130,29 @@ impl PageOut {
     fn pop(&self) -> Out {
         self.lock().pages.pop_front().expect("as many pages as were added")
     }
+
+    fn fail(&self, why: &str) {
+        let _first_reason_wins = self.failure.set(format!("pages could not be copied to the host: {why}"));
+    }
+}
+
+/// Notes a panic of the run that it is in.
+struct OnPanic<'a>(&'a PageOut);
+
+impl Drop for OnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.fail("a thread of the copy panicked");
+        }
+    }
 }
 
 impl Job for PageOut {
     fn run(&self) -> u64 {
+        let _on_panic = OnPanic(self);
         let count = self.lock().counts.pop_front().expect("a launch");
         if let Err(why) = self.engine.check() {
-            let _first_reason_wins = self.failure.set(format!("pages could not be copied to the host: {why}"));
+            self.fail(&why);
             (0..count).for_each(|_| drop(self.pop()));
             return 0;
         }

@@ -1,0 +1,318 @@
+//! Faults in the memory and the copies of a cache: the request that meets one hears of it in words, the slab balances, and
+//! the next request gets the right bits.
+
+mod common;
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::{Duration, Instant};
+
+use common::tiny::{Tiny, ids};
+use common::{kv, options};
+use specache::device::fault::{Fault, Faults};
+use specache::device::pin::{Mlock, Pin};
+use specache::device::{Device, DeviceOptions, Schedule};
+use specache::kv::{KvMode, KvOptions};
+use specache::{Buffers, Engine, Error, Next, Prompt, Result, Session};
+
+const TINY: Tiny = Tiny { head_dim: 32, n_kv_heads: 2, group_heads: 3, n_layers: 2, window: None };
+
+fn engine(options: DeviceOptions) -> Engine {
+    Engine::new(TINY.model(), Device::cpu(&options).unwrap())
+}
+
+fn prefill(engine: &Engine, session: &mut Session, tokens: &[u32]) -> Result<Vec<f32>> {
+    engine.prefill(&mut [Prompt { session, tokens }], &mut Buffers::default())?.remove(0)
+}
+
+fn step(engine: &Engine, session: &mut Session, token: u32, buffers: &mut Buffers) -> Result<Vec<f32>> {
+    engine.decode(&mut [Next { session, token }], buffers)?;
+    buffers.logits(0).map(<[f32]>::to_vec)
+}
+
+/// A session with all that takes pages or copies: prompts, steps over a page border, a fork, a truncation.
+fn life(engine: &Engine, kv: KvOptions) -> Result<Vec<Vec<f32>>> {
+    let tokens = ids(7, 260);
+    let mut session = engine.session(kv, 180)?;
+    let mut buffers = Buffers::default();
+    let mut rows = vec![prefill(engine, &mut session, &tokens[..157])?];
+    for &token in &tokens[157..164] {
+        rows.push(step(engine, &mut session, token, &mut buffers)?);
+    }
+    let mut fork = session.fork()?;
+    rows.push(prefill(engine, &mut session, &tokens[164..230])?);
+    rows.push(step(engine, &mut fork, 9, &mut buffers)?);
+    session.truncate(140)?;
+    session.reserve(300)?;
+    for &token in &tokens[230..233] {
+        rows.push(step(engine, &mut session, token, &mut buffers)?);
+    }
+    Ok(rows)
+}
+
+/// Nothing is held any more, and the slab's equations hold.
+fn assert_balanced(engine: &Engine, what: &str) {
+    let pages = engine.host_pages();
+    assert_eq!((pages.leased, pages.reserved), (0, 0), "{what}");
+    assert_eq!(engine.device().device_memory().used(), 0, "{what}");
+}
+
+/// Fails each operation of a kind in turn, until a life passes without meeting the fault.
+fn sweep(kind: Fault, mode: KvMode, pipeline: Schedule) -> u32 {
+    let kv = kv(mode, 1, 32, 33, 7);
+    let sound = life(&engine(DeviceOptions { pipeline, ..options(1) }), kv).unwrap();
+    for index in 0.. {
+        let faults = Arc::new(Faults::at(kind, index));
+        let engine = engine(DeviceOptions { pipeline, faults: Some(faults.clone()), ..options(1) });
+        let what = format!("{kind:?} number {index}, {}, {}", mode.name(), pipeline.name());
+        let outcome = life(&engine, kv);
+        assert_balanced(&engine, &what);
+        match outcome {
+            Err(Error::OutOfMemory { needed, .. }) if kind == Fault::Lease => {
+                assert!(needed > 0, "{what}")
+            }
+            Err(Error::Device(why)) if kind == Fault::Copy => assert!(why.contains("fault injection"), "{what}: {why}"),
+            Err(Error::Device(why)) if kind == Fault::Worker => assert!(why.contains("panicked"), "{what}: {why}"),
+            // The last copies of a life are for steps that it does not take.
+            Ok(rows) => assert!(rows == sound, "{what}: other bits"),
+            Err(other) => panic!("{what}: {other}"),
+        }
+        if !faults.has_struck() {
+            return index;
+        }
+        assert!(life(&engine, kv).unwrap() == sound, "{what}: the next request");
+        assert_balanced(&engine, &what);
+    }
+    unreachable!()
+}
+
+#[test]
+fn each_lease_may_fail() {
+    for mode in [KvMode::Offload, KvMode::Fetch, KvMode::SpeCache] {
+        // Session, second prompt, truncation of what a fork shares, more room. The fork needs no page that is not shared.
+        assert_eq!(sweep(Fault::Lease, mode, Schedule::Event), 4);
+    }
+}
+
+#[test]
+fn each_copy_may_fail() {
+    for mode in [KvMode::Offload, KvMode::Fetch, KvMode::SpeCache] {
+        assert!(sweep(Fault::Copy, mode, Schedule::Event) > 25);
+    }
+    sweep(Fault::Copy, KvMode::SpeCache, Schedule::Stream);
+}
+
+#[test]
+fn each_copy_thread_may_panic() {
+    std::panic::set_hook(Box::new(|panic| {
+        let expected = panic.payload_as_str().is_some_and(|what| what.contains("fault injection"));
+        if !expected {
+            eprintln!("{panic}");
+        }
+    }));
+    for mode in [KvMode::Offload, KvMode::Fetch, KvMode::SpeCache] {
+        assert!(sweep(Fault::Worker, mode, Schedule::Event) > 25);
+    }
+}
+
+/// A copy that fails fails the sequences that it was for; others in the batch go on.
+#[test]
+fn others_in_the_batch_go_on() {
+    let (specache, full) = (kv(KvMode::SpeCache, 1, 32, 33, 7), kv(KvMode::Full, 1, 32, 33, 7));
+    let tokens = ids(5, 160);
+    let run = |index: u32| {
+        let faults = Arc::new(Faults::at(Fault::Copy, index));
+        let engine = engine(DeviceOptions { faults: Some(faults), ..options(1) });
+        let mut sessions = [specache, full].map(|kv| engine.session(kv, 200).unwrap());
+        for session in &mut sessions {
+            prefill(&engine, session, &tokens[..150]).unwrap();
+        }
+        let mut buffers = Buffers::default();
+        let mut rows = [vec![], vec![]];
+        for &token in &tokens[150..153] {
+            if rows[0].last().is_some_and(Result::is_err) {
+                let [_, sound] = &mut sessions;
+                rows[1].push(step(&engine, sound, token, &mut buffers));
+                continue;
+            }
+            engine.decode(&mut sessions.each_mut().map(|session| Next { session, token }), &mut buffers).unwrap();
+            (0..2).for_each(|i| rows[i].push(buffers.logits(i).map(<[f32]>::to_vec)));
+        }
+        let after = engine.decode(&mut [Next { session: &mut sessions[0], token: 1 }], &mut buffers);
+        (rows, after)
+    };
+    let (sound, _) = run(u32::MAX);
+    // Two page-outs of the prompt, then the pre-decode's fetches.
+    let (rows, after) = run(2);
+    let [bad, good] = rows;
+    assert!(matches!(&bad[0], Err(Error::Device(why)) if why.contains("fault injection")), "{:?}", bad[0]);
+    assert!(good.iter().zip(&sound[1]).all(|(a, b)| a.as_ref().unwrap() == b.as_ref().unwrap()));
+    let after = after.unwrap_err().to_string();
+    assert!(after.contains("cannot go on") && after.contains("start a new one"), "{after}");
+}
+
+/// Pins as long as it is told to.
+struct Limited {
+    left: AtomicI64,
+    pinned: AtomicI64,
+}
+
+impl Pin for Limited {
+    fn pin(&self, _: NonNull<u8>, bytes: usize) -> std::result::Result<(), String> {
+        if self.left.fetch_sub(1, Ordering::Relaxed) <= 0 {
+            return Err(format!("no more than that, said the test, of {bytes} bytes"));
+        }
+        self.pinned.fetch_add(bytes as i64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn unpin(&self, _: NonNull<u8>, bytes: usize) {
+        self.pinned.fetch_sub(bytes as i64, Ordering::Relaxed);
+    }
+}
+
+/// Memory that cannot be pinned is used as it is: the figures say so, the bits are the same, and what was pinned is unpinned.
+#[test]
+fn each_pin_may_fail() {
+    let kv = kv(KvMode::SpeCache, 1, 32, 33, 7);
+    let sound = life(&engine(options(1)), kv).unwrap();
+    for left in 0..4 {
+        let pin = Arc::new(Limited { left: AtomicI64::new(left), pinned: AtomicI64::new(0) });
+        let engine = engine(DeviceOptions { pin: Some(pin.clone()), ..options(1) });
+        assert!(life(&engine, kv).unwrap() == sound, "{left} pins");
+        assert_balanced(&engine, "after a life");
+        let arenas = engine.host_pages().arenas;
+        let (prepared, pinned) = arenas.iter().fold((0, 0), |s, a| (s.0 + a.prepared_bytes, s.1 + a.pinned_bytes));
+        if left == 0 {
+            assert_eq!(pinned, 0);
+            let why = arenas[0].not_pinned.as_deref().unwrap();
+            assert!(why.contains("said the test"), "{why}");
+        }
+        assert!(pinned <= prepared);
+        drop(engine);
+        // A thread that was touching memory in the background may hold it a moment longer.
+        let end = Instant::now() + Duration::from_secs(20);
+        while pin.pinned.load(Ordering::Relaxed) != 0 {
+            assert!(Instant::now() < end, "{left} pins: not unpinned");
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// `mlock` beyond RLIMIT_MEMLOCK: needs a process of its own, as limits are for ever.
+#[test]
+fn a_small_memlock_limit_is_named_with_its_knob() {
+    const CHILD: &str = "SPECACHE_TEST_MEMLOCK_CHILD";
+    if std::env::var_os(CHILD).is_none() {
+        let test = "a_small_memlock_limit_is_named_with_its_knob";
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+        let output = child.args([test, "--exact", "--nocapture"]).env(CHILD, "1").output().unwrap();
+        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success(), "{out}{err}");
+        if !out.contains("skipped") {
+            for part in ["stay pageable", "RLIMIT_MEMLOCK is 64 KiB", "ulimit -l unlimited"] {
+                assert!(err.contains(part), "{part}: {err}");
+            }
+        }
+        return;
+    }
+    use nix::sys::resource::{Resource, setrlimit};
+    setrlimit(Resource::RLIMIT_MEMLOCK, 64 << 10, 64 << 10).unwrap();
+    drop_ipc_lock();
+    let kv = kv(KvMode::SpeCache, 1, 32, 33, 7);
+    let engine = engine(DeviceOptions { pin: Some(Arc::new(Mlock)), ..options(1) });
+    let sound = life(&self::engine(options(1)), kv).unwrap();
+    assert!(life(&engine, kv).unwrap() == sound);
+    let arenas = engine.host_pages().arenas;
+    if arenas.iter().any(|arena| arena.pinned_bytes > 0) {
+        println!("skipped: this process may lock memory whatever its limit");
+    }
+}
+
+/// Root may lock without limit: gives that right up, where this process has it.
+fn drop_ipc_lock() {
+    // Another user has no capabilities; nobody's number is 65534 everywhere.
+    let _ = nix::unistd::setuid(nix::unistd::Uid::from_raw(65534));
+}
+
+/// Cancelled in the middle of decoding, from another thread: it stops within a step, and goes on with the same bits as if
+/// nothing had happened.
+#[test]
+fn cancelled_in_mid_step_and_gone_on_with() {
+    let kv = kv(KvMode::SpeCache, 1, 32, 33, 7);
+    let engine = engine(options(1));
+    let tokens = ids(3, 600);
+    let run = |cancel: bool| {
+        let mut session = engine.session(kv, 600).unwrap();
+        let mut buffers = Buffers::default();
+        let mut rows = vec![prefill(&engine, &mut session, &tokens[..150]).unwrap()];
+        let flag = engine.interrupt_flag();
+        let canceller = cancel.then(|| {
+            std::thread::spawn(move || {
+                for _ in 0..20 {
+                    std::thread::sleep(Duration::from_micros(700));
+                    flag.store(true, Ordering::Relaxed);
+                }
+            })
+        });
+        let mut cancelled = 0;
+        for &token in &tokens[150..599] {
+            loop {
+                match step(&engine, &mut session, token, &mut buffers) {
+                    Ok(row) => break rows.push(row),
+                    Err(Error::Interrupted) => {
+                        cancelled += 1;
+                        engine.interrupt_flag().store(false, Ordering::Relaxed);
+                    }
+                    Err(other) => panic!("{other}"),
+                }
+            }
+        }
+        canceller.into_iter().for_each(|thread| thread.join().unwrap());
+        engine.interrupt_flag().store(false, Ordering::Relaxed);
+        (rows, cancelled)
+    };
+    let (sound, _) = run(false);
+    let (rows, cancelled) = run(true);
+    assert!(cancelled > 0);
+    assert!(rows == sound);
+    assert_balanced(&engine, "after both");
+}
+
+/// A budget below one sequence is refused before it starts, with the bytes needed and available and the option to change.
+#[test]
+fn a_budget_below_one_sequence_is_named() {
+    let kv = kv(KvMode::SpeCache, 1, 32, 33, 7);
+    let engine = engine(DeviceOptions { host_budget: Some(100_000), ..options(1) });
+    let error = engine.session(kv, 2000).err().unwrap();
+    assert_eq!(error.exit_code(), 4);
+    let text = error.to_string();
+    // 30 pages of 16 KiB in each of 2 layers.
+    for part in ["host memory", "983040 bytes", "--host-kv-budget", "are available"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    assert_balanced(&engine, "after a refusal");
+}
+
+/// A process that may use one core has one thread of each kind, and works.
+#[test]
+fn one_core_is_enough() {
+    let kv = kv(KvMode::SpeCache, 1, 32, 33, 7);
+    let sound = life(&engine(options(2)), kv).unwrap();
+    let confined = std::thread::spawn(move || {
+        use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+        let me = nix::unistd::Pid::from_raw(0);
+        let allowed = sched_getaffinity(me).unwrap();
+        let mut one = CpuSet::new();
+        one.set((0..CpuSet::count()).find(|&cpu| allowed.is_set(cpu).unwrap()).unwrap()).unwrap();
+        sched_setaffinity(me, &one).unwrap();
+        let engine = engine(DeviceOptions { poison: true, ..DeviceOptions::default() });
+        assert_eq!(engine.device().threads(), 1);
+        let gather = engine.device().copy_engine();
+        assert_eq!(gather.gather.threads(), 1);
+        assert!(gather.gather.describe().contains("1 NUMA node (node 0: 1 CPUs)"), "{}", gather.gather.describe());
+        life(&engine, kv).unwrap()
+    });
+    assert!(confined.join().unwrap() == sound);
+}
