@@ -5,7 +5,8 @@
 //! cargo bench --bench recall -- target/recall.json
 //! ```
 //!
-//! Greedy; a prompt counts if all tokens of the answer's three words come out. Prints a Markdown table per length.
+//! Greedy; a prompt counts if all tokens of the answer's three words come out. Prints a Markdown table per length, and how
+//! much of the selections delta prefetch finds in their slots.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -55,6 +56,27 @@ fn ask(engine: &Engine, kv: KvOptions, case: &Case, buffers: &mut Buffers) -> Re
         said.push(token);
     }
     Ok((said == case.answer, session.stats().clone()))
+}
+
+/// Steps behind each prompt over which delta prefetch is counted.
+const DELTA_STEPS: usize = 64;
+
+/// Share of the selected pairs that were in their slots already, per layer, over greedy decoding behind some prompts.
+fn delta_saved(engine: &Engine, kv: KvOptions, cases: &[&Case], buffers: &mut Buffers) -> Result<Vec<String>> {
+    let mut sums = vec![(0, 0); engine.model().config.n_layers];
+    for case in cases {
+        let mut session = engine.session(kv, case.ids.len() + DELTA_STEPS)?;
+        let prompt = Prompt { session: &mut session, tokens: &case.ids };
+        let mut token = argmax(&engine.prefill(&mut [prompt], buffers)?.remove(0)?);
+        for _ in 0..DELTA_STEPS {
+            engine.decode(&mut [Next { session: &mut session, token }], buffers)?;
+            token = argmax(buffers.logits(0)?);
+        }
+        for (sum, (fetched, of)) in sums.iter_mut().zip(&session.stats().fetched) {
+            *sum = (sum.0 + of - fetched, sum.1 + of);
+        }
+    }
+    Ok(sums.into_iter().map(share).collect())
 }
 
 fn options() -> Vec<(String, KvOptions)> {
@@ -110,6 +132,20 @@ fn main() -> Result<()> {
             let rate = right as f64 / of as f64;
             println!("| {name} | {rate:.3} | {right}/{of} | {} | {} |", share(hits), share(accepted));
             eprintln!("{length} {name}: {:.1} s", start.elapsed().as_secs_f64());
+        }
+        let cases = &cases[..cases.len().min(16)];
+        println!("\nDelta prefetch saves, by layer ({} prompts, {DELTA_STEPS} steps each):\n", cases.len());
+        println!(
+            "| KV | {} |",
+            (0..engine.model().config.n_layers).map(|l| format!("layer {l}")).collect::<Vec<_>>().join(" | ")
+        );
+        println!("|---{}|", "|---:".repeat(engine.model().config.n_layers));
+        for mode in [KvMode::SpeCache, KvMode::Fetch] {
+            for (bits, top_k) in [(1, 16), (1, 64), (2, 16), (2, 64)] {
+                let kv = KvOptions { mode, bits, top_k, ..KvOptions::default() };
+                let saved = delta_saved(&engine, kv, cases, &mut buffers)?;
+                println!("| {} {bits}-bit k={top_k} | {} |", mode.name(), saved.join(" | "));
+            }
         }
     }
     Ok(())

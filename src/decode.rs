@@ -78,7 +78,7 @@ fn pass(
     plan_rows(batch, buffers, takes_part, kind);
     device.begin_step();
     let Buffers { rows, attention, members, seqs, tokens, logits, fetches, .. } = buffers;
-    fetches.begin_pass(device.options().pipeline);
+    fetches.begin_pass(device.pipeline());
     let n_rows = seqs.iter().map(|s| s.n_rows).sum();
     rows.resize(config, n_rows);
     tokens.clear();
@@ -174,7 +174,7 @@ fn append(session: &mut Session, layer: usize, seq: &SeqRows, rows: &linear::Row
 /// all of them for everything that the copy stream has been given.
 fn arrive(device: &Device, batch: &mut [Next], members: &[Member], layer: usize) {
     let mut waited = Duration::ZERO;
-    let for_all = device.options().pipeline == Schedule::Stream;
+    let for_all = device.pipeline() == Schedule::Stream;
     if for_all {
         waited += device.wait(device.record(StreamId::CopyIn), "all copies arrive before attention");
     }
@@ -267,7 +267,7 @@ fn fetch(
     kind: Pass,
     fetches: &mut FetchQueue,
 ) {
-    let schedule = device.options().pipeline;
+    let schedule = device.pipeline();
     let mut part = 0;
     for m in members {
         let session = &mut *batch[m.index].session;

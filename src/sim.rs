@@ -1,10 +1,14 @@
 //! A deterministic simulation of a decode step's pipeline: the schedules of [`crate::kv::prefetch`] with given operation
 //! costs, for planning on cards that are not there and for holding the schedules against their bound.
 //!
-//! Two resources work beside each other: the compute stream and the link from the host. A layer's prefetch is issued when
-//! its attention has been computed and is needed by the same layer's attention one step later.
+//! Three resources work beside each other: the compute stream, whoever gathers, and the link from the host. A layer's
+//! prefetch is issued when its attention has been computed and is needed by the same layer's attention one step later.
+//! Gather and link are joined by the staging blocks of [`crate::kv::fetch`].
+
+use std::time::Duration;
 
 pub use crate::device::Schedule;
+use crate::kv::fetch::staging_depth;
 use crate::kv::options::{KvMode, KvOptions, PAGE};
 use crate::kv::{Counters, KvShape};
 use crate::model::Config;
@@ -26,7 +30,9 @@ pub struct Costs {
     pub sequences: usize,
     /// Start-up time of a copy, the gather's included.
     pub copy_latency_us: f64,
-    /// Bytes per microsecond of gather and link together.
+    /// Bytes per microsecond that are gathered; infinite where copies gather by themselves.
+    pub gather_bytes_per_us: f64,
+    /// Bytes per microsecond of the link; with the gather, where copies gather by themselves.
     pub link_bytes_per_us: f64,
 }
 
@@ -39,7 +45,11 @@ pub struct LayerTimes {
     pub begin_us: f64,
     /// The layer is done.
     pub end_us: f64,
-    /// The link begins with this layer's prefetch for the next step.
+    /// The gather of this layer's prefetch for the next step begins.
+    pub gather_begin_us: f64,
+    /// Its last gather is done.
+    pub gather_end_us: f64,
+    /// The link begins with its first copy.
     pub copy_begin_us: f64,
     /// The link is done with it. May lie in the next step.
     pub copy_end_us: f64,
@@ -64,28 +74,51 @@ impl Costs {
 
     /// What the link is busy for in a step, if each layer is one copy.
     pub fn copy_us(&self) -> f64 {
-        self.n_layers as f64 * self.layer_copy_us(1)
+        self.n_layers as f64 * self.part_copy_us(1)
     }
 
-    /// No schedule can be faster: neither compute nor link is ever idle while the other is the narrower.
+    /// What the gather is busy for in a step.
+    pub fn gather_us(&self) -> f64 {
+        self.n_layers as f64 * self.part_gather_us(1)
+    }
+
+    /// No schedule can be faster: compute, gather and link are never idle while another is the narrowest.
     pub fn bound_us(&self) -> f64 {
-        self.compute_us().max(self.copy_us())
+        self.compute_us().max(self.copy_us()).max(self.gather_us())
     }
 
-    fn layer_copy_us(&self, copies: usize) -> f64 {
+    /// The copy of one of `parts` equal parts of a layer's fetch.
+    fn part_copy_us(&self, parts: usize) -> f64 {
         if self.fetch_bytes == 0.0 {
             return 0.0;
         }
-        copies as f64 * self.copy_latency_us + self.fetch_bytes / self.link_bytes_per_us
+        self.copy_latency_us + self.fetch_bytes / parts as f64 / self.link_bytes_per_us
+    }
+
+    /// The gather of one of `parts` equal parts.
+    fn part_gather_us(&self, parts: usize) -> f64 {
+        self.fetch_bytes / parts as f64 / self.gather_bytes_per_us
+    }
+
+    /// Staging blocks, as [`crate::kv::fetch`] chooses them.
+    fn depth(&self, schedule: Schedule) -> usize {
+        let time = |us: f64| Duration::from_secs_f64(us / 1e6);
+        match schedule {
+            Schedule::Serial => 1,
+            Schedule::Stream => 2,
+            Schedule::Event => {
+                let layer = time(self.compute_us() / self.n_layers as f64);
+                staging_depth(time(self.part_gather_us(1)), time(self.part_copy_us(1)), layer)
+            }
+        }
     }
 
     /// The last of many steps: where the link is just too slow, it falls behind by a little each step, and it takes a
     /// while until the slack of a whole step is used up.
     pub fn simulate(&self, schedule: Schedule) -> Step {
         const STEPS: usize = 4096;
-        let copies = if schedule == Schedule::Event { 1 } else { self.sequences };
-        let copy_us = self.layer_copy_us(copies);
-        let (mut now, mut link_free) = (0.0f64, 0.0f64);
+        let mut link = Link::new(self, schedule);
+        let mut now = 0.0f64;
         let mut arrived = vec![0.0f64; self.n_layers];
         let mut step = Step { step_us: 0.0, exposed_us: 0.0, layers: Vec::new() };
         for _ in 0..STEPS {
@@ -95,32 +128,85 @@ impl Costs {
                 let ready = now;
                 let needed = match schedule {
                     Schedule::Serial => now,
-                    Schedule::Stream => link_free,
+                    Schedule::Stream => link.free,
                     Schedule::Event => *arrival,
                 };
                 let start = ready.max(needed);
                 step.exposed_us += start - ready;
                 now = start + self.attention_us;
-                let copy_begin = link_free.max(now);
-                link_free = copy_begin + copy_us;
-                *arrival = link_free;
+                let mut layer = link.fetch(now);
+                *arrival = layer.copy_end_us;
                 if schedule == Schedule::Serial {
-                    step.exposed_us += link_free - now;
-                    now = link_free;
+                    step.exposed_us += layer.copy_end_us - now;
+                    now = layer.copy_end_us;
                 }
                 now += self.rest_us;
-                step.layers.push(LayerTimes {
-                    ready_us: ready - begin,
-                    begin_us: start - begin,
-                    end_us: now - begin,
-                    copy_begin_us: copy_begin - begin,
-                    copy_end_us: link_free - begin,
-                });
+                (layer.ready_us, layer.begin_us, layer.end_us) = (ready, start, now);
+                step.layers.push(layer.since(begin));
             }
             now += self.head_us;
             step.step_us = now - begin;
         }
         step
+    }
+}
+
+impl LayerTimes {
+    fn since(self, begin: f64) -> LayerTimes {
+        LayerTimes {
+            ready_us: self.ready_us - begin,
+            begin_us: self.begin_us - begin,
+            end_us: self.end_us - begin,
+            gather_begin_us: self.gather_begin_us - begin,
+            gather_end_us: self.gather_end_us - begin,
+            copy_begin_us: self.copy_begin_us - begin,
+            copy_end_us: self.copy_end_us - begin,
+        }
+    }
+}
+
+/// Gather, staging blocks and link, and when each is free.
+struct Link {
+    parts: usize,
+    gather_us: f64,
+    copy_us: f64,
+    gather_free: f64,
+    free: f64,
+    blocks: Vec<f64>,
+    turn: usize,
+}
+
+impl Link {
+    fn new(costs: &Costs, schedule: Schedule) -> Link {
+        let parts = if schedule == Schedule::Stream { costs.sequences } else { 1 };
+        Link {
+            parts,
+            gather_us: costs.part_gather_us(parts),
+            copy_us: costs.part_copy_us(parts),
+            gather_free: 0.0,
+            free: 0.0,
+            blocks: vec![0.0; costs.depth(schedule)],
+            turn: 0,
+        }
+    }
+
+    /// A layer's fetch, which is issued at `now`: all its parts.
+    fn fetch(&mut self, now: f64) -> LayerTimes {
+        let mut times =
+            LayerTimes { gather_begin_us: f64::INFINITY, copy_begin_us: f64::INFINITY, ..Default::default() };
+        for _ in 0..self.parts {
+            let block = self.turn % self.blocks.len();
+            self.turn += 1;
+            let gather_begin = now.max(self.gather_free).max(self.blocks[block]);
+            self.gather_free = gather_begin + self.gather_us;
+            let copy_begin = self.gather_free.max(self.free);
+            self.free = copy_begin + self.copy_us;
+            self.blocks[block] = self.free;
+            times.gather_begin_us = times.gather_begin_us.min(gather_begin);
+            times.copy_begin_us = times.copy_begin_us.min(copy_begin);
+        }
+        (times.gather_end_us, times.copy_end_us) = (self.gather_free, self.free);
+        times
     }
 }
 
@@ -193,6 +279,7 @@ impl Gpu {
             fetch_bytes: batch as f64 * fetch_bytes,
             sequences: batch,
             copy_latency_us: self.copy_latency_us,
+            gather_bytes_per_us: f64::INFINITY,
             link_bytes_per_us: self.gather_gbps * 1e3,
         }
     }
@@ -211,8 +298,26 @@ mod tests {
             fetch_bytes: fetch_us,
             sequences,
             copy_latency_us: latency,
+            gather_bytes_per_us: f64::INFINITY,
             link_bytes_per_us: 1.0,
         }
+    }
+
+    /// Gather and copy of 60 us each: one staging block lets them take turns, two let them overlap.
+    #[test]
+    fn gather_and_copy_overlap() {
+        let apart = Costs { gather_bytes_per_us: 1.0, copy_latency_us: 0.0, ..costs(60.0, 0.0, 1) };
+        assert_eq!(apart.depth(Schedule::Event), 2);
+        let (event, serial) = (apart.simulate(Schedule::Event), apart.simulate(Schedule::Serial));
+        assert_eq!((event.step_us, event.exposed_us), (3400.0, 0.0));
+        assert_eq!(serial.exposed_us, 32.0 * 120.0);
+        // Layers of 100 us need no overlap for 40 + 40.
+        let short = Costs { fetch_bytes: 40.0, ..apart };
+        assert_eq!(short.depth(Schedule::Event), 1);
+        assert_eq!(short.simulate(Schedule::Event).exposed_us, 0.0);
+        // Both the narrowest: never more than the bound.
+        let narrow = Costs { fetch_bytes: 150.0, ..apart };
+        assert!(narrow.simulate(Schedule::Event).step_us <= narrow.bound_us() * 1.01);
     }
 
     /// Worked by hand: 32 layers of 100 us and a head of 200 us; a fetch of 50 us.

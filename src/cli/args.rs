@@ -140,6 +140,7 @@ Examples:
   specache-engine --bench
   specache-engine bench -m synthetic:llama-3.2-1b -d 4096 --kv full,specache --kv-bits 1
   specache-engine bench -m models/llama -d 2000 -o json > bench.json
+  specache-engine bench --overlap -m synthetic:tiny -b 4 --sim-pcie-gbps 0.2 --plot steps.svg
   specache-engine bench --simulate --gpu a6000 -m synthetic:llama-3-8b --kv-bits 1
 
 Real weights get a real prompt, prefilled once per mode. Random weights
@@ -174,6 +175,15 @@ pub struct BenchArgs {
     /// Run nothing: simulate the pipeline of a decode step on a card, from bytes over bandwidth, under each schedule
     #[arg(long, env = "SPECACHE_BENCH_SIMULATE")]
     pub simulate: bool,
+    /// Run one model under each schedule in turns, and show layer by layer what of its copies is hidden
+    #[arg(long, env = "SPECACHE_BENCH_OVERLAP", conflicts_with = "simulate")]
+    pub overlap: bool,
+    /// Sequences that are decoded together, for --overlap
+    #[arg(short, long, env = "SPECACHE_BENCH_BATCH", value_name = "B", default_value_t = 1, requires = "overlap")]
+    pub batch: usize,
+    /// Draw one step of each schedule of --overlap as a time line
+    #[arg(long, env = "SPECACHE_BENCH_PLOT", value_name = "OUT.svg", requires = "overlap")]
+    pub plot: Option<PathBuf>,
     /// The card to simulate
     #[arg(long, env = "SPECACHE_BENCH_GPU", value_name = "GPU", default_value = "h200",
           value_parser = ["a6000", "4090", "h100", "h200"])]

@@ -1,8 +1,10 @@
 //! `bench`: the KV modes side by side, in turns, on one machine.
 
 mod models;
+mod overlap;
 mod report;
 mod simulate;
+mod timeline;
 
 use std::time::Instant;
 
@@ -36,6 +38,12 @@ pub fn run(args: BenchArgs) -> Result<()> {
     if args.simulate {
         return simulate::run(&args);
     }
+    if args.overlap {
+        return overlap::run(&args);
+    }
+    if args.device.trace.is_some() {
+        return Err(Error::Usage("--trace: bench writes one with --overlap only".into()));
+    }
     let start = Instant::now();
     let mut progress = Progress::new();
     progress.show("measuring how fast this machine reads memory");
@@ -62,6 +70,7 @@ fn check(args: &BenchArgs) -> Result<()> {
             Err(Error::Usage(format!("-d {depth}: at most {MAX_CONTEXT} tokens are supported")))
         }
         (.., 0) => zero("-r"),
+        _ if args.batch == 0 => zero("-b"),
         _ => Ok(()),
     }
 }

@@ -261,6 +261,8 @@ pub struct Figures {
     pub hit_rate: Option<f64>,
     pub hit_rate_per_layer: Option<Vec<Option<f64>>>,
     pub acceptance: Option<f64>,
+    /// Share of the selected pairs that were in their slots already.
+    pub delta_saved_per_layer: Option<Vec<Option<f64>>>,
     pub fetched_bytes_per_step: Option<f64>,
     pub exposed_us_per_step: Option<f64>,
 }
@@ -274,8 +276,13 @@ impl Figures {
         let layers = 0..engine.model().config.n_layers;
         Figures {
             hit_rate: stats.hit_rate().filter(|_| quality),
-            hit_rate_per_layer: quality.then(|| layers.map(|l| stats.layer_hit_rate(l)).collect()),
+            hit_rate_per_layer: quality.then(|| layers.clone().map(|l| stats.layer_hit_rate(l)).collect()),
             acceptance: stats.acceptance().filter(|_| quality),
+            delta_saved_per_layer: session
+                .kv()
+                .mode
+                .fetches()
+                .then(|| layers.clone().map(|l| stats.layer_saved(l)).collect()),
             fetched_bytes_per_step: stats.fetched_bytes_per_step().filter(|_| copies),
             exposed_us_per_step: stats.exposed_us_per_step().filter(|_| copies),
         }
@@ -286,6 +293,7 @@ impl Figures {
             "hit_rate": self.hit_rate,
             "hit_rate_per_layer": self.hit_rate_per_layer,
             "acceptance": self.acceptance,
+            "delta_saved_per_layer": self.delta_saved_per_layer,
             "fetched_bytes_per_step": self.fetched_bytes_per_step,
             "exposed_us_per_step": self.exposed_us_per_step,
         })

@@ -17,7 +17,7 @@ pub mod schedule;
 pub mod stream;
 pub mod trace;
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -101,6 +101,8 @@ struct Inner {
     order: Option<Arc<Mutex<Checker>>>,
     /// Passes so far.
     steps: AtomicU32,
+    /// Number of the schedule in [`Schedule::ALL`].
+    pipeline: AtomicUsize,
 }
 
 impl Device {
@@ -137,6 +139,7 @@ impl Device {
             order: options.order.clone().or_else(|| asked.then(Arc::default)),
             options: options.clone(),
             steps: AtomicU32::new(0),
+            pipeline: AtomicUsize::new(options.pipeline as usize),
         })))
     }
 
@@ -163,6 +166,17 @@ impl Device {
     /// What it was made with.
     pub fn options(&self) -> &DeviceOptions {
         &self.0.options
+    }
+
+    /// How computation waits for copies.
+    pub fn pipeline(&self) -> Schedule {
+        Schedule::ALL[self.0.pipeline.load(Ordering::Relaxed)]
+    }
+
+    /// Changes how computation waits for copies, from the next pass on: results do not depend on it, so that schedules can
+    /// be compared on one engine.
+    pub fn set_pipeline(&self, schedule: Schedule) {
+        self.0.pipeline.store(schedule as usize, Ordering::Relaxed);
     }
 
     /// The gather pool and the link, for the jobs of copies.

@@ -50,7 +50,7 @@ fn recall() -> Option<PathBuf> {
 }
 
 /// The largest usual shape that memory allows.
-fn synthetic() -> &'static str {
+pub fn synthetic() -> &'static str {
     let available = ram::available().unwrap_or(u64::MAX);
     let fits = SYNTHETIC.iter().position(|&(_, needed)| needed <= available).expect("the last one needs nothing");
     let ((first, needed), (chosen, _)) = (SYNTHETIC[0], SYNTHETIC[fits]);
