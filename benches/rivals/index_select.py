@@ -17,7 +17,7 @@ ROUNDS = 150
 
 def memory(n_bytes):
     """As many bytes as bfloat16, which is what the pairs are; in huge pages, as the bench has them: PyTorch's own
-    allocator does not ask for them, and without them its figures were lower."""
+    allocator does not ask for them."""
     pages = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.bfloat16).fill_(1)
