@@ -1,8 +1,11 @@
 //! Gathering random rows out of 4 GiB against memcpy of large blocks out of the same memory.
 //! `cargo bench --bench gather [-- SECTION..]`; a minute. `benches/rivals/index_select.py` prints PyTorch's figures.
 //!
-//! Every figure is GB/s (10^9 bytes copied per second), the best of several rounds in which all variants take turns.
+//! Figures are GB/s (10^9 bytes copied per second): the best and the median of rounds in which all variants take turns.
 
+#![allow(unsafe_code)] // The section on limits reads without storing.
+
+use std::arch::x86_64::*;
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -105,26 +108,41 @@ fn variant<'v>(name: impl Into<String>, run: impl FnMut(usize, &mut [u8]) + 'v) 
     Variant { name: name.into(), run: Box::new(run) }
 }
 
-/// GB/s of each variant: the best of rounds in which they take turns.
-fn compare(staging_bytes: usize, row_bytes: usize, variants: &mut [Variant]) -> Vec<f64> {
+/// GB/s of a variant.
+#[derive(Clone, Copy)]
+struct Speed {
+    best: f64,
+    median: f64,
+}
+
+/// The speed of each variant, from rounds in which they take turns. Each begins its turn with a call that is not timed:
+/// it leaves the staging block in the caches or not, as this variant does, whichever ran before.
+fn compare(staging_bytes: usize, row_bytes: usize, variants: &mut [Variant]) -> Vec<Speed> {
     let mut block = Block::new(staging_bytes, std::env::var_os("SMALL_PAGES").is_none());
     let to = block.bytes();
     let calls = (ROUND / staging_bytes).max(1);
-    let mut best = vec![0f64; variants.len()];
-    let mut first = 0;
     let rounds = if staging_bytes > ROUND { ROUNDS / 10 } else { ROUNDS };
+    let mut gbps = vec![Vec::with_capacity(rounds); variants.len()];
+    let mut first = 0;
     for _ in 0..rounds {
-        for (v, best) in variants.iter_mut().zip(&mut best) {
-            let start = Instant::now();
-            for _ in 0..calls {
+        for (v, gbps) in variants.iter_mut().zip(&mut gbps) {
+            let mut call = || {
                 (v.run)(first, to);
                 first += staging_bytes / row_bytes;
-            }
+            };
+            call();
+            let start = Instant::now();
+            (0..calls).for_each(|_| call());
+            let seconds = start.elapsed().as_secs_f64();
             black_box(&to);
-            *best = best.max((calls * staging_bytes) as f64 / start.elapsed().as_secs_f64() / 1e9);
+            gbps.push((calls * staging_bytes) as f64 / seconds / 1e9);
         }
     }
-    best
+    let speed = |mut gbps: Vec<f64>| {
+        gbps.sort_by(f64::total_cmp);
+        Speed { best: gbps[rounds - 1], median: gbps[rounds / 2] }
+    };
+    gbps.into_iter().map(speed).collect()
 }
 
 /// memcpy of random large blocks with as many threads, each copying its part of the staging block.
@@ -190,9 +208,13 @@ fn size(bytes: usize) -> String {
     if bytes >= MIB { format!("{} MiB", bytes / MIB) } else { format!("{} KiB", bytes / KIB) }
 }
 
-fn print(title: &str, variants: &[Variant], gbps: &[f64], of: f64) {
-    for (v, gbps) in variants.iter().zip(gbps) {
-        println!("{title:<42} {:<28} {gbps:6.2} GB/s  {:5.2} of memcpy", v.name, gbps / of);
+/// `large`: how many of the first variants copy large blocks. The fastest of them is what all are measured against.
+fn print(title: &str, variants: &[Variant], speeds: &[Speed], large: usize) {
+    let of = |speed: fn(&Speed) -> f64| speeds[..large].iter().map(speed).fold(0.0, f64::max);
+    let (best, median) = (of(|s| s.best), of(|s| s.median));
+    for (v, s) in variants.iter().zip(speeds) {
+        let ratios = format!("best {:4.2}, median {:4.2} of memcpy", s.best / best, s.median / median);
+        println!("{title:<42} {:<28} {:6.2} {:6.2} GB/s  {ratios}", v.name, s.best, s.median);
     }
 }
 
@@ -209,11 +231,89 @@ fn section_rows(source: &Source) {
                     rows(source, &g, row_bytes, NonTemporal),
                     naive(source, row_bytes),
                 ];
-                let gbps = compare(staging_bytes, row_bytes, &mut variants);
+                let speeds = compare(staging_bytes, row_bytes, &mut variants);
                 let title = format!("rows {row_bytes} B, to {}, {threads} threads", size(staging_bytes));
-                print(&title, &variants, &gbps, gbps[0].max(gbps[1]));
+                print(&title, &variants, &speeds, 2);
             }
         }
+    }
+}
+
+/// What no gather exceeds here: reading the rows without storing them, and only asking for their lines.
+fn section_limit(source: &Source) {
+    if !std::arch::is_x86_feature_detected!("avx512f") {
+        return println!("no AVX-512: with narrower loads the core would be the limit");
+    }
+    let (g, pool) = (gather(1, Default::default()), rayon_pool(1));
+    let read_blocks = |first: usize, to: &mut [u8]| {
+        for (i, to) in to.chunks(LARGE).enumerate() {
+            // SAFETY: AVX-512 is there.
+            unsafe { read(&source.row(first + i, LARGE)[..to.len()]) }
+        }
+    };
+    // SAFETY: AVX-512 is there.
+    let read_rows = |first: usize, to: &mut [u8]| unsafe { read_rows(source, first, to.len() / 512) };
+    let ask = |lines: usize| {
+        move |first: usize, to: &mut [u8]| {
+            for i in first..first + to.len() / 512 {
+                ask(source.row(i, 512), lines);
+            }
+        }
+    };
+    for staging_bytes in [256 * KIB, 2 * MIB] {
+        let mut variants = [
+            memcpy(source, &pool),
+            variant("large blocks, read only", read_blocks),
+            rows(source, &g, 512, Temporal),
+            variant("rows, read only", read_rows),
+            variant("rows, asked for only", ask(8)),
+            variant("rows, one line asked for", ask(1)),
+        ];
+        let speeds = compare(staging_bytes, 512, &mut variants);
+        print(&format!("rows 512 B, {}, 1 thread", size(staging_bytes)), &variants, &speeds, 1);
+    }
+}
+
+/// Asks for the first lines of a row.
+#[inline(always)]
+fn ask(row: &[u8], lines: usize) {
+    for i in 0..lines {
+        // SAFETY: SSE is part of x86-64, and a prefetch of an invalid address is ignored.
+        unsafe { _mm_prefetch::<_MM_HINT_NTA>(row.as_ptr().wrapping_add(64 * i).cast()) }
+    }
+}
+
+/// Reads rows of 512 bytes and asks for them as the gather does.
+#[target_feature(enable = "avx512f")]
+fn read_rows(source: &Source, first: usize, n_rows: usize) {
+    let mut any = [_mm512_setzero_si512(); 8];
+    for i in (first..first + n_rows).step_by(2) {
+        for i in [i + 24, i + 25, i + 8, i + 9] {
+            ask(source.row(i, 512), 8);
+        }
+        or_lines(&mut any, source.row(i, 512));
+        or_lines(&mut any, source.row(i + 1, 512));
+    }
+    black_box(any);
+}
+
+/// Reads `bytes`, of which there are whole rows.
+#[target_feature(enable = "avx512f")]
+fn read(bytes: &[u8]) {
+    let mut any = [_mm512_setzero_si512(); 8];
+    for row in bytes.chunks_exact(512) {
+        or_lines(&mut any, row);
+    }
+    black_box(any);
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn or_lines(any: &mut [__m512i; 8], row: &[u8]) {
+    assert!(row.len() == 512);
+    for (i, any) in any.iter_mut().enumerate() {
+        // SAFETY: the row has eight lines.
+        *any = _mm512_or_si512(*any, unsafe { _mm512_loadu_si512(row.as_ptr().add(64 * i).cast()) });
     }
 }
 
@@ -223,8 +323,8 @@ fn section_span(source: &Source) {
     for span in [64 * MIB, 256 * MIB, 1 << 30, SOURCE] {
         let source = Source { bytes: source.bytes, random: source.random.clone(), span };
         let mut variants = [memcpy(&source, &pool), rows(&source, &g, 512, Temporal)];
-        let gbps = compare(2 * MIB, 512, &mut variants);
-        print(&format!("rows 512 B of {}, to 2 MiB, 1 thread", size(span)), &variants, &gbps, gbps[0]);
+        let speeds = compare(2 * MIB, 512, &mut variants);
+        print(&format!("rows 512 B of {}, to 2 MiB, 1 thread", size(span)), &variants, &speeds, 1);
     }
 }
 
@@ -240,8 +340,8 @@ fn section_ahead(source: &Source) {
                 let v = rows(source, g, row_bytes, stores);
                 variants.push(Variant { name: format!("{} ahead {n} rows", v.name), run: v.run });
             }
-            let gbps = compare(2 * MIB, row_bytes, &mut variants);
-            print(&format!("rows {row_bytes} B, to 2 MiB, 1 thread"), &variants, &gbps, gbps[0]);
+            let speeds = compare(2 * MIB, row_bytes, &mut variants);
+            print(&format!("rows {row_bytes} B, to 2 MiB, 1 thread"), &variants, &speeds, 1);
         }
     }
 }
@@ -257,8 +357,8 @@ fn section_isa(source: &Source) {
             variants.push(Variant { name: format!("{} {isa}", v.name), run: v.run });
         }
     }
-    let gbps = compare(2 * MIB, 512, &mut variants);
-    print("rows 512 B, to 2 MiB, 1 thread", &variants, &gbps, gbps[0]);
+    let speeds = compare(2 * MIB, 512, &mut variants);
+    print("rows 512 B, to 2 MiB, 1 thread", &variants, &speeds, 1);
 }
 
 /// From which size on helpers pay, and what waking rayon's threads would cost instead.
@@ -268,15 +368,15 @@ fn section_small(source: &Source) {
     for kib in [4, 8, 16, 32, 64, 128, 256, 512, 2048] {
         let mut variants =
             [rows(source, &one, 512, Temporal), rows(source, &two, 512, Temporal), on_rayon(source, &one, &pool, 512)];
-        let gbps = compare(kib * KIB, 512, &mut variants);
-        let us = |gbps: f64| (kib * KIB) as f64 / gbps / 1e3;
+        let speeds = compare(kib * KIB, 512, &mut variants);
+        let us = speeds.iter().map(|s| (kib * KIB) as f64 / s.best / 1e3).collect::<Vec<_>>();
         println!(
             "{kib:5} KiB: alone {:7.2} us, with a helper {:7.2} us ({:4.2}x), rayon {:7.2} us ({:4.2}x)",
-            us(gbps[0]),
-            us(gbps[1]),
-            gbps[1] / gbps[0],
-            us(gbps[2]),
-            gbps[2] / gbps[0]
+            us[0],
+            us[1],
+            us[0] / us[1],
+            us[2],
+            us[0] / us[2]
         );
     }
 }
@@ -298,13 +398,13 @@ fn section_reader(source: &Source) {
             v
         };
         let mut variants = [with_read(Temporal), with_read(NonTemporal)];
-        let gbps = compare(staging_bytes, 512, &mut variants);
+        let speeds = compare(staging_bytes, 512, &mut variants);
         println!(
             "to {:<8} gather and read: temporal {:6.2} GB/s, non-temporal {:6.2} GB/s ({:4.2}x)",
             size(staging_bytes),
-            gbps[0],
-            gbps[1],
-            gbps[1] / gbps[0]
+            speeds[0].best,
+            speeds[1].best,
+            speeds[1].best / speeds[0].best
         );
     }
 }
@@ -345,8 +445,9 @@ fn main() {
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     println!("{}", gather(2, Default::default()).describe());
     let source = Source::new();
-    let sections: [(&str, Section); 7] = [
+    let sections: [(&str, Section); 8] = [
         ("rows", section_rows),
+        ("limit", section_limit),
         ("span", section_span),
         ("ahead", section_ahead),
         ("isa", section_isa),

@@ -62,7 +62,7 @@ pub struct GatherOptions {
 
 impl Default for GatherOptions {
     fn default() -> Self {
-        GatherOptions { threads: None, isa: Isa::detect(), alone_below: 64 << 10, ahead: 8 << 10 }
+        GatherOptions { threads: None, isa: Isa::detect(), alone_below: 64 << 10, ahead: 12 << 10 }
     }
 }
 
