@@ -428,11 +428,12 @@ fn section_delta(_: &Source) {
             selections.push(selection);
         }
         let (mut delta, mut table) = (Delta::new(k), vec![specache::gather::delta::EMPTY; k]);
+        let mut slot_of = vec![0; k];
         let mut best = f64::INFINITY;
         let mut misses = 0;
         for _ in 0..ROUNDS {
             let start = Instant::now();
-            misses = selections.iter().map(|s| delta.plan(&mut table, s).len()).sum::<usize>();
+            misses = selections.iter().map(|s| delta.plan(&mut table, s, &mut slot_of[..s.len()]).len()).sum::<usize>();
             best = best.min(start.elapsed().as_secs_f64() / selections.len() as f64);
         }
         println!("delta of k = {k}: {:.0} ns, {:.0} % misses", best * 1e9, misses as f64 / k as f64 / 10.0);
