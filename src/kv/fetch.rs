@@ -199,7 +199,9 @@ impl FetchQueue {
         if let Some((_, layers)) = self.pass.as_mut().filter(|_| part == 0) {
             *layers += 1;
         }
-        let Some(fetch) = self.fetches.get_mut(layer).and_then(|fetches| fetches.get_mut(part)) else { return };
+        let fetch = self.fetches.get_mut(layer).and_then(|fetches| fetches.get_mut(part));
+        // One that was launched before has its jobs to wait for, and they have its memory.
+        let Some(fetch) = fetch.filter(|fetch| fetch.done.is_none()) else { return };
         let mut work = lock(&fetch.work);
         if work.sequences.is_empty() {
             return;

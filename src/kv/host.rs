@@ -126,40 +126,46 @@ impl PageOut {
         (event, bytes)
     }
 
-    /// The next page of the launch that runs.
-    fn pop(&self) -> Out {
-        self.lock().pages.pop_front().expect("as many pages as were added")
-    }
-
     fn fail(&self, why: &str) {
         let _first_reason_wins = self.failure.set(format!("pages could not be copied to the host: {why}"));
     }
 }
 
-/// Notes a panic of the run that it is in.
-struct OnPanic<'a>(&'a PageOut);
+/// The pages of the launch that runs. However the run ends, none of them is left for the next one.
+struct Running<'a> {
+    page_out: &'a PageOut,
+    left: usize,
+}
 
-impl Drop for OnPanic<'_> {
+impl Iterator for Running<'_> {
+    type Item = Out;
+
+    fn next(&mut self) -> Option<Out> {
+        self.left = self.left.checked_sub(1)?;
+        self.page_out.lock().pages.pop_front()
+    }
+}
+
+impl Drop for Running<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.0.fail("a thread of the copy panicked");
+            self.page_out.fail("a thread of the copy panicked");
         }
+        self.for_each(drop);
     }
 }
 
 impl Job for PageOut {
     fn run(&self) -> u64 {
-        let _on_panic = OnPanic(self);
         let count = self.lock().counts.pop_front().expect("a launch");
+        let mut running = Running { page_out: self, left: count };
         if let Err(why) = self.engine.check() {
             self.fail(&why);
-            (0..count).for_each(|_| drop(self.pop()));
             return 0;
         }
         let bytes = self.lock().pages.iter().take(count).map(|page| page.from.len() as u64).sum();
         self.engine.transfer(bytes, || {
-            for _ in 0..count {
-                let Out { from, mut to, host, index } = self.pop();
+            for Out { from, mut to, host, index } in &mut running {
                 to.bytes_mut().copy_from_slice(from.bytes());
                 assert!(host.pages[index].set(to.share()).is_ok(), "a page is paged out once");
             }
