@@ -202,7 +202,7 @@ fn select_ahead(
         // How good the last selection was: row 0's own top-k among what is read low-bit or prefetched.
         let seen = session.candidates(rows.position, session.cache.counters.nq, config.sliding_window);
         let slots = session.cache.layers[layer].prefetch.slots();
-        let (hits, of) = select::hits(group_heads, n_kv_heads, attention, seq, seen, slots);
+        let (hits, of) = select::hits(&context.device, group_heads, n_kv_heads, attention, seq, seen, slots);
         let sum = &mut session.stats.hits[layer];
         *sum = (sum.0 + hits, sum.1 + of);
     }

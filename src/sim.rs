@@ -358,6 +358,35 @@ mod tests {
         }
     }
 
+    /// Llama-3-8B on two cards, from one sequence to as many as memory holds: `event` hides at least 99 % where the link can
+    /// follow, and is within 3 % of the link's pace where it cannot; no other schedule is faster.
+    #[test]
+    fn events_hide_what_can_be_hidden() {
+        let config = crate::model::synthetic::config("llama-3-8b").unwrap();
+        let (mut hidden, mut bound_by_link) = (0, 0);
+        for gpu in ["h200", "a6000"].map(|name| Gpu::named(name).unwrap()) {
+            for bits in [1, 2] {
+                let kv = KvOptions { bits, ..KvOptions::default() };
+                for context in [8 << 10, 32 << 10, 128 << 10] {
+                    for batch in [1, 2, 4, 8, 16, 24, 32, 64, 128] {
+                        let costs = gpu.costs(&config, &kv, context, batch, 1.0);
+                        let [serial, stream, event] = Schedule::ALL.map(|schedule| costs.simulate(schedule));
+                        let what = format!("{}, {bits} bits, {context} tokens, batch {batch}: {event:?}", gpu.name);
+                        assert!(event.step_us <= stream.step_us && event.step_us <= serial.step_us, "{what}");
+                        if costs.copy_us() <= costs.compute_us() {
+                            hidden += 1;
+                            assert!(event.exposed_us <= 0.01 * event.step_us, "{what}");
+                        } else {
+                            bound_by_link += 1;
+                            assert!(event.step_us <= 1.03 * costs.bound_us(), "{what}");
+                        }
+                    }
+                }
+            }
+        }
+        assert!(hidden > 10 && bound_by_link > 10, "{hidden} {bound_by_link}: both cases are there");
+    }
+
     #[test]
     fn estimates_of_a_known_card() {
         let config = crate::model::synthetic::config("llama-3-8b").unwrap();

@@ -317,7 +317,7 @@ fn check_selection(
             hits += own.iter().filter(|&&p| selected.contains(&(p + first as u32))).count() as u64;
         }
         let of = (n_kv_heads * slots.count) as u64;
-        let counted = select::hits(group_heads, n_kv_heads, scratch, 0, candidates, &slots);
+        let counted = select::hits(&cache.device, group_heads, n_kv_heads, scratch, 0, candidates, &slots);
         assert_eq!(counted.1, of);
         // A near tie may count one more or less in each head; row 0 against itself hits always.
         assert!(counted.0.abs_diff(hits) <= n_kv_heads as u64, "{edge:?}: {counted:?}, not {hits}");

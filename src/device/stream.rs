@@ -85,6 +85,8 @@ struct State {
     issued: u64,
     /// Threads that wait for `finished`.
     waiters: u32,
+    /// The worker sleeps until it is given something.
+    idle: bool,
     quit: bool,
 }
 
@@ -137,12 +139,16 @@ impl Streams {
 
     fn give(&self, stream: StreamId, item: Item) -> u64 {
         let queue = self.queues.of(stream).expect("the compute stream is the calling thread");
+        // Waking a thread costs some microseconds, so nobody is woken just to wait.
+        let works = matches!(item, Item::Run(..));
         let mut state = queue.lock();
         state.items.push_back(item);
         state.issued += 1;
-        let at = state.issued;
+        let (at, sleeps) = (state.issued, state.idle && works);
         drop(state);
-        queue.given.notify_one();
+        if sleeps {
+            queue.given.notify_one();
+        }
         at
     }
 }
@@ -189,6 +195,7 @@ impl Queues {
             return Duration::ZERO;
         }
         let start = Instant::now();
+        queue.given.notify_one(); // it may sleep over a wait that it was given last
         let mut state = queue.lock();
         state.waiters += 1;
         while queue.done.load(Ordering::Acquire) < event.at {
@@ -214,7 +221,9 @@ impl Queue {
             if state.quit {
                 return None;
             }
+            state.idle = true;
             state = self.given.wait(state).unwrap_or_else(|e| e.into_inner());
+            state.idle = false;
         }
     }
 

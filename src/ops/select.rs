@@ -43,6 +43,7 @@ pub fn select(
 /// How many of a row's own top-k among `candidates` are in `slots`, and how many there are, over all KV heads: the live
 /// hit rate (method.md, "Quantities to report").
 pub fn hits(
+    device: &Device,
     group_heads: usize,
     n_kv_heads: usize,
     scratch: &cpu::attn_decode::Scratch,
@@ -54,6 +55,7 @@ pub fn hits(
     if count == 0 {
         return (0, 0);
     }
+    let _hits = device.operation("hit rate", |uses| uses.reads.push(Resource::Selection(slots.positions.id())));
     let selected = |head: usize| slots.selected(head);
     let hits = cpu::select::hits(scratch, seq, 0..group_heads, candidates, count, n_kv_heads, selected);
     (hits, (n_kv_heads * count) as u64)
