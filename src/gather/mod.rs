@@ -32,16 +32,16 @@ pub use topology::{Node, NodeId, Topology};
 
 use crate::cpu::Isa;
 use crate::error::Result;
-use copy::Move;
+use copy::{BATCH, Move};
 use pool::Pool;
 use slots::{Slots, Way};
 
-/// Bytes that a thread takes at a time: half a microsecond of work, so that threads finish together, and 32 of them in
-/// the 256 KiB of a layer of one sequence (8 KV heads, 64 pairs of 512 bytes).
-const BLOCK_BYTES: usize = 8 << 10;
+/// Least and most bytes that a thread takes at a time: half a microsecond of work and four. Between them so many that
+/// each thread comes [`TURNS`] times: threads finish together, and yet many rows are found at once.
+const BLOCK_BYTES: (usize, usize) = (8 << 10, 64 << 10);
 
-/// Most rows that a thread takes at a time.
-const BLOCK_ROWS: usize = 64;
+/// Times that each thread takes a block, if all are equally fast.
+const TURNS: usize = 8;
 
 /// Threads by default, where the machine has as many: a few cores saturate their memory, and a gather only has to keep
 /// up with the bus to the device.
@@ -212,17 +212,25 @@ where
 {
     fn new(gather: &'j Gather, rows: &'j Rows<S, N>, to: &'j mut [u8], stores: Stores) -> Self {
         let row_bytes = rows.row_bytes.max(1);
-        let block_rows = (BLOCK_BYTES / row_bytes).clamp(1, BLOCK_ROWS);
+        let [least, most] = [BLOCK_BYTES.0, BLOCK_BYTES.1].map(|bytes| (bytes / row_bytes).clamp(1, BATCH));
+        let block_rows = (rows.n_rows / (TURNS * gather.threads)).clamp(least, most);
         Job { gather, rows, to: to.as_mut_ptr(), n_slots: to.len() / row_bytes, stores, block_rows }
     }
 
     /// All rows, on this thread.
     fn alone(&self, slot: &impl Fn(usize) -> usize) {
         debug_assert!(distinct((0..self.rows.n_rows).map(slot)), "two rows go to the same slot");
-        let mut rows = 0..self.rows.n_rows;
+        let mut next = 0;
         self.copy(
             #[inline(always)]
-            || rows.next().map(|i| self.row(i, slot(i))),
+            |found| {
+                let rows = next..self.rows.n_rows.min(next + found.len());
+                next = rows.end;
+                for (found, i) in found.iter_mut().zip(rows.clone()) {
+                    *found = self.row(i, slot(i));
+                }
+                rows.len()
+            },
         );
     }
 
@@ -260,30 +268,33 @@ where
 
     /// Rows of one node, block by block until none is left.
     fn copy_share(&self, node: usize, cursor: &AtomicUsize, ways: &[Way]) {
-        let mut block = 0..0;
         self.copy(
             #[inline(always)]
-            || loop {
-                if block.is_empty() {
-                    // Relaxed: which block it is matters, not when; the pool orders the bytes.
-                    let first = cursor.fetch_add(self.block_rows, Ordering::Relaxed);
-                    block = first..ways.len().min(first + self.block_rows);
+            |found| loop {
+                // Relaxed: which block it is matters, not when; the pool orders the bytes.
+                let first = cursor.fetch_add(self.block_rows, Ordering::Relaxed);
+                let Some(block) = ways.get(first..ways.len().min(first + self.block_rows)) else { return 0 };
+                let near = (first..).zip(block).filter(|(_, way)| way.home == node);
+                let mut n = 0;
+                for (found, (i, way)) in found.iter_mut().zip(near) {
+                    *found = self.row(i, way.slot);
+                    n += 1;
                 }
-                let i = block.next()?;
-                if ways[i].home == node {
-                    return Some(self.row(i, ways[i].slot));
+                // Of a block there may be no row here.
+                if n > 0 || block.is_empty() {
+                    return n;
                 }
             },
         );
     }
 
     #[inline(always)]
-    fn copy(&self, next: impl FnMut() -> Option<Move>) {
+    fn copy(&self, find: impl FnMut(&mut [Move]) -> usize) {
         let (isa, row_bytes) = (self.gather.options.isa, self.rows.row_bytes);
         let ahead = self.gather.options.ahead / row_bytes.max(1);
         // SAFETY: `row` has checked both ends. The slots of rows that run on different threads are distinct
         // (`Slots::resolve`), and the block is lent to this job alone, so no source lies in it.
-        unsafe { copy::copy_rows(isa, self.stores, next, row_bytes, ahead) };
+        unsafe { copy::copy_rows(isa, self.stores, find, row_bytes, ahead) };
         copy::fence(self.stores);
     }
 

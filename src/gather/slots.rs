@@ -29,11 +29,16 @@ impl Slots {
     /// If a slot is not below `n_slots`, or is given twice.
     pub(crate) fn resolve(&mut self, n_rows: usize, n_slots: usize, way: impl Fn(usize) -> Way) -> &[Way] {
         self.ways.clear();
-        self.ways.extend((0..n_rows).map(way));
-        let last = self.ways.iter().map(|way| way.slot).max().unwrap_or(0);
-        assert!(n_rows == 0 || last < n_slots, "slot {last} of a staging block of {n_slots}");
-        // Selections ascend and so do the slots of a delta plan, so the bits are rarely needed.
-        if !self.ways.is_sorted_by(|a, b| a.slot < b.slot) {
+        // Selections ascend and so do the slots of a delta plan: one pass tells, and the bits are rarely needed.
+        let (mut end, mut ascending) = (0, true);
+        self.ways.extend((0..n_rows).map(|i| {
+            let way = way(i);
+            ascending &= way.slot >= end;
+            end = end.max(way.slot.saturating_add(1));
+            way
+        }));
+        assert!(end <= n_slots, "slot {} of a staging block of {n_slots}", end - 1);
+        if !ascending {
             self.assert_distinct(n_slots);
         }
         &self.ways
