@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <numeric>
@@ -33,9 +34,16 @@ struct Warp {
     int arrived = 0;
 };
 
+// A copy to shared memory under way (from null: zeros), or the end of a batch of them (to null).
+struct AsyncCopy {
+    void* to = nullptr;
+    const void* from = nullptr;
+};
+
 struct Thread {
     Fiber fiber;
     uint3 index{};
+    std::deque<AsyncCopy> copies;
     const char* waits_for = nullptr;   // null: it can run
 };
 
@@ -129,6 +137,7 @@ private:
             Thread& t = threads_[i];
             t.index = uint3{u % block_dim.x, u / block_dim.x % block_dim.y, u / (block_dim.x * block_dim.y)};
             t.waits_for = nullptr;
+            t.copies.clear();
             t.fiber.start([](void* body) { (*static_cast<const std::function<void()>*>(body))(); },
                           const_cast<std::function<void()>*>(body_));
         }
