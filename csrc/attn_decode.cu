@@ -160,12 +160,6 @@ template <int D> struct Accumulator {
 
 // ---- step 1: which unit -----------------------------------------------------------------------------------------
 
-SPECACHE_DEVICE specache_seq load_seq(uint64_t seqs, uint32_t index) {
-    const uint4* at = reinterpret_cast<const uint4*>(seqs) + 2 * index;
-    const uint4 halves[2] = {load_device(at), load_device(at + 1)};
-    return bit_cast<specache_seq>(halves);
-}
-
 SPECACHE_DEVICE uint32_t units_of(const specache_attn_params& p, uint32_t seq_index) {
     return seq_index < p.n_seqs ? seq_work(p, load_seq(p.seqs, seq_index)).units(p.n_kv_heads) : 0;
 }
@@ -815,8 +809,6 @@ namespace specache {
 
 // Resident CTAs of a multiprocessor, as far as registers go.
 constexpr uint32_t kAttnCtas = 2;
-// Positions and what is added to them stay below 2^31.
-constexpr uint32_t kMostTokens = 1u << 30;
 
 static const char* attn_kernel_name(const specache_attn_params& p) {
 #define SPECACHE_ATTN_NAME(D, B, type, T) \
@@ -840,7 +832,8 @@ static specache_status check_attn_shape(const specache_attn_params& p, specache_
                       p.n_heads, p.n_kv_heads);
     if (p.capacity > kMostTokens || p.top_k > kMostTokens)
         return refuse(launch, SPECACHE_TOO_LARGE, "attention: capacity %u, top_k %u", p.capacity, p.top_k);
-    if (most_units(p) > 0x7FFFFFFFu || 2 * uint64_t(p.n_seqs) * p.n_heads > 0x7FFFFFFFu)
+    const bool too_many = p.n_seqs > kMostSeqs || p.n_heads > kMostHeads;
+    if (too_many || most_units(p) > 0x7FFFFFFFu || 2 * uint64_t(p.n_seqs) * p.n_heads > 0x7FFFFFFFu)
         return refuse(launch, SPECACHE_TOO_LARGE, "attention: %u sequences of %u heads", p.n_seqs, p.n_heads);
     return SPECACHE_OK;
 }

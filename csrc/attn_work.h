@@ -1,4 +1,5 @@
 // How attention of a decode step is cut into pieces of work. Arithmetic only: kernels and launch plans agree on it.
+// Included after ptx.cuh where there are kernels.
 //
 // An item is what a warp takes in one go: a packed page (64 tokens, 3 to 10 KB) or a wide tile (16 pairs, 8 KB at
 // D = 128): about the same bytes, which is what they cost. The items of a sequence and KV head, in this order:
@@ -24,6 +25,11 @@ constexpr uint32_t kAttnWarps = 4;
 constexpr uint32_t kMinUnitItems = 4 * kAttnWarps;
 // Eight KV heads then give 512 units, two for each CTA of an H100, and the parts of a head stay below 1 % of its cache.
 constexpr uint32_t kMaxParts = 64;
+
+// What plans accept: positions and what is added to them stay below 2^31, and products of counts below 2^64.
+constexpr uint32_t kMostTokens = 1u << 30;
+constexpr uint32_t kMostSeqs = 1u << 20;
+constexpr uint32_t kMostHeads = 1u << 16;
 
 SPECACHE_HOST_DEVICE constexpr uint32_t divide_up(uint32_t a, uint32_t b) { return a / b + (a % b != 0); }
 
@@ -73,5 +79,13 @@ SPECACHE_HOST_DEVICE uint64_t most_units(const specache_attn_params& p) {
 
 // Floats of a part: sums [8][D], then maximum and sum of each column.
 SPECACHE_HOST_DEVICE constexpr uint32_t part_floats(uint32_t head_dim) { return kColumns * (head_dim + 2); }
+
+#ifndef SPECACHE_PLAN_ONLY
+SPECACHE_DEVICE specache_seq load_seq(uint64_t seqs, uint32_t index) {
+    const uint4* at = reinterpret_cast<const uint4*>(seqs) + 2 * index;
+    const uint4 halves[2] = {load_device(at), load_device(at + 1)};
+    return bit_cast<specache_seq>(halves);
+}
+#endif
 
 }   // namespace specache
