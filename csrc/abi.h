@@ -88,8 +88,8 @@ specache_status specache_pack_plan(const specache_pack_params *params, specache_
 #define SPECACHE_EMPTY_SLOT 0xFFFFFFFFu
 
 /* Where one sequence stands in this step. In device memory and read there by every kernel below, so that a captured
- * graph stays valid while sequences grow. The same for all layers: what differs from layer to layer is a base address in
- * the parameters. */
+ * graph stays valid while sequences grow. The same for all layers: what differs between them is a base address in the
+ * parameters. */
 typedef struct specache_seq {
     uint32_t n;           /* tokens in the cache: the position of row 0; row 1 stands at n + 1 */
     uint32_t nq;          /* positions [0, nq) are read packed; a multiple of 64, <= no */
@@ -115,7 +115,7 @@ SPECACHE_ASSERT_SIZE(specache_seq, 32);
  * page at h * packed_head_stride, of a wide page at h * (64 * 4 * head_dim). Where ids is 0, an index is its own id. */
 typedef struct specache_attn_params {
     uint64_t seqs;               /* device, specache_seq [n_seqs], 16-byte aligned */
-    uint64_t q;                  /* device, float [rows][n_heads][head_dim], after RoPE, not yet scaled; 8-byte aligned */
+    uint64_t q;                  /* device, float [rows][n_heads][head_dim], after RoPE, unscaled; 8-byte aligned */
     uint64_t out;                /* device, float [rows][n_heads][head_dim] */
     uint64_t packed;             /* device, 128-byte aligned; 0 if every nq is 0 */
     uint64_t packed_ids;         /* device, uint32_t, or 0 */
@@ -143,15 +143,15 @@ typedef struct specache_attn_params {
     uint32_t top_k;              /* slots per KV head */
     uint32_t window;             /* w; 0: none */
     uint32_t capacity;           /* no sequence has n + n_rows above this: bounds grid and scratch */
-    uint32_t n_sms;              /* host: multiprocessors of the GPU */
+    uint32_t n_sms;              /* host: multiprocessors of the GPU; 0 counts as 1 */
     uint32_t shared_limit;       /* host: the most dynamic shared memory of a block, bytes */
     uint32_t reserved;           /* 0 */
 } specache_attn_params;
 SPECACHE_ASSERT_SIZE(specache_attn_params, 192);
 
-/* select.cu: the pairs that each sequence's next step wants at 16 bits, and what must be fetched for it. Per KV head the
- * min(top_k, candidates) positions with the highest mean probability of the last row over the head's query heads, among
- * the positions below no that the row sees; ties to the lower position. */
+/* select.cu: the pairs that each sequence's next step wants at 16 bits, and which of them must be fetched. Per KV head
+ * the min(top_k, candidates) positions with the highest mean probability of the last row over the head's query heads,
+ * among the positions below no that the row sees; ties to the lower position. */
 typedef struct specache_fetch {
     uint32_t slot;     /* of the KV head */
     uint32_t position; /* whose pair goes there */

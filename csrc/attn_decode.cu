@@ -8,11 +8,12 @@
 // Scores are in units of log2: the factor log2(e) / sqrt(D) goes into q, once, so that p = 2^(s - max). For the
 // selection (select.cu) the last row's scores are stored as they are; the combine adds log2 of their sum.
 //
-// Numbers. Packed pages: q, q times K's scale, p and p times V's scale are rounded to fp16, the codes are exact, sums
-// are fp32: the errors of an fp16 q and an fp16 p, about 2^-11 of |q||k| and of |v|. What is folded into q and p beside
-// the scales: 2^(4-e), where 4 keeps small numbers off the fp16 subnormals; q times scale and the scale of V must stay
-// below 4094 for it. fp16 pairs: q and p in fp16. bf16 pairs: 8 bits would be coarse, so q and p are the sum of two bf16
-// numbers there, 2^-17; the second product costs nothing that a memory-bound kernel would notice.
+// Numbers. Packed pages: q, q times K's scale, p and p times V's scale are rounded to fp16; codes are exact, sums fp32.
+// That is the error of an fp16 q and p, 2^-12 of each product, and as much of a code's range again, which quantisation
+// exceeds a hundred times. 2^(4-e) is folded into q and p beside the scales; the 4 keeps small numbers off the fp16
+// subnormals, and q times scale and V's scale must stay below 4094 for it. fp16 pairs: q and p in fp16. bf16 pairs: q
+// and p with 8 bits would be coarse, so both are the sum of two bf16 numbers there, 2^-17; the second product costs
+// nothing that a memory-bound kernel would notice.
 #ifndef SPECACHE_PLAN_ONLY
 #include "kv_layout.cuh"
 #include "ptx.cuh"
@@ -31,6 +32,8 @@
 // clang-format on
 
 #define SPECACHE_ATTN_THREADS 128
+// CTAs of a multiprocessor: what its shared memory has room for on sm_90, and registers must not forbid.
+#define SPECACHE_ATTN_CTAS(D) ((D) == 64 ? 3 : 2)
 
 namespace specache {
 
@@ -54,14 +57,21 @@ SPECACHE_HOST_DEVICE uint32_t attn_shared_bytes(const specache_attn_params& p, u
     return query_bytes(p) + kAttnWarps * stages * stage_bytes(p);
 }
 
+// A CTA's own 128 bytes (Unit), and the 1 KB that every CTA costs; a multiprocessor has that much more than a CTA may
+// take.
+constexpr uint32_t kUnitBytes = 128;
+constexpr uint32_t kCtaBytes = 1024;
+
+SPECACHE_HOST_DEVICE uint32_t attn_fit(const specache_attn_params& p, uint32_t stages) {
+    return (p.shared_limit + kCtaBytes) / (attn_shared_bytes(p, stages) + kUnitBytes + kCtaBytes);
+}
+
 // Stages of each warp's ring: as many as leave room for two CTAs on a multiprocessor, else as many as fit, at least
-// two; 0 if two do not fit. A block's limit and 1 KB is what a multiprocessor has; each block takes 1 KB more than its
-// own.
+// two; 0 if two do not fit.
 SPECACHE_HOST_DEVICE uint32_t attn_stages(const specache_attn_params& p) {
-    for (uint32_t stages = kMostStages; stages >= 2; stages--)
-        if (2 * (attn_shared_bytes(p, stages) + 1024) <= p.shared_limit + 1024) return stages;
-    for (uint32_t stages = kMostStages; stages >= 2; stages--)
-        if (attn_shared_bytes(p, stages) <= p.shared_limit) return stages;
+    for (uint32_t ctas = 2; ctas >= 1; ctas--)
+        for (uint32_t stages = kMostStages; stages >= 2; stages--)
+            if (attn_fit(p, stages) >= ctas) return stages;
     return 0;
 }
 
@@ -90,9 +100,7 @@ template <> struct Pairs<Fp16> {
 
 template <> struct Pairs<Bf16> {
     static constexpr int kTerms = 2;
-    static SPECACHE_DEVICE uint32_t narrow(float x, float y) {
-        return bit_cast<uint32_t>(__floats2bfloat162_rn(x, y));
-    }
+    static SPECACHE_DEVICE uint32_t narrow(float x, float y) { return bit_cast<uint32_t>(__floats2bfloat162_rn(x, y)); }
     static SPECACHE_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         mma_m16n8k16_bf16(d, a, b0, b1);
     }
@@ -126,6 +134,7 @@ struct Unit {
     uint32_t first_item, end_item;
     uint32_t found;
 };
+static_assert(sizeof(Unit) <= kUnitBytes, "what attn_fit counts");
 
 // Queries as B operands, a word a pair of channels: lane 4i + j finds column i, pair j of four octets in 16 bytes.
 template <class T, int D> struct AttnShared {
@@ -304,21 +313,16 @@ SPECACHE_DEVICE void copy_page(const specache_attn_params& p, const Unit& unit, 
 
 template <int D, int B>
 SPECACHE_DEVICE void copy_item(const specache_attn_params& p, const Unit& unit, uint32_t item, uint8_t* stage) {
-    if (item < unit.work.pages)
-        copy_page<D, B>(p, unit, unit.work.first_page + item, stage);
-    else if (item < unit.end_item)
-        copy_wide_tile<D>(p, unit, item - unit.work.pages, stage);
+    if (item < unit.work.pages) copy_page<D, B>(p, unit, unit.work.first_page + item, stage);
+    else if (item < unit.end_item) copy_wide_tile<D>(p, unit, item - unit.work.pages, stage);
     copy_async_commit();   // also without a copy: batches are counted
 }
 
 // Until at most `batches` are under way.
 SPECACHE_DEVICE void wait_for_copies(uint32_t batches) {
-    if (batches == 1)
-        copy_async_wait<1>();
-    else if (batches == 2)
-        copy_async_wait<2>();
-    else
-        copy_async_wait<3>();
+    if (batches == 1) copy_async_wait<1>();
+    else if (batches == 2) copy_async_wait<2>();
+    else copy_async_wait<3>();
 }
 
 // ---- step 4: softmax --------------------------------------------------------------------------------------------
@@ -396,7 +400,8 @@ SPECACHE_DEVICE void scale_queries(const AttnShared<T, D>& shared, const uint8_t
 #pragma unroll
     for (int c = 0; c < D / 32; c++) {
         const int at = 2 * (group * D + 32 * c + 8 * j);
-        const uint4 scale = load_shared_16(page + Page::k_scale(g) + at), zero = load_shared_16(page + Page::k_zero(g) + at);
+        const uint4 scale = load_shared_16(page + Page::k_scale(g) + at),
+                    zero = load_shared_16(page + Page::k_zero(g) + at);
         const uint4 code_q = load_shared_16(&shared.code_q[(c * 32 + lane) * 4]);
         const uint4 zero_q = load_shared_16(&shared.zero_q[(c * 32 + lane) * 4]);
 #pragma unroll
@@ -463,8 +468,7 @@ SPECACHE_DEVICE void store_page_scores(const LaneColumns& columns, uint32_t star
     for (uint32_t i = 0; i < 16; i++) {
         const float x = s[i / 4][i % 4];
         float* scores = columns.scores[i % 2];
-        if (scores != nullptr && x != minus_infinity())
-            store_device(scores + token + i / 4 * 16 + i % 4 / 2 * 8, x);
+        if (scores != nullptr && x != minus_infinity()) store_device(scores + token + i / 4 * 16 + i % 4 / 2 * 8, x);
     }
 }
 
@@ -544,22 +548,24 @@ SPECACHE_DEVICE void attend_page(const specache_attn_params& p, const Unit& unit
 
 // ---- step 6: a tile of 16-bit pairs -----------------------------------------------------------------------------
 
-// Row and piece of a staged tile.
-template <int D> SPECACHE_DEVICE const uint8_t* wide_piece(const uint8_t* stage, int row, int piece) {
-    return stage + row * 4 * D + (piece ^ row % 8) * 16;
+// Where a lane finds piece `first` (0 or 1) of a row of a staged tile for ldmatrix. Two pieces further is an exclusive
+// or with 32, and so on: constants that take no register.
+template <int D> SPECACHE_DEVICE uint32_t wide_place(int row, int first) {
+    return uint32_t(row * 4 * D + (first ^ row % 8) * 16);
 }
 
 template <class T, int D>
 SPECACHE_DEVICE void wide_scores(const AttnShared<T, D>& shared, const uint8_t* stage, float (&s)[1][4]) {
     const int lane = int(threadIdx.x) % 32;
+    const uint32_t place = wide_place<D>(lane % 16, lane / 16);
 #pragma unroll
     for (int e = 0; e < 4; e++) s[0][e] = 0.0f;
 #pragma unroll
     for (int c = 0; c < D / 32; c++) {
         // Tiles in the order of a0 .. a3: tokens 0-7 and 8-15 of one octet of channels, then of the next.
         uint32_t a[2][4];
-        load_tiles(a[0], wide_piece<D>(stage, lane % 16, 4 * c + lane / 16));
-        load_tiles(a[1], wide_piece<D>(stage, lane % 16, 4 * c + 2 + lane / 16));
+        load_tiles(a[0], stage + (place ^ 16 * (4 * c)));
+        load_tiles(a[1], stage + (place ^ 16 * (4 * c + 2)));
 #pragma unroll
         for (int t = 0; t < Pairs<T>::kTerms; t++) {
             const uint4 q = load_shared_16(&shared.pair_q[t][(c * 32 + lane) * 4]);
@@ -572,6 +578,7 @@ SPECACHE_DEVICE void wide_scores(const AttnShared<T, D>& shared, const uint8_t* 
 template <class T, int D>
 SPECACHE_DEVICE void add_wide_values(Accumulator<D>& acc, const uint8_t* stage, const float (&s)[1][4]) {
     const int lane = int(threadIdx.x) % 32;
+    const uint32_t place = wide_place<D>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     uint32_t p[2][Pairs<T>::kTerms];   // tokens 0-7, 8-15
 #pragma unroll
     for (int o = 0; o < 2; o++) {
@@ -583,7 +590,7 @@ SPECACHE_DEVICE void add_wide_values(Accumulator<D>& acc, const uint8_t* stage, 
     for (int m = 0; m < D / 16; m++) {
         // a0, a1: two octets of channels at tokens 0-7; a2, a3: at tokens 8-15. In memory a token is a row: transposed.
         uint32_t a[4];
-        load_tiles_transposed(a, wide_piece<D>(stage, lane % 8 + lane / 16 * 8, D / 8 + 2 * m + lane / 8 % 2));
+        load_tiles_transposed(a, stage + (place ^ 16 * (D / 8 + 2 * m)));
 #pragma unroll
         for (int t = 0; t < Pairs<T>::kTerms; t++) Pairs<T>::mma(acc.out[m], a, p[0][t], p[1][t]);
     }
@@ -741,7 +748,8 @@ SPECACHE_DEVICE void combine(const specache_attn_params& p) {
     const uint32_t group_heads = p.n_heads / p.n_kv_heads, column = row * group_heads + head % group_heads;
     // Units of this head's columns: one in `column_tiles`.
     const uint64_t first = units_before(p, seq_index) + head / group_heads * work.parts * work.column_tiles;
-    const float* parts = reinterpret_cast<const float*>(p.parts) + (first + column / kColumns) * part_floats(p.head_dim);
+    const float* parts =
+        reinterpret_cast<const float*>(p.parts) + (first + column / kColumns) * part_floats(p.head_dim);
     const uint64_t step = uint64_t(work.column_tiles) * part_floats(p.head_dim);
 
     // Lane l weighs the parts l and l + 32.
@@ -785,11 +793,12 @@ SPECACHE_DEVICE void combine(const specache_attn_params& p) {
 
 }   // namespace specache
 
-// registers: <= 208 specache_attn_d*   (2 CTAs of 128 threads an SM, which is what shared memory has room for)
-#define SPECACHE_ATTN_KERNEL(D, B, dtype, T)                                                  \
-    extern "C" __global__ void __launch_bounds__(SPECACHE_ATTN_THREADS)                       \
-        specache_attn_d##D##_b##B##_##dtype(const __grid_constant__ specache_attn_params p) { \
-        specache::attend<specache::T, D, B>(p);                                               \
+// registers: <= 168 specache_attn_d64_*    (3 CTAs of 128 threads an SM)
+// registers: <= 208 specache_attn_d128_*   (2)
+#define SPECACHE_ATTN_KERNEL(D, B, dtype, T)                                                   \
+    extern "C" __global__ void __launch_bounds__(SPECACHE_ATTN_THREADS, SPECACHE_ATTN_CTAS(D)) \
+        specache_attn_d##D##_b##B##_##dtype(const __grid_constant__ specache_attn_params p) {  \
+        specache::attend<specache::T, D, B>(p);                                                \
     }
 SPECACHE_ATTN_KERNELS(SPECACHE_ATTN_KERNEL)
 #undef SPECACHE_ATTN_KERNEL
@@ -806,9 +815,6 @@ extern "C" __global__ void __launch_bounds__(SPECACHE_ATTN_THREADS)
 #include "plan.h"
 
 namespace specache {
-
-// Resident CTAs of a multiprocessor, as far as registers go.
-constexpr uint32_t kAttnCtas = 2;
 
 static const char* attn_kernel_name(const specache_attn_params& p) {
 #define SPECACHE_ATTN_NAME(D, B, type, T) \
@@ -854,9 +860,11 @@ static specache_status check_attn_memory(const specache_attn_params& p, specache
     if (p.slots != 0 && p.top_k != 0 && (p.skip == 0 || p.skip % 8 != 0)) return bad("skip");
     if (p.scores % 4 != 0 || p.lse % 4 != 0) return bad("scores or lse");
     if (p.scores != 0 && p.lse == 0) return bad("lse (scores need it)");
-    const uint64_t head = SPECACHE_PAGE * (uint64_t(2) * p.head_dim * p.bits / 8 + uint64_t(8) * p.head_dim / p.group_size);
+    const uint64_t head =
+        SPECACHE_PAGE * (uint64_t(2) * p.head_dim * p.bits / 8 + uint64_t(8) * p.head_dim / p.group_size);
     if (p.packed != 0 && (p.packed_head_stride < head || p.packed_page_stride < head))
-        return refuse(launch, SPECACHE_BAD_STRIDE, "attention: a packed stride is below %llu", (unsigned long long)head);
+        return refuse(launch, SPECACHE_BAD_STRIDE, "attention: a packed stride is below %llu",
+                      (unsigned long long)head);
     if (p.packed_head_stride % 128 != 0 || p.packed_page_stride % 128 != 0)
         return refuse(launch, SPECACHE_BAD_STRIDE, "attention: a packed stride is not a multiple of 128");
     const uint64_t wide = uint64_t(p.n_kv_heads) * SPECACHE_PAGE * 4 * p.head_dim;
@@ -886,8 +894,8 @@ extern "C" specache_status specache_attn_plan(const specache_attn_params* params
         return specache::refuse(launch, SPECACHE_TOO_MUCH_SHARED, "attention: %u bytes of shared memory where %u are",
                                 specache::attn_shared_bytes(p, 2), p.shared_limit);
     launch->shared_bytes = specache::attn_shared_bytes(p, stages);
-    const uint32_t fit = (p.shared_limit + 1024) / (launch->shared_bytes + 1024);
-    const uint64_t ctas = uint64_t(p.n_sms == 0 ? 1 : p.n_sms) * (fit < specache::kAttnCtas ? fit : specache::kAttnCtas);
+    const uint32_t fit = specache::attn_fit(p, stages), most = SPECACHE_ATTN_CTAS(p.head_dim);
+    const uint64_t ctas = uint64_t(p.n_sms == 0 ? 1 : p.n_sms) * (fit < most ? fit : most);
     const uint64_t units = specache::most_units(p);
     launch->kernel = specache::attn_kernel_name(p);
     launch->grid = uint32_t(ctas < units ? ctas : units);

@@ -40,14 +40,14 @@ SPECACHE_HOST_DEVICE constexpr uint32_t first_seen(uint32_t position, uint32_t w
 
 // The items of one sequence and KV head, and how many make a unit.
 struct SeqWork {
-    uint32_t first_page;     // that row 0 sees among the packed ones
-    uint32_t pages;          // packed
+    uint32_t first_page;   // that row 0 sees among the packed ones
+    uint32_t pages;        // packed
     uint32_t slot_tiles;
-    uint32_t wide_start;     // position of the first wide tile, a multiple of 16
+    uint32_t wide_start;   // position of the first wide tile, a multiple of 16
     uint32_t wide_tiles;
     uint32_t column_tiles;   // of eight query columns
     uint32_t unit_items;
-    uint32_t parts;          // units of one KV head and column tile
+    uint32_t parts;   // units of one KV head and column tile
 
     SPECACHE_HOST_DEVICE uint32_t items() const { return pages + slot_tiles + wide_tiles; }
     SPECACHE_HOST_DEVICE uint32_t units(uint32_t n_kv_heads) const { return n_kv_heads * parts * column_tiles; }

@@ -61,8 +61,8 @@ SPECACHE_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;"
 // Until at most N of the thread's youngest batches are under way.
 template <int N> SPECACHE_DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
-// Four 8 x 8 tiles of 16-bit numbers: lane 8t + r names the 16 bytes of row r of tile t. Lane 4i + j gets row i, columns
-// 2j, 2j+1 of each tile; transposed, column i, rows 2j, 2j+1.
+// Four 8 x 8 tiles of 16-bit numbers: lane 8t + r names the 16 bytes of row r of tile t. Lane 4i + j gets row i,
+// columns 2j, 2j+1 of each tile; transposed, column i, rows 2j, 2j+1.
 SPECACHE_DEVICE void load_tiles(uint32_t (&tiles)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(tiles[0]), "=r"(tiles[1]), "=r"(tiles[2]), "=r"(tiles[3])

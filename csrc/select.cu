@@ -23,7 +23,9 @@ constexpr uint32_t kSelectChunk = 8192;   // candidates of a CTA: 32 KB of keys
 constexpr uint32_t kMostTopK = 2048;
 static_assert(kMostTopK <= kSelectChunk, "every chunk but the last gives k");
 
-SPECACHE_HOST_DEVICE uint32_t most_chunks(const specache_select_params& p) { return divide_up(p.capacity, kSelectChunk); }
+SPECACHE_HOST_DEVICE uint32_t most_chunks(const specache_select_params& p) {
+    return divide_up(p.capacity, kSelectChunk);
+}
 
 }   // namespace specache
 
@@ -47,20 +49,20 @@ struct Candidate {
 };
 
 // The candidates of a KV head of one sequence: positions [first, end).
-struct Range {
+struct Candidates {
     uint32_t first, end;
 
     SPECACHE_HOST_DEVICE uint32_t count() const { return end - first; }
 };
 
 // Nothing where the entry is not in use.
-SPECACHE_DEVICE Range candidate_range(const specache_select_params& p, const specache_seq& seq) {
-    if (seq.n_rows == 0) return Range{0, 0};
+SPECACHE_DEVICE Candidates seq_candidates(const specache_select_params& p, const specache_seq& seq) {
+    if (seq.n_rows == 0) return Candidates{0, 0};
     uint32_t first = first_seen(seq.n + seq.n_rows - 1, p.window);
 #if SPECACHE_INJECTED_BUG == 2   // the tests must see a position that the row does not see
     if (first != 0) first--;
 #endif
-    return Range{first < seq.no ? first : seq.no, seq.no};
+    return Candidates{first < seq.no ? first : seq.no, seq.no};
 }
 
 // The list of one chunk; lists of a head lie one after the other, and all but the last are full.
@@ -184,7 +186,7 @@ SPECACHE_DEVICE void write_keys(const specache_select_params& p, uint32_t seq_an
 SPECACHE_DEVICE void select_chunk(const specache_select_params& p) {
     SPECACHE_SHARED(ChunkShared, shared);
     const uint32_t chunk = blockIdx.x % most_chunks(p), seq_and_head = blockIdx.x / most_chunks(p);
-    const Range range = candidate_range(p, load_seq(p.seqs, seq_and_head / p.n_kv_heads));
+    const Candidates range = seq_candidates(p, load_seq(p.seqs, seq_and_head / p.n_kv_heads));
     if (chunk * kSelectChunk >= range.count()) return;
     const uint32_t start = range.first + chunk * kSelectChunk, n = smaller(kSelectChunk, range.end - start);
     write_keys(p, seq_and_head, start, n, shared.keys);
@@ -198,29 +200,30 @@ SPECACHE_DEVICE void select_chunk(const specache_select_params& p) {
 
 // ---- a KV head --------------------------------------------------------------------------------------------------
 
-struct MergeShared {
+struct HeadShared {
     ScanShared scan;
     uint32_t positions[kMostTopK];    // selected, ascending
     uint32_t kept[kMostTopK];         // whether its pair is in a slot already
     uint32_t free_slots[kMostTopK];   // ascending
 };
 
-struct MergeHead {
+struct HeadTables {
     uint32_t* slots;
     uint32_t* skip;   // as 32-bit words: bit j % 32 of word j / 32
     specache_fetch* fetches;
 };
 
-SPECACHE_DEVICE MergeHead merge_head(const specache_select_params& p, const specache_seq& seq, uint32_t seq_and_head) {
+SPECACHE_DEVICE HeadTables head_tables(const specache_select_params& p, const specache_seq& seq,
+                                       uint32_t seq_and_head) {
     const uint64_t cache_head = uint64_t(seq.cache) * p.n_kv_heads + seq_and_head % p.n_kv_heads;
-    return MergeHead{reinterpret_cast<uint32_t*>(p.slots) + cache_head * p.top_k,
-                     reinterpret_cast<uint32_t*>(p.skip) + cache_head * p.skip_stride * 2,
-                     reinterpret_cast<specache_fetch*>(p.fetches) + uint64_t(seq_and_head) * p.top_k};
+    return HeadTables{reinterpret_cast<uint32_t*>(p.slots) + cache_head * p.top_k,
+                      reinterpret_cast<uint32_t*>(p.skip) + cache_head * p.skip_stride * 2,
+                      reinterpret_cast<specache_fetch*>(p.fetches) + uint64_t(seq_and_head) * p.top_k};
 }
 
 // Step 1: the best of all chunks, to shared memory. Returns how many.
-SPECACHE_DEVICE uint32_t merge_chunks(const specache_select_params& p, const Range& range, uint32_t seq_and_head,
-                                      MergeShared& shared) {
+SPECACHE_DEVICE uint32_t merge_chunks(const specache_select_params& p, const Candidates& range, uint32_t seq_and_head,
+                                      HeadShared& shared) {
     const uint32_t full = range.count() / kSelectChunk, rest = range.count() % kSelectChunk;
     const uint32_t n = full * p.top_k + smaller(p.top_k, rest), count = smaller(p.top_k, n);
     const Candidate* list = candidate_list(p, seq_and_head, 0);
@@ -244,13 +247,13 @@ SPECACHE_DEVICE uint32_t lower_bound(const uint32_t* positions, uint32_t count, 
 }
 
 // Step 2: slots whose position is selected again stay; the others are emptied, and listed.
-SPECACHE_DEVICE void empty_slots(const specache_select_params& p, const MergeHead& head, uint32_t count,
-                                 MergeShared& shared) {
+SPECACHE_DEVICE void empty_slots(const specache_select_params& p, const HeadTables& tables, uint32_t count,
+                                 HeadShared& shared) {
     uint32_t emptied = 0;
 #pragma unroll 1
     for (uint32_t start = 0; start < p.top_k; start += kSelectThreads) {
         const uint32_t slot = start + threadIdx.x;
-        const uint32_t position = slot < p.top_k ? load_device(head.slots + slot) : SPECACHE_EMPTY_SLOT;
+        const uint32_t position = slot < p.top_k ? load_device(tables.slots + slot) : SPECACHE_EMPTY_SLOT;
         const uint32_t index = lower_bound(shared.positions, count, position);
         const bool stays = index < count && shared.positions[index] == position;
         const bool is_free = slot < p.top_k && !stays;
@@ -261,15 +264,15 @@ SPECACHE_DEVICE void empty_slots(const specache_select_params& p, const MergeHea
         if (!is_free) continue;
         shared.free_slots[rank] = slot;
         if (position == SPECACHE_EMPTY_SLOT) continue;
-        store_device(head.slots + slot, SPECACHE_EMPTY_SLOT);
+        store_device(tables.slots + slot, SPECACHE_EMPTY_SLOT);
 #if SPECACHE_INJECTED_BUG != 3   // the tests must see a position that nobody replaces any more
-        device_and(head.skip + position / 32, ~(1u << position % 32));
+        device_and(tables.skip + position / 32, ~(1u << position % 32));
 #endif
     }
 }
 
 // Step 3: selected positions that are in no slot go into the free ones. Returns how many.
-SPECACHE_DEVICE uint32_t fill_slots(const MergeHead& head, uint32_t count, MergeShared& shared) {
+SPECACHE_DEVICE uint32_t fill_slots(const HeadTables& tables, uint32_t count, HeadShared& shared) {
     uint32_t filled = 0;
 #pragma unroll 1
     for (uint32_t start = 0; start < count; start += kSelectThreads) {
@@ -280,29 +283,30 @@ SPECACHE_DEVICE uint32_t fill_slots(const MergeHead& head, uint32_t count, Merge
         filled += all;
         if (!missing) continue;
         const uint32_t slot = shared.free_slots[rank], position = shared.positions[i];
-        store_device(head.slots + slot, position);
-        store_device(head.fetches + rank, specache_fetch{slot, position});
-        device_or(head.skip + position / 32, 1u << position % 32);
+        store_device(tables.slots + slot, position);
+        store_device(tables.fetches + rank, specache_fetch{slot, position});
+        device_or(tables.skip + position / 32, 1u << position % 32);
     }
     return filled;
 }
 
 SPECACHE_DEVICE void select_merge(const specache_select_params& p) {
-    SPECACHE_SHARED(MergeShared, shared);
+    SPECACHE_SHARED(HeadShared, shared);
     const uint32_t seq_and_head = blockIdx.x;
     const specache_seq seq = load_seq(p.seqs, seq_and_head / p.n_kv_heads);
     uint32_t count = 0, fetches = 0;
     if (seq.n_rows != 0) {
-        const MergeHead head = merge_head(p, seq, seq_and_head);
-        count = merge_chunks(p, candidate_range(p, seq), seq_and_head, shared);
+        const HeadTables tables = head_tables(p, seq, seq_and_head);
+        count = merge_chunks(p, seq_candidates(p, seq), seq_and_head, shared);
         for (uint32_t i = threadIdx.x; i < count; i += kSelectThreads) shared.kept[i] = 0;
         __syncthreads();
-        empty_slots(p, head, count, shared);
+        empty_slots(p, tables, count, shared);
         __syncthreads();
-        fetches = fill_slots(head, count, shared);
+        fetches = fill_slots(tables, count, shared);
     }
     for (uint32_t i = threadIdx.x; i < count && p.selected != 0; i += kSelectThreads)
-        store_device(reinterpret_cast<uint32_t*>(p.selected) + uint64_t(seq_and_head) * p.top_k + i, shared.positions[i]);
+        store_device(reinterpret_cast<uint32_t*>(p.selected) + uint64_t(seq_and_head) * p.top_k + i,
+                     shared.positions[i]);
     if (threadIdx.x != 0) return;
     store_device(reinterpret_cast<uint32_t*>(p.fetch_counts) + seq_and_head, fetches);
     if (p.select_counts != 0) store_device(reinterpret_cast<uint32_t*>(p.select_counts) + seq_and_head, count);
@@ -352,7 +356,8 @@ static specache_status check_select_shape(const specache_select_params& p, speca
     if (p.top_k > kMostTopK)
         return refuse(launch, SPECACHE_UNSUPPORTED_TOP_K, "selection: top_k %u (at most %u)", p.top_k, kMostTopK);
     if (p.n_kv_heads == 0 || p.n_heads == 0 || p.n_heads % p.n_kv_heads != 0)
-        return refuse(launch, SPECACHE_UNSUPPORTED_HEADS, "selection: %u heads on %u KV heads", p.n_heads, p.n_kv_heads);
+        return refuse(launch, SPECACHE_UNSUPPORTED_HEADS, "selection: %u heads on %u KV heads", p.n_heads,
+                      p.n_kv_heads);
     if (p.capacity > kMostTokens || p.n_seqs > kMostSeqs || p.n_heads > kMostHeads || candidate_lists(p) > 0x7FFFFFFFu)
         return refuse(launch, SPECACHE_TOO_LARGE, "selection: %u sequences of %u tokens", p.n_seqs, p.capacity);
     return SPECACHE_OK;

@@ -130,7 +130,7 @@ build() { # test, suffix, flags...
   "${emulated[@]}" "$@" "csrc/tests/${test}_test.cpp" -o "$out/$test$suffix"
 }
 
-for test in emu layout pack attn_decode select; do
+for test in emu layout pack attn_decode select decode_chain; do
   for kind in plain sanitized; do
     flags=()
     [ "$kind" = sanitized ] && flags=("${sanitizers[@]}")

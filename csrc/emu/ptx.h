@@ -89,12 +89,9 @@ template <int N> void copy_async_wait() {
     for (auto batches = std::count_if(copies.begin(), copies.end(), ends_batch); batches > N;) {
         const emu::AsyncCopy copy = copies.front();
         copies.pop_front();
-        if (ends_batch(copy))
-            batches--;
-        else if (copy.from != nullptr)
-            std::memcpy(copy.to, copy.from, 16);
-        else
-            std::memset(copy.to, 0, 16);
+        if (ends_batch(copy)) batches--;
+        else if (copy.from != nullptr) std::memcpy(copy.to, copy.from, 16);
+        else std::memset(copy.to, 0, 16);
     }
 }
 

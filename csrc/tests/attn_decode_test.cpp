@@ -47,9 +47,9 @@ struct Case {
 
 static std::string name_of(const Case& c) {
     char text[300];
-    int at = std::snprintf(text, sizeof text, "D %u, %u bits, g %u, %s, Hkv %u, G %u, k %u, w %u, seed %u:", c.d, c.bits, c.g,
-                           c.dtype == SPECACHE_BF16 ? "bf16" : "fp16", c.kv_heads, c.group_heads, c.top_k, c.window,
-                           unsigned(c.seed));
+    int at = std::snprintf(text, sizeof text, "D %u, %u bits, g %u, %s, Hkv %u, G %u, k %u, w %u, seed %u:", c.d,
+                           c.bits, c.g, c.dtype == SPECACHE_BF16 ? "bf16" : "fp16", c.kv_heads, c.group_heads, c.top_k,
+                           c.window, unsigned(c.seed));
     for (const Length& l : c.seqs)
         at += std::snprintf(text + at, sizeof text - size_t(at), " (n %u, nq %u, %u rows)", l.n, l.nq, l.rows);
     return text;
@@ -73,7 +73,8 @@ struct Pair {
 // ---- what a kernel reads, and the same as plain numbers ---------------------------------------------------------
 
 template <class T> struct Array : device::Buffer {
-    Array(const char* name, size_t n, Access access) : device::Buffer(name, std::max<size_t>(n, 1) * sizeof(T), access) {}
+    Array(const char* name, size_t n, Access access)
+        : device::Buffer(name, std::max<size_t>(n, 1) * sizeof(T), access) {}
     T& operator[](size_t i) { return reinterpret_cast<T*>(data())[i]; }
     size_t size() const { return bytes() / sizeof(T); }
 };
@@ -104,7 +105,7 @@ public:
         p.n_seqs = uint32_t(c.seqs.size()), p.n_heads = n_heads, p.n_kv_heads = c.kv_heads;
         p.head_dim = D, p.bits = B, p.group_size = c.g, p.dtype = c.dtype;
         p.top_k = c.top_k, p.window = c.window, p.capacity = capacity;
-        p.n_sms = 1 + unsigned(c.seed % 3), p.shared_limit = c.seed % 2 ? 99 << 10 : 227 << 10;
+        p.n_sms = 1 + unsigned(c.seed % 3), p.shared_limit = device::shared_limit(c.seed % 2 ? 99 << 10 : 227 << 10);
         return p;
     }
 
@@ -158,7 +159,7 @@ private:
         skip = std::make_unique<Array<uint64_t>>("skip", (n + 1) * c.kv_heads * skip_stride, kR);
         scores = std::make_unique<Array<float>>("scores", n * n_heads * score_stride, kW);
         lse = std::make_unique<Array<float>>("lse", n * n_heads, kW);
-        std::memset(wide->data(), 0xFF, wide->bytes());     // NaN in both types
+        std::memset(wide->data(), 0xFF, wide->bytes());   // NaN in both types
         std::memset(pairs->data(), 0xFF, pairs->bytes());
         std::memset(slots->data(), 0xFF, slots->bytes());
         std::memset(skip->data(), 0, skip->bytes());
@@ -167,7 +168,7 @@ private:
     }
 
     std::vector<device::Buffer*> all() {
-        return {seqs.get(), q.get(),    out.get(),   packed.get(), wide.get(), packed_ids.get(), wide_ids.get(),
+        return {seqs.get(),  q.get(),     out.get(),  packed.get(), wide.get(), packed_ids.get(), wide_ids.get(),
                 slots.get(), pairs.get(), skip.get(), scores.get(), lse.get(),  parts.get()};
     }
 
@@ -175,19 +176,28 @@ private:
         const Length& l = c.seqs[s];
         specache_seq& seq = (*seqs)[s];
         // Rows and caches in another order than sequences.
-        seq = {l.n, l.nq, l.no, l.rows, uint32_t(1 + 2 * (c.seqs.size() - 1 - s)), used_packed, used_wide, uint32_t(c.seqs.size() - s)};
+        seq = {l.n,
+               l.nq,
+               l.no,
+               l.rows,
+               uint32_t(1 + 2 * (c.seqs.size() - 1 - s)),
+               used_packed,
+               used_wide,
+               uint32_t(c.seqs.size() - s)};
         std::vector<std::vector<Pair>> heads;
         for (uint32_t h = 0; h < c.kv_heads; h++) {
             std::vector<Pair> cache;
             for (uint32_t page = 0; page < l.nq / kPage; page++) fill_packed(used_packed + page, h, cache);
-            for (uint32_t j = l.nq; j < l.n + l.rows; j++) cache.push_back(fill_wide(used_wide + (j - l.nq) / kPage, h, j % kPage));
+            for (uint32_t j = l.nq; j < l.n + l.rows; j++)
+                cache.push_back(fill_wide(used_wide + (j - l.nq) / kPage, h, j % kPage));
             if (c.replace != kNone && l.rows != 0) replace(seq, h, cache);
             heads.push_back(std::move(cache));
         }
         caches.push_back(std::move(heads));
         // Pages that no row sees may be gone.
         for (uint32_t page = 0; page < l.nq / kPage && c.ids; page++)
-            if (l.rows == 0 || (page + 1) * kPage <= first_seen(l.n, c.window)) (*packed_ids)[used_packed + page] = 1u << 20;
+            if (l.rows == 0 || (page + 1) * kPage <= first_seen(l.n, c.window))
+                (*packed_ids)[used_packed + page] = 1u << 20;
         used_packed += l.nq / kPage;
         used_wide += divide_up(l.n + 2 - l.nq, kPage);
     }
@@ -363,7 +373,8 @@ static void all_cases() {
     for (uint32_t g : {32, 64}) {
         const std::vector<Length> lengths = border_lengths(g);
         for (size_t i = 0; i < lengths.size(); i += 6) {
-            const std::vector<Length> batch(lengths.begin() + long(i), lengths.begin() + long(std::min(i + 6, lengths.size())));
+            const std::vector<Length> batch(lengths.begin() + long(i),
+                                            lengths.begin() + long(std::min(i + 6, lengths.size())));
             run_case({64, 2, g, i % 4 ? kB : kF, 1, 2, 24, 0, kSome, batch, i % 4 != 2});
         }
     }
@@ -378,10 +389,29 @@ static void all_cases() {
     run_case({64, 2, 64, kF, 1, 4, 0, 0, kNone, two_rows, true, false});
     // Windows: borders within packed pages, between them, within and beyond the wide ones; nothing packed is seen.
     for (uint32_t window : {1, 2, 9, 64, 72, 73, 74, 136, 137, 138, 200, 201, 300})
-        run_case({64, 2, 32, window % 2 ? kF : kB, 1, 2, 24, window, kSome, {{200, 128, 192, 2}, {70, 64, 64, 1}}, window % 3 != 0});
+        run_case({64,
+                  2,
+                  32,
+                  window % 2 ? kF : kB,
+                  1,
+                  2,
+                  24,
+                  window,
+                  kSome,
+                  {{200, 128, 192, 2}, {70, 64, 64, 1}},
+                  window % 3 != 0});
     // Everything wide (full, offload), long enough for several units; unused entries; more than 32 sequences.
     run_case({128, 2, 64, kB, 1, 4, 0, 0, kNone, {{700, 0, 640, 2}}});
-    run_case({64, 1, 64, kF, 1, 1, 16, 0, kSome, {{0, 0, 0, 0}, {100, 64, 64, 2}, {130, 128, 128, 0}, {1300, 1216, 1216, 2}}});
+    run_case({64,
+              1,
+              64,
+              kF,
+              1,
+              1,
+              16,
+              0,
+              kSome,
+              {{0, 0, 0, 0}, {100, 64, 64, 2}, {130, 128, 128, 0}, {1300, 1216, 1216, 2}}});
     std::vector<Length> crowd;
     for (uint32_t i = 0; i < 70; i++) crowd.push_back({i % 9, 0, 0, i % 3});
     run_case({64, 1, 64, kB, 1, 1, 0, 0, kNone, crowd});
@@ -408,7 +438,8 @@ static void expect_status(specache_status want, const char* part, void (*change)
     const specache_status got = specache_attn_plan(&p, &launch);
     CHECK(got == want, "status %d, not %d: %s", got, want, launch.message);
     CHECK(std::strstr(launch.message, part), "'%s' does not name '%s'", launch.message, part);
-    if (want != SPECACHE_TOO_MUCH_SHARED) CHECK(specache_attn_combine_plan(&p, &launch) == want, "combine: %s", launch.message);
+    if (want != SPECACHE_TOO_MUCH_SHARED)
+        CHECK(specache_attn_combine_plan(&p, &launch) == want, "combine: %s", launch.message);
 }
 
 static void plans() {
@@ -444,13 +475,14 @@ static void plans() {
         specache_launch launch;
         CHECK(specache_attn_plan(&p, &launch) == SPECACHE_OK, "%s", launch.message);
         CHECK(launch.grid == 132 * ctas && attn_stages(p) == stages, "grid %u, %u stages", launch.grid, attn_stages(p));
-        CHECK(launch.shared_bytes == sizeof(AttnShared<Bf16, 128>) + 4 * stages * 8192, "%u bytes", launch.shared_bytes);
+        CHECK(launch.shared_bytes == sizeof(AttnShared<Bf16, 128>) + 4 * stages * 8192, "%u bytes",
+              launch.shared_bytes);
     }
 }
 
 int main() {
     plans();
     all_cases();
-    std::printf("attn_decode_test: %d cases equal the twin, out within %.1e, scores within %.1e (%s)\n", cases, worst_out,
-                worst_score, device::kName);
+    std::printf("attn_decode_test: %d cases equal the twin, out within %.1e, scores within %.1e (%s)\n", cases,
+                worst_out, worst_score, device::kName);
 }

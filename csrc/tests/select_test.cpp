@@ -1,5 +1,5 @@
-// select.cu against a plain twin: ties, windows, counts around k and around the chunks, and a session of selections whose
-// slots, skip bits and fetch lists must agree after every step. Scores that are nobody's business are NaN.
+// select.cu against a plain twin: ties, windows, counts around k and around the chunks, and sessions of selections
+// whose slots, skip bits and fetch lists must agree after every step. Scores that are nobody's business are NaN.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -33,13 +33,15 @@ struct Case {
 
 static std::string name_of(const Case& c) {
     char text[200];
-    std::snprintf(text, sizeof text, "Hkv %u, G %u, k %u, w %u, scores %d, n %u, no %u, %zu sequences, seed %u", c.kv_heads,
-                  c.group_heads, c.top_k, c.window, c.scores, c.seqs[0].n, c.seqs[0].no, c.seqs.size(), unsigned(c.seed));
+    std::snprintf(text, sizeof text, "Hkv %u, G %u, k %u, w %u, scores %d, n %u, no %u, %zu sequences, seed %u",
+                  c.kv_heads, c.group_heads, c.top_k, c.window, c.scores, c.seqs[0].n, c.seqs[0].no, c.seqs.size(),
+                  unsigned(c.seed));
     return text;
 }
 
 template <class T> struct Array : device::Buffer {
-    Array(const char* name, size_t n, Access access) : device::Buffer(name, std::max<size_t>(n, 1) * sizeof(T), access) {}
+    Array(const char* name, size_t n, Access access)
+        : device::Buffer(name, std::max<size_t>(n, 1) * sizeof(T), access) {}
     T& operator[](size_t i) { return reinterpret_cast<T*>(data())[i]; }
     size_t size() const { return bytes() / sizeof(T); }
 };
@@ -82,7 +84,7 @@ public:
 private:
     static bool is_poison(uint32_t x) { return x == 0xA5A5A5A5u; }
 
-    Range candidates(size_t s) {
+    Candidates candidates(size_t s) {
         const specache_seq& seq = (*seqs)[s];
         if (seq.n_rows == 0) return {0, 0};
         const uint32_t last = seq.n + seq.n_rows - 1, first = c.window && last >= c.window ? last - c.window + 1 : 0;
@@ -92,26 +94,28 @@ private:
     // Quarters and few of them: equal keys are frequent, different ones differ by more than any rounding.
     float score() {
         switch (c.scores) {
-            case kDistinct: return 0.25f * float(int(random() % 200) - 160);
-            case kTies: return float(int(random() % 3)) - 8.0f;
-            case kEqual: return -3.0f;
-            default: return random() % 50 == 0 ? float(random() % 4) : -200.0f;   // the others' 2^-200 is 0
+            case kDistinct:
+                return 0.25f * float(int(random() % 200) - 160);
+            case kTies:
+                return float(int(random() % 3)) - 8.0f;
+            case kEqual:
+                return -3.0f;
+            default:
+                return random() % 50 == 0 ? float(random() % 4) : -200.0f;   // the others' 2^-200 is 0
         }
     }
 
     // From the second step on, most stay as they were: selections overlap.
     void fill_scores() {
         for (size_t s = 0; s < c.seqs.size(); s++) {
-            const Range range = candidates(s);
+            const Candidates range = candidates(s);
             for (uint32_t h = 0; h < n_heads; h++) {
                 (*lse)[s * n_heads + h] = float(int(random() % 4));
                 for (uint32_t j = 0; j < score_stride; j++) {
                     float& x = (*scores)[(s * n_heads + h) * score_stride + j];
                     const bool wanted = j >= range.first && j < range.end;
-                    if (!wanted)
-                        x = NAN;
-                    else if (std::isnan(x) || bit_cast<uint32_t>(x) == 0xA5A5A5A5u || random() % 10 == 0)
-                        x = score();
+                    if (!wanted) x = NAN;
+                    else if (std::isnan(x) || bit_cast<uint32_t>(x) == 0xA5A5A5A5u || random() % 10 == 0) x = score();
                 }
             }
         }
@@ -128,9 +132,9 @@ private:
         p.top_k = c.top_k, p.window = c.window, p.capacity = capacity;
         Array<uint8_t> candidate_lists("candidates", specache_select_scratch_bytes(&p), device::Buffer::kWrite);
         p.candidates = candidate_lists.address();
-        const std::vector<device::Buffer*> all = {seqs.get(),     scores.get(),  lse.get(),          slots.get(),
-                                                  skip.get(),     selected.get(), fetches.get(),     fetch_counts.get(),
-                                                  select_counts.get()};
+        const std::vector<device::Buffer*> all = {seqs.get(),    scores.get(),       lse.get(),
+                                                  slots.get(),   skip.get(),         selected.get(),
+                                                  fetches.get(), fetch_counts.get(), select_counts.get()};
         for (device::Buffer* b : all) b->upload();
         specache_launch launch;
         CHECK(specache_select_plan(&p, &launch) == SPECACHE_OK, "%s", launch.message);
@@ -142,7 +146,7 @@ private:
 
     // method.md, decode step 3.
     std::vector<uint32_t> twin(size_t s, uint32_t head) {
-        const Range range = candidates(s);
+        const Candidates range = candidates(s);
         std::vector<std::pair<float, uint32_t>> order;
         for (uint32_t j = range.first; j < range.end; j++) {
             float sum = 0;
@@ -169,7 +173,8 @@ private:
             return;
         }
         const std::vector<uint32_t> best = twin(s, head);
-        CHECK((*select_counts)[at] == best.size(), "%u selected, not %zu (%s)", (*select_counts)[at], best.size(), name.c_str());
+        CHECK((*select_counts)[at] == best.size(), "%u selected, not %zu (%s)", (*select_counts)[at], best.size(),
+              name.c_str());
         for (size_t i = 0; i < c.top_k; i++) {
             const uint32_t got = (*selected)[at * c.top_k + i];
             if (i < best.size()) CHECK(got == best[i], "number %zu is %u, not %u (%s)", i, got, best[i], name.c_str());
@@ -179,11 +184,13 @@ private:
         std::set<uint32_t> held, fetched_slots;
         for (uint32_t i = 0; i < c.top_k; i++) {
             const uint32_t old = before[cache_head * c.top_k + i];
-            if (now[i] != SPECACHE_EMPTY_SLOT) CHECK(held.insert(now[i]).second, "two slots hold %u (%s)", now[i], name.c_str());
+            if (now[i] != SPECACHE_EMPTY_SLOT)
+                CHECK(held.insert(now[i]).second, "two slots hold %u (%s)", now[i], name.c_str());
             const bool again = std::binary_search(best.begin(), best.end(), old);
             if (again) CHECK(now[i] == old, "slot %u had %u and has %u (%s)", i, old, now[i], name.c_str());
         }
-        CHECK(std::equal(held.begin(), held.end(), best.begin(), best.end()), "slots hold something else (%s)", name.c_str());
+        CHECK(std::equal(held.begin(), held.end(), best.begin(), best.end()), "slots hold something else (%s)",
+              name.c_str());
         size_t fetched = 0;
         for (uint32_t j : best) {
             const uint32_t slot = uint32_t(std::find(now, now + c.top_k, j) - now);
@@ -281,7 +288,8 @@ static void plans() {
     expect_status(SPECACHE_UNSUPPORTED_TOP_K, "2049", [](Params& p) { p.top_k = 2049; });
     expect_status(SPECACHE_UNSUPPORTED_HEADS, "33 heads", [](Params& p) { p.n_heads = 33; });
     expect_status(SPECACHE_TOO_LARGE, "tokens", [](Params& p) { p.capacity = 1u << 31; });
-    expect_status(SPECACHE_TOO_LARGE, "sequences", [](Params& p) { p.n_seqs = p.n_kv_heads = 1u << 31, p.n_heads = p.n_kv_heads; });
+    expect_status(SPECACHE_TOO_LARGE, "sequences",
+                  [](Params& p) { p.n_seqs = p.n_kv_heads = 1u << 31, p.n_heads = p.n_kv_heads; });
     expect_status(SPECACHE_BAD_ADDRESS, "seqs", [](Params& p) { p.seqs += 8; });
     expect_status(SPECACHE_BAD_ADDRESS, "scores", [](Params& p) { p.scores = 0; });
     expect_status(SPECACHE_BAD_ADDRESS, "lse", [](Params& p) { p.lse = 0; });
