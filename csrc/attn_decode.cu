@@ -153,6 +153,12 @@ template <int D> struct MergeShared {
     float sum[kAttnWarps][kColumns];
 };
 
+// A warp's stages.
+struct Ring {
+    uint8_t* start;
+    uint32_t stage_bytes, stages;
+};
+
 // What a lane must know of its two columns, 2j and 2j + 1.
 struct LaneColumns {
     uint32_t first[2], last[2];   // positions that the column's row sees
@@ -313,9 +319,22 @@ SPECACHE_DEVICE void copy_page(const specache_attn_params& p, const Unit& unit, 
 
 template <int D, int B>
 SPECACHE_DEVICE void copy_item(const specache_attn_params& p, const Unit& unit, uint32_t item, uint8_t* stage) {
-    if (item < unit.work.pages) copy_page<D, B>(p, unit, unit.work.first_page + item, stage);
-    else if (item < unit.end_item) copy_wide_tile<D>(p, unit, item - unit.work.pages, stage);
+#if SPECACHE_INJECTED_BUG == 6   // the tests must see copies that nobody waits for
+    const bool needed = true;
+#else
+    const bool needed = item < unit.end_item;
+#endif
+    if (needed && item < unit.work.pages) copy_page<D, B>(p, unit, unit.work.first_page + item, stage);
+    else if (needed && item < unit.work.items()) copy_wide_tile<D>(p, unit, item - unit.work.pages, stage);
     copy_async_commit();   // also without a copy: batches are counted
+}
+
+// All stages but one: the last is filled when the first is attended to.
+template <int D, int B>
+SPECACHE_DEVICE void fill_ring(const specache_attn_params& p, const Unit& unit, const Ring& ring) {
+    const uint32_t first = unit.first_item + threadIdx.x / 32;
+    for (uint32_t s = 0; s + 1 < ring.stages; s++)
+        copy_item<D, B>(p, unit, first + s * kAttnWarps, ring.start + s * ring.stage_bytes);
 }
 
 // Until at most `batches` are under way.
@@ -626,22 +645,21 @@ template <int D> SPECACHE_DEVICE void leave_code_unit(Accumulator<D>& acc) {
 
 template <class T, int D, int B>
 SPECACHE_DEVICE void attend_items(const specache_attn_params& p, const Unit& unit, const AttnShared<T, D>& shared,
-                                  uint8_t* ring, Accumulator<D>& acc) {
+                                  const Ring& ring, Accumulator<D>& acc) {
     const LaneColumns columns = lane_columns(p, unit);
-    const uint32_t stages = attn_stages(p), bytes = stage_bytes(p), ahead = (stages - 1) * kAttnWarps;
-    const uint32_t first = unit.first_item + threadIdx.x / 32;
+    const uint32_t last = ring.stages - 1;
+    uint32_t stage = 0;
     bool code_unit = true;
     clear(acc);
-    for (uint32_t s = 0; s + 1 < stages; s++) copy_item<D, B>(p, unit, first + s * kAttnWarps, ring + s * bytes);
-    uint32_t stage = 0;
 #pragma unroll 1
-    for (uint32_t item = first; item < unit.end_item; item += kAttnWarps) {
-        copy_item<D, B>(p, unit, item + ahead, ring + (stage == 0 ? stages - 1 : stage - 1) * bytes);
-        wait_for_copies(stages - 1);
+    for (uint32_t item = unit.first_item + threadIdx.x / 32; item < unit.end_item; item += kAttnWarps) {
+        const uint32_t free_stage = stage == 0 ? last : stage - 1;
+        copy_item<D, B>(p, unit, item + last * kAttnWarps, ring.start + free_stage * ring.stage_bytes);
+        wait_for_copies(last);
 #if SPECACHE_INJECTED_BUG != 1   // the tests must see a missing barrier
         __syncwarp();            // lanes read what other lanes copied
 #endif
-        const uint8_t* at = ring + stage * bytes;
+        const uint8_t* at = ring.start + stage * ring.stage_bytes;
 #if SPECACHE_INJECTED_BUG == 3   // the tests must see a page too many
         if (item <= unit.work.pages) {
 #else
@@ -654,7 +672,7 @@ SPECACHE_DEVICE void attend_items(const specache_attn_params& p, const Unit& uni
             attend_wide_tile<T, D>(p, unit, columns, shared, item - unit.work.pages, at, acc);
         }
         __syncwarp();   // before the stage is overwritten
-        stage = stage + 1 == stages ? 0 : stage + 1;
+        stage = stage == last ? 0 : stage + 1;
     }
     if (code_unit) leave_code_unit(acc);
 }
@@ -702,12 +720,14 @@ template <class T, int D, int B> SPECACHE_DEVICE void attend(const specache_attn
     SPECACHE_SHARED(Unit, unit);
     AttnShared<T, D>& shared = *reinterpret_cast<AttnShared<T, D>*>(memory);
     uint8_t* rings = memory + sizeof(AttnShared<T, D>);
-    uint8_t* ring = rings + threadIdx.x / 32 * attn_stages(p) * stage_bytes(p);
+    Ring ring{rings, stage_bytes(p), attn_stages(p)};
+    ring.start += threadIdx.x / 32 * ring.stages * ring.stage_bytes;
     MergeShared<D>& merge = *reinterpret_cast<MergeShared<D>*>(rings);
     for (uint32_t index = blockIdx.x;; index += gridDim.x) {
         if (threadIdx.x < 32) find_unit(p, index, unit);
         __syncthreads();
         if (unit.found == 0) return;
+        fill_ring<D, B>(p, unit, ring);   // first, so that the queries hide its latency
         load_queries<T, D, B>(p, unit, shared);
         __syncthreads();
         Accumulator<D> acc;

@@ -135,7 +135,6 @@ template <class Key> SPECACHE_DEVICE Threshold find_threshold(ScanShared& shared
         __syncthreads();
         prefix = prefix << (high - low) | shared.digit;
         k = shared.missing;
-        __syncthreads();
         if (low == 0) return Threshold{prefix, k};
         high = low;
     }
@@ -314,13 +313,13 @@ SPECACHE_DEVICE void select_merge(const specache_select_params& p) {
 
 }   // namespace specache
 
-// registers: <= 42 specache_select_*   (3 CTAs of 512 threads an SM; shared memory allows 2 to 5)
-extern "C" __global__ void __launch_bounds__(SPECACHE_SELECT_THREADS)
+// registers: <= 40 specache_select_*   (3 CTAs of 512 threads an SM; shared memory allows 2 to 5)
+extern "C" __global__ void __launch_bounds__(SPECACHE_SELECT_THREADS, 3)
     specache_select_chunks(const __grid_constant__ specache_select_params p) {
     specache::select_chunk(p);
 }
 
-extern "C" __global__ void __launch_bounds__(SPECACHE_SELECT_THREADS)
+extern "C" __global__ void __launch_bounds__(SPECACHE_SELECT_THREADS, 3)
     specache_select_merge(const __grid_constant__ specache_select_params p) {
     specache::select_merge(p);
 }

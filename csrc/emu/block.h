@@ -35,9 +35,18 @@ struct Warp {
 };
 
 // A copy to shared memory under way (from null: zeros), or the end of a batch of them (to null).
+constexpr int kCopyPoison = 0xC5;
+
 struct AsyncCopy {
     void* to = nullptr;
     const void* from = nullptr;
+
+    void arrive() const {
+        const uint8_t* at = static_cast<const uint8_t*>(to);
+        if (std::count(at, at + 16, kCopyPoison) != 16) fail("a write to where an asynchronous copy is under way");
+        if (from != nullptr) std::memcpy(to, from, 16);
+        else std::memset(to, 0, 16);
+    }
 };
 
 struct Thread {
@@ -66,6 +75,9 @@ public:
         start_threads(int(block.x * block.y * block.z));
         while (run_to_barrier()) {
         }
+        for (const Thread& t : threads_)
+            for (const AsyncCopy& copy : t.copies)
+                if (copy.to != nullptr) fail("a thread ended with asynchronous copies under way");
         current_ = nullptr;
     }
 

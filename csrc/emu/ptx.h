@@ -73,11 +73,11 @@ template <class T> void store_device(T* to, T v) {
     *to = v;
 }
 
-// A copy shows only when it is waited for: until then its destination holds poison.
+// A copy shows only when it is waited for: until then its destination holds poison, and must still hold it then.
 inline void copy_async_16(void* to, const void* from, uint32_t bytes) {
     if (uintptr_t(to) % 16 != 0 || (bytes != 0 && bytes != 16)) emu::fail("cp.async of %u bytes, or misaligned", bytes);
     if (bytes != 0) emu::check_access(from, 16, false);
-    std::memset(to, 0xC5, 16);
+    std::memset(to, emu::kCopyPoison, 16);
     emu::Block::current().thread().copies.push_back(emu::AsyncCopy{to, bytes == 0 ? nullptr : from});
 }
 
@@ -90,8 +90,7 @@ template <int N> void copy_async_wait() {
         const emu::AsyncCopy copy = copies.front();
         copies.pop_front();
         if (ends_batch(copy)) batches--;
-        else if (copy.from != nullptr) std::memcpy(copy.to, copy.from, 16);
-        else std::memset(copy.to, 0, 16);
+        else copy.arrive();
     }
 }
 

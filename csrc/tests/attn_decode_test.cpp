@@ -19,6 +19,11 @@ using namespace specache;
 
 using Kernel = void (*)(specache_attn_params);
 
+// More of them for an afternoon: -DSPECACHE_RANDOM_CASES=10000.
+#ifndef SPECACHE_RANDOM_CASES
+#define SPECACHE_RANDOM_CASES 60
+#endif
+
 static const std::map<std::string, Kernel>& kernels() {
 #define ENTRY(D, B, dtype, T) {"specache_attn_d" #D "_b" #B "_" #dtype, specache_attn_d##D##_b##B##_##dtype},
     static const std::map<std::string, Kernel> all = {
@@ -417,6 +422,34 @@ static void all_cases() {
     run_case({64, 1, 64, kB, 1, 1, 0, 0, kNone, crowd});
 }
 
+// Any shape with any state of the cache.
+static void random_cases(int count) {
+    std::mt19937 random(7);
+    const auto pick = [&](std::initializer_list<uint32_t> from) { return *(from.begin() + random() % from.size()); };
+    for (int i = 0; i < count; i++) {
+        Case c{};
+        c.d = pick({64, 64, 64, 128});
+        c.bits = pick({1, 2, 4});
+        c.g = pick({32, 64});
+        c.dtype = pick({SPECACHE_FP16, SPECACHE_BF16});
+        c.kv_heads = pick({1, 1, 2, 3});
+        c.group_heads = pick({1, 2, 4, 5, 8});
+        c.top_k = pick({0, 1, 15, 16, 17, 40});
+        c.window = random() % 3 ? 0 : 1 + random() % 300;
+        c.replace = Replace(random() % 3);
+        c.ids = random() % 2;
+        c.scores = random() % 4;
+        for (uint32_t s = 1 + random() % 3; s > 0; s--) {
+            const uint32_t n = random() % 400, nq = n / kPage == 0 ? 0 : random() % (n / kPage + 1) * kPage;
+            const uint32_t no = nq + random() % (n - nq + 1);
+            c.seqs.push_back({n, nq, no, 1 + unsigned(random() % 2)});
+        }
+        // All of page 0 replaced needs slots for it.
+        if (c.replace == kFirstPage && c.top_k < kPage) c.top_k = 64 + random() % 9;
+        run_case(c);
+    }
+}
+
 // ---- the plan ---------------------------------------------------------------------------------------------------
 
 using Params = specache_attn_params;
@@ -483,6 +516,7 @@ static void plans() {
 int main() {
     plans();
     all_cases();
+    random_cases(SPECACHE_RANDOM_CASES);
     std::printf("attn_decode_test: %d cases equal the twin, out within %.1e, scores within %.1e (%s)\n", cases,
                 worst_out, worst_score, device::kName);
 }

@@ -15,6 +15,11 @@
 
 using namespace specache;
 
+// More of them for an afternoon: -DSPECACHE_RANDOM_CASES=10000.
+#ifndef SPECACHE_RANDOM_CASES
+#define SPECACHE_RANDOM_CASES 40
+#endif
+
 // ---- a case -----------------------------------------------------------------------------------------------------
 
 enum Scores { kDistinct, kTies, kEqual, kPeaks };
@@ -262,6 +267,24 @@ static void all_cases() {
     run_case({1, 16, 8, 0, kDistinct, {{8257, 8192, 2}, {8300, 8256, 1}}});
 }
 
+static void random_cases(int count) {
+    std::mt19937 random(7);
+    for (int i = 0; i < count; i++) {
+        Case c{};
+        c.kv_heads = 1 + random() % 2;
+        c.group_heads = 1 + random() % 4;
+        c.top_k = random() % 2 ? random() % 100 : random() % 600;
+        c.window = random() % 3 ? 0 : 1 + random() % 900;
+        c.scores = Scores(random() % 4);
+        c.steps = 1 + random() % 3;
+        for (uint32_t s = 1 + random() % 3; s > 0; s--) {
+            const uint32_t n = random() % 1000;
+            c.seqs.push_back({n, uint32_t(random() % (n + 1)), uint32_t(random() % 3)});
+        }
+        run_case(c);
+    }
+}
+
 // ---- the plan ---------------------------------------------------------------------------------------------------
 
 using Params = specache_select_params;
@@ -304,5 +327,6 @@ static void plans() {
 int main() {
     plans();
     all_cases();
+    random_cases(SPECACHE_RANDOM_CASES);
     std::printf("select_test: %d cases equal the twin (%s)\n", cases, device::kName);
 }
