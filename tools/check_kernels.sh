@@ -94,6 +94,14 @@ fi
 compile csrc/probe.cu 90a
 report csrc/pack.cu csrc/probe.cu || fail "registers or spills"
 
+# Attention and selection.
+attention=(csrc/attn_decode.cu csrc/select.cu)
+for source in "${attention[@]}"; do
+  for arch in "${architectures[@]}"; do compile "$source" "$arch"; done
+  if [ "${1:-}" = --all ]; then compile_ptx "$source"; fi
+done
+report "${attention[@]}" || fail "registers or spills"
+
 # The tests must also build for a GPU, where tools/gpu.sh runs them: the small one shows it.
 "$nvcc" -std=c++17 -Werror all-warnings -Xcompiler -Wno-unknown-pragmas -gencode arch=compute_90a,code=sm_90a \
   -x cu -c csrc/tests/layout_test.cpp -o "$out/layout_test.gpu.o" || fail "layout_test does not build for a GPU"
@@ -101,6 +109,10 @@ report csrc/pack.cu csrc/probe.cu || fail "registers or spills"
 # The launch plans are ordinary C++, the parameters ordinary C.
 g++ -std=c++17 -Wall -Wextra -Wpedantic -Werror -DSPECACHE_PLAN_ONLY -x c++ -c csrc/pack.cu -o "$out/pack_plan.o" ||
   fail "the plan of pack.cu needs CUDA"
+for source in "${attention[@]}"; do
+  g++ -std=c++17 -Wall -Wextra -Wpedantic -Werror -DSPECACHE_PLAN_ONLY -x c++ -c "$source" \
+    -o "$out/$(basename "$source" .cu)_plan.o" || fail "the plan of $source needs CUDA"
+done
 gcc -std=c11 -Wall -Wextra -Wpedantic -Werror -Icsrc -include abi.h -x c -c /dev/null -o "$out/abi.o" ||
   fail "abi.h is not C"
 
@@ -118,7 +130,7 @@ build() { # test, suffix, flags...
   "${emulated[@]}" "$@" "csrc/tests/${test}_test.cpp" -o "$out/$test$suffix"
 }
 
-for test in emu layout pack; do
+for test in emu layout pack attn_decode select decode_chain; do
   for kind in plain sanitized; do
     flags=()
     [ "$kind" = sanitized ] && flags=("${sanitizers[@]}")
@@ -133,16 +145,28 @@ for test in emu layout pack; do
   done
 done
 
-# 1: a missing __syncthreads. 2: an octet out of order in the fragments.
-for bug in 1 2; do
-  if ! build pack ".bug$bug" -DSPECACHE_INJECTED_BUG="$bug"; then
-    fail "injected bug $bug does not build"
-  elif "$out/pack.bug$bug" >"$out/pack.bug$bug.log" 2>&1; then
-    fail "injected bug $bug went unseen"
+expect_bug() { # test, bug, flags...
+  local test=$1 bug=$2
+  shift 2
+  if ! build "$test" ".bug$bug" -DSPECACHE_INJECTED_BUG="$bug" "$@"; then
+    fail "injected bug $bug of $test does not build"
+  elif "$out/$test.bug$bug" >"$out/$test.bug$bug.log" 2>&1; then
+    fail "injected bug $bug of $test went unseen"
   else
-    echo "ok    injected bug $bug is seen: $(head -n 1 "$out/pack.bug$bug.log")"
+    echo "ok    injected bug $bug of $test is seen: $(head -n 1 "$out/$test.bug$bug.log")"
   fi
-done
+}
+
+# 1: a missing __syncthreads. 2: an octet out of order in the fragments.
+for bug in 1 2; do expect_bug pack "$bug"; done
+
+# 1, 5: a missing __syncwarp, __syncthreads. 2: a wrong fragment. 3: a page too many. 4: a position that counts twice.
+# 6: copies that nobody waits for.
+# One kernel of the twelve builds in a third of the time.
+for bug in 1 2 3 4 5 6; do expect_bug attn_decode "$bug" "-DSPECACHE_ATTN_KERNELS(X)=X(64, 2, bf16, Bf16)"; done
+
+# 1: a missing __syncthreads. 2: a position behind the window. 3: a position that nobody replaces any more.
+for bug in 1 2 3; do expect_bug select "$bug"; done
 
 if [ "$failures" -ne 0 ]; then
   echo "$failures checks failed"
