@@ -94,5 +94,46 @@ SPECACHE_DEVICE void bulk_stores_done() { asm volatile("cp.async.bulk.wait_group
 
 #endif
 
+// ---- the dense half of a step: weights, any small value of device memory, dependent launches ----
+
+// 16 bytes of weights: nobody writes them while a kernel runs, no CTA reads them twice, and the other half of their
+// line is wanted next.
+SPECACHE_DEVICE uint4 load_weight(const void* from) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from));
+    return v;
+}
+
+// A value of 1 to 16 bytes in device memory, aligned to its size.
+template <class V> SPECACHE_DEVICE V load_value(const void* from) { return *static_cast<const V*>(from); }
+
+template <class V> SPECACHE_DEVICE void store_value(void* to, V value) { *static_cast<V*>(to) = value; }
+
+// mma_m16n8k16 of bf16.
+SPECACHE_DEVICE void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Programmatic dependent launch: the next kernel may start while this one runs, and must wait before it reads what
+// this one writes, or writes what this one reads. Without the launch attribute, and before sm_90, neither does
+// anything.
+SPECACHE_DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Until all kernels before this one are complete and their writes can be seen.
+SPECACHE_DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 }   // namespace specache
 #endif

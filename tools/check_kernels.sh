@@ -94,6 +94,16 @@ fi
 compile csrc/probe.cu 90a
 report csrc/pack.cu csrc/probe.cu || fail "registers or spills"
 
+# The dense half of a step.
+dense=(csrc/embed.cu csrc/linear.cu csrc/sample.cu)
+for source in "${dense[@]}"; do
+  for arch in "${architectures[@]}"; do compile "$source" "$arch"; done
+  if [ "${1:-}" = --all ]; then compile_ptx "$source"; fi
+  g++ -std=c++17 -Wall -Wextra -Wpedantic -Werror -DSPECACHE_PLAN_ONLY -x c++ -c "$source" \
+    -o "$out/$(basename "$source" .cu)_plan.o" || fail "the plan of $source needs CUDA"
+done
+report "${dense[@]}" || fail "registers or spills"
+
 # The tests must also build for a GPU, where tools/gpu.sh runs them: the small one shows it.
 "$nvcc" -std=c++17 -Werror all-warnings -Xcompiler -Wno-unknown-pragmas -gencode arch=compute_90a,code=sm_90a \
   -x cu -c csrc/tests/layout_test.cpp -o "$out/layout_test.gpu.o" || fail "layout_test does not build for a GPU"
@@ -118,7 +128,7 @@ build() { # test, suffix, flags...
   "${emulated[@]}" "$@" "csrc/tests/${test}_test.cpp" -o "$out/$test$suffix"
 }
 
-for test in emu layout pack; do
+for test in emu layout pack embed linear sample; do
   for kind in plain sanitized; do
     flags=()
     [ "$kind" = sanitized ] && flags=("${sanitizers[@]}")
@@ -133,14 +143,24 @@ for test in emu layout pack; do
   done
 done
 
-# 1: a missing __syncthreads. 2: an octet out of order in the fragments.
-for bug in 1 2; do
-  if ! build pack ".bug$bug" -DSPECACHE_INJECTED_BUG="$bug"; then
-    fail "injected bug $bug does not build"
-  elif "$out/pack.bug$bug" >"$out/pack.bug$bug.log" 2>&1; then
-    fail "injected bug $bug went unseen"
+# Test and number of each injected bug, and what is wrong there.
+bugs=(
+  "pack 1 a missing barrier"
+  "pack 2 an octet out of order in the fragments"
+  "linear 1 a missing barrier"
+  "linear 2 pairs of k out of order in the fragments"
+  "linear 3 one row too many"
+  "embed 4 a page border in the wrong place"
+  "sample 5 ties that go to the wrong token"
+)
+for entry in "${bugs[@]}"; do
+  read -r test bug what <<<"$entry"
+  if ! build "$test" ".bug$bug" -DSPECACHE_INJECTED_BUG="$bug"; then
+    fail "injected bug does not build: $test: $what"
+  elif "$out/$test.bug$bug" >"$out/$test.bug$bug.log" 2>&1; then
+    fail "injected bug went unseen: $test: $what"
   else
-    echo "ok    injected bug $bug is seen: $(head -n 1 "$out/pack.bug$bug.log")"
+    echo "ok    injected bug is seen: $test: $what: $(head -n 1 "$out/$test.bug$bug.log")"
   fi
 done
 

@@ -13,7 +13,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 bin=target/gpu
 out=${OUT:-$bin/results}
-programs=(layout_test pack_test probe)
+programs=(layout_test pack_test embed_test linear_test sample_test probe)
 
 find_nvcc() {
   local candidate
@@ -84,7 +84,7 @@ fi
 
 status=0
 : >"$out/tests.txt"
-for test in layout_test pack_test; do
+for test in layout_test pack_test embed_test linear_test sample_test; do
   if timeout 60 "$bin/$test" >>"$out/tests.txt" 2>&1; then
     echo "ok    $test"
   else
@@ -96,11 +96,13 @@ done
 # Out-of-bounds accesses and races, as the hardware sees them. It does not run everywhere: its absence is no failure.
 if sanitizer=$(command -v compute-sanitizer); then
   for tool in memcheck racecheck; do
-    if timeout 45 "$sanitizer" --tool "$tool" --error-exitcode 9 "$bin/pack_test" >>"$out/sanitizer.txt" 2>&1; then
-      echo "ok    compute-sanitizer $tool"
-    else
-      echo "?     compute-sanitizer $tool: $(tail -n 1 "$out/sanitizer.txt")"
-    fi
+    for test in pack_test linear_test; do
+      if timeout 45 "$sanitizer" --tool "$tool" --error-exitcode 9 "$bin/$test" >>"$out/sanitizer.txt" 2>&1; then
+        echo "ok    compute-sanitizer $tool $test"
+      else
+        echo "?     compute-sanitizer $tool $test: $(tail -n 1 "$out/sanitizer.txt")"
+      fi
+    done
   done
 fi
 

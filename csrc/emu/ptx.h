@@ -54,4 +54,42 @@ inline uint32_t transpose_8x8(uint32_t row) {
     return column;
 }
 
+// ---- the dense half of a step ----
+
+inline uint4 load_weight(const void* from) { return load_streaming(from); }
+
+template <class V> V load_value(const void* from) {
+    emu::check_access(from, sizeof(V), false);
+    V value;
+    std::memcpy(&value, from, sizeof(V));
+    return value;
+}
+
+template <class V> void store_value(void* to, V value) {
+    emu::check_access(to, sizeof(V), true);
+    std::memcpy(to, &value, sizeof(V));
+}
+
+inline float emu_bf16(uint32_t pair, int element) { return bit_cast<float>(pair >> (16 * element) << 16); }
+
+inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    const auto& all = emu::Block::current().exchange("mma.m16n8k16.bf16", mine, 6);
+    const int lane = emu::Block::current().lane();
+    for (int i = 0; i < 4; i++) {
+        const int row = lane / 4, row_half = i / 2, column = lane % 4 * 2 + i % 2;
+        float sum = 0;
+        for (int k = 0; k < 16; k++) {
+            const int octet = k / 8, pair = k % 8 / 2, element = k % 2;
+            sum += emu_bf16(all[row * 4 + pair][2 * octet + row_half], element) *
+                   emu_bf16(all[column * 4 + pair][4 + octet], element);
+        }
+        d[i] += sum;
+    }
+}
+
+// Kernels of the emulation run one after the other.
+inline void let_next_kernel_start() {}
+inline void wait_for_previous_kernel() {}
+
 }   // namespace specache

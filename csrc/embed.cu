@@ -1,0 +1,162 @@
+// Begins a step: rows of the embedding become the residual stream, fp32.
+//
+// A CTA has one row. On the way it works out what all layers would otherwise work out again: the cosines and sines of
+// the row's position (fp32 angles, as Hugging Face has them), and for each layer the address at which the row's K and V
+// go into the tail. What a layer reads of all this is one address and a pair of numbers for each thread. Sequences are
+// read from device memory, so a captured graph stays valid from step to step.
+#ifndef SPECACHE_PLAN_ONLY
+#include "ptx.cuh"
+#endif
+#include "abi.h"
+
+#define SPECACHE_EMBED_KERNELS(X) X(fp16, Fp16) X(bf16, Bf16)
+
+// A row of 4096 numbers is two loads of 16 bytes for each thread.
+#define SPECACHE_EMBED_THREADS 256
+
+#ifndef SPECACHE_PLAN_ONLY
+namespace specache {
+
+// Where a row stands: `known` unless it only fills up a graph.
+struct RowPlace {
+    bool known;
+    specache_sequence sequence;
+    uint32_t position;
+};
+
+SPECACHE_DEVICE RowPlace row_place(const specache_embed_params& p, uint32_t row) {
+    const uint32_t index = load_value<uint32_t>(reinterpret_cast<const uint32_t*>(p.row_sequences) + row);
+    RowPlace place{};
+    if (index == SPECACHE_NONE) return place;
+    const uint4* words = reinterpret_cast<const uint4*>(p.sequences) + 2 * size_t(index);
+    const uint4 halves[2] = {load_value<uint4>(words), load_value<uint4>(words + 1)};
+    memcpy(&place.sequence, halves, sizeof place.sequence);
+    place.known = true;
+    place.position = place.sequence.position + row - place.sequence.first_row;
+    return place;
+}
+
+// Step 1: the row of the embedding, 8 numbers at a time. NaN for a token that does not exist: the finite check of the
+// first layer reports it.
+template <class T> SPECACHE_DEVICE void widen_row(const specache_embed_params& p, uint32_t row) {
+    const uint32_t token = load_value<uint32_t>(reinterpret_cast<const uint32_t*>(p.tokens) + row);
+    const bool exists = token < p.vocab;
+    const uint8_t* from = reinterpret_cast<const uint8_t*>(p.table) + size_t(exists ? token : 0) * p.hidden * 2;
+    float* to = reinterpret_cast<float*>(p.x) + size_t(row) * p.hidden;
+    for (uint32_t i = 8 * threadIdx.x; i < p.hidden; i += 8 * SPECACHE_EMBED_THREADS) {
+        uint4 eight = load_value<uint4>(from + 2 * size_t(i));
+        if (!exists) eight = make_uint4(~0u, ~0u, ~0u, ~0u);   // NaN in both types
+        const float2 a = T::widen(eight.x), b = T::widen(eight.y), c = T::widen(eight.z), d = T::widen(eight.w);
+        store_value(to + i, make_float4(a.x, a.y, b.x, b.y));
+        store_value(to + i + 4, make_float4(c.x, c.y, d.x, d.y));
+    }
+}
+
+// Step 2: cosine and sine of each frequency.
+SPECACHE_DEVICE void rope_row(const specache_embed_params& p, uint32_t row, uint32_t position) {
+    const uint32_t half = p.head_dim / 2;
+    for (uint32_t i = threadIdx.x; i < half; i += SPECACHE_EMBED_THREADS) {
+        const float angle = float(position) * load_value<float>(reinterpret_cast<const float*>(p.inv_freq) + i);
+        float sine, cosine;
+        sincosf(angle, &sine, &cosine);
+        store_value(reinterpret_cast<float2*>(p.rope) + size_t(row) * half + i,
+                    make_float2(cosine * p.attention_factor, sine * p.attention_factor));
+    }
+}
+
+// Step 3: where each layer's K of KV head 0 goes: [n_kv_heads][64][K: D | V: D] is a wide page. 0: nowhere.
+SPECACHE_DEVICE void append_places(const specache_embed_params& p, uint32_t row, const RowPlace& place) {
+    const specache_sequence& s = place.sequence;
+#if SPECACHE_INJECTED_BUG == 4   // the tests must see a page border in the wrong place
+    const uint32_t page = (place.position - 1) / SPECACHE_PAGE - s.tail_start / SPECACHE_PAGE;
+#else
+    const uint32_t page = place.position / SPECACHE_PAGE - s.tail_start / SPECACHE_PAGE;
+#endif
+    const uint64_t token = uint64_t(place.position % SPECACHE_PAGE) * 4 * p.head_dim;
+    for (uint32_t layer = threadIdx.x; layer < p.n_layers; layer += SPECACHE_EMBED_THREADS) {
+        uint64_t address = 0;
+        if (place.known && page < s.n_tail_pages) {
+            const uint32_t* ids = reinterpret_cast<const uint32_t*>(s.tail_pages) + size_t(layer) * s.tail_pages_stride;
+            address = p.wide + load_value<uint32_t>(ids + page) * p.wide_page_stride + token;
+        }
+        store_value(reinterpret_cast<uint64_t*>(p.append) + size_t(layer) * SPECACHE_MAX_ROWS + row, address);
+    }
+}
+
+template <class T> SPECACHE_DEVICE void embed(const specache_embed_params& p) {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    const uint32_t row = blockIdx.x;
+    widen_row<T>(p, row);
+    const RowPlace place = row_place(p, row);
+    rope_row(p, row, place.position);
+    append_places(p, row, place);
+    if (threadIdx.x == 0) store_value(reinterpret_cast<uint32_t*>(p.bad_layer) + row, SPECACHE_NONE);
+}
+
+}   // namespace specache
+
+// registers: <= 64 specache_embed_*   (a few CTAs: latency is all there is)
+#define SPECACHE_EMBED_KERNEL(dtype, T)                                             \
+    extern "C" __global__ void __launch_bounds__(SPECACHE_EMBED_THREADS)            \
+        specache_embed_##dtype(const __grid_constant__ specache_embed_params p) {   \
+        specache::embed<specache::T>(p);                                            \
+    }
+SPECACHE_EMBED_KERNELS(SPECACHE_EMBED_KERNEL)
+#undef SPECACHE_EMBED_KERNEL
+#endif   // SPECACHE_PLAN_ONLY
+
+// The plan: plain host code. With SPECACHE_PLAN_ONLY this file is ordinary C++ and needs no CUDA header.
+#ifndef __CUDACC_RTC__
+#include "plan.h"
+
+namespace specache {
+
+static specache_status check_embed_shape(const specache_embed_params& p, specache_launch* launch) {
+    if (p.n_rows > SPECACHE_MAX_ROWS)
+        return refuse(launch, SPECACHE_UNSUPPORTED_ROWS, "embed: %u rows (1 to %u)", p.n_rows, SPECACHE_MAX_ROWS);
+    if (p.dtype != SPECACHE_FP16 && p.dtype != SPECACHE_BF16)
+        return refuse(launch, SPECACHE_UNSUPPORTED_DTYPE, "embed: dtype %u (fp16 or bf16)", p.dtype);
+    if (p.hidden == 0 || p.hidden % 8 != 0 || p.hidden > 1u << 20)
+        return refuse(launch, SPECACHE_UNSUPPORTED_WIDTH, "embed: hidden size %u (multiples of 8 to %u)", p.hidden, 1u << 20);
+    if (p.vocab == 0)
+        return refuse(launch, SPECACHE_UNSUPPORTED_WIDTH, "embed: an empty vocabulary");
+    if (p.head_dim == 0 || p.head_dim % 2 != 0 || p.head_dim > 256)
+        return refuse(launch, SPECACHE_UNSUPPORTED_HEAD_DIM, "embed: head_dim %u (even, at most 256)", p.head_dim);
+    return SPECACHE_OK;
+}
+
+static specache_status check_embed_memory(const specache_embed_params& p, specache_launch* launch) {
+    const struct {
+        const char* name;
+        uint64_t at, align;
+    } all[] = {{"table", p.table, 16},       {"tokens", p.tokens, 4}, {"row_sequences", p.row_sequences, 4},
+               {"sequences", p.sequences, 16}, {"wide", p.wide, 16},    {"inv_freq", p.inv_freq, 4},
+               {"x", p.x, 16},               {"rope", p.rope, 8},     {"append", p.append, 8},
+               {"bad_layer", p.bad_layer, 4}};
+    for (const auto& a : all)
+        if (a.at == 0 || a.at % a.align != 0)
+            return refuse(launch, SPECACHE_BAD_ADDRESS, "embed: %s is null or not %u-byte aligned", a.name,
+                          unsigned(a.align));
+    const uint64_t page = uint64_t(p.n_kv_heads) * SPECACHE_PAGE * 4 * p.head_dim;
+    if (p.wide_page_stride < page || p.wide_page_stride % 16 != 0)
+        return refuse(launch, SPECACHE_BAD_STRIDE, "embed: wide_page_stride below %llu or not a multiple of 16",
+                      (unsigned long long)page);
+    return SPECACHE_OK;
+}
+
+}   // namespace specache
+
+extern "C" specache_status specache_embed_plan(const specache_embed_params* params, specache_launch* launch) {
+    const specache_embed_params& p = *params;
+    *launch = specache_launch{};
+    specache_status status = specache::check_embed_shape(p, launch);
+    if (status != SPECACHE_OK || p.n_rows == 0) return status;
+    status = specache::check_embed_memory(p, launch);
+    if (status != SPECACHE_OK) return status;
+    launch->kernel = p.dtype == SPECACHE_FP16 ? "specache_embed_fp16" : "specache_embed_bf16";
+    launch->grid = p.n_rows;
+    launch->block = SPECACHE_EMBED_THREADS;
+    return SPECACHE_OK;
+}
+#endif
