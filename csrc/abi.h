@@ -106,15 +106,15 @@ SPECACHE_ASSERT_SIZE(specache_sequence, 32);
 typedef struct specache_embed_params {
     uint64_t table;            /* device, dtype [vocab][hidden], 16-byte aligned */
     uint64_t tokens;           /* device, uint32_t [n_rows]; a token beyond the vocabulary gives NaN */
-    uint64_t row_sequences;    /* device, uint32_t [n_rows]: index of the row's sequence; SPECACHE_NONE: a row that fills
-                                  up a graph, at position 0 and kept nowhere */
+    uint64_t row_sequences;    /* device, uint32_t [n_rows]: index of the row's sequence; SPECACHE_NONE: a row that only
+                                  fills up a graph, at position 0 and kept nowhere */
     uint64_t sequences;        /* device, specache_sequence [] */
     uint64_t wide;             /* device, 16-byte aligned: wide page id is at wide + id * wide_page_stride */
     uint64_t wide_page_stride; /* bytes, multiple of 16 */
     uint64_t inv_freq;         /* device, float [head_dim / 2]: RoPE, radians per position */
     uint64_t x;                /* out: device, float [n_rows][hidden] */
     uint64_t rope;             /* out: device, float [n_rows][head_dim / 2][cos, sin] */
-    uint64_t append;           /* out: device, uint64_t [n_layers][SPECACHE_MAX_ROWS]: address of K of KV head 0, or 0 */
+    uint64_t append;           /* out: device, uint64_t [n_layers][SPECACHE_MAX_ROWS]: address of K of head 0, or 0 */
     uint64_t bad_layer;        /* out: device, uint32_t [n_rows]: SPECACHE_NONE */
     uint32_t n_rows;
     uint32_t hidden; /* multiple of 8 */

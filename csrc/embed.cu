@@ -97,10 +97,10 @@ template <class T> SPECACHE_DEVICE void embed(const specache_embed_params& p) {
 }   // namespace specache
 
 // registers: <= 64 specache_embed_*   (a few CTAs: latency is all there is)
-#define SPECACHE_EMBED_KERNEL(dtype, T)                                             \
-    extern "C" __global__ void __launch_bounds__(SPECACHE_EMBED_THREADS)            \
-        specache_embed_##dtype(const __grid_constant__ specache_embed_params p) {   \
-        specache::embed<specache::T>(p);                                            \
+#define SPECACHE_EMBED_KERNEL(dtype, T)                                           \
+    extern "C" __global__ void __launch_bounds__(SPECACHE_EMBED_THREADS)          \
+        specache_embed_##dtype(const __grid_constant__ specache_embed_params p) { \
+        specache::embed<specache::T>(p);                                          \
     }
 SPECACHE_EMBED_KERNELS(SPECACHE_EMBED_KERNEL)
 #undef SPECACHE_EMBED_KERNEL
@@ -118,9 +118,9 @@ static specache_status check_embed_shape(const specache_embed_params& p, specach
     if (p.dtype != SPECACHE_FP16 && p.dtype != SPECACHE_BF16)
         return refuse(launch, SPECACHE_UNSUPPORTED_DTYPE, "embed: dtype %u (fp16 or bf16)", p.dtype);
     if (p.hidden == 0 || p.hidden % 8 != 0 || p.hidden > 1u << 20)
-        return refuse(launch, SPECACHE_UNSUPPORTED_WIDTH, "embed: hidden size %u (multiples of 8 to %u)", p.hidden, 1u << 20);
-    if (p.vocab == 0)
-        return refuse(launch, SPECACHE_UNSUPPORTED_WIDTH, "embed: an empty vocabulary");
+        return refuse(launch, SPECACHE_UNSUPPORTED_WIDTH, "embed: hidden size %u (multiples of 8 to %u)", p.hidden,
+                      1u << 20);
+    if (p.vocab == 0) return refuse(launch, SPECACHE_UNSUPPORTED_WIDTH, "embed: an empty vocabulary");
     if (p.head_dim == 0 || p.head_dim % 2 != 0 || p.head_dim > 256)
         return refuse(launch, SPECACHE_UNSUPPORTED_HEAD_DIM, "embed: head_dim %u (even, at most 256)", p.head_dim);
     return SPECACHE_OK;
@@ -130,9 +130,15 @@ static specache_status check_embed_memory(const specache_embed_params& p, specac
     const struct {
         const char* name;
         uint64_t at, align;
-    } all[] = {{"table", p.table, 16},       {"tokens", p.tokens, 4}, {"row_sequences", p.row_sequences, 4},
-               {"sequences", p.sequences, 16}, {"wide", p.wide, 16},    {"inv_freq", p.inv_freq, 4},
-               {"x", p.x, 16},               {"rope", p.rope, 8},     {"append", p.append, 8},
+    } all[] = {{"table", p.table, 16},
+               {"tokens", p.tokens, 4},
+               {"row_sequences", p.row_sequences, 4},
+               {"sequences", p.sequences, 16},
+               {"wide", p.wide, 16},
+               {"inv_freq", p.inv_freq, 4},
+               {"x", p.x, 16},
+               {"rope", p.rope, 8},
+               {"append", p.append, 8},
                {"bad_layer", p.bad_layer, 4}};
     for (const auto& a : all)
         if (a.at == 0 || a.at % a.align != 0)

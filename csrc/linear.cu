@@ -102,8 +102,8 @@ SPECACHE_DEVICE void append_pair(const specache_qkv_params& p, uint64_t token, i
     uint16_t* to = reinterpret_cast<uint16_t*>(token) + size_t(head) * SPECACHE_PAGE * 2 * p.head_dim +
                    size_t(part) * p.head_dim + channel;
     const bool bf16 = p.kv_dtype == SPECACHE_BF16;
-    const uint32_t bits = bf16 ? Operand<Bf16>::narrow(make_float2(x.a, x.b)) :
-                                 Operand<Fp16>::narrow(make_float2(x.a, x.b));
+    const uint32_t bits =
+        bf16 ? Operand<Bf16>::narrow(make_float2(x.a, x.b)) : Operand<Fp16>::narrow(make_float2(x.a, x.b));
     store_value(to, uint16_t(bits & 0xFFFF));
     store_value(to + half, uint16_t(bits >> 16));
 }
@@ -183,7 +183,8 @@ SPECACHE_DEVICE void head_norm(const specache_qkv_params& p) {
 #pragma unroll
     for (int i = 0; i < kMostPairs; i++) {
         const int channel = lane + 32 * i;
-        x[i] = channel < half ? Pair{optional_f32(from, at + channel), optional_f32(from, at + channel + half)} : Pair{};
+        x[i] =
+            channel < half ? Pair{optional_f32(from, at + channel), optional_f32(from, at + channel + half)} : Pair{};
         squares += x[i].a * x[i].a + x[i].b * x[i].b;
     }
     const float scale = inverse_rms(sum_lanes(squares), int(p.head_dim), p.eps);
@@ -192,7 +193,8 @@ SPECACHE_DEVICE void head_norm(const specache_qkv_params& p) {
     for (int i = 0; i < kMostPairs; i++) {
         const int channel = lane + 32 * i;
         if (channel >= half) continue;
-        const Pair normed{x[i].a * scale * optional_f32(norm, channel), x[i].b * scale * optional_f32(norm, channel + half)};
+        const Pair normed{x[i].a * scale * optional_f32(norm, channel),
+                          x[i].b * scale * optional_f32(norm, channel + half)};
         const Pair y = rotate(normed, cos_sin_of(p, row, channel));
         if (is_q) {
             store_f32(p.q, at + channel, y.a);
@@ -211,13 +213,13 @@ template <class T, int N_TILES> SPECACHE_DEVICE void gate_up(const specache_gate
     SPECACHE_SHARED(ProductShared<N_TILES>, shared);
     const size_t first = size_t(blockIdx.x) * kTileFeatures;
     const int features = least(kTileFeatures, int(p.intermediate - first));
-    Product<T, N_TILES, true> product(Factors{
-        {weight_row(p.gate_weight, first, p.hidden), weight_row(p.up_weight, first, p.hidden)},
-        {features, features},
-        pointer<float>(p.x),
-        pointer<float>(p.norm),
-        int(p.n_rows),
-        int(p.hidden)});
+    Product<T, N_TILES, true> product(
+        Factors{{weight_row(p.gate_weight, first, p.hidden), weight_row(p.up_weight, first, p.hidden)},
+                {features, features},
+                pointer<float>(p.x),
+                pointer<float>(p.norm),
+                int(p.n_rows),
+                int(p.hidden)});
     product.run();
     product.store(shared);
 
@@ -243,12 +245,13 @@ template <class T, int N_TILES, bool RESIDUAL> SPECACHE_DEVICE void linear(const
     const size_t second = features > kTileFeatures ? first + kTileFeatures : first;
     const int of_first = least(kTileFeatures, features);
     const int of_second = features > kTileFeatures ? features - kTileFeatures : of_first;
-    Product<T, N_TILES, !RESIDUAL> product(Factors{{weight_row(p.weight, first, p.k), weight_row(p.weight, second, p.k)},
-                                                   {of_first, of_second},
-                                                   pointer<float>(p.x),
-                                                   pointer<float>(p.norm),
-                                                   int(p.n_rows),
-                                                   int(p.k)});
+    Product<T, N_TILES, !RESIDUAL> product(
+        Factors{{weight_row(p.weight, first, p.k), weight_row(p.weight, second, p.k)},
+                {of_first, of_second},
+                pointer<float>(p.x),
+                pointer<float>(p.norm),
+                int(p.n_rows),
+                int(p.k)});
     product.run();
     product.store(shared);
 
@@ -260,7 +263,8 @@ template <class T, int N_TILES, bool RESIDUAL> SPECACHE_DEVICE void linear(const
     for (int t = 0; t < kTiles; t++)
         if (mine[t]) {
             const size_t feature = first + t * kTileFeatures + cell.feature;
-            old[t] = optional_f32(p.bias, feature) + (RESIDUAL ? optional_f32(p.y, cell.row * size_t(p.n) + feature) : 0);
+            old[t] =
+                optional_f32(p.bias, feature) + (RESIDUAL ? optional_f32(p.y, cell.row * size_t(p.n) + feature) : 0);
         }
     __syncthreads();
     if (!row) return;
@@ -279,22 +283,22 @@ template <class T, int N_TILES, bool RESIDUAL> SPECACHE_DEVICE void linear(const
 // registers: <= 128 specache_residual_*
 // registers: <= 128 specache_gate_up_*
 // registers: <= 128 specache_logits_*
-#define SPECACHE_LINEAR_KERNEL(dtype, T, N_TILES)                                                           \
-    extern "C" __global__ void __launch_bounds__(SPECACHE_LINEAR_THREADS, 2)                                \
-        specache_qkv_##dtype##_n##N_TILES(const __grid_constant__ specache_qkv_params p) {                  \
-        specache::qkv<specache::T, N_TILES>(p);                                                             \
-    }                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(SPECACHE_LINEAR_THREADS, 2)                                \
-        specache_residual_##dtype##_n##N_TILES(const __grid_constant__ specache_linear_params p) {          \
-        specache::linear<specache::T, N_TILES, true>(p);                                                    \
-    }                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(SPECACHE_LINEAR_THREADS, 2)                                \
-        specache_gate_up_##dtype##_n##N_TILES(const __grid_constant__ specache_gate_up_params p) {          \
-        specache::gate_up<specache::T, N_TILES>(p);                                                         \
-    }                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(SPECACHE_LINEAR_THREADS, 2)                                \
-        specache_logits_##dtype##_n##N_TILES(const __grid_constant__ specache_linear_params p) {            \
-        specache::linear<specache::T, N_TILES, false>(p);                                                   \
+#define SPECACHE_LINEAR_KERNEL(dtype, T, N_TILES)                                                  \
+    extern "C" __global__ void __launch_bounds__(SPECACHE_LINEAR_THREADS, 2)                       \
+        specache_qkv_##dtype##_n##N_TILES(const __grid_constant__ specache_qkv_params p) {         \
+        specache::qkv<specache::T, N_TILES>(p);                                                    \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(SPECACHE_LINEAR_THREADS, 2)                       \
+        specache_residual_##dtype##_n##N_TILES(const __grid_constant__ specache_linear_params p) { \
+        specache::linear<specache::T, N_TILES, true>(p);                                           \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(SPECACHE_LINEAR_THREADS, 2)                       \
+        specache_gate_up_##dtype##_n##N_TILES(const __grid_constant__ specache_gate_up_params p) { \
+        specache::gate_up<specache::T, N_TILES>(p);                                                \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(SPECACHE_LINEAR_THREADS, 2)                       \
+        specache_logits_##dtype##_n##N_TILES(const __grid_constant__ specache_linear_params p) {   \
+        specache::linear<specache::T, N_TILES, false>(p);                                          \
     }
 SPECACHE_LINEAR_KERNELS(SPECACHE_LINEAR_KERNEL)
 #undef SPECACHE_LINEAR_KERNEL
@@ -322,9 +326,9 @@ struct LinearKernels {
 
 // A shape that check_linear has accepted.
 static LinearKernels linear_kernels(specache_dtype dtype, uint32_t n_rows) {
-#define SPECACHE_LINEAR_NAMES(type, T, N_TILES)                                                       \
-    if (dtype == dtype_named(#type) && (n_rows + 7) / 8 == N_TILES)                                   \
-        return {"specache_qkv_" #type "_n" #N_TILES, "specache_residual_" #type "_n" #N_TILES,       \
+#define SPECACHE_LINEAR_NAMES(type, T, N_TILES)                                                \
+    if (dtype == dtype_named(#type) && (n_rows + 7) / 8 == N_TILES)                            \
+        return {"specache_qkv_" #type "_n" #N_TILES, "specache_residual_" #type "_n" #N_TILES, \
                 "specache_gate_up_" #type "_n" #N_TILES, "specache_logits_" #type "_n" #N_TILES};
     SPECACHE_LINEAR_KERNELS(SPECACHE_LINEAR_NAMES)
 #undef SPECACHE_LINEAR_NAMES
@@ -379,15 +383,23 @@ static specache_status check_qkv(const specache_qkv_params& p, specache_launch* 
         return refuse(launch, SPECACHE_UNSUPPORTED_DTYPE, "qkv: a cache of dtype %u (fp16 or bf16)", p.kv_dtype);
     if ((p.q_norm == 0) != (p.k_norm == 0))
         return refuse(launch, SPECACHE_BAD_ADDRESS, "qkv: q_norm without k_norm, or the other way round");
-    const specache_status status =
-        check_linear("qkv", p.n_rows, p.dtype, p.hidden, p.n_heads * p.head_dim, launch);
+    const specache_status status = check_linear("qkv", p.n_rows, p.dtype, p.hidden, p.n_heads * p.head_dim, launch);
     if (status != SPECACHE_OK || p.n_rows == 0) return status;
-    const Address all[] = {
-        {"x", p.x, 16, false},           {"norm", p.norm, 16, false},         {"q_weight", p.q_weight, 16, false},
-        {"k_weight", p.k_weight, 16, false}, {"v_weight", p.v_weight, 16, false}, {"q_bias", p.q_bias, 4, true},
-        {"k_bias", p.k_bias, 4, true},   {"v_bias", p.v_bias, 4, true},       {"q_norm", p.q_norm, 4, true},
-        {"k_norm", p.k_norm, 4, true},   {"k", p.k, 4, p.q_norm == 0},        {"rope", p.rope, 8, false},
-        {"append", p.append, 8, false},  {"q", p.q, 4, false},                {"bad_layer", p.bad_layer, 4, false}};
+    const Address all[] = {{"x", p.x, 16, false},
+                           {"norm", p.norm, 16, false},
+                           {"q_weight", p.q_weight, 16, false},
+                           {"k_weight", p.k_weight, 16, false},
+                           {"v_weight", p.v_weight, 16, false},
+                           {"q_bias", p.q_bias, 4, true},
+                           {"k_bias", p.k_bias, 4, true},
+                           {"v_bias", p.v_bias, 4, true},
+                           {"q_norm", p.q_norm, 4, true},
+                           {"k_norm", p.k_norm, 4, true},
+                           {"k", p.k, 4, p.q_norm == 0},
+                           {"rope", p.rope, 8, false},
+                           {"append", p.append, 8, false},
+                           {"q", p.q, 4, false},
+                           {"bad_layer", p.bad_layer, 4, false}};
     return check_addresses("qkv", all, launch);
 }
 

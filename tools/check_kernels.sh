@@ -128,7 +128,7 @@ build() { # test, suffix, flags...
   "${emulated[@]}" "$@" "csrc/tests/${test}_test.cpp" -o "$out/$test$suffix"
 }
 
-for test in emu layout pack embed linear sample; do
+for test in emu layout pack embed linear sample step; do
   for kind in plain sanitized; do
     flags=()
     [ "$kind" = sanitized ] && flags=("${sanitizers[@]}")

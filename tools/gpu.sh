@@ -13,7 +13,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 bin=target/gpu
 out=${OUT:-$bin/results}
-programs=(layout_test pack_test embed_test linear_test sample_test probe)
+programs=(layout_test pack_test embed_test linear_test sample_test step_test probe)
 
 find_nvcc() {
   local candidate
@@ -84,7 +84,7 @@ fi
 
 status=0
 : >"$out/tests.txt"
-for test in layout_test pack_test embed_test linear_test sample_test; do
+for test in layout_test pack_test embed_test linear_test sample_test step_test; do
   if timeout 60 "$bin/$test" >>"$out/tests.txt" 2>&1; then
     echo "ok    $test"
   else

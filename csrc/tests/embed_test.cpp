@@ -40,14 +40,30 @@ static void test(const Case& c) {
     Array<uint32_t> tokens_in("tokens", tokens), ids_in("tail_pages", ids), rows_in("row_sequences", row_sequences);
     const std::vector<specache_sequence> all = sequences(ids_in.address());
     Array<specache_sequence> sequences_in("sequences", all);
-    Array<float> inv_freq_in("inv_freq", inv_freq), x("x", size_t(c.rows) * c.hidden), rope("rope", size_t(c.rows) * c.head_dim);
+    Array<float> inv_freq_in("inv_freq", inv_freq), x("x", size_t(c.rows) * c.hidden),
+        rope("rope", size_t(c.rows) * c.head_dim);
     Array<uint64_t> append("append", kLayers * SPECACHE_MAX_ROWS);
     Array<uint32_t> bad("bad_layer", c.rows);
     constexpr uint64_t kWide = 1 << 20;   // an address: nobody reads there
-    const specache_embed_params p{table_in.address(), tokens_in.address(), rows_in.address(), sequences_in.address(),
-                                  kWide, page, inv_freq_in.address(), x.address(), rope.address(), append.address(),
-                                  bad.address(), c.rows, c.hidden, kVocab, kLayers, kHeads, c.head_dim,
-                                  c.attention_factor, c.dtype};
+    const specache_embed_params p{table_in.address(),
+                                  tokens_in.address(),
+                                  rows_in.address(),
+                                  sequences_in.address(),
+                                  kWide,
+                                  page,
+                                  inv_freq_in.address(),
+                                  x.address(),
+                                  rope.address(),
+                                  append.address(),
+                                  bad.address(),
+                                  c.rows,
+                                  c.hidden,
+                                  kVocab,
+                                  kLayers,
+                                  kHeads,
+                                  c.head_dim,
+                                  c.attention_factor,
+                                  c.dtype};
     specache_launch launch;
     CHECK(specache_embed_plan(&p, &launch) == SPECACHE_OK, "%s", launch.message);
     device::launch(c.dtype == SPECACHE_BF16 ? specache_embed_bf16 : specache_embed_fp16, launch.grid, launch.block,
@@ -74,7 +90,8 @@ static void test(const Case& c) {
             if (s != SPECACHE_NONE) {
                 const uint32_t in_tail = (position - all[s].tail_start) / SPECACHE_PAGE;
                 if (in_tail < all[s].n_tail_pages)
-                    want = kWide + ids[(s * kLayers + l) * kStride + in_tail] * page + position % SPECACHE_PAGE * 4 * c.head_dim;
+                    want = kWide + ids[(s * kLayers + l) * kStride + in_tail] * page +
+                           position % SPECACHE_PAGE * 4 * c.head_dim;
             }
             const uint64_t got = append[l * SPECACHE_MAX_ROWS + r];
             CHECK(got == want, "row %u of layer %u goes to %llu, not %llu", r, l, (unsigned long long)got,
@@ -83,7 +100,8 @@ static void test(const Case& c) {
         CHECK(bad[r] == SPECACHE_NONE, "bad layer %u of row %u", bad[r], r);
     }
     for (uint32_t i = 0; i < append.size(); i++)
-        CHECK(i % SPECACHE_MAX_ROWS < c.rows || append[i] == 0xA5A5A5A5A5A5A5A5u, "an address of row %u", i % SPECACHE_MAX_ROWS);
+        CHECK(i % SPECACHE_MAX_ROWS < c.rows || append[i] == 0xA5A5A5A5A5A5A5A5u, "an address of row %u",
+              i % SPECACHE_MAX_ROWS);
 }
 
 static void expect_status(specache_status want, const char* part, void (*change)(specache_embed_params&)) {
@@ -112,7 +130,8 @@ static void plans() {
 int main() {
     plans();
     constexpr specache_dtype h = SPECACHE_FP16, b = SPECACHE_BF16;
-    const Case cases[] = {{b, 1, 8, 2, 1}, {h, 2, 40, 64, 1}, {b, 3, 2056, 80, 1.25f}, {h, 6, 4096, 128, 1}, {b, 16, 64, 256, 0.5f}};
+    const Case cases[] = {
+        {b, 1, 8, 2, 1}, {h, 2, 40, 64, 1}, {b, 3, 2056, 80, 1.25f}, {h, 6, 4096, 128, 1}, {b, 16, 64, 256, 0.5f}};
     for (const Case& c : cases) test(c);
     std::printf("embed_test: %zu cases equal the twin (%s)\n", std::size(cases), device::kName);
 }

@@ -2,10 +2,9 @@
 // on and off, numbers that are not finite; outputs poisoned, several orders of the threads. A row alone has the same
 // bits as among fifteen others.
 #include <map>
-#include <memory>
 
 #include "../linear.cu"
-#include "numbers.h"
+#include "dense_twin.h"
 
 using namespace specache;
 
@@ -32,51 +31,7 @@ static void launch(const std::map<std::string, void (*)(Params)>& kernels,
     launches++;
 }
 
-// ---- the twin ---------------------------------------------------------------------------------------------------
-
-// A sum, and the sum of the absolute values of its terms: what its error is measured by.
-struct Sum {
-    double value = 0;
-    double size = 0;
-};
-
-// Two numbers of 16 bits carry x to 2^-16 (bf16, at worst) of each product; fp32 sums add less than as much again. fp16 has an
-// absolute step of 2^-21 for x, which the callers' inputs stay away from.
-static double tolerance(double size) { return size * 0x1p-16 + 1e-30; }
-
-// [n][k] weights.
-struct Matrix {
-    specache_dtype dtype;
-    size_t n, k;
-    std::vector<uint16_t> bits;
-
-    Matrix(Random& random, specache_dtype dtype, size_t n, size_t k)
-        : dtype(dtype), n(n), k(k), bits(narrowed(dtype, normals(random, n * k, 1 / std::sqrt(float(k))))) {}
-    double at(size_t row, size_t column) const { return widen(dtype, bits[row * k + column]); }
-};
-
-// W x + b of one feature of one row.
-static Sum product(const Matrix& w, size_t feature, const std::vector<double>& x, const std::vector<float>& bias) {
-    Sum sum;
-    for (size_t k = 0; k < w.k; k++) {
-        const double term = w.at(feature, k) * x[k];
-        sum.value += term;
-        sum.size += std::fabs(term);
-    }
-    if (!bias.empty()) sum = Sum{sum.value + bias[feature], sum.size + std::fabs(bias[feature])};
-    return sum;
-}
-
-// One row, normed unless the weight is empty.
-static std::vector<double> row_of(const std::vector<float>& x, size_t row, size_t k, const std::vector<float>& norm,
-                                  double eps) {
-    std::vector<double> out(x.begin() + ptrdiff_t(row * k), x.begin() + ptrdiff_t((row + 1) * k));
-    if (norm.empty()) return out;
-    double squares = 0;
-    for (double v : out) squares += v * v;
-    for (size_t i = 0; i < k; i++) out[i] *= norm[i] / std::sqrt(squares / double(k) + eps);
-    return out;
-}
+// ---- results ----------------------------------------------------------------------------------------------------
 
 static void expect_near(double got, double want, double bound, const char* what, size_t row, size_t feature,
                         const std::string& of) {
@@ -99,25 +54,6 @@ static std::vector<float> stream(Random& random, size_t rows, size_t width) {
     return x;
 }
 
-static std::vector<float> norm_weight(Random& random, size_t width) {
-    std::vector<float> w = normals(random, width, 0.3f);
-    for (float& v : w) v += 1;
-    return w;
-}
-
-static std::vector<float> maybe(bool is, Random& random, size_t width) {
-    return is ? normals(random, width, 0.5f) : std::vector<float>();
-}
-
-// An input that may be absent: address 0 then.
-struct Optional {
-    Optional(const char* name, const std::vector<float>& values) {
-        if (!values.empty()) array.reset(new Array<float>(name, values));
-    }
-    uint64_t address() const { return array ? array->address() : 0; }
-    std::unique_ptr<Array<float>> array;
-};
-
 // ---- residual and logits ----------------------------------------------------------------------------------------
 
 struct LinearCase {
@@ -138,14 +74,24 @@ static std::vector<float> run_linear(const LinearCase& c, const Matrix& w, const
                                      const std::vector<float>& norm, const std::vector<float>& bias,
                                      const std::vector<float>& y, size_t first, size_t count) {
     const auto rows = [&](const std::vector<float>& all, size_t width) {
-        return std::vector<float>(all.begin() + ptrdiff_t(first * width), all.begin() + ptrdiff_t((first + count) * width));
+        return std::vector<float>(all.begin() + ptrdiff_t(first * width),
+                                  all.begin() + ptrdiff_t((first + count) * width));
     };
     Array<float> in("x", rows(x, c.k)), out("y", count * c.n);
     Array<uint16_t> weight("weight", w.bits);
     Optional norm_in("norm", norm), bias_in("bias", bias);
     if (!c.logits) Array<float>::fill(out, rows(y, c.n));
-    const specache_linear_params p{in.address(),  norm_in.address(), weight.address(), bias_in.address(), out.address(),
-                                   uint32_t(count), uint32_t(c.k), uint32_t(c.n), 1e-5f, c.dtype, 0};
+    const specache_linear_params p{in.address(),
+                                   norm_in.address(),
+                                   weight.address(),
+                                   bias_in.address(),
+                                   out.address(),
+                                   uint32_t(count),
+                                   uint32_t(c.k),
+                                   uint32_t(c.n),
+                                   1e-5f,
+                                   c.dtype,
+                                   0};
     launch(linear_kernels_by_name, c.logits ? specache_logits_plan : specache_residual_plan, p);
     out.download();
     std::vector<float> result(out.size());
@@ -161,7 +107,7 @@ static void test_linear(const LinearCase& c) {
     const std::vector<float> bias = maybe(c.bias, random, c.n);
     const std::vector<float> got = run_linear(c, w, x, norm, bias, y, 0, c.rows);
     for (size_t r = 0; r < c.rows; r++) {
-        const std::vector<double> input = row_of(x, r, c.k, norm, 1e-5f);
+        const std::vector<double> input = normed(row_of(x, r, c.k), norm, 1e-5f);
         for (size_t f = 0; f < c.n; f++) {
             Sum want = product(w, f, input, bias);
             if (!c.logits) want = Sum{want.value + y[r * c.n + f], want.size + std::fabs(y[r * c.n + f])};
@@ -185,7 +131,7 @@ static void test_extremes(specache_dtype dtype) {
     x[8 * c.k] = INFINITY;
     const std::vector<float> got = run_linear(c, w, x, norm, {}, {}, 0, c.rows);
     for (size_t r = 0; r < c.rows; r++) {
-        const std::vector<double> input = row_of(x, r, c.k, norm, 1e-5f);
+        const std::vector<double> input = normed(row_of(x, r, c.k), norm, 1e-5f);
         for (size_t f = 0; f < c.n; f++) {
             const Sum want = product(w, f, input, {});
             const float y = got[r * c.n + f];
@@ -212,16 +158,26 @@ static void test_gate_up(const GateUpCase& c) {
     Array<float> in("x", x), norm_in("norm", norm), y("y", c.rows * c.intermediate);
     Array<uint16_t> gate_in("gate", gate.bits), up_in("up", up.bits);
     Optional gate_bias_in("gate_bias", gate_bias), up_bias_in("up_bias", up_bias);
-    const specache_gate_up_params p{in.address(), norm_in.address(), gate_in.address(), up_in.address(),
-                                    gate_bias_in.address(), up_bias_in.address(), y.address(), uint32_t(c.rows),
-                                    uint32_t(c.hidden), uint32_t(c.intermediate), 1e-6f, c.dtype, 0};
+    const specache_gate_up_params p{in.address(),
+                                    norm_in.address(),
+                                    gate_in.address(),
+                                    up_in.address(),
+                                    gate_bias_in.address(),
+                                    up_bias_in.address(),
+                                    y.address(),
+                                    uint32_t(c.rows),
+                                    uint32_t(c.hidden),
+                                    uint32_t(c.intermediate),
+                                    1e-6f,
+                                    c.dtype,
+                                    0};
     launch(gate_up_kernels, specache_gate_up_plan, p);
     y.download();
     char name[96];
     std::snprintf(name, sizeof name, "gate_up %s, %zu rows, %zu -> %zu, bias %d", dtype_name(c.dtype), c.rows, c.hidden,
                   c.intermediate, c.bias);
     for (size_t r = 0; r < c.rows; r++) {
-        const std::vector<double> input = row_of(x, r, c.hidden, norm, 1e-6f);
+        const std::vector<double> input = normed(row_of(x, r, c.hidden), norm, 1e-6f);
         for (size_t f = 0; f < c.intermediate; f++) {
             const Sum g = product(gate, f, input, gate_bias), u = product(up, f, input, up_bias);
             const double silu = g.value / (1 + std::exp(-g.value));
@@ -240,42 +196,6 @@ struct QkvCase {
     size_t rows, hidden, heads, kv_heads, d;
     bool bias, head_norm;
 };
-
-// A row's values of all heads of one kind, with their error bounds.
-struct Heads {
-    std::vector<double> value, bound;
-};
-
-static Heads twin_heads(const Matrix& w, const std::vector<double>& x, const std::vector<float>& bias, size_t d,
-                        const std::vector<float>& norm, const float* cos_sin) {
-    Heads h;
-    for (size_t f = 0; f < w.n; f++) {
-        const Sum sum = product(w, f, x, bias);
-        h.value.push_back(sum.value);
-        h.bound.push_back(tolerance(sum.size));
-    }
-    for (size_t first = 0; first < w.n; first += d) {
-        double squares = 0, error = 0;
-        for (size_t i = first; i < first + d; i++) squares += h.value[i] * h.value[i];
-        const double scale = 1 / std::sqrt(squares / double(d) + 1e-6f);
-        for (size_t i = first; i < first + d; i++) error += std::fabs(h.value[i]) * h.bound[i];
-        error *= scale * scale / double(d);   // relative, of the root
-        for (size_t c = 0; c < d && !norm.empty(); c++) {
-            const double v = h.value[first + c] * scale * norm[c];
-            h.bound[first + c] = h.bound[first + c] * scale * std::fabs(norm[c]) + std::fabs(v) * (error + 1e-6);
-            h.value[first + c] = v;
-        }
-        for (size_t c = 0; c < d / 2 && cos_sin; c++) {
-            const double cos = cos_sin[2 * c], sin = cos_sin[2 * c + 1];
-            const size_t i = first + c, k = i + d / 2;
-            const double a = h.value[i], b = h.value[k], bound = h.bound[i] + h.bound[k] + 1e-6 * (std::fabs(a) + std::fabs(b));
-            h.value[i] = a * cos - b * sin;
-            h.value[k] = b * cos + a * sin;
-            h.bound[i] = h.bound[k] = bound;
-        }
-    }
-    return h;
-}
 
 constexpr size_t kPageTokens = SPECACHE_PAGE, kSlots = 5;   // wide pages of the pool
 
@@ -316,17 +236,37 @@ static void test_qkv(const QkvCase& c) {
 
     Array<float> in("x", x), norm_in("norm", norm), rope_in("rope", rope);
     Array<uint16_t> q_weight("q_weight", wq.bits), k_weight("k_weight", wk.bits), v_weight("v_weight", wv.bits);
-    Optional q_bias("q_bias", bq), k_bias("k_bias", bk), v_bias("v_bias", bv), q_norm("q_norm", nq), k_norm("k_norm", nk);
+    Optional q_bias("q_bias", bq), k_bias("k_bias", bk), v_bias("v_bias", bv), q_norm("q_norm", nq),
+        k_norm("k_norm", nk);
     Array<float> k_scratch("k", c.rows * wk.n), q("q", c.rows * wq.n);
     Array<uint64_t> append_in("append", append);
     Array<uint32_t> bad("bad_layer", c.rows);
     Array<uint32_t>::fill(bad, noted);
-    const specache_qkv_params p{in.address(), norm_in.address(), q_weight.address(), k_weight.address(),
-                                v_weight.address(), q_bias.address(), k_bias.address(), v_bias.address(),
-                                q_norm.address(), k_norm.address(), c.head_norm ? k_scratch.address() : 0,
-                                rope_in.address(), append_in.address(), q.address(), bad.address(), uint32_t(c.rows),
-                                uint32_t(c.hidden), uint32_t(c.heads), uint32_t(c.kv_heads), uint32_t(c.d), 7, 1e-6f,
-                                c.dtype, c.kv_dtype, 0};
+    const specache_qkv_params p{in.address(),
+                                norm_in.address(),
+                                q_weight.address(),
+                                k_weight.address(),
+                                v_weight.address(),
+                                q_bias.address(),
+                                k_bias.address(),
+                                v_bias.address(),
+                                q_norm.address(),
+                                k_norm.address(),
+                                c.head_norm ? k_scratch.address() : 0,
+                                rope_in.address(),
+                                append_in.address(),
+                                q.address(),
+                                bad.address(),
+                                uint32_t(c.rows),
+                                uint32_t(c.hidden),
+                                uint32_t(c.heads),
+                                uint32_t(c.kv_heads),
+                                uint32_t(c.d),
+                                7,
+                                1e-6f,
+                                c.dtype,
+                                c.kv_dtype,
+                                0};
     launch(qkv_kernels, specache_qkv_plan, p);
     if (c.head_norm) launch(qkv_kernels, specache_head_norm_plan, p);
     for (device::Buffer* b : std::initializer_list<device::Buffer*>{&q, &pool, &bad}) b->download();
@@ -336,10 +276,13 @@ static void test_qkv(const QkvCase& c) {
         const bool nan = r == 6;
         const uint32_t want_bad = nan ? 7 : noted[r];
         CHECK(bad[r] == want_bad, "bad layer %u, not %u: row %zu (%s)", bad[r], want_bad, r, name);
-        const std::vector<double> input = row_of(x, r, c.hidden, norm, 1e-6f);
+        const std::vector<double> input = normed(row_of(x, r, c.hidden), norm, 1e-6f);
         const float* cos_sin = &rope[r * c.d];
-        const Heads want_q = twin_heads(wq, input, bq, c.d, nq, cos_sin), want_k = twin_heads(wk, input, bk, c.d, nk, cos_sin),
-                    want_v = twin_heads(wv, input, bv, c.d, {}, nullptr);
+        Heads want_q(wq, input, bq), want_k(wk, input, bk), want_v(wv, input, bv);
+        want_q.norm(c.d, nq, 1e-6f);
+        want_k.norm(c.d, nk, 1e-6f);
+        want_q.rotate(c.d, cos_sin);
+        want_k.rotate(c.d, cos_sin);
         for (size_t f = 0; f < wq.n; f++) {
             const float got = q[r * wq.n + f];
             if (nan) CHECK(std::isnan(got), "q of a row of NaN is %g (%s)", got, name);
@@ -357,7 +300,8 @@ static void test_qkv(const QkvCase& c) {
             }
     }
     for (size_t i = 0; i < pool.size(); i++)
-        CHECK(written[i] || pool[i] == 0x0101 * device::Buffer::kPoison, "something was kept at number %zu (%s)", i, name);
+        CHECK(written[i] || pool[i] == 0x0101 * device::Buffer::kPoison, "something was kept at number %zu (%s)", i,
+              name);
 }
 
 // ---- the plans --------------------------------------------------------------------------------------------------
@@ -399,7 +343,8 @@ static void plans() {
     expect_status(specache_gate_up_plan, gate_up, SPECACHE_BAD_ADDRESS, "up_weight", +[](G& p) { p.up_weight = 0; });
 
     using Q = specache_qkv_params;
-    const Q qkv{a, a, a, a, a, 0, 0, 0, 0, 0, 0, a, a, a, a, 2, 4096, 32, 8, 128, 0, 1e-5f, SPECACHE_BF16, SPECACHE_BF16, 0};
+    const Q qkv{
+        a, a, a, a, a, 0, 0, 0, 0, 0, 0, a, a, a, a, 2, 4096, 32, 8, 128, 0, 1e-5f, SPECACHE_BF16, SPECACHE_BF16, 0};
     expect_status(specache_qkv_plan, qkv, SPECACHE_OK, "", +[](Q&) {});
     expect_status(specache_head_norm_plan, qkv, SPECACHE_OK, "", +[](Q&) {});
     expect_status(specache_qkv_plan, qkv, SPECACHE_UNSUPPORTED_HEAD_DIM, "257", +[](Q& p) { p.head_dim = 257; });
@@ -418,21 +363,35 @@ int main() {
     constexpr specache_dtype h = SPECACHE_FP16, b = SPECACHE_BF16;
     plans();
     // Steps: none for some warps (32), a chunk that ends early (40, 72, 264), more than are in flight (2600).
-    for (const LinearCase& c : {LinearCase{b, 1, 32, 16, false, false}, {h, 2, 40, 32, true, false},
-                                {b, 3, 72, 17, true, true}, {h, 7, 264, 33, false, true}, {b, 8, 512, 48, false, false},
-                                {h, 9, 528, 31, true, false}, {b, 16, 2600, 32, true, true}, {h, 16, 1024, 1, false, false},
-                                {b, 2, 2600, 64, false, false}, {h, 1, 2600, 100, false, true}})
+    for (const LinearCase& c : {LinearCase{b, 1, 32, 16, false, false},
+                                {h, 2, 40, 32, true, false},
+                                {b, 3, 72, 17, true, true},
+                                {h, 7, 264, 33, false, true},
+                                {b, 8, 512, 48, false, false},
+                                {h, 9, 528, 31, true, false},
+                                {b, 16, 2600, 32, true, true},
+                                {h, 16, 1024, 1, false, false},
+                                {b, 2, 2600, 64, false, false},
+                                {h, 1, 2600, 100, false, true}})
         test_linear(c);
     test_extremes(b);
     test_extremes(h);
-    for (const GateUpCase& c : {GateUpCase{b, 1, 64, 16, false}, {h, 2, 104, 40, true}, {b, 8, 1056, 17, false},
-                                {h, 9, 512, 16, false}, {b, 16, 72, 33, true}})
+    for (const GateUpCase& c : {GateUpCase{b, 1, 64, 16, false},
+                                {h, 2, 104, 40, true},
+                                {b, 8, 1056, 17, false},
+                                {h, 9, 512, 16, false},
+                                {b, 16, 72, 33, true}})
         test_gate_up(c);
-    for (const QkvCase& c : {QkvCase{b, b, 1, 64, 2, 1, 64, false, false}, {b, h, 2, 104, 4, 2, 32, true, false},
-                             {h, h, 3, 64, 2, 2, 128, false, true}, {h, b, 7, 512, 2, 1, 48, true, false},
-                             {b, b, 8, 136, 3, 1, 64, true, true}, {h, h, 9, 72, 1, 1, 80, false, false},
-                             {b, b, 16, 264, 2, 1, 128, true, true}, {b, b, 16, 1056, 2, 1, 32, false, false},
-                             {b, b, 2, 40, 1, 1, 256, false, true}, {h, b, 1, 32, 1, 1, 2, true, true}})
+    for (const QkvCase& c : {QkvCase{b, b, 1, 64, 2, 1, 64, false, false},
+                             {b, h, 2, 104, 4, 2, 32, true, false},
+                             {h, h, 3, 64, 2, 2, 128, false, true},
+                             {h, b, 7, 512, 2, 1, 48, true, false},
+                             {b, b, 8, 136, 3, 1, 64, true, true},
+                             {h, h, 9, 72, 1, 1, 80, false, false},
+                             {b, b, 16, 264, 2, 1, 128, true, true},
+                             {b, b, 16, 1056, 2, 1, 32, false, false},
+                             {b, b, 2, 40, 1, 1, 256, false, true},
+                             {h, b, 1, 32, 1, 1, 2, true, true}})
         test_qkv(c);
     std::printf("linear_test: %d launches equal the twins (%s)\n", launches, device::kName);
 }

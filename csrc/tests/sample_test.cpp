@@ -21,12 +21,13 @@ static specache_choice twin(const float* logits, uint32_t vocab) {
 }
 
 static void test(const std::vector<float>& logits, uint32_t rows, bool with_tokens) {
-    const uint32_t vocab = uint32_t(logits.size()) / rows, slices = (vocab + SPECACHE_ARGMAX_SLICE - 1) / SPECACHE_ARGMAX_SLICE;
+    const uint32_t vocab = uint32_t(logits.size()) / rows,
+                   slices = (vocab + SPECACHE_ARGMAX_SLICE - 1) / SPECACHE_ARGMAX_SLICE;
     Array<float> in("logits", logits);
     Array<specache_choice> scratch("scratch", rows * slices), choices("choices", rows);
     Array<uint32_t> tokens("tokens", rows);
-    const specache_argmax_params p{in.address(), scratch.address(), choices.address(), with_tokens ? tokens.address() : 0,
-                                   rows, vocab};
+    const specache_argmax_params p{
+        in.address(), scratch.address(), choices.address(), with_tokens ? tokens.address() : 0, rows, vocab};
     specache_launch launch;
     CHECK(specache_argmax_slices_plan(&p, &launch) == SPECACHE_OK, "%s", launch.message);
     CHECK(launch.grid == rows * slices, "%u CTAs", launch.grid);
@@ -37,9 +38,10 @@ static void test(const std::vector<float>& logits, uint32_t rows, bool with_toke
     tokens.download();
     for (uint32_t r = 0; r < rows; r++) {
         const specache_choice want = twin(&logits[size_t(r) * vocab], vocab), got = choices[r];
-        CHECK(got.token == want.token, "token %u, not %u: row %u of %u, vocabulary %u", got.token, want.token, r, rows, vocab);
-        CHECK(got.first_bad == want.first_bad, "first bad %u, not %u: row %u, vocabulary %u", got.first_bad, want.first_bad,
-              r, vocab);
+        CHECK(got.token == want.token, "token %u, not %u: row %u of %u, vocabulary %u", got.token, want.token, r, rows,
+              vocab);
+        CHECK(got.first_bad == want.first_bad, "first bad %u, not %u: row %u, vocabulary %u", got.first_bad,
+              want.first_bad, r, vocab);
         CHECK(got.logit == want.logit, "logit %g, not %g: row %u, vocabulary %u", got.logit, want.logit, r, vocab);
         CHECK(tokens[r] == (with_tokens ? want.token : 0xA5A5A5A5u), "tokens[%u] is %u", r, tokens[r]);
     }
@@ -52,14 +54,29 @@ static std::vector<float> faulty(Random& random, uint32_t rows, uint32_t vocab) 
     for (uint32_t r = 0; r < rows; r++) {
         float* row = &x[size_t(r) * vocab];
         switch (r % 8) {
-            case 1: row[random() % vocab] = NAN; break;
-            case 2: row[vocab - 1] = kInf; break;
-            case 3: std::fill_n(row, vocab, -kInf); break;
-            case 4: std::fill_n(row, vocab, NAN); break;
-            case 5: row[0] = -kInf, row[vocab - 1] = 100; break;
-            case 6: std::fill_n(row, vocab, -kInf), row[0] = NAN; break;
-            case 7: std::fill_n(row, vocab, 1.5f); break;
-            default: break;
+            case 1:
+                row[random() % vocab] = NAN;
+                break;
+            case 2:
+                row[vocab - 1] = kInf;
+                break;
+            case 3:
+                std::fill_n(row, vocab, -kInf);
+                break;
+            case 4:
+                std::fill_n(row, vocab, NAN);
+                break;
+            case 5:
+                row[0] = -kInf, row[vocab - 1] = 100;
+                break;
+            case 6:
+                std::fill_n(row, vocab, -kInf), row[0] = NAN;
+                break;
+            case 7:
+                std::fill_n(row, vocab, 1.5f);
+                break;
+            default:
+                break;
         }
     }
     return x;
