@@ -80,6 +80,9 @@ specache_status specache_pack_plan(const specache_pack_params *params, specache_
 
 /* ---- the dense half of a decode step: embed.cu, linear.cu, sample.cu ------------------------------------------- */
 
+/* Weights only. */
+#define SPECACHE_FP32 2u
+
 /* Rows of a launch: two tokens of eight sequences. */
 #define SPECACHE_MAX_ROWS 16
 

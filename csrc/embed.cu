@@ -9,9 +9,9 @@
 #endif
 #include "abi.h"
 
-#define SPECACHE_EMBED_KERNELS(X) X(fp16, Fp16) X(bf16, Bf16)
+#define SPECACHE_EMBED_KERNELS(X) X(fp16, Fp16) X(bf16, Bf16) X(fp32, Fp32)
 
-// A row of 4096 numbers is two loads of 16 bytes for each thread.
+// A row of 4096 numbers is four loads of 8 bytes for each thread.
 #define SPECACHE_EMBED_THREADS 256
 
 #ifndef SPECACHE_PLAN_ONLY
@@ -36,19 +36,34 @@ SPECACHE_DEVICE RowPlace row_place(const specache_embed_params& p, uint32_t row)
     return place;
 }
 
-// Step 1: the row of the embedding, 8 numbers at a time. NaN for a token that does not exist: the finite check of the
-// first layer reports it.
+// Four numbers of the table, as floats.
+template <class T> struct Four {
+    static constexpr int kBytes = 8;
+    static SPECACHE_DEVICE float4 load(const uint8_t* from) {
+        const uint2 bits = load_value<uint2>(from);
+        const float2 low = T::widen(bits.x), high = T::widen(bits.y);
+        return make_float4(low.x, low.y, high.x, high.y);
+    }
+};
+
+template <> struct Four<Fp32> {
+    static constexpr int kBytes = 16;
+    static SPECACHE_DEVICE float4 load(const uint8_t* from) { return load_value<float4>(from); }
+};
+
+// Step 1: the row of the embedding. NaN for a token that does not exist: the first layer's finite check reports it.
 template <class T> SPECACHE_DEVICE void widen_row(const specache_embed_params& p, uint32_t row) {
     const uint32_t token = load_value<uint32_t>(reinterpret_cast<const uint32_t*>(p.tokens) + row);
     const bool exists = token < p.vocab;
-    const uint8_t* from = reinterpret_cast<const uint8_t*>(p.table) + size_t(exists ? token : 0) * p.hidden * 2;
-    float* to = reinterpret_cast<float*>(p.x) + size_t(row) * p.hidden;
-    for (uint32_t i = 8 * threadIdx.x; i < p.hidden; i += 8 * SPECACHE_EMBED_THREADS) {
-        uint4 eight = load_value<uint4>(from + 2 * size_t(i));
-        if (!exists) eight = make_uint4(~0u, ~0u, ~0u, ~0u);   // NaN in both types
-        const float2 a = T::widen(eight.x), b = T::widen(eight.y), c = T::widen(eight.z), d = T::widen(eight.w);
-        store_value(to + i, make_float4(a.x, a.y, b.x, b.y));
-        store_value(to + i + 4, make_float4(c.x, c.y, d.x, d.y));
+    const uint32_t fours = p.hidden / 4;
+    const uint8_t* from =
+        reinterpret_cast<const uint8_t*>(p.table) + size_t(exists ? token : 0) * fours * Four<T>::kBytes;
+    float4* to = reinterpret_cast<float4*>(p.x) + size_t(row) * fours;
+    const float nan = bit_cast<float>(0x7FC00000u);
+#pragma unroll 4
+    for (uint32_t i = threadIdx.x; i < fours; i += SPECACHE_EMBED_THREADS) {
+        const float4 four = Four<T>::load(from + size_t(i) * Four<T>::kBytes);
+        store_value(to + i, exists ? four : make_float4(nan, nan, nan, nan));
     }
 }
 
@@ -112,11 +127,19 @@ SPECACHE_EMBED_KERNELS(SPECACHE_EMBED_KERNEL)
 
 namespace specache {
 
+static const char* embed_kernel_name(specache_dtype dtype) {
+#define SPECACHE_EMBED_NAME(type, T) \
+    if (dtype == dtype_named(#type)) return "specache_embed_" #type;
+    SPECACHE_EMBED_KERNELS(SPECACHE_EMBED_NAME)
+#undef SPECACHE_EMBED_NAME
+    return nullptr;
+}
+
 static specache_status check_embed_shape(const specache_embed_params& p, specache_launch* launch) {
     if (p.n_rows > SPECACHE_MAX_ROWS)
         return refuse(launch, SPECACHE_UNSUPPORTED_ROWS, "embed: %u rows (1 to %u)", p.n_rows, SPECACHE_MAX_ROWS);
-    if (p.dtype != SPECACHE_FP16 && p.dtype != SPECACHE_BF16)
-        return refuse(launch, SPECACHE_UNSUPPORTED_DTYPE, "embed: dtype %u (fp16 or bf16)", p.dtype);
+    if (p.dtype != SPECACHE_FP16 && p.dtype != SPECACHE_BF16 && p.dtype != SPECACHE_FP32)
+        return refuse(launch, SPECACHE_UNSUPPORTED_DTYPE, "embed: dtype %u (fp16, bf16 or fp32)", p.dtype);
     if (p.hidden == 0 || p.hidden % 8 != 0 || p.hidden > 1u << 20)
         return refuse(launch, SPECACHE_UNSUPPORTED_WIDTH, "embed: hidden size %u (multiples of 8 to %u)", p.hidden,
                       1u << 20);
@@ -160,7 +183,7 @@ extern "C" specache_status specache_embed_plan(const specache_embed_params* para
     if (status != SPECACHE_OK || p.n_rows == 0) return status;
     status = specache::check_embed_memory(p, launch);
     if (status != SPECACHE_OK) return status;
-    launch->kernel = p.dtype == SPECACHE_FP16 ? "specache_embed_fp16" : "specache_embed_bf16";
+    launch->kernel = specache::embed_kernel_name(p.dtype);
     launch->grid = p.n_rows;
     launch->block = SPECACHE_EMBED_THREADS;
     return SPECACHE_OK;

@@ -19,7 +19,12 @@
 #include "abi.h"
 
 // Entry points, dtype x n-tiles of 8 rows: the one list that kernels and plans are made from.
-#define SPECACHE_LINEAR_KERNELS(X) X(fp16, Fp16, 1) X(fp16, Fp16, 2) X(bf16, Bf16, 1) X(bf16, Bf16, 2)
+// clang-format off
+#define SPECACHE_LINEAR_KERNELS(X)              \
+    X(fp16, Fp16, 1) X(fp16, Fp16, 2)           \
+    X(bf16, Bf16, 1) X(bf16, Bf16, 2)           \
+    X(fp32, Fp32, 1) X(fp32, Fp32, 2)
+// clang-format on
 
 #define SPECACHE_LINEAR_THREADS 256
 
@@ -44,9 +49,9 @@ SPECACHE_DEVICE void store_f32(uint64_t address, size_t index, float value) {
 
 SPECACHE_DEVICE int least(int a, int b) { return a < b ? a : b; }
 
-// The first row of W of a tile, for matrices of 16-bit numbers.
-SPECACHE_DEVICE const uint8_t* weight_row(uint64_t address, size_t row, uint32_t k) {
-    return pointer<uint8_t>(address) + row * k * 2;
+// The first row of W of a tile.
+template <class T> SPECACHE_DEVICE const uint8_t* weight_row(uint64_t address, size_t row, uint32_t k) {
+    return pointer<uint8_t>(address) + row * k * Operand<T>::kBytes;
 }
 
 // Two sums of a row, in the cell of this thread.
@@ -73,11 +78,11 @@ SPECACHE_DEVICE QkvUnit qkv_unit(const specache_qkv_params& p) {
     return QkvUnit{QkvUnit::kV, head - heads - kv_heads, first};
 }
 
-SPECACHE_DEVICE Factors qkv_factors(const specache_qkv_params& p, const QkvUnit& unit) {
+template <class T> SPECACHE_DEVICE Factors qkv_factors(const specache_qkv_params& p, const QkvUnit& unit) {
     const uint64_t weight = unit.kind == QkvUnit::kQ ? p.q_weight : unit.kind == QkvUnit::kK ? p.k_weight : p.v_weight;
     const int half = int(p.head_dim) / 2, features = least(kTileFeatures, half - unit.first);
     const size_t row = size_t(unit.head) * p.head_dim + unit.first;
-    return Factors{{weight_row(weight, row, p.hidden), weight_row(weight, row + half, p.hidden)},
+    return Factors{{weight_row<T>(weight, row, p.hidden), weight_row<T>(weight, row + half, p.hidden)},
                    {features, features},
                    pointer<float>(p.x),
                    pointer<float>(p.norm),
@@ -119,7 +124,7 @@ SPECACHE_DEVICE void note_bad_row(const specache_qkv_params& p, Cell cell, float
 template <class T, int N_TILES> SPECACHE_DEVICE void qkv(const specache_qkv_params& p) {
     SPECACHE_SHARED(ProductShared<N_TILES>, shared);
     const QkvUnit unit = qkv_unit(p);
-    Product<T, N_TILES, true> product(qkv_factors(p, unit));
+    Product<T, N_TILES, true> product(qkv_factors<T>(p, unit));
     product.run();
     product.store(shared);
 
@@ -214,7 +219,7 @@ template <class T, int N_TILES> SPECACHE_DEVICE void gate_up(const specache_gate
     const size_t first = size_t(blockIdx.x) * kTileFeatures;
     const int features = least(kTileFeatures, int(p.intermediate - first));
     Product<T, N_TILES, true> product(
-        Factors{{weight_row(p.gate_weight, first, p.hidden), weight_row(p.up_weight, first, p.hidden)},
+        Factors{{weight_row<T>(p.gate_weight, first, p.hidden), weight_row<T>(p.up_weight, first, p.hidden)},
                 {features, features},
                 pointer<float>(p.x),
                 pointer<float>(p.norm),
@@ -246,7 +251,7 @@ template <class T, int N_TILES, bool RESIDUAL> SPECACHE_DEVICE void linear(const
     const int of_first = least(kTileFeatures, features);
     const int of_second = features > kTileFeatures ? features - kTileFeatures : of_first;
     Product<T, N_TILES, !RESIDUAL> product(
-        Factors{{weight_row(p.weight, first, p.k), weight_row(p.weight, second, p.k)},
+        Factors{{weight_row<T>(p.weight, first, p.k), weight_row<T>(p.weight, second, p.k)},
                 {of_first, of_second},
                 pointer<float>(p.x),
                 pointer<float>(p.norm),
@@ -279,26 +284,27 @@ template <class T, int N_TILES, bool RESIDUAL> SPECACHE_DEVICE void linear(const
 
 }   // namespace specache
 
-// registers: <= 128 specache_qkv_*        (2 CTAs of 256 threads an SM, of product.cuh's bytes in flight)
+// registers: <= 192 specache_*_fp32_n*    (1 CTA of 256 threads an SM)
+// registers: <= 128 specache_qkv_*        (2 CTAs an SM, of product.cuh's bytes in flight)
 // registers: <= 128 specache_residual_*
 // registers: <= 128 specache_gate_up_*
 // registers: <= 128 specache_logits_*
-#define SPECACHE_LINEAR_KERNEL(dtype, T, N_TILES)                                                  \
-    extern "C" __global__ void __launch_bounds__(SPECACHE_LINEAR_THREADS, 2)                       \
-        specache_qkv_##dtype##_n##N_TILES(const __grid_constant__ specache_qkv_params p) {         \
-        specache::qkv<specache::T, N_TILES>(p);                                                    \
-    }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(SPECACHE_LINEAR_THREADS, 2)                       \
-        specache_residual_##dtype##_n##N_TILES(const __grid_constant__ specache_linear_params p) { \
-        specache::linear<specache::T, N_TILES, true>(p);                                           \
-    }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(SPECACHE_LINEAR_THREADS, 2)                       \
-        specache_gate_up_##dtype##_n##N_TILES(const __grid_constant__ specache_gate_up_params p) { \
-        specache::gate_up<specache::T, N_TILES>(p);                                                \
-    }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(SPECACHE_LINEAR_THREADS, 2)                       \
-        specache_logits_##dtype##_n##N_TILES(const __grid_constant__ specache_linear_params p) {   \
-        specache::linear<specache::T, N_TILES, false>(p);                                          \
+#define SPECACHE_LINEAR_KERNEL(dtype, T, N_TILES)                                                            \
+    extern "C" __global__ void __launch_bounds__(SPECACHE_LINEAR_THREADS, specache::kCtasPerSm<specache::T>) \
+        specache_qkv_##dtype##_n##N_TILES(const __grid_constant__ specache_qkv_params p) {                   \
+        specache::qkv<specache::T, N_TILES>(p);                                                              \
+    }                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(SPECACHE_LINEAR_THREADS, specache::kCtasPerSm<specache::T>) \
+        specache_residual_##dtype##_n##N_TILES(const __grid_constant__ specache_linear_params p) {           \
+        specache::linear<specache::T, N_TILES, true>(p);                                                     \
+    }                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(SPECACHE_LINEAR_THREADS, specache::kCtasPerSm<specache::T>) \
+        specache_gate_up_##dtype##_n##N_TILES(const __grid_constant__ specache_gate_up_params p) {           \
+        specache::gate_up<specache::T, N_TILES>(p);                                                          \
+    }                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(SPECACHE_LINEAR_THREADS, specache::kCtasPerSm<specache::T>) \
+        specache_logits_##dtype##_n##N_TILES(const __grid_constant__ specache_linear_params p) {             \
+        specache::linear<specache::T, N_TILES, false>(p);                                                    \
     }
 SPECACHE_LINEAR_KERNELS(SPECACHE_LINEAR_KERNEL)
 #undef SPECACHE_LINEAR_KERNEL
@@ -339,8 +345,8 @@ static specache_status check_linear(const char* op, uint32_t n_rows, specache_dt
                                     specache_launch* launch) {
     if (n_rows > SPECACHE_MAX_ROWS)
         return refuse(launch, SPECACHE_UNSUPPORTED_ROWS, "%s: %u rows (1 to %u)", op, n_rows, SPECACHE_MAX_ROWS);
-    if (dtype != SPECACHE_FP16 && dtype != SPECACHE_BF16)
-        return refuse(launch, SPECACHE_UNSUPPORTED_DTYPE, "%s: weights of dtype %u (fp16 or bf16)", op, dtype);
+    if (dtype != SPECACHE_FP16 && dtype != SPECACHE_BF16 && dtype != SPECACHE_FP32)
+        return refuse(launch, SPECACHE_UNSUPPORTED_DTYPE, "%s: weights of dtype %u (fp16, bf16 or fp32)", op, dtype);
     if (k % 8 != 0 || k < 32 || k > kMostInputs)
         return refuse(launch, SPECACHE_UNSUPPORTED_WIDTH, "%s: %u input features (multiples of 8 from 32 to %u)", op, k,
                       kMostInputs);

@@ -16,7 +16,7 @@
 //
 // and of x, where i counts rows as well (columns of B), lane 4i + j reads the same 8 k. So W and x go from memory to
 // registers as they are: no shared memory, no barrier, no shuffle in the loop. Two chunks that follow each other make
-// the 128-byte lines of W; the same warp reads both.
+// the 128-byte lines of W; the same warp reads both. (fp32 weights: k = 4j .. 4j + 3 for mma 0, 16 more for mma 1.)
 //
 // Numbers
 // -------
@@ -47,35 +47,63 @@ constexpr int kCtaFeatures = kTiles * kTileFeatures;
 constexpr int kTileRows = 8;   // columns of B
 constexpr int kChunk = 32;     // k of one step
 
-// Steps of W in flight. x and the sums of 16 rows take the registers of the third.
-template <int N_TILES> constexpr int kDepth = N_TILES == 1 ? 3 : 2;
-
-// How x becomes a number of W's type.
+// How numbers of W's type T become operands: kParts numbers of 16 bits each, and x two of the same type. fp32 weights
+// are split like x: for models that have no 16-bit form, at half the speed.
 template <class T> struct Operand;
 
 template <> struct Operand<Bf16> {
+    static constexpr int kBytes = 2, kParts = 1;
     static constexpr float kScale = 1.0f;
     static SPECACHE_DEVICE uint32_t narrow(float2 x) { return bit_cast<uint32_t>(__floats2bfloat162_rn(x.x, x.y)); }
+    static SPECACHE_DEVICE float2 widen(uint32_t pair) { return Bf16::widen(pair); }
     static SPECACHE_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         mma_m16n8k16_bf16(d, a, b0, b1);
     }
+};
+
+template <> struct Operand<Fp32> : Operand<Bf16> {
+    static constexpr int kBytes = 4, kParts = 2;
 };
 
 // fp16 ends at 65504, and the residual stream of a large model comes near: x / 16 is finite up to a million, and the
 // step of lo is still 2^-20 of x. Between 0.002 and a million the error is at most 2^-12 of x, less than rounding to
 // fp16 alone gives; above 0.1 it is at most 2^-17.
 template <> struct Operand<Fp16> {
+    static constexpr int kBytes = 2, kParts = 1;
     static constexpr float kScale = 1.0f / 16;
     static SPECACHE_DEVICE uint32_t narrow(float2 x) { return bit_cast<uint32_t>(__floats2half2_rn(x.x, x.y)); }
+    static SPECACHE_DEVICE float2 widen(uint32_t pair) { return Fp16::widen(pair); }
     static SPECACHE_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         mma_m16n8k16(d, a, b0, b1);
     }
 };
 
+// x as hi + lo, a pair of numbers at a time.
+struct Split {
+    uint32_t hi;
+    uint32_t lo;
+};
+
+template <class T> SPECACHE_DEVICE Split split_pair(float2 x) {
+    const uint32_t bits = Operand<T>::narrow(x);
+    const float2 hi = Operand<T>::widen(bits);
+    return Split{bits, Operand<T>::narrow(make_float2(x.x - hi.x, x.y - hi.y))};
+}
+
+// A lane's numbers of a chunk: where the first ones lie for j = 1, and the second four of eight.
+template <class T> constexpr int kLaneNumbers = 16 / Operand<T>::kBytes;
+template <class T> constexpr int kSecondFour = Operand<T>::kBytes == 2 ? 4 : kChunk / 2;
+
+// Steps of W in flight. x and the sums of 16 rows take the registers of the third; fp32 steps are twice as large.
+template <class T, int N_TILES> constexpr int kDepth = N_TILES == 1 && Operand<T>::kBytes == 2 ? 3 : 2;
+
+// CTAs that share an SM: 128 registers a thread for two.
+template <class T> constexpr int kCtasPerSm = Operand<T>::kBytes == 2 ? 2 : 1;
+
 // What one CTA multiplies.
 struct Factors {
     const uint8_t* weight[kTiles];   // first row of W of each tile
-    int n_features[kTiles];          // rows of W from there on; those beyond repeat the last one and are nobody's
+    int n_features[kTiles];          // rows of W from there on; those beyond repeat the last and are nobody's
     const float* x;                  // [n_rows][k]
     const float* norm;               // [k]; null: x is taken as it is
     int n_rows;
@@ -88,9 +116,28 @@ template <int N_TILES> struct ProductShared {
     float squares[kProductWarps][N_TILES * kTileRows];
 };
 
-// One step of W: 16 bytes of rows i and i + 8 of each tile.
-struct WeightStep {
-    uint4 rows[kTiles][2];
+// One step of W: 16 bytes (fp32: twice 16) of rows i and i + 8 of each tile.
+template <class T> struct WeightStep {
+    static constexpr int kLoads = Operand<T>::kBytes / 2;
+    uint4 rows[kTiles][2][kLoads];
+
+    // A of mma m: the parts of rows i, i + 8 of k pair j, then of pair j + 4.
+    SPECACHE_DEVICE void fragment(int t, int m, uint32_t (&a)[Operand<T>::kParts][4]) const {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            if (kLoads == 1) {
+                const uint4& eight = rows[t][half][0];
+                a[0][half] = m == 0 ? eight.x : eight.z;
+                a[0][half + 2] = m == 0 ? eight.y : eight.w;
+            } else {
+                const float4 four = bit_cast<float4>(rows[t][half][m % kLoads]);
+                const Split first = split_pair<T>(make_float2(four.x, four.y));
+                const Split second = split_pair<T>(make_float2(four.z, four.w));
+                a[0][half] = first.hi, a[0][half + 2] = second.hi;
+                a[Operand<T>::kParts - 1][half] = first.lo, a[Operand<T>::kParts - 1][half + 2] = second.lo;
+            }
+        }
+    }
 };
 
 // One step of x: 8 numbers of a row of each n-tile, and of the norm's weight.
@@ -99,41 +146,38 @@ template <int N_TILES> struct InputStep {
     float4 norm[2];
 };
 
-// B for the two mma of a step: hi and lo of each pair of k.
+// B for the two mma of a step.
 template <int N_TILES> struct InputFragment {
-    uint32_t hi[N_TILES][4];
-    uint32_t lo[N_TILES][4];
+    Split pairs[N_TILES][4];
 };
 
 // A lane's share of the product.
 template <class T, int N_TILES, bool NORM> class Product {
+    static constexpr int kBytes = Operand<T>::kBytes, kLoads = WeightStep<T>::kLoads;
+
 public:
-    SPECACHE_DEVICE explicit Product(const Factors& factors) {
-        const int i = lane() / 4, j = lane() % 4;
-        k_ = factors.k - 8 * j;
+    SPECACHE_DEVICE explicit Product(const Factors& factors) : factors_(factors) {
+        const int i = lane() / 4, first = kLaneNumbers<T> * (lane() % 4);
+        k_ = factors.k - first;
         for (int t = 0; t < kTiles; t++)
             for (int half = 0; half < 2; half++) {
                 const int row = min_of(i + 8 * half, factors.n_features[t] - 1);
-                weight_[t][half] = factors.weight[t] + (size_t(row) * factors.k + 8 * j) * 2;
+                weight_[t][half] = uint32_t(row * factors.k + first) * kBytes;
             }
-        for (int n = 0; n < N_TILES; n++) {
-            const int row = row_of(n);
 #if SPECACHE_INJECTED_BUG == 3   // the tests must see one row too many
-            const bool exists = row <= factors.n_rows;
+        const int last = factors.n_rows;
 #else
-            const bool exists = row < factors.n_rows;
+        const int last = factors.n_rows - 1;
 #endif
-            x_[n] = exists ? factors.x + size_t(row) * factors.k + 8 * j : nullptr;
-        }
-        norm_ = NORM ? factors.norm + 8 * j : nullptr;
+        for (int n = 0; n < N_TILES; n++) x_[n] = uint32_t(min_of(row_of(n), last) * factors.k + first);
         const int chunk_pairs = (factors.k + 2 * kChunk - 1) / (2 * kChunk);
         steps_ = 2 * ((chunk_pairs - warp() + kProductWarps - 1) / kProductWarps);
     }
 
     // The whole loop. What the previous kernel wrote is not read before its end.
     SPECACHE_DEVICE void run() {
-        constexpr int kSlots = kDepth<N_TILES>;
-        WeightStep weights[kSlots];
+        constexpr int kSlots = kDepth<T, N_TILES>;
+        WeightStep<T> weights[kSlots];
         InputStep<N_TILES> input;
 #pragma unroll
         for (int s = 0; s < kSlots; s++)
@@ -187,23 +231,30 @@ private:
     }
 
     // Lanes beyond k read the row's beginning: what they get meets zeros of x.
-    SPECACHE_DEVICE void load_weights(WeightStep& to, int step) const {
-        const int k = k_of(step), inside = k < k_ ? k : 0;
+    SPECACHE_DEVICE void load_weights(WeightStep<T>& to, int step) const {
+        const int k = k_of(step);
 #pragma unroll
-        for (int t = 0; t < kTiles; t++)
+        for (int load = 0; load < kLoads; load++) {
+            const int at = kSecondFour<T> * load, inside = k + at < k_ ? k + at : at;
 #pragma unroll
-            for (int half = 0; half < 2; half++) to.rows[t][half] = load_weight(weight_[t][half] + size_t(inside) * 2);
+            for (int t = 0; t < kTiles; t++)
+#pragma unroll
+                for (int half = 0; half < 2; half++)
+                    to.rows[t][half][load] =
+                        load_weight(factors_.weight[t] + (weight_[t][half] + uint32_t(inside) * kBytes));
+        }
     }
 
     SPECACHE_DEVICE void load_input(InputStep<N_TILES>& to, int step) const {
-        const int k = k_of(step);
+        const float4 zero = make_float4(0, 0, 0, 0);
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int at = k + 4 * half;
+        for (int four = 0; four < 2; four++) {
+            const int k = k_of(step) + kSecondFour<T> * four;
+            const bool inside = k < k_;
 #pragma unroll
             for (int n = 0; n < N_TILES; n++)
-                to.x[n][half] = x_[n] && k < k_ ? load_value<float4>(x_[n] + at) : make_float4(0, 0, 0, 0);
-            if (NORM) to.norm[half] = k < k_ ? load_value<float4>(norm_ + at) : make_float4(0, 0, 0, 0);
+                to.x[n][four] = inside ? load_value<float4>(factors_.x + (x_[n] + uint32_t(k))) : zero;
+            if (NORM) to.norm[four] = inside ? load_value<float4>(factors_.norm + (factors_.k - k_ + k)) : zero;
         }
     }
 
@@ -219,10 +270,7 @@ private:
                     const float2 weight = pair_of(input.norm, pair);
                     x = make_float2(x.x * weight.x, x.y * weight.y);
                 }
-                x = make_float2(x.x * Operand<T>::kScale, x.y * Operand<T>::kScale);
-                b.hi[n][pair] = Operand<T>::narrow(x);
-                const float2 hi = T::widen(b.hi[n][pair]);
-                b.lo[n][pair] = Operand<T>::narrow(make_float2(x.x - hi.x, x.y - hi.y));
+                b.pairs[n][pair] = split_pair<T>(make_float2(x.x * Operand<T>::kScale, x.y * Operand<T>::kScale));
             }
         return b;
     }
@@ -232,7 +280,7 @@ private:
         return pair % 2 == 0 ? make_float2(four.x, four.y) : make_float2(four.z, four.w);
     }
 
-    SPECACHE_DEVICE void multiply(const WeightStep& weights, const InputFragment<N_TILES>& b) {
+    SPECACHE_DEVICE void multiply(const WeightStep<T>& weights, const InputFragment<N_TILES>& b) {
 #pragma unroll
         for (int m = 0; m < 2; m++) {
 #if SPECACHE_INJECTED_BUG == 2   // the tests must see pairs of k out of order
@@ -242,23 +290,25 @@ private:
 #endif
 #pragma unroll
             for (int t = 0; t < kTiles; t++) {
-                const uint4 &top = weights.rows[t][0], &bottom = weights.rows[t][1];
-                const uint32_t a[4] = {m == 0 ? top.x : top.z, m == 0 ? bottom.x : bottom.z, m == 0 ? top.y : top.w,
-                                       m == 0 ? bottom.y : bottom.w};
+                uint32_t a[Operand<T>::kParts][4];
+                weights.fragment(t, m, a);
 #pragma unroll
                 for (int n = 0; n < N_TILES; n++) {
-                    Operand<T>::mma(sums_[t][n], a, b.hi[n][first], b.hi[n][first + 1]);
-                    Operand<T>::mma(sums_[t][n], a, b.lo[n][first], b.lo[n][first + 1]);
+                    const Split &x = b.pairs[n][first], &y = b.pairs[n][first + 1];
+                    Operand<T>::mma(sums_[t][n], a[0], x.hi, y.hi);
+                    Operand<T>::mma(sums_[t][n], a[0], x.lo, y.lo);
+                    if (Operand<T>::kParts == 2) Operand<T>::mma(sums_[t][n], a[Operand<T>::kParts - 1], x.hi, y.hi);
                 }
             }
         }
     }
 
-    const uint8_t* weight_[kTiles][2];
-    const float* x_[N_TILES];   // null: no such row
-    const float* norm_;
-    int k_;       // numbers of a row from this lane's first one on
-    int steps_;   // of this warp
+    // What all lanes share stays in uniform registers; a lane's own offsets are 32 bits.
+    const Factors factors_;
+    uint32_t weight_[kTiles][2];   // bytes, of rows i and i + 8
+    uint32_t x_[N_TILES];          // numbers; rows beyond the last repeat it and are nobody's
+    int k_;                        // numbers of a row from this lane's first one on
+    int steps_;                    // of this warp
     float sums_[kTiles][N_TILES][4] = {};
     float squares_[N_TILES] = {};
 };

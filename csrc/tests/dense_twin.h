@@ -19,11 +19,11 @@ inline double tolerance(double size) { return size * 0x1p-16 + 1e-30; }
 struct Matrix {
     specache_dtype dtype;
     size_t n, k;
-    std::vector<uint16_t> bits;
+    std::vector<uint8_t> bytes;
 
     Matrix(Random& random, specache_dtype dtype, size_t n, size_t k)
-        : dtype(dtype), n(n), k(k), bits(narrowed(dtype, normals(random, n * k, 1 / std::sqrt(float(k))))) {}
-    double at(size_t row, size_t column) const { return widen(dtype, bits[row * k + column]); }
+        : dtype(dtype), n(n), k(k), bytes(narrowed(dtype, normals(random, n * k, 1 / std::sqrt(float(k))))) {}
+    double at(size_t row, size_t column) const { return number_at(dtype, bytes, row * k + column); }
 };
 
 // W x + b of one feature of one row.

@@ -27,7 +27,7 @@ static uint32_t sequence_of(uint32_t row) { return row == 3 ? SPECACHE_NONE : ro
 
 static void test(const Case& c) {
     Random random(unsigned(c.rows + c.hidden));
-    const std::vector<uint16_t> table = narrowed(c.dtype, normals(random, kVocab * c.hidden, 1));
+    const std::vector<uint8_t> table = narrowed(c.dtype, normals(random, kVocab * c.hidden, 1));
     std::vector<uint32_t> tokens, ids, row_sequences;
     for (uint32_t r = 0; r < c.rows; r++) tokens.push_back(r == 1 ? kVocab : r == 0 ? kVocab - 1 : random() % kVocab);
     for (uint32_t r = 0; r < c.rows; r++) row_sequences.push_back(sequence_of(r));
@@ -36,7 +36,7 @@ static void test(const Case& c) {
     for (uint32_t i = 0; i < c.head_dim / 2; i++) inv_freq.push_back(std::pow(5e5f, -float(2 * i) / float(c.head_dim)));
 
     const uint64_t page = kHeads * SPECACHE_PAGE * 4 * c.head_dim + 16;
-    Array<uint16_t> table_in("table", table);
+    Array<uint8_t> table_in("table", table);
     Array<uint32_t> tokens_in("tokens", tokens), ids_in("tail_pages", ids), rows_in("row_sequences", row_sequences);
     const std::vector<specache_sequence> all = sequences(ids_in.address());
     Array<specache_sequence> sequences_in("sequences", all);
@@ -66,15 +66,18 @@ static void test(const Case& c) {
                                   c.dtype};
     specache_launch launch;
     CHECK(specache_embed_plan(&p, &launch) == SPECACHE_OK, "%s", launch.message);
-    device::launch(c.dtype == SPECACHE_BF16 ? specache_embed_bf16 : specache_embed_fp16, launch.grid, launch.block,
-                   launch.shared_bytes, seed++, p);
+    const auto kernel = c.dtype == SPECACHE_BF16   ? specache_embed_bf16
+                        : c.dtype == SPECACHE_FP16 ? specache_embed_fp16
+                                                   : specache_embed_fp32;
+    device::launch(kernel, launch.grid, launch.block, launch.shared_bytes, seed++, p);
     for (device::Buffer* b : std::initializer_list<device::Buffer*>{&x, &rope, &append, &bad}) b->download();
 
     for (uint32_t r = 0; r < c.rows; r++) {
         for (uint32_t i = 0; i < c.hidden; i++) {
             const float got = x[size_t(r) * c.hidden + i];
             if (tokens[r] >= kVocab) CHECK(std::isnan(got), "a token beyond the vocabulary gives %g", got);
-            else CHECK(got == widen(c.dtype, table[tokens[r] * c.hidden + i]), "row %u, number %u is %g", r, i, got);
+            else
+                CHECK(got == number_at(c.dtype, table, tokens[r] * c.hidden + i), "row %u, number %u is %g", r, i, got);
         }
         const uint32_t s = sequence_of(r);
         const uint32_t position = s == SPECACHE_NONE ? 0 : all[s].position + r - all[s].first_row;
@@ -119,7 +122,7 @@ static void plans() {
     expect_status(SPECACHE_OK, "", [](P&) {});
     expect_status(SPECACHE_OK, "", [](P& p) { p.n_rows = 0, p.table = 0; });
     expect_status(SPECACHE_UNSUPPORTED_ROWS, "17", [](P& p) { p.n_rows = 17; });
-    expect_status(SPECACHE_UNSUPPORTED_DTYPE, "2", [](P& p) { p.dtype = 2; });
+    expect_status(SPECACHE_UNSUPPORTED_DTYPE, "3", [](P& p) { p.dtype = 3; });
     expect_status(SPECACHE_UNSUPPORTED_WIDTH, "100", [](P& p) { p.hidden = 100; });
     expect_status(SPECACHE_UNSUPPORTED_WIDTH, "vocabulary", [](P& p) { p.vocab = 0; });
     expect_status(SPECACHE_UNSUPPORTED_HEAD_DIM, "65", [](P& p) { p.head_dim = 65; });
@@ -129,9 +132,9 @@ static void plans() {
 
 int main() {
     plans();
-    constexpr specache_dtype h = SPECACHE_FP16, b = SPECACHE_BF16;
-    const Case cases[] = {
-        {b, 1, 8, 2, 1}, {h, 2, 40, 64, 1}, {b, 3, 2056, 80, 1.25f}, {h, 6, 4096, 128, 1}, {b, 16, 64, 256, 0.5f}};
+    constexpr specache_dtype h = SPECACHE_FP16, b = SPECACHE_BF16, f = SPECACHE_FP32;
+    const Case cases[] = {{b, 1, 8, 2, 1},      {h, 2, 40, 64, 1},      {b, 3, 2056, 80, 1.25f},
+                          {h, 6, 4096, 128, 1}, {b, 16, 64, 256, 0.5f}, {f, 3, 2056, 128, 1}};
     for (const Case& c : cases) test(c);
     std::printf("embed_test: %zu cases equal the twin (%s)\n", std::size(cases), device::kName);
 }

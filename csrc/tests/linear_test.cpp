@@ -78,7 +78,7 @@ static std::vector<float> run_linear(const LinearCase& c, const Matrix& w, const
                                   all.begin() + ptrdiff_t((first + count) * width));
     };
     Array<float> in("x", rows(x, c.k)), out("y", count * c.n);
-    Array<uint16_t> weight("weight", w.bits);
+    Array<uint8_t> weight("weight", w.bytes);
     Optional norm_in("norm", norm), bias_in("bias", bias);
     if (!c.logits) Array<float>::fill(out, rows(y, c.n));
     const specache_linear_params p{in.address(),
@@ -156,7 +156,7 @@ static void test_gate_up(const GateUpCase& c) {
     const std::vector<float> gate_bias = maybe(c.bias, random, c.intermediate);
     const std::vector<float> up_bias = maybe(c.bias, random, c.intermediate);
     Array<float> in("x", x), norm_in("norm", norm), y("y", c.rows * c.intermediate);
-    Array<uint16_t> gate_in("gate", gate.bits), up_in("up", up.bits);
+    Array<uint8_t> gate_in("gate", gate.bytes), up_in("up", up.bytes);
     Optional gate_bias_in("gate_bias", gate_bias), up_bias_in("up_bias", up_bias);
     const specache_gate_up_params p{in.address(),
                                     norm_in.address(),
@@ -235,7 +235,7 @@ static void test_qkv(const QkvCase& c) {
     if (c.rows > 8) noted[8] = 2;   // of an earlier layer: it stays
 
     Array<float> in("x", x), norm_in("norm", norm), rope_in("rope", rope);
-    Array<uint16_t> q_weight("q_weight", wq.bits), k_weight("k_weight", wk.bits), v_weight("v_weight", wv.bits);
+    Array<uint8_t> q_weight("q_weight", wq.bytes), k_weight("k_weight", wk.bytes), v_weight("v_weight", wv.bytes);
     Optional q_bias("q_bias", bq), k_bias("k_bias", bk), v_bias("v_bias", bv), q_norm("q_norm", nq),
         k_norm("k_norm", nk);
     Array<float> k_scratch("k", c.rows * wk.n), q("q", c.rows * wq.n);
@@ -330,7 +330,7 @@ static void plans() {
     refuse_linear(SPECACHE_UNSUPPORTED_WIDTH, "100 input", [](L& p) { p.k = 100; });
     refuse_linear(SPECACHE_UNSUPPORTED_WIDTH, "24 input", [](L& p) { p.k = 24; });
     refuse_linear(SPECACHE_UNSUPPORTED_WIDTH, "0 output", [](L& p) { p.n = 0; });
-    refuse_linear(SPECACHE_UNSUPPORTED_DTYPE, "dtype 2", [](L& p) { p.dtype = 2; });
+    refuse_linear(SPECACHE_UNSUPPORTED_DTYPE, "dtype 3", [](L& p) { p.dtype = 3; });
     refuse_linear(SPECACHE_BAD_ADDRESS, "weight", [](L& p) { p.weight += 8; });
     refuse_linear(SPECACHE_BAD_ADDRESS, "one buffer", [](L& p) { p.y = p.x; });
     refuse_linear(SPECACHE_BAD_ADDRESS, "no norm", [](L& p) { p.norm = p.x; });
@@ -360,7 +360,7 @@ static void plans() {
 }
 
 int main() {
-    constexpr specache_dtype h = SPECACHE_FP16, b = SPECACHE_BF16;
+    constexpr specache_dtype h = SPECACHE_FP16, b = SPECACHE_BF16, f = SPECACHE_FP32;
     plans();
     // Steps: none for some warps (32), a chunk that ends early (40, 72, 264), more than are in flight (2600).
     for (const LinearCase& c : {LinearCase{b, 1, 32, 16, false, false},
@@ -372,15 +372,20 @@ int main() {
                                 {b, 16, 2600, 32, true, true},
                                 {h, 16, 1024, 1, false, false},
                                 {b, 2, 2600, 64, false, false},
-                                {h, 1, 2600, 100, false, true}})
+                                {h, 1, 2600, 100, false, true},
+                                {f, 3, 40, 33, true, true},
+                                {f, 8, 2600, 32, false, false},
+                                {f, 16, 1032, 20, false, true}})
         test_linear(c);
     test_extremes(b);
     test_extremes(h);
+    test_extremes(f);
     for (const GateUpCase& c : {GateUpCase{b, 1, 64, 16, false},
                                 {h, 2, 104, 40, true},
                                 {b, 8, 1056, 17, false},
                                 {h, 9, 512, 16, false},
-                                {b, 16, 72, 33, true}})
+                                {b, 16, 72, 33, true},
+                                {f, 9, 552, 17, true}})
         test_gate_up(c);
     for (const QkvCase& c : {QkvCase{b, b, 1, 64, 2, 1, 64, false, false},
                              {b, h, 2, 104, 4, 2, 32, true, false},
@@ -391,7 +396,9 @@ int main() {
                              {b, b, 16, 264, 2, 1, 128, true, true},
                              {b, b, 16, 1056, 2, 1, 32, false, false},
                              {b, b, 2, 40, 1, 1, 256, false, true},
-                             {h, b, 1, 32, 1, 1, 2, true, true}})
+                             {h, b, 1, 32, 1, 1, 2, true, true},
+                             {f, b, 2, 136, 2, 1, 64, true, false},
+                             {f, h, 9, 72, 1, 1, 32, true, true}})
         test_qkv(c);
     std::printf("linear_test: %d launches equal the twins (%s)\n", launches, device::kName);
 }

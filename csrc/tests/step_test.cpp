@@ -87,17 +87,17 @@ template <class Params> static void launch(specache_status (*plan)(const Params*
 
 // Inputs of one layer on the device.
 struct LayerInputs {
-    Array<uint16_t> q, k, v, o, gate, up, down;
+    Array<uint8_t> q, k, v, o, gate, up, down;
     Optional input_norm, post_norm, q_norm, k_norm;
 
     explicit LayerInputs(const Layer& l)
-        : q("q", l.q.bits),
-          k("k", l.k.bits),
-          v("v", l.v.bits),
-          o("o", l.o.bits),
-          gate("gate", l.gate.bits),
-          up("up", l.up.bits),
-          down("down", l.down.bits),
+        : q("q", l.q.bytes),
+          k("k", l.k.bytes),
+          v("v", l.v.bytes),
+          o("o", l.o.bytes),
+          gate("gate", l.gate.bytes),
+          up("up", l.up.bytes),
+          down("down", l.down.bytes),
           input_norm("input_norm", l.input_norm),
           post_norm("post_norm", l.post_norm),
           q_norm("q_norm", l.q_norm),
@@ -152,7 +152,7 @@ static void run_layer(const LayerInputs& in, const Step& s, uint32_t layer) {
 }
 
 static void run(const Model& m, Step& s) {
-    Array<uint16_t> table("embed", m.embed.bits), lm_head("lm_head", m.lm_head.bits);
+    Array<uint8_t> table("embed", m.embed.bytes), lm_head("lm_head", m.lm_head.bytes);
     Array<uint32_t> tokens("tokens", kTokens), rows("row_sequences", kRowSequences), ids("page ids", kPageIds);
     Array<specache_sequence> sequences_in("sequences", sequences(ids.address()));
     Array<float> inv_freq("inv_freq", m.inv_freq), final_norm("final_norm", m.final_norm);
