@@ -103,6 +103,15 @@ for source in "${dense[@]}"; do
     -o "$out/$(basename "$source" .cu)_plan.o" || fail "the plan of $source needs CUDA"
 done
 report "${dense[@]}" || fail "registers or spills"
+# What tools/gpu.sh measures them by.
+"$nvcc" -std=c++17 -Werror all-warnings -gencode arch=compute_90a,code=sm_90a -c csrc/linear_bench.cu \
+  -o "$out/linear_bench.o" || fail "linear_bench does not build"
+if [ "${1:-}" = --all ]; then
+  for test in embed linear sample step; do
+    "$nvcc" -std=c++17 -Werror all-warnings -Xcompiler -Wno-unknown-pragmas -gencode arch=compute_90a,code=sm_90a \
+      -x cu -c "csrc/tests/${test}_test.cpp" -o "$out/$test.gpu.o" || fail "${test}_test does not build for a GPU"
+  done
+fi
 
 # The tests must also build for a GPU, where tools/gpu.sh runs them: the small one shows it.
 "$nvcc" -std=c++17 -Werror all-warnings -Xcompiler -Wno-unknown-pragmas -gencode arch=compute_90a,code=sm_90a \

@@ -1,6 +1,7 @@
 // linear.cu against plain twins in double: every entry point, rows 1 to 16, shapes that fill no tile, biases and norms
 // on and off, numbers that are not finite; outputs poisoned, several orders of the threads. A row alone has the same
 // bits as among fifteen others.
+#include <initializer_list>
 #include <map>
 
 #include "../linear.cu"

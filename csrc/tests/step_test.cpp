@@ -1,6 +1,7 @@
 // A whole step of the dense half, launched as the host program does, against a plain twin: embed, per layer q, k, v
 // (and head norms), the projection back, gate and up, down; logits, argmax. Attention is left out: it gives q. Shows
 // that what one kernel leaves is what the next one reads, and where K and V go when a sequence crosses a page border.
+#include <algorithm>
 #include <map>
 
 #include "../embed.cu"
