@@ -26,15 +26,16 @@
     X(fp32, Fp32, 1) X(fp32, Fp32, 2)
 // clang-format on
 
+// Two CTAs share an SM. Where there are too few CTAs to fill the bus (product.cuh), each has twice the warps.
 #define SPECACHE_LINEAR_THREADS 256
+#define SPECACHE_LINEAR_FEW_CTAS 84
+#define SPECACHE_LINEAR_FEW_THREADS 512
 
 // Of the kernel for the heads of q and k: a warp for each row and head.
 #define SPECACHE_HEAD_NORM_THREADS 128
 
 #ifndef SPECACHE_PLAN_ONLY
 namespace specache {
-
-static_assert(SPECACHE_LINEAR_THREADS == kProductThreads, "the plan's block is the product's");
 
 template <class V> SPECACHE_DEVICE const V* pointer(uint64_t address) { return reinterpret_cast<const V*>(address); }
 
@@ -71,7 +72,7 @@ struct QkvUnit {
 
 SPECACHE_DEVICE QkvUnit qkv_unit(const specache_qkv_params& p) {
     const int tiles = int(p.head_dim / 2 + kTileFeatures - 1) / kTileFeatures;   // of half a head
-    const int head = int(blockIdx.x) / tiles, first = int(blockIdx.x) % tiles * kTileFeatures;
+    const int block = int(block_index()), head = block / tiles, first = block % tiles * kTileFeatures;
     const int heads = int(p.n_heads), kv_heads = int(p.n_kv_heads);
     if (head < heads) return QkvUnit{QkvUnit::kQ, head, first};
     if (head < heads + kv_heads) return QkvUnit{QkvUnit::kK, head - heads, first};
@@ -123,11 +124,11 @@ SPECACHE_DEVICE void note_bad_row(const specache_qkv_params& p, Cell cell, float
 
 template <class T, int N_TILES> SPECACHE_DEVICE void qkv(const specache_qkv_params& p) {
     SPECACHE_SHARED(ProductShared<N_TILES>, shared);
-    const QkvUnit unit = qkv_unit(p);
-    Product<T, N_TILES, true> product(qkv_factors<T>(p, unit));
+    Product<T, N_TILES, true> product(qkv_factors<T>(p, qkv_unit(p)));
     product.run();
     product.store(shared);
 
+    const QkvUnit unit = qkv_unit(p);   // not kept: the loop needs its registers
     const Cell cell = cell_of_thread();
     const int channel = unit.first + cell.feature, half = int(p.head_dim) / 2;
     const bool mine = cell.row < int(p.n_rows) && channel < half;
@@ -285,26 +286,26 @@ template <class T, int N_TILES, bool RESIDUAL> SPECACHE_DEVICE void linear(const
 }   // namespace specache
 
 // registers: <= 192 specache_*_fp32_n*    (1 CTA of 256 threads an SM)
-// registers: <= 128 specache_qkv_*        (2 CTAs an SM, of product.cuh's bytes in flight)
+// registers: <= 128 specache_qkv_*        (512 threads an SM, in 1 or 2 CTAs)
 // registers: <= 128 specache_residual_*
 // registers: <= 128 specache_gate_up_*
 // registers: <= 128 specache_logits_*
-#define SPECACHE_LINEAR_KERNEL(dtype, T, N_TILES)                                                            \
-    extern "C" __global__ void __launch_bounds__(SPECACHE_LINEAR_THREADS, specache::kCtasPerSm<specache::T>) \
-        specache_qkv_##dtype##_n##N_TILES(const __grid_constant__ specache_qkv_params p) {                   \
-        specache::qkv<specache::T, N_TILES>(p);                                                              \
-    }                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(SPECACHE_LINEAR_THREADS, specache::kCtasPerSm<specache::T>) \
-        specache_residual_##dtype##_n##N_TILES(const __grid_constant__ specache_linear_params p) {           \
-        specache::linear<specache::T, N_TILES, true>(p);                                                     \
-    }                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(SPECACHE_LINEAR_THREADS, specache::kCtasPerSm<specache::T>) \
-        specache_gate_up_##dtype##_n##N_TILES(const __grid_constant__ specache_gate_up_params p) {           \
-        specache::gate_up<specache::T, N_TILES>(p);                                                          \
-    }                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(SPECACHE_LINEAR_THREADS, specache::kCtasPerSm<specache::T>) \
-        specache_logits_##dtype##_n##N_TILES(const __grid_constant__ specache_linear_params p) {             \
-        specache::linear<specache::T, N_TILES, false>(p);                                                    \
+#define SPECACHE_LINEAR_KERNEL(dtype, T, N_TILES)                                                  \
+    extern "C" __global__ void __launch_bounds__(specache::kMostThreads<specache::T>, 1)           \
+        specache_qkv_##dtype##_n##N_TILES(const __grid_constant__ specache_qkv_params p) {         \
+        specache::qkv<specache::T, N_TILES>(p);                                                    \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(specache::kMostThreads<specache::T>, 1)           \
+        specache_residual_##dtype##_n##N_TILES(const __grid_constant__ specache_linear_params p) { \
+        specache::linear<specache::T, N_TILES, true>(p);                                           \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(specache::kMostThreads<specache::T>, 1)           \
+        specache_gate_up_##dtype##_n##N_TILES(const __grid_constant__ specache_gate_up_params p) { \
+        specache::gate_up<specache::T, N_TILES>(p);                                                \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(specache::kMostThreads<specache::T>, 1)           \
+        specache_logits_##dtype##_n##N_TILES(const __grid_constant__ specache_linear_params p) {   \
+        specache::linear<specache::T, N_TILES, false>(p);                                          \
     }
 SPECACHE_LINEAR_KERNELS(SPECACHE_LINEAR_KERNEL)
 #undef SPECACHE_LINEAR_KERNEL
@@ -380,6 +381,13 @@ static specache_status planned(specache_launch* launch, const char* kernel, uint
     return SPECACHE_OK;
 }
 
+// Matrices of fp32 have twice the bytes, and no registers for more warps.
+static specache_status planned_product(specache_launch* launch, const char* kernel, specache_dtype dtype,
+                                       uint32_t grid) {
+    const bool few = grid < SPECACHE_LINEAR_FEW_CTAS && dtype != SPECACHE_FP32;
+    return planned(launch, kernel, grid, few ? SPECACHE_LINEAR_FEW_THREADS : SPECACHE_LINEAR_THREADS);
+}
+
 static specache_status check_qkv(const specache_qkv_params& p, specache_launch* launch) {
     if (p.head_dim == 0 || p.head_dim % 2 != 0 || p.head_dim > 256)
         return refuse(launch, SPECACHE_UNSUPPORTED_HEAD_DIM, "qkv: head_dim %u (even, at most 256)", p.head_dim);
@@ -444,8 +452,7 @@ extern "C" specache_status specache_qkv_plan(const specache_qkv_params* params, 
     const specache_status status = specache::check_qkv(p, launch);
     if (status != SPECACHE_OK || p.n_rows == 0) return status;
     const uint32_t tiles = specache::ceil_div(p.head_dim / 2, 16), heads = p.n_heads + 2 * p.n_kv_heads;
-    return specache::planned(launch, specache::linear_kernels(p.dtype, p.n_rows).qkv, heads * tiles,
-                             SPECACHE_LINEAR_THREADS);
+    return specache::planned_product(launch, specache::linear_kernels(p.dtype, p.n_rows).qkv, p.dtype, heads * tiles);
 }
 
 extern "C" specache_status specache_head_norm_plan(const specache_qkv_params* params, specache_launch* launch) {
@@ -463,8 +470,8 @@ extern "C" specache_status specache_residual_plan(const specache_linear_params* 
     *launch = specache_launch{};
     const specache_status status = specache::check_matrix("residual", p, false, launch);
     if (status != SPECACHE_OK || p.n_rows == 0) return status;
-    return specache::planned(launch, specache::linear_kernels(p.dtype, p.n_rows).residual, specache::ceil_div(p.n, 32),
-                             SPECACHE_LINEAR_THREADS);
+    return specache::planned_product(launch, specache::linear_kernels(p.dtype, p.n_rows).residual, p.dtype,
+                                     specache::ceil_div(p.n, 32));
 }
 
 extern "C" specache_status specache_gate_up_plan(const specache_gate_up_params* params, specache_launch* launch) {
@@ -472,8 +479,8 @@ extern "C" specache_status specache_gate_up_plan(const specache_gate_up_params* 
     *launch = specache_launch{};
     const specache_status status = specache::check_gate_up(p, launch);
     if (status != SPECACHE_OK || p.n_rows == 0) return status;
-    return specache::planned(launch, specache::linear_kernels(p.dtype, p.n_rows).gate_up,
-                             specache::ceil_div(p.intermediate, 16), SPECACHE_LINEAR_THREADS);
+    return specache::planned_product(launch, specache::linear_kernels(p.dtype, p.n_rows).gate_up, p.dtype,
+                                     specache::ceil_div(p.intermediate, 16));
 }
 
 extern "C" specache_status specache_logits_plan(const specache_linear_params* params, specache_launch* launch) {
@@ -481,7 +488,7 @@ extern "C" specache_status specache_logits_plan(const specache_linear_params* pa
     *launch = specache_launch{};
     const specache_status status = specache::check_matrix("logits", p, true, launch);
     if (status != SPECACHE_OK || p.n_rows == 0) return status;
-    return specache::planned(launch, specache::linear_kernels(p.dtype, p.n_rows).logits, specache::ceil_div(p.n, 32),
-                             SPECACHE_LINEAR_THREADS);
+    return specache::planned_product(launch, specache::linear_kernels(p.dtype, p.n_rows).logits, p.dtype,
+                                     specache::ceil_div(p.n, 32));
 }
 #endif

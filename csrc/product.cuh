@@ -1,8 +1,9 @@
 // y = W x for 1 to 16 rows of x, at the speed at which W comes from memory.
 //
 // Every number of W is used once per row and 16 rows are few, so nothing but the stream of W counts. A CTA has 32
-// features (two tiles of 16 rows of W) and all of k; its 8 warps share k, and their sums meet in shared memory once,
-// in a fixed order: no atomics, and the bits of a row depend on that row alone, not on how many there are beside it.
+// features (two tiles of 16 rows of W) and all of k; its 8 or 16 warps share k, and their sums meet in shared memory
+// once, in a fixed order: no atomics, and the bits of a row depend on the shape of W and on that row alone, not on how
+// many there are beside it.
 //
 // Fragments
 // ---------
@@ -30,17 +31,17 @@
 // Bytes in flight
 // ---------------
 // Little's law: 4.8 TB/s (H200) x 0.8 us under load = 3.8 MB, 29 KB for each of 132 SMs; half of that on an A100.
-// A step of a lane is 64 bytes of W. With kDepth = 3 (2 at 16 rows) steps in flight a CTA asks for 48 (32) KB, and two
-// CTAs fit an SM: a last wave with one CTA for each SM still fills the bus. x comes from L1 and L2, one step ahead: per
-// SM and 32 features 4 * n_rows bytes for 64 of W, a quarter of W's traffic at 4 rows and as much at 16.
+// A step of a lane is 64 bytes of W. With kDepth = 3 (2 at 16 rows) steps in flight a CTA of 8 warps asks for 48 (32)
+// KB, and two CTAs fit an SM: a last wave with one CTA for each SM still fills the bus. A matrix of fewer than 84 x 32
+// features has not CTAs enough for that, and gets 16 warps for each. x comes from L1 and L2, one step ahead: per SM and
+// 32 features 4 * n_rows bytes for 64 of W, a quarter of W's traffic at 4 rows and as much at 16.
 #pragma once
 
 #include "ptx.cuh"
 
 namespace specache {
 
-constexpr int kProductWarps = 8;
-constexpr int kProductThreads = 32 * kProductWarps;
+constexpr int kSumSlots = 8;        // warps whose sums shared memory holds; more of them take turns
 constexpr int kTileFeatures = 16;   // rows of A
 constexpr int kTiles = 2;           // of one CTA
 constexpr int kCtaFeatures = kTiles * kTileFeatures;
@@ -97,8 +98,8 @@ template <class T> constexpr int kSecondFour = Operand<T>::kBytes == 2 ? 4 : kCh
 // Steps of W in flight. x and the sums of 16 rows take the registers of the third; fp32 steps are twice as large.
 template <class T, int N_TILES> constexpr int kDepth = N_TILES == 1 && Operand<T>::kBytes == 2 ? 3 : 2;
 
-// CTAs that share an SM: 128 registers a thread for two.
-template <class T> constexpr int kCtasPerSm = Operand<T>::kBytes == 2 ? 2 : 1;
+// Largest block: 128 registers a thread for 512 threads on an SM, in one CTA or in two.
+template <class T> constexpr int kMostThreads = Operand<T>::kBytes == 2 ? 512 : 256;
 
 // What one CTA multiplies.
 struct Factors {
@@ -112,8 +113,8 @@ struct Factors {
 
 // Where the warps' sums meet. A pitch of 36 words: a store by lanes (i, j) to row 2j, feature i touches all banks once.
 template <int N_TILES> struct ProductShared {
-    float sums[kProductWarps][N_TILES * kTileRows][kCtaFeatures + 4];
-    float squares[kProductWarps][N_TILES * kTileRows];
+    float sums[kSumSlots][N_TILES * kTileRows][kCtaFeatures + 4];
+    float squares[kSumSlots][N_TILES * kTileRows];
 };
 
 // One step of W: 16 bytes (fp32: twice 16) of rows i and i + 8 of each tile.
@@ -171,7 +172,7 @@ public:
 #endif
         for (int n = 0; n < N_TILES; n++) x_[n] = uint32_t(min_of(row_of(n), last) * factors.k + first);
         const int chunk_pairs = (factors.k + 2 * kChunk - 1) / (2 * kChunk);
-        steps_ = 2 * ((chunk_pairs - warp() + kProductWarps - 1) / kProductWarps);
+        steps_ = 2 * ((chunk_pairs - warp() + warps() - 1) / warps());
     }
 
     // The whole loop. What the previous kernel wrote is not read before its end.
@@ -199,36 +200,29 @@ public:
         }
     }
 
-    // Leaves this warp's sums in shared memory; a barrier must follow.
-    SPECACHE_DEVICE void store(ProductShared<N_TILES>& shared) const {
-        const int i = lane() / 4, j = lane() % 4;
-#pragma unroll
-        for (int n = 0; n < N_TILES; n++) {
-#pragma unroll
-            for (int t = 0; t < kTiles; t++)
-#pragma unroll
-                for (int d = 0; d < 4; d++) {
-                    const int row = n * kTileRows + 2 * j + d % 2, feature = t * kTileFeatures + i + 8 * (d / 2);
-                    shared.sums[warp()][row][feature] = sums_[t][n][d];
-                }
-            if (!NORM) continue;
-            float squares = squares_[n];
-            squares += __shfl_xor_sync(~0u, squares, 1);
-            squares += __shfl_xor_sync(~0u, squares, 2);
-            if (j == 0) shared.squares[warp()][row_of(n)] = squares;
+    // Leaves the sums in shared memory, those of warp w + 8 with those of warp w; a barrier must follow.
+    SPECACHE_DEVICE void store(ProductShared<N_TILES>& shared) {
+        const bool turns = warps() > kSumSlots;
+        if (turns) {
+            if (warp() >= kSumSlots) write<false>(shared);
+#if SPECACHE_INJECTED_BUG != 6   // the tests must see a missing barrier here as well
+            __syncthreads();
+#endif
         }
+        if (warp() >= kSumSlots) return;
+        if (turns) write<true>(shared);
+        else write<false>(shared);
     }
 
 private:
     static SPECACHE_DEVICE int lane() { return int(threadIdx.x) % 32; }
     static SPECACHE_DEVICE int warp() { return int(threadIdx.x) / 32; }
+    static SPECACHE_DEVICE int warps() { return int(blockDim.x) / 32; }
     static SPECACHE_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
     static SPECACHE_DEVICE int row_of(int n) { return n * kTileRows + lane() / 4; }
 
     // First k of a step of this warp: warps take turns by two chunks, one line of each row of W.
-    static SPECACHE_DEVICE int k_of(int step) {
-        return (step / 2 * kProductWarps + warp()) * 2 * kChunk + step % 2 * kChunk;
-    }
+    static SPECACHE_DEVICE int k_of(int step) { return (step / 2 * warps() + warp()) * 2 * kChunk + step % 2 * kChunk; }
 
     // Lanes beyond k read the row's beginning: what they get meets zeros of x.
     SPECACHE_DEVICE void load_weights(WeightStep<T>& to, int step) const {
@@ -303,6 +297,27 @@ private:
         }
     }
 
+    // This warp's sums to its slot, or added to it.
+    template <bool ADD> SPECACHE_DEVICE void write(ProductShared<N_TILES>& shared) const {
+        const int i = lane() / 4, j = lane() % 4, slot = warp() % kSumSlots;
+        const auto put = [](float& to, float sum) { to = ADD ? to + sum : sum; };
+#pragma unroll
+        for (int n = 0; n < N_TILES; n++) {
+#pragma unroll
+            for (int t = 0; t < kTiles; t++)
+#pragma unroll
+                for (int d = 0; d < 4; d++) {
+                    const int row = n * kTileRows + 2 * j + d % 2, feature = t * kTileFeatures + i + 8 * (d / 2);
+                    put(shared.sums[slot][row][feature], sums_[t][n][d]);
+                }
+            if (!NORM) continue;
+            float squares = squares_[n];
+            squares += __shfl_xor_sync(~0u, squares, 1);
+            squares += __shfl_xor_sync(~0u, squares, 2);
+            if (j == 0) put(shared.squares[slot][row_of(n)], squares);
+        }
+    }
+
     // What all lanes share stays in uniform registers; a lane's own offsets are 32 bits.
     const Factors factors_;
     uint32_t weight_[kTiles][2];   // bytes, of rows i and i + 8
@@ -313,7 +328,7 @@ private:
     float squares_[N_TILES] = {};
 };
 
-// After the product, thread t has row t / 16 and feature t % 16 of both tiles. With one n-tile half the threads rest.
+// After the product, thread t has row t / 16 and feature t % 16 of both tiles; threads without a row rest.
 struct Cell {
     int row;
     int feature;
@@ -327,7 +342,7 @@ SPECACHE_DEVICE Cell cell_of_thread() {
 template <class T, int N_TILES> SPECACHE_DEVICE float2 sum_warps(const ProductShared<N_TILES>& shared, Cell cell) {
     float2 sum = make_float2(0, 0);
 #pragma unroll
-    for (int w = 0; w < kProductWarps; w++) {
+    for (int w = 0; w < kSumSlots; w++) {
         sum.x += shared.sums[w][cell.row][cell.feature];
         sum.y += shared.sums[w][cell.row][kTileFeatures + cell.feature];
     }
@@ -338,7 +353,7 @@ template <class T, int N_TILES> SPECACHE_DEVICE float2 sum_warps(const ProductSh
 template <int N_TILES> SPECACHE_DEVICE float sum_squares(const ProductShared<N_TILES>& shared, int row) {
     float sum = 0;
 #pragma unroll
-    for (int w = 0; w < kProductWarps; w++) sum += shared.squares[w][row];
+    for (int w = 0; w < kSumSlots; w++) sum += shared.squares[w][row];
     return sum;
 }
 

@@ -111,6 +111,13 @@ template <class V> SPECACHE_DEVICE V load_value(const void* from) { return *stat
 
 template <class V> SPECACHE_DEVICE void store_value(void* to, V value) { *static_cast<V*>(to) = value; }
 
+// blockIdx.x, read from where it stands each time: what is computed from it needs no register in between.
+SPECACHE_DEVICE uint32_t block_index() {
+    uint32_t index;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+    return index;
+}
+
 // mma_m16n8k16 of bf16.
 SPECACHE_DEVICE void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile(

@@ -70,6 +70,8 @@ template <class V> void store_value(void* to, V value) {
     std::memcpy(to, &value, sizeof(V));
 }
 
+inline uint32_t block_index() { return blockIdx.x; }
+
 inline float emu_bf16(uint32_t pair, int element) { return bit_cast<float>(pair >> (16 * element) << 16); }
 
 inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -356,6 +356,12 @@ static void plans() {
     expect_status(specache_qkv_plan, qkv, SPECACHE_BAD_ADDRESS, "k is", +[](Q& p) { p.q_norm = p.k_norm = p.x; });
     expect_status(specache_qkv_plan, qkv, SPECACHE_BAD_ADDRESS, "append", +[](Q& p) { p.append = 0; });
     specache_launch l;
+    for (const uint32_t n : {2656u, 2657u}) {
+        L p = linear;
+        p.n = n;
+        specache_residual_plan(&p, &l);
+        CHECK(l.block == (n < 2657 ? 512 : 256), "%u threads for %u features", l.block, n);
+    }
     specache_head_norm_plan(&qkv, &l);
     CHECK(l.grid == 0, "a launch for norms that are not there");
 }
@@ -363,7 +369,8 @@ static void plans() {
 int main() {
     constexpr specache_dtype h = SPECACHE_FP16, b = SPECACHE_BF16, f = SPECACHE_FP32;
     plans();
-    // Steps: none for some warps (32), a chunk that ends early (40, 72, 264), more than are in flight (2600).
+    // Steps: none for some warps (32), a chunk that ends early (40, 72, 264), more than are in flight (2600, 5160).
+    // Matrices of more than 84 CTAs have 8 warps, the others 16, fp32 always 8.
     for (const LinearCase& c : {LinearCase{b, 1, 32, 16, false, false},
                                 {h, 2, 40, 32, true, false},
                                 {b, 3, 72, 17, true, true},
@@ -374,6 +381,9 @@ int main() {
                                 {h, 16, 1024, 1, false, false},
                                 {b, 2, 2600, 64, false, false},
                                 {h, 1, 2600, 100, false, true},
+                                {b, 9, 5160, 20, false, false},
+                                {b, 2, 136, 2700, true, false},
+                                {h, 16, 520, 2688, false, true},
                                 {f, 3, 40, 33, true, true},
                                 {f, 8, 2600, 32, false, false},
                                 {f, 16, 1032, 20, false, true}})
@@ -386,7 +396,8 @@ int main() {
                                 {b, 8, 1056, 17, false},
                                 {h, 9, 512, 16, false},
                                 {b, 16, 72, 33, true},
-                                {f, 9, 552, 17, true}})
+                                {f, 9, 552, 17, true},
+                                {b, 3, 72, 1350, false}})
         test_gate_up(c);
     for (const QkvCase& c : {QkvCase{b, b, 1, 64, 2, 1, 64, false, false},
                              {b, h, 2, 104, 4, 2, 32, true, false},
@@ -399,7 +410,8 @@ int main() {
                              {b, b, 2, 40, 1, 1, 256, false, true},
                              {h, b, 1, 32, 1, 1, 2, true, true},
                              {f, b, 2, 136, 2, 1, 64, true, false},
-                             {f, h, 9, 72, 1, 1, 32, true, true}})
+                             {f, h, 9, 72, 1, 1, 32, true, true},
+                             {b, b, 2, 40, 12, 6, 128, false, false}})
         test_qkv(c);
     std::printf("linear_test: %d launches equal the twins (%s)\n", launches, device::kName);
 }
