@@ -89,37 +89,43 @@ specache_status specache_pack_plan(const specache_pack_params *params, specache_
 #define SPECACHE_UNSUPPORTED_ROWS 20  /* not 1 .. SPECACHE_MAX_ROWS */
 #define SPECACHE_UNSUPPORTED_WIDTH 21 /* features that the kernels cannot divide, or too many */
 
-/* No sequence, no layer, no token. */
+/* No layer, no token. */
 #define SPECACHE_NONE 0xFFFFFFFFu
 
-/* One sequence of a step, in device memory: what changes from step to step, so that a captured graph stays valid. */
-typedef struct specache_sequence {
-    uint32_t position;         /* of its first row in this step: n */
-    uint32_t first_row;        /* index of that row; the others follow, one position each */
-    uint32_t tail_start;       /* nq: the position that tail page 0 begins with, a multiple of 64 */
-    uint32_t n_tail_pages;     /* wide pages of each layer that are valid */
-    uint64_t tail_pages;       /* device, uint32_t [n_layers][tail_pages_stride]: ids of wide pages */
-    uint32_t tail_pages_stride;
-    uint32_t reserved;
-} specache_sequence;
-SPECACHE_ASSERT_SIZE(specache_sequence, 32);
+/* Where one sequence stands in this step. In device memory and read there by every kernel below, so that a captured
+ * graph stays valid while sequences grow. The same for all layers: what differs between them is a base address in the
+ * parameters. */
+typedef struct specache_seq {
+    uint32_t n;           /* tokens in the cache: the position of row 0; row 1 stands at n + 1 */
+    uint32_t nq;          /* positions [0, nq) are read packed; a multiple of 64, <= no */
+    uint32_t no;          /* positions [0, no) may be selected; <= n. fetch mode: nq */
+    uint32_t n_rows;      /* 1, 2; 0: the entry is not in use */
+    uint32_t first_row;   /* index of row 0 in q and out */
+    uint32_t packed_page; /* index of page 0 in packed_ids */
+    uint32_t wide_page;   /* index of page nq / 64 in wide_ids; the pages up to the last row's pair follow */
+    uint32_t cache;       /* index of the sequence in slots, pairs and skip */
+} specache_seq;
+SPECACHE_ASSERT_SIZE(specache_seq, 32);
 
 /* embed.cu: begins a step. Rows of the embedding become the residual stream, and what every layer would otherwise work
- * out again is worked out once: cosines and sines of the positions, and where each layer's K and V of a row go. */
+ * out again is worked out once: cosines and sines of the positions, and where each layer's K and V of a row go. Page id
+ * of layer l is at wide + l * wide_layer_stride + id * wide_page_stride. A row that is no sequence's only fills up a
+ * graph: at position 0, and kept nowhere. */
 typedef struct specache_embed_params {
     uint64_t table;            /* device, dtype [vocab][hidden], 16-byte aligned */
     uint64_t tokens;           /* device, uint32_t [n_rows]; a token beyond the vocabulary gives NaN */
-    uint64_t row_sequences;    /* device, uint32_t [n_rows]: index of the row's sequence; SPECACHE_NONE: a row that only
-                                  fills up a graph, at position 0 and kept nowhere */
-    uint64_t sequences;        /* device, specache_sequence [] */
-    uint64_t wide;             /* device, 16-byte aligned: wide page id is at wide + id * wide_page_stride */
-    uint64_t wide_page_stride; /* bytes, multiple of 16 */
+    uint64_t seqs;              /* device, specache_seq [n_seqs], 16-byte aligned */
+    uint64_t wide;              /* device, 16-byte aligned */
+    uint64_t wide_ids;          /* device, uint32_t, or 0: an index is its own id */
+    uint64_t wide_page_stride;  /* bytes, multiple of 16 */
+    uint64_t wide_layer_stride; /* bytes, multiple of 16 */
     uint64_t inv_freq;         /* device, float [head_dim / 2]: RoPE, radians per position */
     uint64_t x;                /* out: device, float [n_rows][hidden] */
     uint64_t rope;             /* out: device, float [n_rows][head_dim / 2][cos, sin] */
     uint64_t append;           /* out: device, uint64_t [n_layers][SPECACHE_MAX_ROWS]: address of K of head 0, or 0 */
     uint64_t bad_layer;        /* out: device, uint32_t [n_rows]: SPECACHE_NONE */
     uint32_t n_rows;
+    uint32_t n_seqs;
     uint32_t hidden; /* multiple of 8 */
     uint32_t vocab;
     uint32_t n_layers;
@@ -127,8 +133,9 @@ typedef struct specache_embed_params {
     uint32_t head_dim;     /* D */
     float attention_factor; /* multiplies cos and sin: 1 but for YaRN */
     specache_dtype dtype;   /* of the table */
+    uint32_t reserved;
 } specache_embed_params;
-SPECACHE_ASSERT_SIZE(specache_embed_params, 120);
+SPECACHE_ASSERT_SIZE(specache_embed_params, 136);
 
 /* linear.cu: matrices are [out][in] of dtype as safetensors files have them, 16-byte aligned; in a multiple of 8 and at
  * least 32. Everything else is float. An address of 0 says that there is no such bias or norm. */

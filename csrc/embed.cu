@@ -17,22 +17,23 @@
 #ifndef SPECACHE_PLAN_ONLY
 namespace specache {
 
-// Where a row stands: `known` unless it only fills up a graph.
+// Where a row stands, if it is a sequence's and does not only fill up a graph.
 struct RowPlace {
     bool known;
-    specache_sequence sequence;
+    specache_seq seq;
     uint32_t position;
 };
 
 SPECACHE_DEVICE RowPlace row_place(const specache_embed_params& p, uint32_t row) {
-    const uint32_t index = load_value<uint32_t>(reinterpret_cast<const uint32_t*>(p.row_sequences) + row);
     RowPlace place{};
-    if (index == SPECACHE_NONE) return place;
-    const uint4* words = reinterpret_cast<const uint4*>(p.sequences) + 2 * size_t(index);
-    const uint4 halves[2] = {load_value<uint4>(words), load_value<uint4>(words + 1)};
-    memcpy(&place.sequence, halves, sizeof place.sequence);
-    place.known = true;
-    place.position = place.sequence.position + row - place.sequence.first_row;
+    for (uint32_t i = 0; i < p.n_seqs; i++) {
+        const uint4* halves = reinterpret_cast<const uint4*>(p.seqs) + 2 * size_t(i);
+        const uint4 words[2] = {load_value<uint4>(halves), load_value<uint4>(halves + 1)};
+        const specache_seq seq{words[0].x, words[0].y, words[0].z, words[0].w,
+                               words[1].x, words[1].y, words[1].z, words[1].w};
+        const uint32_t of_seq = row - seq.first_row;   // beyond every n_rows if the row comes first
+        if (of_seq < seq.n_rows) place = RowPlace{true, seq, seq.n + of_seq};
+    }
     return place;
 }
 
@@ -81,21 +82,21 @@ SPECACHE_DEVICE void rope_row(const specache_embed_params& p, uint32_t row, uint
 
 // Step 3: where each layer's K of KV head 0 goes: [n_kv_heads][64][K: D | V: D] is a wide page. 0: nowhere.
 SPECACHE_DEVICE void append_places(const specache_embed_params& p, uint32_t row, const RowPlace& place) {
-    const specache_sequence& s = place.sequence;
+    uint64_t token = 0;
+    if (place.known) {
 #if SPECACHE_INJECTED_BUG == 4   // the tests must see a page border in the wrong place
-    const uint32_t page = (place.position - 1) / SPECACHE_PAGE - s.tail_start / SPECACHE_PAGE;
+        const uint32_t page = (place.position - 1) / SPECACHE_PAGE;
 #else
-    const uint32_t page = place.position / SPECACHE_PAGE - s.tail_start / SPECACHE_PAGE;
+        const uint32_t page = place.position / SPECACHE_PAGE;
 #endif
-    const uint64_t token = uint64_t(place.position % SPECACHE_PAGE) * 4 * p.head_dim;
-    for (uint32_t layer = threadIdx.x; layer < p.n_layers; layer += SPECACHE_EMBED_THREADS) {
-        uint64_t address = 0;
-        if (place.known && page < s.n_tail_pages) {
-            const uint32_t* ids = reinterpret_cast<const uint32_t*>(s.tail_pages) + size_t(layer) * s.tail_pages_stride;
-            address = p.wide + load_value<uint32_t>(ids + page) * p.wide_page_stride + token;
-        }
-        store_value(reinterpret_cast<uint64_t*>(p.append) + size_t(layer) * SPECACHE_MAX_ROWS + row, address);
+        const uint32_t index = place.seq.wide_page + page - place.seq.nq / SPECACHE_PAGE;
+        const uint32_t* ids = reinterpret_cast<const uint32_t*>(p.wide_ids);
+        const uint64_t id = ids == nullptr ? index : load_value<uint32_t>(ids + index);
+        token = p.wide + id * p.wide_page_stride + uint64_t(place.position % SPECACHE_PAGE) * 4 * p.head_dim;
     }
+    for (uint32_t layer = threadIdx.x; layer < p.n_layers; layer += SPECACHE_EMBED_THREADS)
+        store_value(reinterpret_cast<uint64_t*>(p.append) + size_t(layer) * SPECACHE_MAX_ROWS + row,
+                    token == 0 ? 0 : token + layer * p.wide_layer_stride);
 }
 
 template <class T> SPECACHE_DEVICE void embed(const specache_embed_params& p) {
@@ -153,24 +154,19 @@ static specache_status check_embed_memory(const specache_embed_params& p, specac
     const struct {
         const char* name;
         uint64_t at, align;
-    } all[] = {{"table", p.table, 16},
-               {"tokens", p.tokens, 4},
-               {"row_sequences", p.row_sequences, 4},
-               {"sequences", p.sequences, 16},
-               {"wide", p.wide, 16},
-               {"inv_freq", p.inv_freq, 4},
-               {"x", p.x, 16},
-               {"rope", p.rope, 8},
-               {"append", p.append, 8},
-               {"bad_layer", p.bad_layer, 4}};
+    } all[] = {{"table", p.table, 16}, {"tokens", p.tokens, 4},     {"seqs", p.seqs, 16},
+               {"wide", p.wide, 16},   {"inv_freq", p.inv_freq, 4}, {"x", p.x, 16},
+               {"rope", p.rope, 8},    {"append", p.append, 8},     {"bad_layer", p.bad_layer, 4}};
     for (const auto& a : all)
         if (a.at == 0 || a.at % a.align != 0)
             return refuse(launch, SPECACHE_BAD_ADDRESS, "embed: %s is null or not %u-byte aligned", a.name,
                           unsigned(a.align));
     const uint64_t page = uint64_t(p.n_kv_heads) * SPECACHE_PAGE * 4 * p.head_dim;
-    if (p.wide_page_stride < page || p.wide_page_stride % 16 != 0)
-        return refuse(launch, SPECACHE_BAD_STRIDE, "embed: wide_page_stride below %llu or not a multiple of 16",
-                      (unsigned long long)page);
+    // Layers may lie page by page or all pages of a layer together: only each stride's own minimum can be asked for.
+    if (p.wide_page_stride < page || (p.wide_layer_stride < page && p.n_layers > 1))
+        return refuse(launch, SPECACHE_BAD_STRIDE, "embed: a wide stride is below %llu", (unsigned long long)page);
+    if (p.wide_page_stride % 16 != 0 || p.wide_layer_stride % 16 != 0 || p.wide_ids % 4 != 0)
+        return refuse(launch, SPECACHE_BAD_STRIDE, "embed: a wide stride is not a multiple of 16, or wide_ids of 4");
     return SPECACHE_OK;
 }
 

@@ -59,10 +59,9 @@ struct Layer {
 // Every entry point of the three files, by name.
 static const std::map<std::string, const void*>& kernels() {
 #define NAMED(kernel) {#kernel, reinterpret_cast<const void*>(kernel)},
-#define LINEAR(dtype, T, N)                                                        \
-    NAMED(specache_qkv_##dtype##_n##N)                                             \
-    NAMED(specache_residual_##dtype##_n##N) NAMED(specache_gate_up_##dtype##_n##N) \
-        NAMED(specache_logits_##dtype##_n##N)
+#define LINEAR(dtype, T, N)            \
+    NAMED(specache_qkv_##dtype##_n##N) \
+    NAMED(specache_residual_##dtype##_n##N) NAMED(specache_gate_up_##dtype##_n##N) NAMED(specache_logits_##dtype##_n##N)
     static const std::map<std::string, const void*> all = {SPECACHE_LINEAR_KERNELS(LINEAR) NAMED(
         specache_embed_bf16) NAMED(specache_argmax_slices) NAMED(specache_argmax_merge)};
     return all;
@@ -78,9 +77,29 @@ public:
     }
 
     void embed(uint32_t rows) {
-        launch(specache_embed_plan, specache_embed_params{table_, zeros_, none_, zeros_, pages_, kPageBytes, norm_, x_,
-                                                          rope_, append_, bad_layer_, rows, kHidden, kVocab,
-                                                          uint32_t(layers_.size()), kKvHeads, kDim, 1, SPECACHE_BF16});
+        // No sequence: the rows are kept nowhere.
+        launch(specache_embed_plan, specache_embed_params{table_,
+                                                          zeros_,
+                                                          zeros_,
+                                                          pages_,
+                                                          0,
+                                                          kPageBytes,
+                                                          kPageBytes,
+                                                          norm_,
+                                                          x_,
+                                                          rope_,
+                                                          append_,
+                                                          bad_layer_,
+                                                          rows,
+                                                          0,
+                                                          kHidden,
+                                                          kVocab,
+                                                          uint32_t(layers_.size()),
+                                                          kKvHeads,
+                                                          kDim,
+                                                          1,
+                                                          SPECACHE_BF16,
+                                                          0});
     }
     void qkv(const Layer& l, uint32_t rows) {
         launch(specache_qkv_plan, specache_qkv_params{x_,
@@ -210,14 +229,8 @@ private:
              q_ = floats(SPECACHE_MAX_ROWS * kHeads * kDim), inner_ = floats(SPECACHE_MAX_ROWS * kInner),
              rope_ = floats(SPECACHE_MAX_ROWS * kDim), logits_ = floats(uint64_t(SPECACHE_MAX_ROWS) * kVocab);
     uint64_t zeros_ = allocate(4096, false), bad_layer_ = allocate(4096, false), pages_ = allocate(kPageBytes, false);
-    uint64_t append_ = allocate(256 * SPECACHE_MAX_ROWS * 8, false), none_ = none();   // rows that are kept nowhere
+    uint64_t append_ = allocate(256 * SPECACHE_MAX_ROWS * 8, false);
     uint64_t scratch_ = allocate(1 << 20, false), choices_ = allocate(4096, false);
-
-    static uint64_t none() {
-        const uint64_t all = allocate(4096, false);
-        check(cudaMemset(reinterpret_cast<void*>(all), 0xFF, 4096), "cudaMemset");
-        return all;
-    }
 };
 
 int main(int argc, char** argv) {

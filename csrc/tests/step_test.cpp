@@ -12,7 +12,7 @@
 using namespace specache;
 
 constexpr uint32_t kVocab = 90, kLayers = 2, kHidden = 64, kInner = 112, kHeads = 2, kKvHeads = 1, kDim = 64;
-constexpr uint32_t kRows = 5, kPages = 4, kStride = 2;
+constexpr uint32_t kRows = 5, kPages = 4;
 constexpr float kEps = 1e-5f;
 constexpr specache_dtype kType = SPECACHE_BF16;
 
@@ -50,18 +50,10 @@ struct Model {
 };
 
 // Two sequences of two rows, the first across a page border, and a row that fills up.
-static const std::vector<uint32_t> kTokens = {5, 89, 0, 17, 3}, kRowSequences = {0, 0, 1, 1, SPECACHE_NONE};
-static const uint32_t kPosition[kRows] = {127, 128, 3, 4, 0};
-static const std::vector<uint32_t> kPageIds = {2, 0, 1, 3, /* sequence 1 */ 3, 9, 0, 9};   // [layer][kStride]
-
-static std::vector<specache_sequence> sequences(uint64_t ids) {
-    return {{127, 0, 64, 2, ids, kStride, 0}, {3, 2, 0, 1, ids + 4 * kLayers * kStride, kStride, 0}};
-}
-
-static uint32_t page_of(uint32_t row, uint32_t layer) {
-    const uint32_t sequence = kRowSequences[row], in_tail = (kPosition[row] - (sequence == 0 ? 64 : 0)) / SPECACHE_PAGE;
-    return kPageIds[(sequence * kLayers + layer) * kStride + in_tail];
-}
+static const std::vector<uint32_t> kTokens = {5, 89, 0, 17, 3}, kPageIds = {2, 0, 3};
+static const std::vector<specache_seq> kSeqs = {{127, 64, 64, 2, 0, 0, 0, 0}, {3, 0, 0, 2, 2, 0, 2, 1}};
+static const uint32_t kPosition[kRows] = {127, 128, 3, 4, 0}, kPageOf[kRows] = {2, 0, 3, 3, 0};
+constexpr uint32_t kFiller = 4;
 
 constexpr uint64_t kPageNumbers = kKvHeads * SPECACHE_PAGE * 2 * kDim;   // of a wide page
 
@@ -111,7 +103,7 @@ struct Step {
         k{"k", kRows * kKvHeads * kDim}, inner{"inner", kRows * kInner}, logits{"logits", kRows * kVocab};
     Array<uint64_t> append{"append", kLayers * SPECACHE_MAX_ROWS};
     Array<uint32_t> bad_layer{"bad_layer", kRows}, next{"next tokens", kRows};
-    Array<uint16_t> pool{"wide pages", kPages * kPageNumbers};
+    Array<uint16_t> pool{"wide pages", kLayers * kPages * kPageNumbers};
     Array<specache_choice> scratch{"scratch", kRows}, choices{"choices", kRows};
 };
 
@@ -154,14 +146,31 @@ static void run_layer(const LayerInputs& in, const Step& s, uint32_t layer) {
 
 static void run(const Model& m, Step& s) {
     Array<uint8_t> table("embed", m.embed.bytes), lm_head("lm_head", m.lm_head.bytes);
-    Array<uint32_t> tokens("tokens", kTokens), rows("row_sequences", kRowSequences), ids("page ids", kPageIds);
-    Array<specache_sequence> sequences_in("sequences", sequences(ids.address()));
+    Array<uint32_t> tokens("tokens", kTokens), ids("page ids", kPageIds);
+    Array<specache_seq> seqs("seqs", kSeqs);
     Array<float> inv_freq("inv_freq", m.inv_freq), final_norm("final_norm", m.final_norm);
-    launch(specache_embed_plan,
-           specache_embed_params{table.address(), tokens.address(), rows.address(), sequences_in.address(),
-                                 s.pool.address(), 2 * kPageNumbers, inv_freq.address(), s.x.address(),
-                                 s.rope.address(), s.append.address(), s.bad_layer.address(), kRows, kHidden, kVocab,
-                                 kLayers, kKvHeads, kDim, 1, kType});
+    launch(specache_embed_plan, specache_embed_params{table.address(),
+                                                      tokens.address(),
+                                                      seqs.address(),
+                                                      s.pool.address(),
+                                                      ids.address(),
+                                                      2 * kPageNumbers,
+                                                      2 * kPages * kPageNumbers,
+                                                      inv_freq.address(),
+                                                      s.x.address(),
+                                                      s.rope.address(),
+                                                      s.append.address(),
+                                                      s.bad_layer.address(),
+                                                      kRows,
+                                                      uint32_t(kSeqs.size()),
+                                                      kHidden,
+                                                      kVocab,
+                                                      kLayers,
+                                                      kKvHeads,
+                                                      kDim,
+                                                      1,
+                                                      kType,
+                                                      0});
     for (uint32_t l = 0; l < kLayers; l++) run_layer(LayerInputs(m.layers[l]), s, l);
     launch(specache_logits_plan, specache_linear_params{s.x.address(), final_norm.address(), lm_head.address(), 0,
                                                         s.logits.address(), kRows, kHidden, kVocab, kEps, kType, 0});
@@ -187,8 +196,9 @@ static void add(std::vector<double>& x, const std::vector<double>& y) {
 
 // K and V of a row in the pool; the second layer's input is the first one's output, so errors have grown.
 static void compare_pairs(const Step& s, uint32_t row, uint32_t layer, const Heads& k, const Heads& v) {
-    if (kRowSequences[row] == SPECACHE_NONE) return;
-    const size_t at = page_of(row, layer) * kPageNumbers + kPosition[row] % SPECACHE_PAGE * 2 * kDim;
+    if (row == kFiller) return;
+    const size_t page = layer * kPages + kPageOf[row];
+    const size_t at = page * kPageNumbers + kPosition[row] % SPECACHE_PAGE * 2 * kDim;
     for (uint32_t i = 0; i < kDim; i++) {
         const float got_k = widen(kType, s.pool[at + i]), got_v = widen(kType, s.pool[at + kDim + i]);
         CHECK(std::fabs(got_k - k.value[i]) < std::fabs(k.value[i]) * 0x1p-8 + 1e-3, "k %g, not %g: row %u, layer %u",
