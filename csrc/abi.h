@@ -112,27 +112,27 @@ SPECACHE_ASSERT_SIZE(specache_seq, 32);
  * of layer l is at wide + l * wide_layer_stride + id * wide_page_stride. A row that is no sequence's only fills up a
  * graph: at position 0, and kept nowhere. */
 typedef struct specache_embed_params {
-    uint64_t table;            /* device, dtype [vocab][hidden], 16-byte aligned */
-    uint64_t tokens;           /* device, uint32_t [n_rows]; a token beyond the vocabulary gives NaN */
+    uint64_t table;             /* device, dtype [vocab][hidden], 16-byte aligned */
+    uint64_t tokens;            /* device, uint32_t [n_rows]; a token beyond the vocabulary gives NaN */
     uint64_t seqs;              /* device, specache_seq [n_seqs], 16-byte aligned */
     uint64_t wide;              /* device, 16-byte aligned */
     uint64_t wide_ids;          /* device, uint32_t, or 0: an index is its own id */
     uint64_t wide_page_stride;  /* bytes, multiple of 16 */
     uint64_t wide_layer_stride; /* bytes, multiple of 16 */
-    uint64_t inv_freq;         /* device, float [head_dim / 2]: RoPE, radians per position */
-    uint64_t x;                /* out: device, float [n_rows][hidden] */
-    uint64_t rope;             /* out: device, float [n_rows][head_dim / 2][cos, sin] */
-    uint64_t append;           /* out: device, uint64_t [n_layers][SPECACHE_MAX_ROWS]: address of K of head 0, or 0 */
-    uint64_t bad_layer;        /* out: device, uint32_t [n_rows]: SPECACHE_NONE */
+    uint64_t inv_freq;          /* device, float [head_dim / 2]: RoPE, radians per position */
+    uint64_t x;                 /* out: device, float [n_rows][hidden] */
+    uint64_t rope;              /* out: device, float [n_rows][head_dim / 2][cos, sin] */
+    uint64_t append;            /* out: device, uint64_t [n_layers][SPECACHE_MAX_ROWS]: address of K of head 0, or 0 */
+    uint64_t bad_layer;         /* out: device, uint32_t [n_rows]: SPECACHE_NONE */
     uint32_t n_rows;
     uint32_t n_seqs;
-    uint32_t hidden; /* multiple of 8 */
+    uint32_t hidden;            /* multiple of 8 */
     uint32_t vocab;
     uint32_t n_layers;
     uint32_t n_kv_heads;
-    uint32_t head_dim;     /* D */
-    float attention_factor; /* multiplies cos and sin: 1 but for YaRN */
-    specache_dtype dtype;   /* of the table */
+    uint32_t head_dim;          /* D */
+    float attention_factor;     /* multiplies cos and sin: 1 but for YaRN */
+    specache_dtype dtype;       /* of the table */
     uint32_t reserved;
 } specache_embed_params;
 SPECACHE_ASSERT_SIZE(specache_embed_params, 136);
