@@ -78,19 +78,14 @@ SPECACHE_ASSERT_SIZE(specache_pack_params, 80);
 specache_status specache_pack_plan(const specache_pack_params *params, specache_launch *launch);
 #endif
 
-/* ---- the dense half of a decode step: embed.cu, linear.cu, sample.cu ------------------------------------------- */
+/* ---- Attention of a decode step: attn_decode.cu, select.cu ---- */
 
-/* Weights only. */
-#define SPECACHE_FP32 2u
+#define SPECACHE_UNSUPPORTED_HEADS 8
+#define SPECACHE_UNSUPPORTED_TOP_K 9
+#define SPECACHE_TOO_MUCH_SHARED 10 /* more shared memory than the GPU has */
 
-/* Rows of a launch: two tokens of eight sequences. */
-#define SPECACHE_MAX_ROWS 16
-
-#define SPECACHE_UNSUPPORTED_ROWS 20  /* not 1 .. SPECACHE_MAX_ROWS */
-#define SPECACHE_UNSUPPORTED_WIDTH 21 /* features that the kernels cannot divide, or too many */
-
-/* No layer, no token. */
-#define SPECACHE_NONE 0xFFFFFFFFu
+/* A slot that holds no pair. Fill a new slot table with bytes FF, a new skip table with zeros. */
+#define SPECACHE_EMPTY_SLOT 0xFFFFFFFFu
 
 /* Where one sequence stands in this step. In device memory and read there by every kernel below, so that a captured
  * graph stays valid while sequences grow. The same for all layers: what differs between them is a base address in the
@@ -106,6 +101,110 @@ typedef struct specache_seq {
     uint32_t cache;       /* index of the sequence in slots, pairs and skip */
 } specache_seq;
 SPECACHE_ASSERT_SIZE(specache_seq, 32);
+
+/* attn_decode.cu: attention of all rows of a step over one layer's mixed cache, then the combine of its parts.
+ *
+ * Position j of a sequence is read from
+ *   its slot        if j < nq and a slot of the KV head holds j (then its skip bit is set as well)
+ *   a packed page   if j < nq otherwise                               page j / 64 of the sequence's packed pages
+ *   a wide page     if j >= nq, the pairs of this step's rows included page (j - nq) / 64 of its wide pages
+ * Row r sees j <= n + r, and with a window w > 0 only j > n + r - w. Pages that no row sees are not touched.
+ * Modes full and offload: nq = 0 and a wide page for everything.
+ *
+ * Ids and strides as in specache_pack_params: page i of a list lies at base + id * page_stride, KV head h of a packed
+ * page at h * packed_head_stride, of a wide page at h * (64 * 4 * head_dim). Where ids is 0, an index is its own id. */
+typedef struct specache_attn_params {
+    uint64_t seqs;               /* device, specache_seq [n_seqs], 16-byte aligned */
+    uint64_t q;                  /* device, float [rows][n_heads][head_dim], after RoPE, unscaled; 8-byte aligned */
+    uint64_t out;                /* device, float [rows][n_heads][head_dim] */
+    uint64_t packed;             /* device, 128-byte aligned; 0 if every nq is 0 */
+    uint64_t packed_ids;         /* device, uint32_t, or 0 */
+    uint64_t wide;               /* device, 16-byte aligned */
+    uint64_t wide_ids;           /* device, uint32_t, or 0 */
+    uint64_t slots;              /* device, uint32_t [caches][n_kv_heads][top_k] positions; 0: nothing is replaced */
+    uint64_t pairs;              /* device, [caches][n_kv_heads][top_k][K | V] of dtype, 16-byte aligned */
+    uint64_t skip;               /* device, uint64_t [caches][n_kv_heads][skip_stride], bit j % 64 of word j / 64 */
+    uint64_t scores;             /* device, float [n_seqs][n_heads][score_stride], or 0: the last row's q k log2(e) /
+                                    sqrt(head_dim) at positions below no that it sees */
+    uint64_t lse;                /* device, float [n_seqs][n_heads]: log2 of the last row's sum of 2^score */
+    uint64_t parts;              /* device scratch of specache_attn_part_bytes(), 16-byte aligned */
+    uint64_t packed_page_stride; /* bytes, multiple of 128 */
+    uint64_t packed_head_stride; /* bytes, multiple of 128 */
+    uint64_t wide_page_stride;   /* bytes, multiple of 16 */
+    uint64_t score_stride;       /* floats, >= every no */
+    uint32_t skip_stride;        /* words, >= every nq / 64 */
+    uint32_t n_seqs;             /* B, entries of seqs in use or not */
+    uint32_t n_heads;            /* H: at most 16 Hkv */
+    uint32_t n_kv_heads;         /* Hkv */
+    uint32_t head_dim;           /* D: 64, 128 */
+    uint32_t bits;               /* b: 1, 2, 4 */
+    uint32_t group_size;         /* g: 32, 64 */
+    specache_dtype dtype;        /* of wide pages and pairs */
+    uint32_t top_k;              /* slots per KV head */
+    uint32_t window;             /* w; 0: none */
+    uint32_t capacity;           /* no sequence has n + n_rows above this: bounds grid and scratch */
+    uint32_t n_sms;              /* host: multiprocessors of the GPU; 0 counts as 1 */
+    uint32_t shared_limit;       /* host: the most dynamic shared memory of a block, bytes */
+    uint32_t reserved;           /* 0 */
+} specache_attn_params;
+SPECACHE_ASSERT_SIZE(specache_attn_params, 192);
+
+/* select.cu: the pairs that each sequence's next step wants at 16 bits, and which of them must be fetched. Per KV head
+ * the min(top_k, candidates) positions with the highest mean probability of the last row over the head's query heads,
+ * among the positions below no that the row sees; ties to the lower position. */
+typedef struct specache_fetch {
+    uint32_t slot;     /* of the KV head */
+    uint32_t position; /* whose pair goes there */
+} specache_fetch;
+SPECACHE_ASSERT_SIZE(specache_fetch, 8);
+
+typedef struct specache_select_params {
+    uint64_t seqs;           /* device, specache_seq [n_seqs], 16-byte aligned */
+    uint64_t scores;         /* device, as attention wrote them */
+    uint64_t lse;            /* device, as attention wrote them */
+    uint64_t slots;          /* device, uint32_t [caches][n_kv_heads][top_k]: read and updated */
+    uint64_t skip;           /* device, uint64_t [caches][n_kv_heads][skip_stride]: updated */
+    uint64_t selected;       /* device, uint32_t [n_seqs][n_kv_heads][top_k], ascending; 0: not wanted */
+    uint64_t fetches;        /* device, specache_fetch [n_seqs][n_kv_heads][top_k]: by ascending position */
+    uint64_t fetch_counts;   /* device, uint32_t [n_seqs][n_kv_heads] */
+    uint64_t select_counts;  /* device, uint32_t [n_seqs][n_kv_heads]; 0: not wanted */
+    uint64_t candidates;     /* device scratch of specache_select_scratch_bytes(), 8-byte aligned */
+    uint64_t score_stride;   /* floats */
+    uint32_t skip_stride;    /* words, >= every no / 64 */
+    uint32_t n_seqs;         /* B */
+    uint32_t n_heads;        /* H */
+    uint32_t n_kv_heads;     /* Hkv */
+    uint32_t top_k;          /* k: at most 2048; with 0 there is nothing to launch */
+    uint32_t window;         /* w; 0: none */
+    uint32_t capacity;       /* as in attention */
+    uint32_t reserved;       /* 0 */
+} specache_select_params;
+SPECACHE_ASSERT_SIZE(specache_select_params, 120);
+
+#ifndef __CUDACC_RTC__
+/* In this order, on one stream: attention, its combine, then with top_k > 0 the two of the selection. */
+specache_status specache_attn_plan(const specache_attn_params *params, specache_launch *launch);
+specache_status specache_attn_combine_plan(const specache_attn_params *params, specache_launch *launch);
+specache_status specache_select_plan(const specache_select_params *params, specache_launch *launch);
+specache_status specache_select_merge_plan(const specache_select_params *params, specache_launch *launch);
+/* Bytes of scratch, for any step of up to n_seqs sequences of up to capacity tokens; 0 if the shape is refused. */
+uint64_t specache_attn_part_bytes(const specache_attn_params *params);
+uint64_t specache_select_scratch_bytes(const specache_select_params *params);
+#endif
+
+/* ---- the dense half of a decode step: embed.cu, linear.cu, sample.cu ------------------------------------------- */
+
+/* Weights only. */
+#define SPECACHE_FP32 2u
+
+/* Rows of a launch: two tokens of eight sequences. */
+#define SPECACHE_MAX_ROWS 16
+
+#define SPECACHE_UNSUPPORTED_ROWS 20  /* not 1 .. SPECACHE_MAX_ROWS */
+#define SPECACHE_UNSUPPORTED_WIDTH 21 /* features that the kernels cannot divide, or too many */
+
+/* No layer, no token. */
+#define SPECACHE_NONE 0xFFFFFFFFu
 
 /* embed.cu: begins a step. Rows of the embedding become the residual stream, and what every layer would otherwise work
  * out again is worked out once: cosines and sines of the positions, and where each layer's K and V of a row go. Page id

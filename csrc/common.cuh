@@ -25,6 +25,14 @@
 #define SPECACHE_SHARED(Type, name) __shared__ Type name
 #endif
 
+// Shared memory whose size the launch names, 128-byte aligned.
+#ifdef SPECACHE_EMU
+#define SPECACHE_DYNAMIC_SHARED(name) \
+    uint8_t* name = reinterpret_cast<uint8_t*>(emu::Block::current().dynamic_shared.data())
+#else
+#define SPECACHE_DYNAMIC_SHARED(name) extern __shared__ __align__(128) uint8_t name[]
+#endif
+
 namespace specache {
 
 template <class To, class From> SPECACHE_HOST_DEVICE To bit_cast(const From& from) {

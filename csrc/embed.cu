@@ -28,7 +28,7 @@ SPECACHE_DEVICE RowPlace row_place(const specache_embed_params& p, uint32_t row)
     RowPlace place{};
     for (uint32_t i = 0; i < p.n_seqs; i++) {
         const uint4* halves = reinterpret_cast<const uint4*>(p.seqs) + 2 * size_t(i);
-        const uint4 words[2] = {load_value<uint4>(halves), load_value<uint4>(halves + 1)};
+        const uint4 words[2] = {load_device(halves), load_device(halves + 1)};
         const specache_seq seq{words[0].x, words[0].y, words[0].z, words[0].w,
                                words[1].x, words[1].y, words[1].z, words[1].w};
         const uint32_t of_seq = row - seq.first_row;   // beyond every n_rows if the row comes first
@@ -41,7 +41,7 @@ SPECACHE_DEVICE RowPlace row_place(const specache_embed_params& p, uint32_t row)
 template <class T> struct Four {
     static constexpr int kBytes = 8;
     static SPECACHE_DEVICE float4 load(const uint8_t* from) {
-        const uint2 bits = load_value<uint2>(from);
+        const uint2 bits = load_device(reinterpret_cast<const uint2*>(from));
         const float2 low = T::widen(bits.x), high = T::widen(bits.y);
         return make_float4(low.x, low.y, high.x, high.y);
     }
@@ -49,12 +49,14 @@ template <class T> struct Four {
 
 template <> struct Four<Fp32> {
     static constexpr int kBytes = 16;
-    static SPECACHE_DEVICE float4 load(const uint8_t* from) { return load_value<float4>(from); }
+    static SPECACHE_DEVICE float4 load(const uint8_t* from) {
+        return load_device(reinterpret_cast<const float4*>(from));
+    }
 };
 
 // Step 1: the row of the embedding. NaN for a token that does not exist: the first layer's finite check reports it.
 template <class T> SPECACHE_DEVICE void widen_row(const specache_embed_params& p, uint32_t row) {
-    const uint32_t token = load_value<uint32_t>(reinterpret_cast<const uint32_t*>(p.tokens) + row);
+    const uint32_t token = load_device(reinterpret_cast<const uint32_t*>(p.tokens) + row);
     const bool exists = token < p.vocab;
     const uint32_t fours = p.hidden / 4;
     const uint8_t* from =
@@ -64,7 +66,7 @@ template <class T> SPECACHE_DEVICE void widen_row(const specache_embed_params& p
 #pragma unroll 4
     for (uint32_t i = threadIdx.x; i < fours; i += SPECACHE_EMBED_THREADS) {
         const float4 four = Four<T>::load(from + size_t(i) * Four<T>::kBytes);
-        store_value(to + i, exists ? four : make_float4(nan, nan, nan, nan));
+        store_device(to + i, exists ? four : make_float4(nan, nan, nan, nan));
     }
 }
 
@@ -72,11 +74,11 @@ template <class T> SPECACHE_DEVICE void widen_row(const specache_embed_params& p
 SPECACHE_DEVICE void rope_row(const specache_embed_params& p, uint32_t row, uint32_t position) {
     const uint32_t half = p.head_dim / 2;
     for (uint32_t i = threadIdx.x; i < half; i += SPECACHE_EMBED_THREADS) {
-        const float angle = float(position) * load_value<float>(reinterpret_cast<const float*>(p.inv_freq) + i);
+        const float angle = float(position) * load_device(reinterpret_cast<const float*>(p.inv_freq) + i);
         float sine, cosine;
         sincosf(angle, &sine, &cosine);
-        store_value(reinterpret_cast<float2*>(p.rope) + size_t(row) * half + i,
-                    make_float2(cosine * p.attention_factor, sine * p.attention_factor));
+        store_device(reinterpret_cast<float2*>(p.rope) + size_t(row) * half + i,
+                     make_float2(cosine * p.attention_factor, sine * p.attention_factor));
     }
 }
 
@@ -91,12 +93,12 @@ SPECACHE_DEVICE void append_places(const specache_embed_params& p, uint32_t row,
 #endif
         const uint32_t index = place.seq.wide_page + page - place.seq.nq / SPECACHE_PAGE;
         const uint32_t* ids = reinterpret_cast<const uint32_t*>(p.wide_ids);
-        const uint64_t id = ids == nullptr ? index : load_value<uint32_t>(ids + index);
+        const uint64_t id = ids == nullptr ? index : load_device(ids + index);
         token = p.wide + id * p.wide_page_stride + uint64_t(place.position % SPECACHE_PAGE) * 4 * p.head_dim;
     }
     for (uint32_t layer = threadIdx.x; layer < p.n_layers; layer += SPECACHE_EMBED_THREADS)
-        store_value(reinterpret_cast<uint64_t*>(p.append) + size_t(layer) * SPECACHE_MAX_ROWS + row,
-                    token == 0 ? 0 : token + layer * p.wide_layer_stride);
+        store_device(reinterpret_cast<uint64_t*>(p.append) + size_t(layer) * SPECACHE_MAX_ROWS + row,
+                     token == 0 ? 0 : token + layer * p.wide_layer_stride);
 }
 
 template <class T> SPECACHE_DEVICE void embed(const specache_embed_params& p) {
@@ -107,7 +109,7 @@ template <class T> SPECACHE_DEVICE void embed(const specache_embed_params& p) {
     const RowPlace place = row_place(p, row);
     rope_row(p, row, place.position);
     append_places(p, row, place);
-    if (threadIdx.x == 0) store_value(reinterpret_cast<uint32_t*>(p.bad_layer) + row, SPECACHE_NONE);
+    if (threadIdx.x == 0) store_device(reinterpret_cast<uint32_t*>(p.bad_layer) + row, SPECACHE_NONE);
 }
 
 }   // namespace specache

@@ -41,11 +41,11 @@ template <class V> SPECACHE_DEVICE const V* pointer(uint64_t address) { return r
 
 // A float of device memory, or 0 where there is no such vector.
 SPECACHE_DEVICE float optional_f32(uint64_t address, size_t index) {
-    return address == 0 ? 0.0f : load_value<float>(pointer<float>(address) + index);
+    return address == 0 ? 0.0f : load_device(pointer<float>(address) + index);
 }
 
 SPECACHE_DEVICE void store_f32(uint64_t address, size_t index, float value) {
-    store_value(reinterpret_cast<float*>(address) + index, value);
+    store_device(reinterpret_cast<float*>(address) + index, value);
 }
 
 SPECACHE_DEVICE int least(int a, int b) { return a < b ? a : b; }
@@ -97,7 +97,7 @@ SPECACHE_DEVICE Pair rotate(Pair x, float2 cos_sin) {
 }
 
 SPECACHE_DEVICE float2 cos_sin_of(const specache_qkv_params& p, int row, int channel) {
-    return load_value<float2>(pointer<float2>(p.rope) + size_t(row) * (p.head_dim / 2) + channel);
+    return load_device(pointer<float2>(p.rope) + size_t(row) * (p.head_dim / 2) + channel);
 }
 
 // Writes two channels of K (part 0) or V (part 1) of a token, rounded to the cache's type, at half a head's distance.
@@ -110,8 +110,8 @@ SPECACHE_DEVICE void append_pair(const specache_qkv_params& p, uint64_t token, i
     const bool bf16 = p.kv_dtype == SPECACHE_BF16;
     const uint32_t bits =
         bf16 ? Operand<Bf16>::narrow(make_float2(x.a, x.b)) : Operand<Fp16>::narrow(make_float2(x.a, x.b));
-    store_value(to, uint16_t(bits & 0xFFFF));
-    store_value(to + half, uint16_t(bits >> 16));
+    store_device(to, uint16_t(bits & 0xFFFF));
+    store_device(to + half, uint16_t(bits >> 16));
 }
 
 // CTA 0 notes the rows whose residual stream stopped being finite.
@@ -119,7 +119,7 @@ SPECACHE_DEVICE void note_bad_row(const specache_qkv_params& p, Cell cell, float
     const bool finite = squares < bit_cast<float>(0x7F800000u);   // neither inf nor NaN
     if (blockIdx.x != 0 || cell.feature != 0 || finite) return;
     uint32_t* bad = reinterpret_cast<uint32_t*>(p.bad_layer) + cell.row;
-    if (load_value<uint32_t>(bad) == SPECACHE_NONE) store_value(bad, p.layer);
+    if (load_device(bad) == SPECACHE_NONE) store_device(bad, p.layer);
 }
 
 template <class T, int N_TILES> SPECACHE_DEVICE void qkv(const specache_qkv_params& p) {
@@ -141,7 +141,7 @@ template <class T, int N_TILES> SPECACHE_DEVICE void qkv(const specache_qkv_para
         const size_t feature = size_t(unit.head) * p.head_dim + channel;
         bias = Pair{optional_f32(of_kind, feature), optional_f32(of_kind, feature + half)};
         if (unit.kind != QkvUnit::kV && !raw) cos_sin = cos_sin_of(p, cell.row, channel);
-        if (unit.kind != QkvUnit::kQ) token = load_value<uint64_t>(pointer<uint64_t>(p.append) + cell.row);
+        if (unit.kind != QkvUnit::kQ) token = load_device(pointer<uint64_t>(p.append) + cell.row);
     }
 #if SPECACHE_INJECTED_BUG != 1   // the tests must see a missing barrier
     __syncthreads();
@@ -194,7 +194,7 @@ SPECACHE_DEVICE void head_norm(const specache_qkv_params& p) {
         squares += x[i].a * x[i].a + x[i].b * x[i].b;
     }
     const float scale = inverse_rms(sum_lanes(squares), int(p.head_dim), p.eps);
-    const uint64_t token = is_q ? 0 : load_value<uint64_t>(pointer<uint64_t>(p.append) + row);
+    const uint64_t token = is_q ? 0 : load_device(pointer<uint64_t>(p.append) + row);
 #pragma unroll
     for (int i = 0; i < kMostPairs; i++) {
         const int channel = lane + 32 * i;

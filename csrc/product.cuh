@@ -239,6 +239,10 @@ private:
         }
     }
 
+    static SPECACHE_DEVICE float4 load_four(const float* from) {
+        return load_device(reinterpret_cast<const float4*>(from));
+    }
+
     SPECACHE_DEVICE void load_input(InputStep<N_TILES>& to, int step) const {
         const float4 zero = make_float4(0, 0, 0, 0);
 #pragma unroll
@@ -247,8 +251,8 @@ private:
             const bool inside = k < k_;
 #pragma unroll
             for (int n = 0; n < N_TILES; n++)
-                to.x[n][four] = inside ? load_value<float4>(factors_.x + (x_[n] + uint32_t(k))) : zero;
-            if (NORM) to.norm[four] = inside ? load_value<float4>(factors_.norm + (factors_.k - k_ + k)) : zero;
+                to.x[n][four] = inside ? load_four(factors_.x + (x_[n] + uint32_t(k))) : zero;
+            if (NORM) to.norm[four] = inside ? load_four(factors_.norm + (factors_.k - k_ + k)) : zero;
         }
     }
 

@@ -41,6 +41,62 @@ SPECACHE_DEVICE uint32_t transpose_8x8(uint32_t row) {
     return column;
 }
 
+// ---- attention and selection ----
+
+// Any small type from, or to, device memory.
+template <class T> SPECACHE_DEVICE T load_device(const T* from) { return *from; }
+template <class T> SPECACHE_DEVICE void store_device(T* to, T v) { *to = v; }
+
+// 16 bytes of device memory to shared memory, by the thread's own copy queue: kept out of L1. `bytes` = 0 writes zeros
+// and reads nothing.
+SPECACHE_DEVICE void copy_async_16(void* to, const void* from, uint32_t bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
+                 "l"(__cvta_generic_to_global(from)), "r"(bytes)
+                 : "memory");
+}
+
+// Ends a batch of the thread's copies.
+SPECACHE_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most N of the thread's youngest batches are under way.
+template <int N> SPECACHE_DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// Four 8 x 8 tiles of 16-bit numbers: lane 8t + r names the 16 bytes of row r of tile t. Lane 4i + j gets row i,
+// columns 2j, 2j+1 of each tile; transposed, column i, rows 2j, 2j+1.
+SPECACHE_DEVICE void load_tiles(uint32_t (&tiles)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(tiles[0]), "=r"(tiles[1]), "=r"(tiles[2]), "=r"(tiles[3])
+                 : "r"(uint32_t(__cvta_generic_to_shared(row)))
+                 : "memory");
+}
+
+SPECACHE_DEVICE void load_tiles_transposed(uint32_t (&tiles)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(tiles[0]), "=r"(tiles[1]), "=r"(tiles[2]), "=r"(tiles[3])
+                 : "r"(uint32_t(__cvta_generic_to_shared(row)))
+                 : "memory");
+}
+
+// mma_m16n8k16 for bf16.
+SPECACHE_DEVICE void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// 2^x within 2 units in the last place; results below 2^-126 are 0.
+SPECACHE_DEVICE float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Counts in shared memory, bits in device memory: atomic among the threads.
+SPECACHE_DEVICE void shared_add(uint32_t* to, uint32_t v) { atomicAdd(to, v); }
+SPECACHE_DEVICE void device_or(uint32_t* to, uint32_t v) { atomicOr(to, v); }
+SPECACHE_DEVICE void device_and(uint32_t* to, uint32_t v) { atomicAnd(to, v); }
+
 // ---- sm_90 and later: bulk copies that complete on a barrier in shared memory ----
 #if __CUDA_ARCH__ >= 900
 
@@ -94,7 +150,7 @@ SPECACHE_DEVICE void bulk_stores_done() { asm volatile("cp.async.bulk.wait_group
 
 #endif
 
-// ---- the dense half of a step: weights, any small value of device memory, dependent launches ----
+// ---- the dense half of a step: weights, dependent launches ----
 
 // 16 bytes of weights: nobody writes them while a kernel runs, no CTA reads them twice, and the other half of their
 // line is wanted next.
@@ -106,24 +162,11 @@ SPECACHE_DEVICE uint4 load_weight(const void* from) {
     return v;
 }
 
-// A value of 1 to 16 bytes in device memory, aligned to its size.
-template <class V> SPECACHE_DEVICE V load_value(const void* from) { return *static_cast<const V*>(from); }
-
-template <class V> SPECACHE_DEVICE void store_value(void* to, V value) { *static_cast<V*>(to) = value; }
-
 // blockIdx.x, read from where it stands each time: what is computed from it needs no register in between.
 SPECACHE_DEVICE uint32_t block_index() {
     uint32_t index;
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
     return index;
-}
-
-// mma_m16n8k16 of bf16.
-SPECACHE_DEVICE void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // Programmatic dependent launch: the next kernel may start while this one runs, and must wait before it reads what

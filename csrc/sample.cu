@@ -67,7 +67,7 @@ SPECACHE_DEVICE void best_of_slice(const specache_argmax_params& p) {
     specache_choice best = no_choice();
 #pragma unroll 8
     for (uint32_t token = first + threadIdx.x; token < end; token += SPECACHE_ARGMAX_THREADS) {
-        const float logit = load_value<float>(logits + token);
+        const float logit = load_device(logits + token);
         best = better(best, specache_choice{token, is_bad(logit) ? token : SPECACHE_NONE, logit, 0});
     }
     best = better_of_lanes(best);
@@ -85,14 +85,14 @@ SPECACHE_DEVICE void best_of_row(const specache_argmax_params& p) {
     const uint32_t slices = argmax_slices(p), row = blockIdx.x;
     specache_choice best = no_choice();
     for (uint32_t s = threadIdx.x; s < slices; s += 32) {
-        const uint4 words = load_value<uint4>(reinterpret_cast<const uint4*>(p.scratch) + size_t(row) * slices + s);
+        const uint4 words = load_device(reinterpret_cast<const uint4*>(p.scratch) + size_t(row) * slices + s);
         best = better(best, specache_choice{words.x, words.y, bit_cast<float>(words.z), 0});
     }
     best = better_of_lanes(best);
     if (threadIdx.x != 0) return;
     if (best.token == SPECACHE_NONE) best.token = 0;
     store_choice(p.choices, row, best);
-    if (p.tokens != 0) store_value(reinterpret_cast<uint32_t*>(p.tokens) + row, best.token);
+    if (p.tokens != 0) store_device(reinterpret_cast<uint32_t*>(p.tokens) + row, best.token);
 }
 
 }   // namespace specache

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <numeric>
@@ -33,9 +34,25 @@ struct Warp {
     int arrived = 0;
 };
 
+// A copy to shared memory under way (from null: zeros), or the end of a batch of them (to null).
+constexpr int kCopyPoison = 0xC5;
+
+struct AsyncCopy {
+    void* to = nullptr;
+    const void* from = nullptr;
+
+    void arrive() const {
+        const uint8_t* at = static_cast<const uint8_t*>(to);
+        if (std::count(at, at + 16, kCopyPoison) != 16) fail("a write to where an asynchronous copy is under way");
+        if (from != nullptr) std::memcpy(to, from, 16);
+        else std::memset(to, 0, 16);
+    }
+};
+
 struct Thread {
     Fiber fiber;
     uint3 index{};
+    std::deque<AsyncCopy> copies;
     const char* waits_for = nullptr;   // null: it can run
 };
 
@@ -58,6 +75,9 @@ public:
         start_threads(int(block.x * block.y * block.z));
         while (run_to_barrier()) {
         }
+        for (const Thread& t : threads_)
+            for (const AsyncCopy& copy : t.copies)
+                if (copy.to != nullptr) fail("a thread ended with asynchronous copies under way");
         current_ = nullptr;
     }
 
@@ -129,6 +149,7 @@ private:
             Thread& t = threads_[i];
             t.index = uint3{u % block_dim.x, u / block_dim.x % block_dim.y, u / (block_dim.x * block_dim.y)};
             t.waits_for = nullptr;
+            t.copies.clear();
             t.fiber.start([](void* body) { (*static_cast<const std::function<void()>*>(body))(); },
                           const_cast<std::function<void()>*>(body_));
         }

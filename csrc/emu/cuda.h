@@ -96,6 +96,10 @@ inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 
+// Bits: the lowest set one, from 1 (0: none), and how many.
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
 namespace emu {
 
 // Runs a kernel over a grid, block after block, every block with an order of its own drawn from the seed.

@@ -1,6 +1,8 @@
 // ptx.cuh on the CPU: checked memory accesses, and the tensor-core instructions by their definition.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda.h"
 #include "memory.h"
 
@@ -30,20 +32,25 @@ inline float emu_half(uint32_t pair, int element) {
 }
 
 // Each lane computes its four sums from what all lanes gave: row g = lane / 4 (and g + 8), columns 2j, 2j + 1.
-inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+template <class Widen>
+void emu_mma(const char* operation, Widen widen, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
-    const auto& all = emu::Block::current().exchange("mma.m16n8k16", mine, 6);
+    const auto& all = emu::Block::current().exchange(operation, mine, 6);
     const int lane = emu::Block::current().lane();
     for (int i = 0; i < 4; i++) {
         const int row = lane / 4, row_half = i / 2, column = lane % 4 * 2 + i % 2;
         float sum = 0;
         for (int k = 0; k < 16; k++) {
             const int octet = k / 8, pair = k % 8 / 2, element = k % 2;
-            sum += emu_half(all[row * 4 + pair][2 * octet + row_half], element) *
-                   emu_half(all[column * 4 + pair][4 + octet], element);
+            sum += widen(all[row * 4 + pair][2 * octet + row_half], element) *
+                   widen(all[column * 4 + pair][4 + octet], element);
         }
         d[i] += sum;
     }
+}
+
+inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    emu_mma("mma.m16n8k16", emu_half, d, a, b0, b1);
 }
 
 inline uint32_t transpose_8x8(uint32_t row) {
@@ -54,41 +61,94 @@ inline uint32_t transpose_8x8(uint32_t row) {
     return column;
 }
 
+// ---- attention and selection ----
+
+template <class T> T load_device(const T* from) {
+    emu::check_access(from, sizeof(T), false);
+    return *from;
+}
+
+template <class T> void store_device(T* to, T v) {
+    emu::check_access(to, sizeof(T), true);
+    *to = v;
+}
+
+// A copy shows only when it is waited for: until then its destination holds poison, and must still hold it then.
+inline void copy_async_16(void* to, const void* from, uint32_t bytes) {
+    if (uintptr_t(to) % 16 != 0 || (bytes != 0 && bytes != 16)) emu::fail("cp.async of %u bytes, or misaligned", bytes);
+    if (bytes != 0) emu::check_access(from, 16, false);
+    std::memset(to, emu::kCopyPoison, 16);
+    emu::Block::current().thread().copies.push_back(emu::AsyncCopy{to, bytes == 0 ? nullptr : from});
+}
+
+inline void copy_async_commit() { emu::Block::current().thread().copies.push_back(emu::AsyncCopy{}); }
+
+template <int N> void copy_async_wait() {
+    auto& copies = emu::Block::current().thread().copies;
+    auto ends_batch = [](const emu::AsyncCopy& c) { return c.to == nullptr; };
+    for (auto batches = std::count_if(copies.begin(), copies.end(), ends_batch); batches > N;) {
+        const emu::AsyncCopy copy = copies.front();
+        copies.pop_front();
+        if (ends_batch(copy)) batches--;
+        else copy.arrive();
+    }
+}
+
+// The pair at row `row`, columns 2j, 2j+1 of tile t, or of its transpose.
+inline void emu_load_tiles(const char* operation, uint32_t (&tiles)[4], const void* row, bool transposed) {
+    uint32_t address[2];
+    std::memcpy(address, &row, sizeof address);
+    const auto& all = emu::Block::current().exchange(operation, address, 2);
+    const int lane = emu::Block::current().lane(), i = lane / 4, j = lane % 4;
+    for (int t = 0; t < 4; t++) {
+        uint16_t pair[2];
+        for (int e = 0; e < 2; e++) {
+            const int r = transposed ? 2 * j + e : i, column = transposed ? i : 2 * j + e;
+            const uint16_t* at;
+            std::memcpy(&at, all[8 * t + r], sizeof at);
+            if (uintptr_t(at) % 16 != 0) emu::fail("%s of a misaligned row", operation);
+            pair[e] = at[column];
+        }
+        tiles[t] = pair[0] | uint32_t(pair[1]) << 16;
+    }
+}
+
+inline void load_tiles(uint32_t (&tiles)[4], const void* row) { emu_load_tiles("ldmatrix", tiles, row, false); }
+
+inline void load_tiles_transposed(uint32_t (&tiles)[4], const void* row) {
+    emu_load_tiles("ldmatrix.trans", tiles, row, true);
+}
+
+inline float emu_bf16(uint32_t pair, int element) {
+    return bit_cast<float>(element == 0 ? pair << 16 : pair & 0xFFFF0000u);
+}
+
+inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    emu_mma("mma.m16n8k16.bf16", emu_bf16, d, a, b0, b1);
+}
+
+inline float exp2_approx(float x) {
+    const float y = std::exp2(x);
+    return y < 1.17549435e-38f ? 0.0f : y;
+}
+
+inline void shared_add(uint32_t* to, uint32_t v) { *to += v; }
+
+inline void device_or(uint32_t* to, uint32_t v) {
+    emu::check_access(to, 4, true);
+    *to |= v;
+}
+
+inline void device_and(uint32_t* to, uint32_t v) {
+    emu::check_access(to, 4, true);
+    *to &= v;
+}
+
 // ---- the dense half of a step ----
 
 inline uint4 load_weight(const void* from) { return load_streaming(from); }
 
-template <class V> V load_value(const void* from) {
-    emu::check_access(from, sizeof(V), false);
-    V value;
-    std::memcpy(&value, from, sizeof(V));
-    return value;
-}
-
-template <class V> void store_value(void* to, V value) {
-    emu::check_access(to, sizeof(V), true);
-    std::memcpy(to, &value, sizeof(V));
-}
-
 inline uint32_t block_index() { return blockIdx.x; }
-
-inline float emu_bf16(uint32_t pair, int element) { return bit_cast<float>(pair >> (16 * element) << 16); }
-
-inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
-    const auto& all = emu::Block::current().exchange("mma.m16n8k16.bf16", mine, 6);
-    const int lane = emu::Block::current().lane();
-    for (int i = 0; i < 4; i++) {
-        const int row = lane / 4, row_half = i / 2, column = lane % 4 * 2 + i % 2;
-        float sum = 0;
-        for (int k = 0; k < 16; k++) {
-            const int octet = k / 8, pair = k % 8 / 2, element = k % 2;
-            sum += emu_bf16(all[row * 4 + pair][2 * octet + row_half], element) *
-                   emu_bf16(all[column * 4 + pair][4 + octet], element);
-        }
-        d[i] += sum;
-    }
-}
 
 // Kernels of the emulation run one after the other.
 inline void let_next_kernel_start() {}

@@ -29,6 +29,9 @@ void launch(void (*kernel)(Parameters...), uint32_t grid, uint32_t block, uint32
     emu::launch(kernel, dim3(grid), dim3(block), shared_bytes, seed, arguments...);
 }
 
+// The shared memory that a test may plan with, where it would like `wanted` bytes.
+inline uint32_t shared_limit(uint32_t wanted) { return wanted; }
+
 constexpr const char* kName = "emulation";
 
 }   // namespace device
@@ -74,11 +77,20 @@ private:
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), uint32_t grid, uint32_t block, uint32_t shared_bytes, uint64_t,
             Arguments... arguments) {
+    if (shared_bytes > 48 << 10)
+        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
+                   "shared memory");
     // clang-format off
     kernel<<<grid, block, shared_bytes>>>(arguments...);
     // clang-format on
     check_cuda(cudaGetLastError(), "launch");
     check_cuda(cudaDeviceSynchronize(), "kernel");
+}
+
+inline uint32_t shared_limit(uint32_t wanted) {
+    int most = 0;
+    check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "attribute");
+    return wanted < uint32_t(most) ? wanted : uint32_t(most);
 }
 
 constexpr const char* kName = "GPU";

@@ -67,6 +67,40 @@ static void without_barrier(uint32_t* out) {
     out[threadIdx.x] = shared.x[63 - threadIdx.x];
 }
 
+struct CopyShared {
+    alignas(16) uint32_t x[64][4];
+};
+
+// Copies of 16 bytes and of zeros, seen before and after the wait.
+static void copy_two_batches(uint64_t from, uint32_t* out) {
+    SPECACHE_SHARED(CopyShared, shared);
+    const uint32_t t = threadIdx.x;
+    specache::copy_async_16(shared.x[t], reinterpret_cast<const void*>(from), 16);
+    specache::copy_async_commit();
+    const uint32_t early = shared.x[t][1];
+    specache::copy_async_commit();   // an empty batch counts
+    specache::copy_async_wait<1>();
+    const uint32_t arrived = shared.x[t][1];
+    specache::copy_async_16(shared.x[t], nullptr, 0);
+    specache::copy_async_commit();
+    specache::copy_async_wait<0>();
+    out[t] = (early == 0xC5C5C5C5u) + 2 * (arrived == 0xA5A5A5A5u) + 4 * (shared.x[t][1] == 0);
+}
+
+static void copy_without_wait(int) {
+    SPECACHE_SHARED(CopyShared, shared);
+    specache::copy_async_16(shared.x[threadIdx.x], memory->data(), 16);
+    specache::copy_async_commit();
+}
+
+static void write_under_copy(int) {
+    SPECACHE_SHARED(CopyShared, shared);
+    specache::copy_async_16(shared.x[threadIdx.x], memory->data(), 16);
+    specache::copy_async_commit();
+    shared.x[threadIdx.x][2] = 1;
+    specache::copy_async_wait<0>();
+}
+
 // Runs `kernel` in a child process: it must fail and say `part`.
 static void expect_failure(const char* name, const char* part, void (*kernel)(int)) {
     int ends[2];
@@ -105,6 +139,9 @@ int main() {
         }
         emu::launch(transpose_twice, dim3(1), dim3(32), 0, seed, &out[0]);
         for (uint32_t i = 0; i < 32; i++) CHECK(out[i] == 1, "transpose: lane %u", i);
+        emu::Buffer source("source", 16, emu::Buffer::kRead);
+        emu::launch(copy_two_batches, dim3(1), dim3(64), 0, seed, source.address(), &out[0]);
+        for (uint32_t i = 0; i < 64; i++) CHECK(out[i] == 7, "copies: %u", out[i]);
         emu::launch(without_barrier, dim3(1), dim3(64), 0, seed, &out[0]);
         for (uint32_t i = 0; i < 64; i++) stale += out[i] != 63 - i;
     }
@@ -116,6 +153,8 @@ int main() {
     expect_failure("a read beyond a buffer", "small", read_beyond);
     expect_failure("a misaligned read", "misaligned", read_misaligned);
     expect_failure("a write to an input", "read-only", write_read_only);
+    expect_failure("a copy that nobody waits for", "ended with asynchronous copies", copy_without_wait);
+    expect_failure("a write to where a copy will arrive", "under way", write_under_copy);
     expect_failure("a plain write beside a buffer", "outside of small", write_around);
 #ifdef __SANITIZE_ADDRESS__
     expect_failure("a write beyond shared memory", "heap-buffer-overflow", write_beyond_shared);

@@ -1,0 +1,938 @@
+// Attention of a decode step: one or two rows a sequence over packed pages, prefetched pairs and wide pages.
+//
+// K and V are the A operand of mma.m16n8k16 and the query columns of one KV head the B operand (kv_layout.cuh), so that
+// the G query heads of both rows share every byte that is read. A CTA of four warps takes a unit of work (attn_work.h):
+// each warp streams items of its own through a ring of stages in shared memory (cp.async), keeps a softmax of its own,
+// and at the end the four are merged to one part in device memory. A second kernel combines the parts of each row.
+//
+// Scores are in units of log2: the factor log2(e) / sqrt(D) goes into q, once, so that p = 2^(s - max). For the
+// selection (select.cu) the last row's scores are stored as they are; the combine adds log2 of their sum.
+//
+// Numbers. Packed pages: q, q times K's scale, p and p times V's scale are rounded to fp16; codes are exact, sums fp32.
+// That is the error of an fp16 q and p, 2^-12 of each product, and as much of a code's range again, which quantisation
+// exceeds a hundred times. 2^(4-e) is folded into q and p beside the scales; the 4 keeps small numbers off the fp16
+// subnormals, and q times scale and V's scale must stay below 4094 for it. fp16 pairs: q and p in fp16. bf16 pairs: q
+// and p with 8 bits would be coarse, so both are the sum of two bf16 numbers there, 2^-17; the second product costs
+// nothing that a memory-bound kernel would notice.
+#ifndef SPECACHE_PLAN_ONLY
+#include "kv_layout.cuh"
+#include "ptx.cuh"
+#endif
+#include "attn_work.h"
+
+// Entry points, D x bits x dtype: the one list that kernels and plan are made from.
+// clang-format off
+#ifndef SPECACHE_ATTN_KERNELS
+#define SPECACHE_ATTN_KERNELS(X)                                       \
+    X(64, 1, fp16, Fp16) X(64, 2, fp16, Fp16) X(64, 4, fp16, Fp16)     \
+    X(64, 1, bf16, Bf16) X(64, 2, bf16, Bf16) X(64, 4, bf16, Bf16)     \
+    X(128, 1, fp16, Fp16) X(128, 2, fp16, Fp16) X(128, 4, fp16, Fp16)  \
+    X(128, 1, bf16, Bf16) X(128, 2, bf16, Bf16) X(128, 4, bf16, Bf16)
+#endif
+// clang-format on
+
+#define SPECACHE_ATTN_THREADS 128
+// CTAs of a multiprocessor: what its shared memory has room for on sm_90, and registers must not forbid.
+#define SPECACHE_ATTN_CTAS(D) ((D) == 64 ? 3 : 2)
+
+namespace specache {
+
+constexpr uint32_t kAttnThreads = SPECACHE_ATTN_THREADS;
+static_assert(kAttnThreads == 32 * kAttnWarps, "a warp for each item at a time");
+constexpr uint32_t kMostStages = 4;
+
+// Bytes of one stage: the larger of the two kinds of item.
+SPECACHE_HOST_DEVICE uint32_t stage_bytes(const specache_attn_params& p) {
+    const uint32_t page = SPECACHE_PAGE * (2 * p.head_dim * p.bits / 8 + 8 * p.head_dim / p.group_size);
+    const uint32_t tile = kWideTile * 4 * p.head_dim;
+    return page > tile ? page : tile;
+}
+
+// Bytes of the queries as B operands: two forms for packed pages, up to two for pairs.
+SPECACHE_HOST_DEVICE uint32_t query_bytes(const specache_attn_params& p) {
+    return (p.dtype == SPECACHE_BF16 ? 4 : 3) * kColumns * 2 * p.head_dim;
+}
+
+SPECACHE_HOST_DEVICE uint32_t attn_shared_bytes(const specache_attn_params& p, uint32_t stages) {
+    return query_bytes(p) + kAttnWarps * stages * stage_bytes(p);
+}
+
+// A CTA's own 128 bytes (Unit), and the 1 KB that every CTA costs; a multiprocessor has that much more than a CTA may
+// take.
+constexpr uint32_t kUnitBytes = 128;
+constexpr uint32_t kCtaBytes = 1024;
+
+SPECACHE_HOST_DEVICE uint32_t attn_fit(const specache_attn_params& p, uint32_t stages) {
+    return (p.shared_limit + kCtaBytes) / (attn_shared_bytes(p, stages) + kUnitBytes + kCtaBytes);
+}
+
+// Stages of each warp's ring: as many as leave room for two CTAs on a multiprocessor, else as many as fit, at least
+// two; 0 if two do not fit.
+SPECACHE_HOST_DEVICE uint32_t attn_stages(const specache_attn_params& p) {
+    for (uint32_t ctas = 2; ctas >= 1; ctas--)
+        for (uint32_t stages = kMostStages; stages >= 2; stages--)
+            if (attn_fit(p, stages) >= ctas) return stages;
+    return 0;
+}
+
+}   // namespace specache
+
+#ifndef SPECACHE_PLAN_ONLY
+namespace specache {
+
+constexpr float kLog2e = 1.44269504f;
+constexpr float kNothingSeen = -1e30f;   // a maximum of no score: finite, so that differences are numbers
+// A code counts 2^(e-24), q and p carry 2^(4-e): sums of products with codes are 2^-20 of what they stand for.
+constexpr float kPScale = 16.0f;
+constexpr float kCodeUnit = 1048576.0f;
+SPECACHE_DEVICE float minus_infinity() { return bit_cast<float>(0xFF800000u); }
+
+// The arithmetic of 16-bit pairs: into how many numbers q and p are split, and their product.
+template <class T> struct Pairs;
+
+template <> struct Pairs<Fp16> {
+    static constexpr int kTerms = 1;
+    static SPECACHE_DEVICE uint32_t narrow(float x, float y) { return bit_cast<uint32_t>(__floats2half2_rn(x, y)); }
+    static SPECACHE_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+        mma_m16n8k16(d, a, b0, b1);
+    }
+};
+
+template <> struct Pairs<Bf16> {
+    static constexpr int kTerms = 2;
+    static SPECACHE_DEVICE uint32_t narrow(float x, float y) { return bit_cast<uint32_t>(__floats2bfloat162_rn(x, y)); }
+    static SPECACHE_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+        mma_m16n8k16_bf16(d, a, b0, b1);
+    }
+};
+
+// Two numbers as the sum of kTerms pairs of T: each term is what the ones before left over.
+template <class T> SPECACHE_DEVICE void split_pair(float x, float y, uint32_t (&terms)[Pairs<T>::kTerms]) {
+#pragma unroll
+    for (int t = 0; t < Pairs<T>::kTerms; t++) {
+        terms[t] = Pairs<T>::narrow(x, y);
+        const float2 taken = T::widen(terms[t]);
+        x -= taken.x;
+        y -= taken.y;
+    }
+}
+
+SPECACHE_DEVICE uint32_t half_pair(float x, float y) { return Pairs<Fp16>::narrow(x, y); }
+
+SPECACHE_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+    return bit_cast<uint32_t>(__hmul2(bit_cast<__half2>(a), bit_cast<__half2>(b)));
+}
+
+// 2^-e as a pair of fp16 numbers.
+SPECACHE_HOST_DEVICE constexpr uint32_t half_power(int e) { return uint32_t(15 - e) << 10 | uint32_t(15 - e) << 26; }
+
+// What a CTA works on.
+struct Unit {
+    specache_seq seq;
+    SeqWork work;
+    uint32_t seq_index, kv_head, column_tile;
+    uint32_t first_item, end_item;
+    uint32_t found;
+};
+static_assert(sizeof(Unit) <= kUnitBytes, "what attn_fit counts");
+
+// Queries as B operands, a word a pair of channels: lane 4i + j finds column i, pair j of four octets in 16 bytes.
+template <class T, int D> struct AttnShared {
+    static constexpr int kTerms = Pairs<T>::kTerms;
+    static constexpr int kWords = int(kColumns) * D / 2;
+    alignas(128) uint32_t code_q[kWords];   // times 2^(4-e): meets codes
+    uint32_t zero_q[kWords];                // meets zeros
+    uint32_t pair_q[kTerms][kWords];        // meets 16-bit K
+};
+
+// How the warps' results meet, where the rings were. Pitch D + 4: the columns 2j and rows i of a store fall into
+// different banks.
+template <int D> struct MergeShared {
+    float out[kAttnWarps][kColumns][D + 4];
+    float max[kAttnWarps][kColumns];
+    float sum[kAttnWarps][kColumns];
+};
+
+// A warp's stages.
+struct Ring {
+    uint8_t* start;
+    uint32_t stage_bytes, stages;
+};
+
+// What a lane must know of its two columns, 2j and 2j + 1.
+struct LaneColumns {
+    uint32_t first[2], last[2];   // positions that the column's row sees
+    float* scores[2];             // of the column's head, if the selection wants them
+};
+
+// Running softmax of a warp over its items. Lane 4i + j: columns 2j, 2j + 1.
+template <int D> struct Accumulator {
+    float out[D / 16][4];   // p V^T as mma gives it: row = channel
+    float zero[4];          // p times V's zeros: row = channel group
+    float max[2];           // the same in all i
+    float sum[2];           // over this lane's rows
+};
+
+// ---- step 1: which unit -----------------------------------------------------------------------------------------
+
+SPECACHE_DEVICE uint32_t units_of(const specache_attn_params& p, uint32_t seq_index) {
+    return seq_index < p.n_seqs ? seq_work(p, load_seq(p.seqs, seq_index)).units(p.n_kv_heads) : 0;
+}
+
+// The unit's place in its sequence. Column tiles vary fastest: CTAs that read the same pages run at the same time, and
+// the second finds them in L2.
+SPECACHE_DEVICE void place_unit(const specache_attn_params& p, uint32_t seq_index, uint32_t index, Unit& unit) {
+    unit.seq = load_seq(p.seqs, seq_index);
+    unit.work = seq_work(p, unit.seq);
+    unit.seq_index = seq_index;
+    unit.column_tile = index % unit.work.column_tiles;
+    const uint32_t part = index / unit.work.column_tiles % unit.work.parts;
+    unit.kv_head = index / unit.work.column_tiles / unit.work.parts;
+    unit.first_item = part * unit.work.unit_items;
+    const uint32_t end = unit.first_item + unit.work.unit_items;
+    unit.end_item = end < unit.work.items() ? end : unit.work.items();
+}
+
+// One warp looks 32 sequences at a time for the one that unit `index` belongs to.
+SPECACHE_DEVICE void find_unit(const specache_attn_params& p, uint32_t index, Unit& unit) {
+    const uint32_t lane = threadIdx.x % 32;
+    uint32_t before = 0, owner = ~0u;
+    for (uint32_t first = 0; first < p.n_seqs && owner == ~0u; first += 32) {
+        const uint32_t own = units_of(p, first + lane);
+        uint32_t through = own;   // units up to and with this lane's sequence
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const uint32_t other = __shfl_up_sync(~0u, through, distance);
+            through += int(lane) >= distance ? other : 0;
+        }
+        const uint32_t beyond = __ballot_sync(~0u, before + through > index);
+        const int source = beyond == 0 ? 31 : __ffs(int(beyond)) - 1;
+        before += __shfl_sync(~0u, beyond == 0 ? through : through - own, source);
+        if (beyond != 0) owner = first + uint32_t(source);
+    }
+    if (lane != 0) return;
+    unit.found = owner != ~0u;
+    if (unit.found != 0) place_unit(p, owner, index - before, unit);
+}
+
+// ---- step 2: the queries ----------------------------------------------------------------------------------------
+
+template <class T, int D, int B>
+SPECACHE_DEVICE void load_queries(const specache_attn_params& p, const Unit& unit, AttnShared<T, D>& shared) {
+    const uint32_t group_heads = p.n_heads / p.n_kv_heads;
+    const float factor = kLog2e * (D == 128 ? 0.0883883476f : 0.125f);   // log2(e) / sqrt(D)
+    for (int at = int(threadIdx.x); at < AttnShared<T, D>::kWords; at += int(kAttnThreads)) {
+        // Word `at`: octet 4c + x of lane 4i + j, in the order of 16-byte loads.
+        const int x = at % 4, lane = at / 4 % 32, octet = at / 128 * 4 + x;
+        const uint32_t column = unit.column_tile * kColumns + uint32_t(lane / 4), row = column / group_heads;
+        const uint32_t head = unit.kv_head * group_heads + column % group_heads;
+        float2 q = make_float2(0.0f, 0.0f);
+        if (row < unit.seq.n_rows) {
+            const uint64_t start = (uint64_t(unit.seq.first_row + row) * p.n_heads + head) * D;
+            q = load_device(reinterpret_cast<const float2*>(p.q) + (start + uint64_t(8 * octet + lane % 4 * 2)) / 2);
+        }
+        q.x *= factor;
+        q.y *= factor;
+        const float fold = kPScale / float(1 << code_exponent<B>(octet));
+        shared.code_q[at] = half_pair(q.x * fold, q.y * fold);
+        shared.zero_q[at] = half_pair(q.x, q.y);
+        uint32_t terms[Pairs<T>::kTerms];
+        split_pair<T>(q.x, q.y, terms);
+#pragma unroll
+        for (int t = 0; t < Pairs<T>::kTerms; t++) shared.pair_q[t][at] = terms[t];
+    }
+}
+
+SPECACHE_DEVICE LaneColumns lane_columns(const specache_attn_params& p, const Unit& unit) {
+    const uint32_t group_heads = p.n_heads / p.n_kv_heads;
+    LaneColumns columns;
+#pragma unroll
+    for (uint32_t e = 0; e < 2; e++) {
+        const uint32_t column = unit.column_tile * kColumns + threadIdx.x % 4 * 2 + e, row = column / group_heads;
+        const uint32_t head = unit.kv_head * group_heads + column % group_heads;
+        columns.last[e] = unit.seq.n + (row < unit.seq.n_rows ? row : unit.seq.n_rows - 1);
+        columns.first[e] = first_seen(columns.last[e], p.window);
+        const bool wanted = p.scores != 0 && row == unit.seq.n_rows - 1;
+        const uint64_t start = (uint64_t(unit.seq_index) * p.n_heads + head) * p.score_stride;
+        columns.scores[e] = wanted ? reinterpret_cast<float*>(p.scores) + start : nullptr;
+    }
+    return columns;
+}
+
+// ---- step 3: items into the ring --------------------------------------------------------------------------------
+
+SPECACHE_DEVICE uint64_t page_at(uint64_t base, uint64_t ids, uint32_t index, uint64_t stride) {
+    const uint32_t id = ids == 0 ? index : load_device(reinterpret_cast<const uint32_t*>(ids) + index);
+    return base + id * stride;
+}
+
+// The first of the KV head's slots.
+SPECACHE_DEVICE uint64_t first_slot(const specache_attn_params& p, const Unit& unit) {
+    return (uint64_t(unit.seq.cache) * p.n_kv_heads + unit.kv_head) * p.top_k;
+}
+
+// Which position row `row` of a wide tile holds; SPECACHE_EMPTY_SLOT: none that is read from there.
+SPECACHE_DEVICE uint32_t wide_position(const specache_attn_params& p, const Unit& unit, uint32_t tile, uint32_t row) {
+    if (tile >= unit.work.slot_tiles) {
+        const uint32_t position = unit.work.wide_start + (tile - unit.work.slot_tiles) * kWideTile + row;
+        return position < unit.seq.n + unit.seq.n_rows ? position : SPECACHE_EMPTY_SLOT;
+    }
+    const uint32_t slot = tile * kWideTile + row;
+    if (slot >= p.top_k) return SPECACHE_EMPTY_SLOT;
+    const uint32_t position = load_device(reinterpret_cast<const uint32_t*>(p.slots) + first_slot(p, unit) + slot);
+    return position < unit.seq.nq ? position : SPECACHE_EMPTY_SLOT;
+}
+
+// Rows of 4 D bytes. The 16-byte pieces of a row are permuted by its number: eight rows of one piece, which is what
+// ldmatrix reads at a time, fall into different banks. Rows without a position become zeros: p is 0 there, and 0 times
+// what lies in memory that nobody wrote might not be.
+template <int D>
+SPECACHE_DEVICE void copy_wide_tile(const specache_attn_params& p, const Unit& unit, uint32_t tile, uint8_t* stage) {
+    constexpr uint32_t kRow = 4 * D, kPieces = kRow / 16;
+    const uint32_t lane = threadIdx.x % 32;
+    const uint32_t rows = __ballot_sync(~0u, wide_position(p, unit, tile, lane % 16) != SPECACHE_EMPTY_SLOT);
+    uint64_t from;
+    if (tile < unit.work.slot_tiles) {
+        from = p.pairs + (first_slot(p, unit) + tile * kWideTile) * kRow;
+    } else {
+        const uint32_t position = unit.work.wide_start + (tile - unit.work.slot_tiles) * kWideTile;
+        const uint32_t page = unit.seq.wide_page + (position - unit.seq.nq) / SPECACHE_PAGE;
+        from = page_at(p.wide, p.wide_ids, page, p.wide_page_stride) +
+               (uint64_t(unit.kv_head) * SPECACHE_PAGE + position % SPECACHE_PAGE) * kRow;
+    }
+#pragma unroll 4
+    for (uint32_t at = lane; at < kWideTile * kPieces; at += 32) {
+        const uint32_t row = at / kPieces, piece = at % kPieces;
+        copy_async_16(stage + row * kRow + (piece ^ row % 8) * 16, reinterpret_cast<const uint8_t*>(from) + at * 16,
+                      (rows >> row & 1) != 0 ? 16 : 0);
+    }
+}
+
+template <int D, int B>
+SPECACHE_DEVICE void copy_page(const specache_attn_params& p, const Unit& unit, uint32_t page, uint8_t* stage) {
+    const uint64_t from = page_at(p.packed, p.packed_ids, unit.seq.packed_page + page, p.packed_page_stride) +
+                          unit.kv_head * p.packed_head_stride;
+    const uint32_t bytes = uint32_t(PackedPage<D, B>::bytes(int(p.group_size)));
+#pragma unroll 4
+    for (uint32_t at = threadIdx.x % 32 * 16; at < bytes; at += 512)
+        copy_async_16(stage + at, reinterpret_cast<const uint8_t*>(from) + at, 16);
+}
+
+template <int D, int B>
+SPECACHE_DEVICE void copy_item(const specache_attn_params& p, const Unit& unit, uint32_t item, uint8_t* stage) {
+#if SPECACHE_INJECTED_BUG == 6   // the tests must see copies that nobody waits for
+    const bool needed = true;
+#else
+    const bool needed = item < unit.end_item;
+#endif
+    if (needed && item < unit.work.pages) copy_page<D, B>(p, unit, unit.work.first_page + item, stage);
+    else if (needed && item < unit.work.items()) copy_wide_tile<D>(p, unit, item - unit.work.pages, stage);
+    copy_async_commit();   // also without a copy: batches are counted
+}
+
+// All stages but one: the last is filled when the first is attended to.
+template <int D, int B>
+SPECACHE_DEVICE void fill_ring(const specache_attn_params& p, const Unit& unit, const Ring& ring) {
+    const uint32_t first = unit.first_item + threadIdx.x / 32;
+    for (uint32_t s = 0; s + 1 < ring.stages; s++)
+        copy_item<D, B>(p, unit, first + s * kAttnWarps, ring.start + s * ring.stage_bytes);
+}
+
+// Until at most `batches` are under way.
+SPECACHE_DEVICE void wait_for_copies(uint32_t batches) {
+    if (batches == 1) copy_async_wait<1>();
+    else if (batches == 2) copy_async_wait<2>();
+    else copy_async_wait<3>();
+}
+
+// ---- step 4: softmax --------------------------------------------------------------------------------------------
+
+template <int D> SPECACHE_DEVICE void clear(Accumulator<D>& acc) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+#pragma unroll
+        for (int m = 0; m < D / 16; m++) acc.out[m][e] = 0.0f;
+        acc.zero[e] = 0.0f;
+        acc.max[e % 2] = kNothingSeen;
+        acc.sum[e % 2] = 0.0f;
+    }
+}
+
+template <int D> SPECACHE_DEVICE void raise_maximum(Accumulator<D>& acc, const float (&max)[2]) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        const float factor = exp2_approx(acc.max[e % 2] - max[e % 2]);
+#pragma unroll
+        for (int m = 0; m < D / 16; m++) acc.out[m][e] *= factor;
+        acc.zero[e] *= factor;
+        if (e < 2) acc.sum[e] *= factor;
+    }
+    acc.max[0] = max[0];
+    acc.max[1] = max[1];
+}
+
+// Scores of TILES x 16 tokens become p. The maximum seldom rises after the first pages: one vote decides whether the
+// sums must follow.
+template <int D, int TILES> SPECACHE_DEVICE void softmax(Accumulator<D>& acc, float (&s)[TILES][4]) {
+    float max[2] = {acc.max[0], acc.max[1]};
+#pragma unroll
+    for (int i = 0; i < 4 * TILES; i++) max[i % 2] = fmaxf(max[i % 2], s[i / 4][i % 4]);
+#pragma unroll
+    for (int distance = 4; distance < 32; distance *= 2) {
+        max[0] = fmaxf(max[0], __shfl_xor_sync(~0u, max[0], distance));
+        max[1] = fmaxf(max[1], __shfl_xor_sync(~0u, max[1], distance));
+    }
+    if (__any_sync(~0u, max[0] > acc.max[0] || max[1] > acc.max[1])) raise_maximum(acc, max);
+#pragma unroll
+    for (int i = 0; i < 4 * TILES; i++) {
+        float& x = s[i / 4][i % 4];
+        x = exp2_approx(x - acc.max[i % 2]);
+        acc.sum[i % 2] += x;
+    }
+}
+
+// ---- step 5: a packed page --------------------------------------------------------------------------------------
+
+SPECACHE_DEVICE uint4 load_shared_16(const void* from) { return *static_cast<const uint4*>(from); }
+
+SPECACHE_DEVICE uint32_t word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// A lane's words one after the other; word numbers are constants after unrolling, and a chunk is read at its first.
+struct LaneWords {
+    const uint8_t* codes;
+    uint4 chunk;
+
+    SPECACHE_DEVICE uint32_t operator[](int word) {
+        if (word % kLaneWords == 0)
+            chunk = load_shared_16(codes + word / kLaneWords * kChunkBytes + threadIdx.x % 32 * kLaneBytes);
+        return word_of(chunk, word % kLaneWords);
+    }
+};
+
+// What all tokens of a group share: q times the scales, and q times the zeros in every row.
+template <class T, int D, int B>
+SPECACHE_DEVICE void scale_queries(const AttnShared<T, D>& shared, const uint8_t* page, int g, int group,
+                                   uint32_t (&q)[D / 8], float (&bias)[4]) {
+    using Page = PackedPage<D, B>;
+    const int lane = int(threadIdx.x) % 32, j = lane % 4;
+#pragma unroll
+    for (int e = 0; e < 4; e++) bias[e] = 0.0f;
+#pragma unroll
+    for (int c = 0; c < D / 32; c++) {
+        const int at = 2 * (group * D + 32 * c + 8 * j);
+        const uint4 scale = load_shared_16(page + Page::k_scale(g) + at),
+                    zero = load_shared_16(page + Page::k_zero(g) + at);
+        const uint4 code_q = load_shared_16(&shared.code_q[(c * 32 + lane) * 4]);
+        const uint4 zero_q = load_shared_16(&shared.zero_q[(c * 32 + lane) * 4]);
+#pragma unroll
+        for (int x = 0; x < 4; x++) q[4 * c + x] = multiply_pairs(word_of(code_q, x), word_of(scale, x));
+        const uint32_t even[4] = {zero.x, zero.x, zero.y, zero.y}, odd[4] = {zero.z, zero.z, zero.w, zero.w};
+        mma_m16n8k16(bias, even, zero_q.x, zero_q.y);
+        mma_m16n8k16(bias, odd, zero_q.z, zero_q.w);
+    }
+}
+
+// The scores of a page.
+template <class T, int D, int B>
+SPECACHE_DEVICE void page_scores(const AttnShared<T, D>& shared, const uint8_t* page, int g, float (&s)[4][4]) {
+    uint32_t q[D / 8];
+    float bias[4];
+    LaneWords words{page + PackedPage<D, B>::k_codes(), {}};
+#pragma unroll
+    for (int tile = 0; tile < 4; tile++) {
+        if (tile == 0) scale_queries<T, D, B>(shared, page, g, 0, q, bias);
+        if (tile == 2 && g == 32) scale_queries<T, D, B>(shared, page, g, 1, q, bias);
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[tile][e] = 0.0f;
+#pragma unroll
+        for (int w = 0; w < kTileWords<D, B>; w++) {
+            const uint32_t word = words[tile * kTileWords<D, B> + w];
+#pragma unroll
+            for (int step = 0; step < kOctetsPerWord<B> / 2; step++) {
+                uint32_t a[4];
+                code_fragment<B>(word, step, a);
+                const int octet = w * kOctetsPerWord<B> + 2 * step;
+#if SPECACHE_INJECTED_BUG == 2   // the tests must see a wrong fragment
+                mma_m16n8k16(s[tile], a, q[octet + 1], q[octet]);
+#else
+                mma_m16n8k16(s[tile], a, q[octet], q[octet + 1]);
+#endif
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[tile][e] = s[tile][e] * kCodeUnit + bias[e];
+    }
+}
+
+// Bits of the tokens of a page that begins at `start` from position `first` on.
+SPECACHE_HOST_DEVICE constexpr uint64_t tokens_from(uint32_t first, uint32_t start) {
+    return first <= start ? ~uint64_t(0) : first - start >= 64 ? 0 : ~uint64_t(0) << (first - start);
+}
+
+// Replaced tokens and those before the window get a score of minus infinity.
+SPECACHE_DEVICE void hide_tokens(const LaneColumns& columns, uint32_t start, uint64_t skip, float (&s)[4][4]) {
+    const int i = int(threadIdx.x) % 32 / 4;
+    const uint64_t seen[2] = {(~skip & tokens_from(columns.first[0], start)) >> i,
+                              (~skip & tokens_from(columns.first[1], start)) >> i};
+#pragma unroll
+    for (int tile = 0; tile < 4; tile++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            if ((seen[e % 2] >> (16 * tile + 8 * (e / 2)) & 1) == 0) s[tile][e] = minus_infinity();
+}
+
+// For the selection. Lanes of one column write 32 bytes side by side.
+SPECACHE_DEVICE void store_page_scores(const LaneColumns& columns, uint32_t start, const float (&s)[4][4]) {
+    const uint32_t token = start + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (uint32_t i = 0; i < 16; i++) {
+        const float x = s[i / 4][i % 4];
+        float* scores = columns.scores[i % 2];
+        if (scores != nullptr && x != minus_infinity()) store_device(scores + token + i / 4 * 16 + i % 4 / 2 * 8, x);
+    }
+}
+
+// p as B operands for V, with V's zeros taken on the way: tokens are k, and octet o is folded with 2^-e.
+template <int D, int B>
+SPECACHE_DEVICE void page_probabilities(Accumulator<D>& acc, const uint8_t* page, int g, const float (&s)[4][4],
+                                        uint32_t (&p)[8]) {
+    const int lane = int(threadIdx.x) % 32, i = lane / 4, j = lane % 4;
+#pragma unroll
+    for (int o = 0; o < 8; o++)
+        p[o] = transpose_8x8(half_pair(s[o / 2][o % 2 * 2] * kPScale, s[o / 2][o % 2 * 2 + 1] * kPScale));
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+        const uint8_t* zeros = page + PackedPage<D, B>::v_zero(g) + 2 * (i * kPage + 32 * c + 8 * j);
+        const uint4 zero = i < D / g ? load_shared_16(zeros) : make_uint4(0, 0, 0, 0);
+        const uint32_t even[4] = {zero.x, 0, zero.y, 0}, odd[4] = {zero.z, 0, zero.w, 0};
+        mma_m16n8k16(acc.zero, even, p[4 * c], p[4 * c + 1]);
+        mma_m16n8k16(acc.zero, odd, p[4 * c + 2], p[4 * c + 3]);
+    }
+#pragma unroll
+    for (int o = 0; o < 8; o++) p[o] = multiply_pairs(p[o], half_power(code_exponent<B>(o)));
+}
+
+template <int D, int B>
+SPECACHE_DEVICE void add_page_values(Accumulator<D>& acc, const uint8_t* page, int g, const uint32_t (&p)[8]) {
+    using Page = PackedPage<D, B>;
+    const int j = int(threadIdx.x) % 4;
+    uint32_t scaled[8];
+    LaneWords words{page + Page::v_codes(g), {}};
+#pragma unroll
+    for (int m = 0; m < D / 16; m++) {
+        if (m % 4 == 0 || (m % 2 == 0 && g == 32)) {   // a channel group begins
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                const int at = 2 * (16 * m / g * kPage + 32 * c + 8 * j);
+                const uint4 scale = load_shared_16(page + Page::v_scale(g) + at);
+#pragma unroll
+                for (int x = 0; x < 4; x++) scaled[4 * c + x] = multiply_pairs(p[4 * c + x], word_of(scale, x));
+            }
+        }
+#pragma unroll
+        for (int w = 0; w < kTileWords<kPage, B>; w++) {
+            const uint32_t word = words[m * kTileWords<kPage, B> + w];
+#pragma unroll
+            for (int step = 0; step < kOctetsPerWord<B> / 2; step++) {
+                uint32_t a[4];
+                code_fragment<B>(word, step, a);
+                const int octet = w * kOctetsPerWord<B> + 2 * step;
+                mma_m16n8k16(acc.out[m], a, scaled[octet], scaled[octet + 1]);
+            }
+        }
+    }
+}
+
+template <class T, int D, int B>
+SPECACHE_DEVICE void attend_page(const specache_attn_params& p, const Unit& unit, const LaneColumns& columns,
+                                 const AttnShared<T, D>& shared, uint32_t page_index, const uint8_t* page,
+                                 Accumulator<D>& acc) {
+    const int g = int(p.group_size);
+    const uint32_t start = page_index * SPECACHE_PAGE;
+    uint64_t skip = 0;
+#if SPECACHE_INJECTED_BUG != 4   // the tests must see a position that counts twice
+    if (unit.work.slot_tiles != 0) {
+        const uint64_t head = (uint64_t(unit.seq.cache) * p.n_kv_heads + unit.kv_head) * p.skip_stride;
+        skip = load_device(reinterpret_cast<const uint64_t*>(p.skip) + head + page_index);
+    }
+#endif
+    float s[4][4];
+    page_scores<T, D, B>(shared, page, g, s);
+    if (skip != 0 || first_seen(unit.seq.n + 1, p.window) > start) hide_tokens(columns, start, skip, s);
+    if (p.scores != 0) store_page_scores(columns, start, s);
+    softmax(acc, s);
+    uint32_t probabilities[8];
+    page_probabilities<D, B>(acc, page, g, s, probabilities);
+    add_page_values<D, B>(acc, page, g, probabilities);
+}
+
+// ---- step 6: a tile of 16-bit pairs -----------------------------------------------------------------------------
+
+// Where a lane finds piece `first` (0 or 1) of a row of a staged tile for ldmatrix. Two pieces further is an exclusive
+// or with 32, and so on: constants that take no register.
+template <int D> SPECACHE_DEVICE uint32_t wide_place(int row, int first) {
+    return uint32_t(row * 4 * D + (first ^ row % 8) * 16);
+}
+
+template <class T, int D>
+SPECACHE_DEVICE void wide_scores(const AttnShared<T, D>& shared, const uint8_t* stage, float (&s)[1][4]) {
+    const int lane = int(threadIdx.x) % 32;
+    const uint32_t place = wide_place<D>(lane % 16, lane / 16);
+#pragma unroll
+    for (int e = 0; e < 4; e++) s[0][e] = 0.0f;
+#pragma unroll
+    for (int c = 0; c < D / 32; c++) {
+        // Tiles in the order of a0 .. a3: tokens 0-7 and 8-15 of one octet of channels, then of the next.
+        uint32_t a[2][4];
+        load_tiles(a[0], stage + (place ^ 16 * (4 * c)));
+        load_tiles(a[1], stage + (place ^ 16 * (4 * c + 2)));
+#pragma unroll
+        for (int t = 0; t < Pairs<T>::kTerms; t++) {
+            const uint4 q = load_shared_16(&shared.pair_q[t][(c * 32 + lane) * 4]);
+            Pairs<T>::mma(s[0], a[0], q.x, q.y);
+            Pairs<T>::mma(s[0], a[1], q.z, q.w);
+        }
+    }
+}
+
+template <class T, int D>
+SPECACHE_DEVICE void add_wide_values(Accumulator<D>& acc, const uint8_t* stage, const float (&s)[1][4]) {
+    const int lane = int(threadIdx.x) % 32;
+    const uint32_t place = wide_place<D>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    uint32_t p[2][Pairs<T>::kTerms];   // tokens 0-7, 8-15
+#pragma unroll
+    for (int o = 0; o < 2; o++) {
+        split_pair<T>(s[0][2 * o] * kPScale, s[0][2 * o + 1] * kPScale, p[o]);
+#pragma unroll
+        for (int t = 0; t < Pairs<T>::kTerms; t++) p[o][t] = transpose_8x8(p[o][t]);
+    }
+#pragma unroll
+    for (int m = 0; m < D / 16; m++) {
+        // a0, a1: two octets of channels at tokens 0-7; a2, a3: at tokens 8-15. In memory a token is a row: transposed.
+        uint32_t a[4];
+        load_tiles_transposed(a, stage + (place ^ 16 * (D / 8 + 2 * m)));
+#pragma unroll
+        for (int t = 0; t < Pairs<T>::kTerms; t++) Pairs<T>::mma(acc.out[m], a, p[0][t], p[1][t]);
+    }
+}
+
+template <class T, int D>
+SPECACHE_DEVICE void attend_wide_tile(const specache_attn_params& p, const Unit& unit, const LaneColumns& columns,
+                                      const AttnShared<T, D>& shared, uint32_t tile, const uint8_t* stage,
+                                      Accumulator<D>& acc) {
+    const uint32_t i = threadIdx.x % 32 / 4;
+    const uint32_t positions[2] = {wide_position(p, unit, tile, i), wide_position(p, unit, tile, i + 8)};
+    float s[1][4];
+    wide_scores<T, D>(shared, stage, s);
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        const uint32_t position = positions[e / 2];   // an empty slot's is beyond every row's last
+        const bool seen = position >= columns.first[e % 2] && position <= columns.last[e % 2];
+        if (!seen) s[0][e] = minus_infinity();
+        float* scores = columns.scores[e % 2];
+        if (scores != nullptr && seen && position < unit.seq.no) store_device(scores + position, s[0][e]);
+    }
+    softmax(acc, s);
+    add_wide_values<T, D>(acc, stage, s);
+}
+
+// Sums of products with codes are in another unit than those with numbers: packed pages come first, then this.
+template <int D> SPECACHE_DEVICE void leave_code_unit(Accumulator<D>& acc) {
+#pragma unroll
+    for (int i = 0; i < D / 4; i++) acc.out[i / 4][i % 4] *= kCodeUnit * kPScale;
+}
+
+// ---- step 7: the items of a warp --------------------------------------------------------------------------------
+
+template <class T, int D, int B>
+SPECACHE_DEVICE void attend_items(const specache_attn_params& p, const Unit& unit, const AttnShared<T, D>& shared,
+                                  const Ring& ring, Accumulator<D>& acc) {
+    const LaneColumns columns = lane_columns(p, unit);
+    const uint32_t last = ring.stages - 1;
+    uint32_t stage = 0;
+    bool code_unit = true;
+    clear(acc);
+#pragma unroll 1
+    for (uint32_t item = unit.first_item + threadIdx.x / 32; item < unit.end_item; item += kAttnWarps) {
+        const uint32_t free_stage = stage == 0 ? last : stage - 1;
+        copy_item<D, B>(p, unit, item + last * kAttnWarps, ring.start + free_stage * ring.stage_bytes);
+        wait_for_copies(last);
+#if SPECACHE_INJECTED_BUG != 1   // the tests must see a missing barrier
+        __syncwarp();            // lanes read what other lanes copied
+#endif
+        const uint8_t* at = ring.start + stage * ring.stage_bytes;
+#if SPECACHE_INJECTED_BUG == 3   // the tests must see a page too many
+        if (item <= unit.work.pages) {
+#else
+        if (item < unit.work.pages) {
+#endif
+            attend_page<T, D, B>(p, unit, columns, shared, unit.work.first_page + item, at, acc);
+        } else {
+            if (code_unit) leave_code_unit(acc);
+            code_unit = false;
+            attend_wide_tile<T, D>(p, unit, columns, shared, item - unit.work.pages, at, acc);
+        }
+        __syncwarp();   // before the stage is overwritten
+        stage = stage == last ? 0 : stage + 1;
+    }
+    if (code_unit) leave_code_unit(acc);
+}
+
+// ---- step 8: one part of four warps' results --------------------------------------------------------------------
+
+// The warp's result to shared memory, V's zeros added. Row `group` of acc.zero is in the lanes 4 * group + j.
+template <int D> SPECACHE_DEVICE void offer(const Accumulator<D>& acc, int g, MergeShared<D>& merge) {
+    const int warp = int(threadIdx.x) / 32, i = int(threadIdx.x) % 32 / 4, j = int(threadIdx.x) % 4;
+#pragma unroll
+    for (int m = 0; m < D / 16; m++) {
+        const int source = 16 * m / g * 4 + j;
+        const float zero[2] = {__shfl_sync(~0u, acc.zero[0], source), __shfl_sync(~0u, acc.zero[1], source)};
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            merge.out[warp][2 * j + e % 2][16 * m + i + e / 2 * 8] = (acc.out[m][e] + zero[e % 2]) * (1.0f / kPScale);
+    }
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+        float sum = acc.sum[e];
+        for (int distance = 4; distance < 32; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+        if (i == 0) merge.max[warp][2 * j + e] = acc.max[e], merge.sum[warp][2 * j + e] = sum;
+    }
+}
+
+template <int D> SPECACHE_DEVICE void store_part(const MergeShared<D>& merge, float* part) {
+    for (uint32_t at = threadIdx.x; at < kColumns * (D + 2); at += kAttnThreads) {
+        // The sums, then the maximum and the sum of p of each column: those are weighted the same way.
+        const bool is_out = at < kColumns * D;
+        const uint32_t column = is_out ? at / D : (at - kColumns * D) / 2, channel = at % D;
+        float max = merge.max[0][column], sum = 0.0f;
+#pragma unroll
+        for (uint32_t w = 1; w < kAttnWarps; w++) max = fmaxf(max, merge.max[w][column]);
+#pragma unroll
+        for (uint32_t w = 0; w < kAttnWarps; w++) {
+            const float weight = exp2_approx(merge.max[w][column] - max);
+            sum += weight * (is_out ? merge.out[w][column][channel] : merge.sum[w][column]);
+        }
+        store_device(part + at, is_out || at % 2 == 1 ? sum : max);
+    }
+}
+
+template <class T, int D, int B> SPECACHE_DEVICE void attend(const specache_attn_params& p) {
+    SPECACHE_DYNAMIC_SHARED(memory);
+    SPECACHE_SHARED(Unit, unit);
+    AttnShared<T, D>& shared = *reinterpret_cast<AttnShared<T, D>*>(memory);
+    uint8_t* rings = memory + sizeof(AttnShared<T, D>);
+    Ring ring{rings, stage_bytes(p), attn_stages(p)};
+    ring.start += threadIdx.x / 32 * ring.stages * ring.stage_bytes;
+    MergeShared<D>& merge = *reinterpret_cast<MergeShared<D>*>(rings);
+    for (uint32_t index = blockIdx.x;; index += gridDim.x) {
+        if (threadIdx.x < 32) find_unit(p, index, unit);
+        __syncthreads();
+        if (unit.found == 0) return;
+        fill_ring<D, B>(p, unit, ring);   // first, so that the queries hide its latency
+        load_queries<T, D, B>(p, unit, shared);
+        __syncthreads();
+        Accumulator<D> acc;
+        attend_items<T, D, B>(p, unit, shared, ring, acc);
+#if SPECACHE_INJECTED_BUG != 5   // the tests must see a missing barrier
+        __syncthreads();         // nobody reads a ring any more
+#endif
+        offer(acc, int(p.group_size), merge);
+        __syncthreads();
+        store_part(merge, reinterpret_cast<float*>(p.parts) + uint64_t(index) * part_floats(D));
+        __syncthreads();
+    }
+}
+
+// ---- the combine ------------------------------------------------------------------------------------------------
+
+// Units of all sequences before this one, in every lane.
+SPECACHE_DEVICE uint32_t units_before(const specache_attn_params& p, uint32_t seq_index) {
+    uint32_t units = 0;
+    for (uint32_t i = threadIdx.x % 32; i < seq_index; i += 32) units += units_of(p, i);
+    for (int distance = 1; distance < 32; distance *= 2) units += __shfl_xor_sync(~0u, units, distance);
+    return units;
+}
+
+struct CombineShared {
+    float out[kAttnWarps][128];
+};
+
+// One row and query head a CTA; warps share the parts, lanes the channels.
+SPECACHE_DEVICE void combine(const specache_attn_params& p) {
+    SPECACHE_SHARED(CombineShared, shared);
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const uint32_t head = blockIdx.x % p.n_heads, row = blockIdx.x / p.n_heads % 2;
+    const uint32_t seq_index = blockIdx.x / p.n_heads / 2;
+    const specache_seq seq = load_seq(p.seqs, seq_index);
+    if (row >= seq.n_rows) return;
+    const SeqWork work = seq_work(p, seq);
+    const uint32_t group_heads = p.n_heads / p.n_kv_heads, column = row * group_heads + head % group_heads;
+    // Units of this head's columns: one in `column_tiles`.
+    const uint64_t first = units_before(p, seq_index) + head / group_heads * work.parts * work.column_tiles;
+    const float* parts =
+        reinterpret_cast<const float*>(p.parts) + (first + column / kColumns) * part_floats(p.head_dim);
+    const uint64_t step = uint64_t(work.column_tiles) * part_floats(p.head_dim);
+
+    // Lane l weighs the parts l and l + 32.
+    static_assert(kMaxParts == 64, "two parts a lane");
+    float weight[2] = {kNothingSeen, kNothingSeen}, sum[2] = {0.0f, 0.0f}, max, total;
+    for (uint32_t h = 0; h < 2; h++) {
+        const uint32_t part = lane + 32 * h;
+        if (part >= work.parts) continue;
+        const float* at = parts + part * step + kColumns * p.head_dim + 2 * (column % kColumns);
+        weight[h] = load_device(at);
+        sum[h] = load_device(at + 1);
+    }
+    max = fmaxf(weight[0], weight[1]);
+    for (int distance = 1; distance < 32; distance *= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, distance));
+    weight[0] = exp2_approx(weight[0] - max);
+    weight[1] = exp2_approx(weight[1] - max);
+    total = weight[0] * sum[0] + weight[1] * sum[1];
+    for (int distance = 1; distance < 32; distance *= 2) total += __shfl_xor_sync(~0u, total, distance);
+
+    float out[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 4
+    for (uint32_t part = warp; part < work.parts; part += kAttnWarps) {
+        const float* at = parts + part * step + column % kColumns * p.head_dim + lane;
+        const float w = __shfl_sync(~0u, part < 32 ? weight[0] : weight[1], int(part % 32));
+#pragma unroll
+        for (uint32_t c = 0; c < 4; c++)
+            if (32 * c < p.head_dim) out[c] += w * load_device(at + 32 * c);
+    }
+#pragma unroll
+    for (uint32_t c = 0; c < 4; c++) shared.out[warp][lane + 32 * c] = out[c];
+    __syncthreads();
+    if (threadIdx.x < p.head_dim) {
+        float sums = 0.0f;
+        for (uint32_t w = 0; w < kAttnWarps; w++) sums += shared.out[w][threadIdx.x];
+        const uint64_t at = (uint64_t(seq.first_row + row) * p.n_heads + head) * p.head_dim + threadIdx.x;
+        store_device(reinterpret_cast<float*>(p.out) + at, sums / total);
+    }
+    if (p.lse != 0 && row == seq.n_rows - 1 && threadIdx.x == 0)
+        store_device(reinterpret_cast<float*>(p.lse) + uint64_t(seq_index) * p.n_heads + head, max + log2f(total));
+}
+
+}   // namespace specache
+
+// registers: <= 168 specache_attn_d64_*    (3 CTAs of 128 threads an SM)
+// registers: <= 208 specache_attn_d128_*   (2)
+#define SPECACHE_ATTN_KERNEL(D, B, dtype, T)                                                   \
+    extern "C" __global__ void __launch_bounds__(SPECACHE_ATTN_THREADS, SPECACHE_ATTN_CTAS(D)) \
+        specache_attn_d##D##_b##B##_##dtype(const __grid_constant__ specache_attn_params p) {  \
+        specache::attend<specache::T, D, B>(p);                                                \
+    }
+SPECACHE_ATTN_KERNELS(SPECACHE_ATTN_KERNEL)
+#undef SPECACHE_ATTN_KERNEL
+
+// registers: <= 64 specache_attn_combine
+extern "C" __global__ void __launch_bounds__(SPECACHE_ATTN_THREADS)
+    specache_attn_combine(const __grid_constant__ specache_attn_params p) {
+    specache::combine(p);
+}
+#endif   // SPECACHE_PLAN_ONLY
+
+// The plans: plain host code. With SPECACHE_PLAN_ONLY this file is ordinary C++ and needs no CUDA header.
+#ifndef __CUDACC_RTC__
+#include "plan.h"
+
+namespace specache {
+
+static const char* attn_kernel_name(const specache_attn_params& p) {
+#define SPECACHE_ATTN_NAME(D, B, type, T) \
+    if (p.head_dim == D && p.bits == B && p.dtype == dtype_named(#type)) return "specache_attn_d" #D "_b" #B "_" #type;
+    SPECACHE_ATTN_KERNELS(SPECACHE_ATTN_NAME)
+#undef SPECACHE_ATTN_NAME
+    return nullptr;
+}
+
+static specache_status check_attn_shape(const specache_attn_params& p, specache_launch* launch) {
+    if (p.head_dim != 64 && p.head_dim != 128)
+        return refuse(launch, SPECACHE_UNSUPPORTED_HEAD_DIM, "attention: head_dim %u (64 or 128)", p.head_dim);
+    if (p.bits != 1 && p.bits != 2 && p.bits != 4)
+        return refuse(launch, SPECACHE_UNSUPPORTED_BITS, "attention: %u bits (1, 2 or 4)", p.bits);
+    if (p.group_size != 32 && p.group_size != 64)
+        return refuse(launch, SPECACHE_UNSUPPORTED_GROUP_SIZE, "attention: group_size %u (32 or 64)", p.group_size);
+    if (p.dtype != SPECACHE_FP16 && p.dtype != SPECACHE_BF16)
+        return refuse(launch, SPECACHE_UNSUPPORTED_DTYPE, "attention: dtype %u (fp16 or bf16)", p.dtype);
+    if (p.n_kv_heads == 0 || p.n_heads == 0 || p.n_heads % p.n_kv_heads != 0 || p.n_heads / p.n_kv_heads > 16)
+        return refuse(launch, SPECACHE_UNSUPPORTED_HEADS, "attention: %u heads on %u KV heads (1 to 16 on each)",
+                      p.n_heads, p.n_kv_heads);
+    if (p.capacity > kMostTokens || p.top_k > kMostTokens)
+        return refuse(launch, SPECACHE_TOO_LARGE, "attention: capacity %u, top_k %u", p.capacity, p.top_k);
+    const bool too_many = p.n_seqs > kMostSeqs || p.n_heads > kMostHeads;
+    if (too_many || most_units(p) > 0x7FFFFFFFu || 2 * uint64_t(p.n_seqs) * p.n_heads > 0x7FFFFFFFu)
+        return refuse(launch, SPECACHE_TOO_LARGE, "attention: %u sequences of %u heads", p.n_seqs, p.n_heads);
+    return SPECACHE_OK;
+}
+
+static specache_status check_attn_memory(const specache_attn_params& p, specache_launch* launch) {
+    const auto bad = [&](const char* what) {
+        return refuse(launch, SPECACHE_BAD_ADDRESS, "attention: %s is null or not aligned", what);
+    };
+    if (p.seqs == 0 || p.seqs % 16 != 0) return bad("seqs");
+    if (p.q == 0 || p.q % 8 != 0) return bad("q");
+    if (p.out == 0 || p.out % 4 != 0) return bad("out");
+    if (p.packed % 128 != 0) return bad("packed");
+    if (p.wide == 0 || p.wide % 16 != 0) return bad("wide");
+    if (p.packed_ids % 4 != 0 || p.wide_ids % 4 != 0) return bad("a list of page ids");
+    if (p.parts == 0 || p.parts % 16 != 0) return bad("parts");
+    if (p.slots % 4 != 0) return bad("slots");
+    if (p.slots != 0 && p.top_k != 0 && (p.pairs == 0 || p.pairs % 16 != 0)) return bad("pairs");
+    if (p.slots != 0 && p.top_k != 0 && (p.skip == 0 || p.skip % 8 != 0)) return bad("skip");
+    if (p.scores % 4 != 0 || p.lse % 4 != 0) return bad("scores or lse");
+    if (p.scores != 0 && p.lse == 0) return bad("lse (scores need it)");
+    const uint64_t head =
+        SPECACHE_PAGE * (uint64_t(2) * p.head_dim * p.bits / 8 + uint64_t(8) * p.head_dim / p.group_size);
+    if (p.packed != 0 && (p.packed_head_stride < head || p.packed_page_stride < head))
+        return refuse(launch, SPECACHE_BAD_STRIDE, "attention: a packed stride is below %llu",
+                      (unsigned long long)head);
+    if (p.packed_head_stride % 128 != 0 || p.packed_page_stride % 128 != 0)
+        return refuse(launch, SPECACHE_BAD_STRIDE, "attention: a packed stride is not a multiple of 128");
+    const uint64_t wide = uint64_t(p.n_kv_heads) * SPECACHE_PAGE * 4 * p.head_dim;
+    if (p.wide_page_stride < wide || p.wide_page_stride % 16 != 0)
+        return refuse(launch, SPECACHE_BAD_STRIDE, "attention: wide_page_stride below %llu or not a multiple of 16",
+                      (unsigned long long)wide);
+    return SPECACHE_OK;
+}
+
+}   // namespace specache
+
+extern "C" uint64_t specache_attn_part_bytes(const specache_attn_params* params) {
+    specache_launch launch{};
+    if (specache::check_attn_shape(*params, &launch) != SPECACHE_OK) return 0;
+    return specache::most_units(*params) * specache::part_floats(params->head_dim) * 4;
+}
+
+extern "C" specache_status specache_attn_plan(const specache_attn_params* params, specache_launch* launch) {
+    const specache_attn_params& p = *params;
+    *launch = specache_launch{};
+    specache_status status = specache::check_attn_shape(p, launch);
+    if (status != SPECACHE_OK || p.n_seqs == 0) return status;
+    status = specache::check_attn_memory(p, launch);
+    if (status != SPECACHE_OK) return status;
+    const uint32_t stages = specache::attn_stages(p);
+    if (stages == 0)
+        return specache::refuse(launch, SPECACHE_TOO_MUCH_SHARED, "attention: %u bytes of shared memory where %u are",
+                                specache::attn_shared_bytes(p, 2), p.shared_limit);
+    launch->shared_bytes = specache::attn_shared_bytes(p, stages);
+    const uint32_t fit = specache::attn_fit(p, stages), most = SPECACHE_ATTN_CTAS(p.head_dim);
+    const uint64_t ctas = uint64_t(p.n_sms == 0 ? 1 : p.n_sms) * (fit < most ? fit : most);
+    const uint64_t units = specache::most_units(p);
+    launch->kernel = specache::attn_kernel_name(p);
+    launch->grid = uint32_t(ctas < units ? ctas : units);
+    launch->block = SPECACHE_ATTN_THREADS;
+    return SPECACHE_OK;
+}
+
+extern "C" specache_status specache_attn_combine_plan(const specache_attn_params* params, specache_launch* launch) {
+    const specache_attn_params& p = *params;
+    *launch = specache_launch{};
+    specache_status status = specache::check_attn_shape(p, launch);
+    if (status != SPECACHE_OK || p.n_seqs == 0) return status;
+    status = specache::check_attn_memory(p, launch);
+    if (status != SPECACHE_OK) return status;
+    launch->kernel = "specache_attn_combine";
+    launch->grid = 2 * p.n_seqs * p.n_heads;
+    launch->block = SPECACHE_ATTN_THREADS;
+    return SPECACHE_OK;
+}
+#endif

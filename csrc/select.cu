@@ -1,0 +1,394 @@
+// The pairs that the next step wants at 16 bits: exact top-k per KV head, and what must be fetched for it.
+//
+// A position's key is the sum of its probabilities over the KV head's query heads (the order of the mean), from the
+// scores and the lse that attention left. Keys are not negative, so their bits are ordered as they are. The best k are
+// those above a threshold, found digit by digit from histograms (radix select), and the first of those equal to it:
+// ties go to the lower position, and what is taken comes out in ascending order.
+//
+// First a CTA for every 8192 candidates computes keys and keeps its best k; then a CTA per KV head takes the best k of
+// those, compares them with the slots, and writes which pairs to fetch into which slots. A pair that is there already
+// stays where it is: consecutive selections overlap by more than half. At 1M tokens and k = 64 the second CTA still has
+// only 8192 keys to look at.
+#ifndef SPECACHE_PLAN_ONLY
+#include "ptx.cuh"
+#endif
+#include "attn_work.h"
+
+#define SPECACHE_SELECT_THREADS 512
+
+namespace specache {
+
+constexpr uint32_t kSelectThreads = SPECACHE_SELECT_THREADS;
+constexpr uint32_t kSelectChunk = 8192;   // candidates of a CTA: 32 KB of keys
+constexpr uint32_t kMostTopK = 2048;
+static_assert(kMostTopK <= kSelectChunk, "every chunk but the last gives k");
+
+SPECACHE_HOST_DEVICE uint32_t most_chunks(const specache_select_params& p) {
+    return divide_up(p.capacity, kSelectChunk);
+}
+
+}   // namespace specache
+
+#ifndef SPECACHE_PLAN_ONLY
+namespace specache {
+
+constexpr int kDigitBits = 11;   // 32 bits in three digits of 11, 11 and 10
+constexpr uint32_t kBins = 1u << kDigitBits;
+constexpr uint32_t kBinsPerThread = kBins / kSelectThreads;
+constexpr uint32_t kSelectWarps = kSelectThreads / 32;
+
+struct ScanShared {
+    uint32_t histogram[kBins];
+    uint32_t warp_sums[kSelectWarps];
+    uint32_t digit, missing;
+};
+
+// What a candidate list holds: 8 bytes, by ascending position.
+struct Candidate {
+    uint32_t position, key;
+};
+
+// The candidates of a KV head of one sequence: positions [first, end).
+struct Candidates {
+    uint32_t first, end;
+
+    SPECACHE_HOST_DEVICE uint32_t count() const { return end - first; }
+};
+
+// Nothing where the entry is not in use.
+SPECACHE_DEVICE Candidates seq_candidates(const specache_select_params& p, const specache_seq& seq) {
+    if (seq.n_rows == 0) return Candidates{0, 0};
+    uint32_t first = first_seen(seq.n + seq.n_rows - 1, p.window);
+#if SPECACHE_INJECTED_BUG == 2   // the tests must see a position that the row does not see
+    if (first != 0) first--;
+#endif
+    return Candidates{first < seq.no ? first : seq.no, seq.no};
+}
+
+// The list of one chunk; lists of a head lie one after the other, and all but the last are full.
+SPECACHE_DEVICE Candidate* candidate_list(const specache_select_params& p, uint32_t seq_and_head, uint32_t chunk) {
+    return reinterpret_cast<Candidate*>(p.candidates) + (uint64_t(seq_and_head) * most_chunks(p) + chunk) * p.top_k;
+}
+
+SPECACHE_DEVICE uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
+// ---- what all threads of a block do together --------------------------------------------------------------------
+
+// The sum of `value` over the threads before this one, and over all of them.
+SPECACHE_DEVICE uint32_t block_scan(ScanShared& shared, uint32_t value, uint32_t& total) {
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    uint32_t through = value;
+    for (int distance = 1; distance < 32; distance *= 2) {
+        const uint32_t other = __shfl_up_sync(~0u, through, distance);
+        through += int(lane) >= distance ? other : 0;
+    }
+    if (lane == 31) shared.warp_sums[warp] = through;
+    __syncthreads();
+    uint32_t before = 0;
+    total = 0;
+#pragma unroll
+    for (uint32_t w = 0; w < kSelectWarps; w++) {
+        if (w == warp) before = total;
+        total += shared.warp_sums[w];
+    }
+    __syncthreads();
+    return before + through - value;
+}
+
+// Which digit the k-th best key has: bins from the highest down, four a thread. `missing`: how many are still to be
+// found among the keys with that digit.
+SPECACHE_DEVICE void find_digit(ScanShared& shared, uint32_t k) {
+    const uint32_t highest = kBins - 1 - threadIdx.x * kBinsPerThread;
+    uint32_t own = 0, all;
+    for (uint32_t b = 0; b < kBinsPerThread; b++) own += shared.histogram[highest - b];
+    uint32_t above = block_scan(shared, own, all);
+    if (above >= k || above + own < k) return;
+    uint32_t bin = highest;
+    while (above + shared.histogram[bin] < k) above += shared.histogram[bin--];
+    shared.digit = bin;
+    shared.missing = k - above;
+}
+
+struct Threshold {
+    uint32_t key;    // the best are those above it,
+    uint32_t ties;   // and as many of those equal to it, the first ones
+};
+
+// The k best of n keys, k <= n. `key(i)` is asked for three times.
+template <class Key> SPECACHE_DEVICE Threshold find_threshold(ScanShared& shared, uint32_t n, uint32_t k, Key key) {
+    if (k == n) return Threshold{0, n};
+    uint32_t prefix = 0;   // the digits found so far
+#pragma unroll 1
+    for (int high = 32;;) {   // bits [low, high) are the next digit
+        const int low = high > kDigitBits ? high - kDigitBits : 0;
+        for (uint32_t b = threadIdx.x; b < kBins; b += kSelectThreads) shared.histogram[b] = 0;
+        __syncthreads();
+        for (uint32_t i = threadIdx.x; i < n; i += kSelectThreads) {
+            const uint32_t x = key(i);
+            const bool fits = high == 32 || x >> high == prefix;
+            if (fits) shared_add(&shared.histogram[x >> low & ((1u << (high - low)) - 1)], 1);
+        }
+#if SPECACHE_INJECTED_BUG != 1   // the tests must see a missing barrier
+        __syncthreads();
+#endif
+        find_digit(shared, k);
+        __syncthreads();
+        prefix = prefix << (high - low) | shared.digit;
+        k = shared.missing;
+        if (low == 0) return Threshold{prefix, k};
+        high = low;
+    }
+}
+
+// Calls take(i, rank) for the keys that pass, rank counting them in the order of i.
+template <class Key, class Take>
+SPECACHE_DEVICE void take_best(ScanShared& shared, uint32_t n, Threshold threshold, Key key, Take take) {
+    uint32_t above_before = 0, ties_before = 0;
+#pragma unroll 1
+    for (uint32_t start = 0; start < n; start += kSelectThreads) {
+        const uint32_t i = start + threadIdx.x, x = i < n ? key(i) : 0;
+        const bool above = i < n && x > threshold.key, tie = i < n && x == threshold.key;
+        uint32_t both;   // two counts below 2^16
+        const uint32_t before = block_scan(shared, uint32_t(above) | uint32_t(tie) << 16, both);
+        const uint32_t rank_above = above_before + (before & 0xFFFF), rank_tie = ties_before + (before >> 16);
+        if (above || (tie && rank_tie < threshold.ties)) take(i, rank_above + smaller(rank_tie, threshold.ties));
+        above_before += both & 0xFFFF;
+        ties_before += both >> 16;
+    }
+}
+
+// ---- a chunk ----------------------------------------------------------------------------------------------------
+
+struct ChunkShared {
+    ScanShared scan;
+    uint32_t keys[kSelectChunk];
+};
+
+// Keys of the chunk's positions, `start` the first.
+SPECACHE_DEVICE void write_keys(const specache_select_params& p, uint32_t seq_and_head, uint32_t start, uint32_t n,
+                                uint32_t* keys) {
+    const uint32_t group_heads = p.n_heads / p.n_kv_heads;
+    const uint64_t first_head = uint64_t(seq_and_head) * group_heads;
+    for (uint32_t i = threadIdx.x; i < n; i += kSelectThreads) {
+        float sum = 0.0f;
+#pragma unroll 4
+        for (uint32_t h = 0; h < group_heads; h++) {
+            const float lse = load_device(reinterpret_cast<const float*>(p.lse) + first_head + h);
+            const float score =
+                load_device(reinterpret_cast<const float*>(p.scores) + (first_head + h) * p.score_stride + start + i);
+            sum += exp2_approx(score - lse);
+        }
+        keys[i] = bit_cast<uint32_t>(sum);
+    }
+}
+
+SPECACHE_DEVICE void select_chunk(const specache_select_params& p) {
+    SPECACHE_SHARED(ChunkShared, shared);
+    const uint32_t chunk = blockIdx.x % most_chunks(p), seq_and_head = blockIdx.x / most_chunks(p);
+    const Candidates range = seq_candidates(p, load_seq(p.seqs, seq_and_head / p.n_kv_heads));
+    if (chunk * kSelectChunk >= range.count()) return;
+    const uint32_t start = range.first + chunk * kSelectChunk, n = smaller(kSelectChunk, range.end - start);
+    write_keys(p, seq_and_head, start, n, shared.keys);
+    __syncthreads();
+    Candidate* list = candidate_list(p, seq_and_head, chunk);
+    const auto key = [&](uint32_t i) { return shared.keys[i]; };
+    const Threshold threshold = find_threshold(shared.scan, n, smaller(p.top_k, n), key);
+    take_best(shared.scan, n, threshold, key,
+              [&](uint32_t i, uint32_t rank) { store_device(list + rank, Candidate{start + i, shared.keys[i]}); });
+}
+
+// ---- a KV head --------------------------------------------------------------------------------------------------
+
+struct HeadShared {
+    ScanShared scan;
+    uint32_t positions[kMostTopK];    // selected, ascending
+    uint32_t kept[kMostTopK];         // whether its pair is in a slot already
+    uint32_t free_slots[kMostTopK];   // ascending
+};
+
+struct HeadTables {
+    uint32_t* slots;
+    uint32_t* skip;   // as 32-bit words: bit j % 32 of word j / 32
+    specache_fetch* fetches;
+};
+
+SPECACHE_DEVICE HeadTables head_tables(const specache_select_params& p, const specache_seq& seq,
+                                       uint32_t seq_and_head) {
+    const uint64_t cache_head = uint64_t(seq.cache) * p.n_kv_heads + seq_and_head % p.n_kv_heads;
+    return HeadTables{reinterpret_cast<uint32_t*>(p.slots) + cache_head * p.top_k,
+                      reinterpret_cast<uint32_t*>(p.skip) + cache_head * p.skip_stride * 2,
+                      reinterpret_cast<specache_fetch*>(p.fetches) + uint64_t(seq_and_head) * p.top_k};
+}
+
+// Step 1: the best of all chunks, to shared memory. Returns how many.
+SPECACHE_DEVICE uint32_t merge_chunks(const specache_select_params& p, const Candidates& range, uint32_t seq_and_head,
+                                      HeadShared& shared) {
+    const uint32_t full = range.count() / kSelectChunk, rest = range.count() % kSelectChunk;
+    const uint32_t n = full * p.top_k + smaller(p.top_k, rest), count = smaller(p.top_k, n);
+    const Candidate* list = candidate_list(p, seq_and_head, 0);
+    const auto key = [&](uint32_t i) { return load_device(&list[i].key); };
+    const Threshold threshold = find_threshold(shared.scan, n, count, key);
+    take_best(shared.scan, n, threshold, key,
+              [&](uint32_t i, uint32_t rank) { shared.positions[rank] = load_device(&list[i].position); });
+    return count;
+}
+
+// Index of the first selected position that is not below this one.
+SPECACHE_DEVICE uint32_t lower_bound(const uint32_t* positions, uint32_t count, uint32_t position) {
+    uint32_t low = 0;
+    while (count != 0) {
+        const uint32_t half = count / 2;
+        const bool right = positions[low + half] < position;
+        low = right ? low + half + 1 : low;
+        count = right ? count - half - 1 : half;
+    }
+    return low;
+}
+
+// Step 2: slots whose position is selected again stay; the others are emptied, and listed.
+SPECACHE_DEVICE void empty_slots(const specache_select_params& p, const HeadTables& tables, uint32_t count,
+                                 HeadShared& shared) {
+    uint32_t emptied = 0;
+#pragma unroll 1
+    for (uint32_t start = 0; start < p.top_k; start += kSelectThreads) {
+        const uint32_t slot = start + threadIdx.x;
+        const uint32_t position = slot < p.top_k ? load_device(tables.slots + slot) : SPECACHE_EMPTY_SLOT;
+        const uint32_t index = lower_bound(shared.positions, count, position);
+        const bool stays = index < count && shared.positions[index] == position;
+        const bool is_free = slot < p.top_k && !stays;
+        if (stays) shared.kept[index] = 1;
+        uint32_t all;
+        const uint32_t rank = emptied + block_scan(shared.scan, is_free, all);
+        emptied += all;
+        if (!is_free) continue;
+        shared.free_slots[rank] = slot;
+        if (position == SPECACHE_EMPTY_SLOT) continue;
+        store_device(tables.slots + slot, SPECACHE_EMPTY_SLOT);
+#if SPECACHE_INJECTED_BUG != 3   // the tests must see a position that nobody replaces any more
+        device_and(tables.skip + position / 32, ~(1u << position % 32));
+#endif
+    }
+}
+
+// Step 3: selected positions that are in no slot go into the free ones. Returns how many.
+SPECACHE_DEVICE uint32_t fill_slots(const HeadTables& tables, uint32_t count, HeadShared& shared) {
+    uint32_t filled = 0;
+#pragma unroll 1
+    for (uint32_t start = 0; start < count; start += kSelectThreads) {
+        const uint32_t i = start + threadIdx.x;
+        const bool missing = i < count && shared.kept[i] == 0;
+        uint32_t all;
+        const uint32_t rank = filled + block_scan(shared.scan, missing, all);
+        filled += all;
+        if (!missing) continue;
+        const uint32_t slot = shared.free_slots[rank], position = shared.positions[i];
+        store_device(tables.slots + slot, position);
+        store_device(tables.fetches + rank, specache_fetch{slot, position});
+        device_or(tables.skip + position / 32, 1u << position % 32);
+    }
+    return filled;
+}
+
+SPECACHE_DEVICE void select_merge(const specache_select_params& p) {
+    SPECACHE_SHARED(HeadShared, shared);
+    const uint32_t seq_and_head = blockIdx.x;
+    const specache_seq seq = load_seq(p.seqs, seq_and_head / p.n_kv_heads);
+    uint32_t count = 0, fetches = 0;
+    if (seq.n_rows != 0) {
+        const HeadTables tables = head_tables(p, seq, seq_and_head);
+        count = merge_chunks(p, seq_candidates(p, seq), seq_and_head, shared);
+        for (uint32_t i = threadIdx.x; i < count; i += kSelectThreads) shared.kept[i] = 0;
+        __syncthreads();
+        empty_slots(p, tables, count, shared);
+        __syncthreads();
+        fetches = fill_slots(tables, count, shared);
+    }
+    for (uint32_t i = threadIdx.x; i < count && p.selected != 0; i += kSelectThreads)
+        store_device(reinterpret_cast<uint32_t*>(p.selected) + uint64_t(seq_and_head) * p.top_k + i,
+                     shared.positions[i]);
+    if (threadIdx.x != 0) return;
+    store_device(reinterpret_cast<uint32_t*>(p.fetch_counts) + seq_and_head, fetches);
+    if (p.select_counts != 0) store_device(reinterpret_cast<uint32_t*>(p.select_counts) + seq_and_head, count);
+}
+
+}   // namespace specache
+
+// registers: <= 40 specache_select_*   (3 CTAs of 512 threads an SM; shared memory allows 2 to 5)
+extern "C" __global__ void __launch_bounds__(SPECACHE_SELECT_THREADS, 3)
+    specache_select_chunks(const __grid_constant__ specache_select_params p) {
+    specache::select_chunk(p);
+}
+
+extern "C" __global__ void __launch_bounds__(SPECACHE_SELECT_THREADS, 3)
+    specache_select_merge(const __grid_constant__ specache_select_params p) {
+    specache::select_merge(p);
+}
+#endif   // SPECACHE_PLAN_ONLY
+
+// The plans: plain host code. With SPECACHE_PLAN_ONLY this file is ordinary C++ and needs no CUDA header.
+#ifndef __CUDACC_RTC__
+#include "plan.h"
+
+namespace specache {
+
+static uint64_t candidate_lists(const specache_select_params& p) {
+    return uint64_t(p.n_seqs) * p.n_kv_heads * most_chunks(p);
+}
+
+static specache_status check_select(const specache_select_params& p, specache_launch* launch) {
+    const auto bad = [&](const char* what) {
+        return refuse(launch, SPECACHE_BAD_ADDRESS, "selection: %s is null or not aligned", what);
+    };
+    if (p.seqs == 0 || p.seqs % 16 != 0) return bad("seqs");
+    if (p.scores == 0 || p.scores % 4 != 0) return bad("scores");
+    if (p.lse == 0 || p.lse % 4 != 0) return bad("lse");
+    if (p.slots == 0 || p.slots % 4 != 0) return bad("slots");
+    if (p.skip == 0 || p.skip % 8 != 0) return bad("skip");
+    if (p.selected % 4 != 0 || p.select_counts % 4 != 0) return bad("selected or select_counts");
+    if (p.fetches == 0 || p.fetches % 8 != 0) return bad("fetches");
+    if (p.fetch_counts == 0 || p.fetch_counts % 4 != 0) return bad("fetch_counts");
+    if (p.candidates == 0 || p.candidates % 8 != 0) return bad("candidates");
+    return SPECACHE_OK;
+}
+
+static specache_status check_select_shape(const specache_select_params& p, specache_launch* launch) {
+    if (p.top_k > kMostTopK)
+        return refuse(launch, SPECACHE_UNSUPPORTED_TOP_K, "selection: top_k %u (at most %u)", p.top_k, kMostTopK);
+    if (p.n_kv_heads == 0 || p.n_heads == 0 || p.n_heads % p.n_kv_heads != 0)
+        return refuse(launch, SPECACHE_UNSUPPORTED_HEADS, "selection: %u heads on %u KV heads", p.n_heads,
+                      p.n_kv_heads);
+    if (p.capacity > kMostTokens || p.n_seqs > kMostSeqs || p.n_heads > kMostHeads || candidate_lists(p) > 0x7FFFFFFFu)
+        return refuse(launch, SPECACHE_TOO_LARGE, "selection: %u sequences of %u tokens", p.n_seqs, p.capacity);
+    return SPECACHE_OK;
+}
+
+static specache_status select_launch(const specache_select_params& p, const char* kernel, uint64_t grid,
+                                     specache_launch* launch) {
+    *launch = specache_launch{};
+    specache_status status = check_select_shape(p, launch);
+    if (status != SPECACHE_OK || grid == 0 || p.top_k == 0) return status;
+    status = check_select(p, launch);
+    if (status != SPECACHE_OK) return status;
+    launch->kernel = kernel;
+    launch->grid = uint32_t(grid);
+    launch->block = SPECACHE_SELECT_THREADS;
+    return SPECACHE_OK;
+}
+
+}   // namespace specache
+
+extern "C" uint64_t specache_select_scratch_bytes(const specache_select_params* params) {
+    specache_launch launch{};
+    if (specache::check_select_shape(*params, &launch) != SPECACHE_OK) return 0;
+    return specache::candidate_lists(*params) * params->top_k * 8;
+}
+
+extern "C" specache_status specache_select_plan(const specache_select_params* params, specache_launch* launch) {
+    return specache::select_launch(*params, "specache_select_chunks", specache::candidate_lists(*params), launch);
+}
+
+extern "C" specache_status specache_select_merge_plan(const specache_select_params* params, specache_launch* launch) {
+    const uint64_t heads = uint64_t(params->n_seqs) * params->n_kv_heads;
+    return specache::select_launch(*params, "specache_select_merge", heads, launch);
+}
+#endif
