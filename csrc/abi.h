@@ -192,6 +192,153 @@ uint64_t specache_attn_part_bytes(const specache_attn_params *params);
 uint64_t specache_select_scratch_bytes(const specache_select_params *params);
 #endif
 
+/* ---- the dense half of a decode step: embed.cu, linear.cu, sample.cu ------------------------------------------- */
+
+/* Weights only. */
+#define SPECACHE_FP32 2u
+
+/* Rows of a launch: two tokens of eight sequences. */
+#define SPECACHE_MAX_ROWS 16
+
+#define SPECACHE_UNSUPPORTED_ROWS 20  /* not 1 .. SPECACHE_MAX_ROWS */
+#define SPECACHE_UNSUPPORTED_WIDTH 21 /* features that the kernels cannot divide, or too many */
+
+/* No layer, no token. */
+#define SPECACHE_NONE 0xFFFFFFFFu
+
+/* embed.cu: begins a step. Rows of the embedding become the residual stream, and what every layer would otherwise work
+ * out again is worked out once: cosines and sines of the positions, and where each layer's K and V of a row go. Page id
+ * of layer l is at wide + l * wide_layer_stride + id * wide_page_stride. A row that is no sequence's only fills up a
+ * graph: at position 0, and kept nowhere. */
+typedef struct specache_embed_params {
+    uint64_t table;             /* device, dtype [vocab][hidden], 16-byte aligned */
+    uint64_t tokens;            /* device, uint32_t [n_rows]; a token beyond the vocabulary gives NaN */
+    uint64_t seqs;              /* device, specache_seq [n_seqs], 16-byte aligned */
+    uint64_t wide;              /* device, 16-byte aligned */
+    uint64_t wide_ids;          /* device, uint32_t, or 0: an index is its own id */
+    uint64_t wide_page_stride;  /* bytes, multiple of 16 */
+    uint64_t wide_layer_stride; /* bytes, multiple of 16 */
+    uint64_t inv_freq;          /* device, float [head_dim / 2]: RoPE, radians per position */
+    uint64_t x;                 /* out: device, float [n_rows][hidden] */
+    uint64_t rope;              /* out: device, float [n_rows][head_dim / 2][cos, sin] */
+    uint64_t append;            /* out: device, uint64_t [n_layers][SPECACHE_MAX_ROWS]: address of K of head 0, or 0 */
+    uint64_t bad_layer;         /* out: device, uint32_t [n_rows]: SPECACHE_NONE */
+    uint32_t n_rows;
+    uint32_t n_seqs;
+    uint32_t hidden;            /* multiple of 8 */
+    uint32_t vocab;
+    uint32_t n_layers;
+    uint32_t n_kv_heads;
+    uint32_t head_dim;          /* D */
+    float attention_factor;     /* multiplies cos and sin: 1 but for YaRN */
+    specache_dtype dtype;       /* of the table */
+    uint32_t reserved;
+} specache_embed_params;
+SPECACHE_ASSERT_SIZE(specache_embed_params, 136);
+
+/* linear.cu: matrices are [out][in] of dtype as safetensors files have them, 16-byte aligned; in a multiple of 8 and at
+ * least 32. Everything else is float. An address of 0 says that there is no such bias or norm. */
+
+/* RMS norm, q, k and v, RoPE; q is kept, K and V go to the cache. Two kernels where q and k have norms of their own. */
+typedef struct specache_qkv_params {
+    uint64_t x;         /* device, float [n_rows][hidden]: residual stream */
+    uint64_t norm;      /* device, float [hidden] */
+    uint64_t q_weight;  /* device, dtype [n_heads * head_dim][hidden] */
+    uint64_t k_weight;  /* device, dtype [n_kv_heads * head_dim][hidden] */
+    uint64_t v_weight;  /* device, dtype [n_kv_heads * head_dim][hidden] */
+    uint64_t q_bias;    /* device, float [n_heads * head_dim], or 0 */
+    uint64_t k_bias;    /* device, float [n_kv_heads * head_dim], or 0 */
+    uint64_t v_bias;    /* device, float [n_kv_heads * head_dim], or 0 */
+    uint64_t q_norm;    /* device, float [head_dim], or 0 */
+    uint64_t k_norm;    /* device, float [head_dim]; 0 exactly if q_norm is */
+    uint64_t k;         /* scratch: device, float [n_rows][n_kv_heads][head_dim]; used with q_norm and k_norm only */
+    uint64_t rope;      /* device, float [n_rows][head_dim / 2][cos, sin]: of specache_embed */
+    uint64_t append;    /* device, uint64_t [n_rows]: this layer's part of what specache_embed wrote */
+    uint64_t q;         /* out: device, float [n_rows][n_heads][head_dim] */
+    uint64_t bad_layer; /* in and out: device, uint32_t [n_rows]: the first layer whose input is not finite */
+    uint32_t n_rows;
+    uint32_t hidden;
+    uint32_t n_heads;
+    uint32_t n_kv_heads;
+    uint32_t head_dim; /* even, at most 256 */
+    uint32_t layer;
+    float eps;
+    specache_dtype dtype;    /* of the weights */
+    specache_dtype kv_dtype; /* of the wide pages */
+    uint32_t reserved;
+} specache_qkv_params;
+SPECACHE_ASSERT_SIZE(specache_qkv_params, 160);
+
+/* RMS norm, then silu(gate) * up. */
+typedef struct specache_gate_up_params {
+    uint64_t x;           /* device, float [n_rows][hidden] */
+    uint64_t norm;        /* device, float [hidden] */
+    uint64_t gate_weight; /* device, dtype [intermediate][hidden] */
+    uint64_t up_weight;   /* device, dtype [intermediate][hidden] */
+    uint64_t gate_bias;   /* device, float [intermediate], or 0 */
+    uint64_t up_bias;     /* device, float [intermediate], or 0 */
+    uint64_t y;           /* out: device, float [n_rows][intermediate] */
+    uint32_t n_rows;
+    uint32_t hidden;
+    uint32_t intermediate;
+    float eps;
+    specache_dtype dtype;
+    uint32_t reserved;
+} specache_gate_up_params;
+SPECACHE_ASSERT_SIZE(specache_gate_up_params, 80);
+
+/* y += W x + bias (residual: the projections of attention and MLP back into the stream), or y = W norm(x) + bias
+ * (logits). */
+typedef struct specache_linear_params {
+    uint64_t x;      /* device, float [n_rows][k] */
+    uint64_t norm;   /* device, float [k]: logits; 0: residual */
+    uint64_t weight; /* device, dtype [n][k] */
+    uint64_t bias;   /* device, float [n], or 0 */
+    uint64_t y;      /* in and out (residual), out (logits): device, float [n_rows][n] */
+    uint32_t n_rows;
+    uint32_t k;
+    uint32_t n;
+    float eps;
+    specache_dtype dtype;
+    uint32_t reserved;
+} specache_linear_params;
+SPECACHE_ASSERT_SIZE(specache_linear_params, 64);
+
+/* sample.cu: what a row's logits say. */
+typedef struct specache_choice {
+    uint32_t token;     /* of the highest logit; of equal ones the lowest; NaN is never the highest */
+    uint32_t first_bad; /* the first token whose logit is NaN or +inf, or SPECACHE_NONE */
+    float logit;        /* the highest; -inf: there is none above */
+    uint32_t reserved;
+} specache_choice;
+SPECACHE_ASSERT_SIZE(specache_choice, 16);
+
+/* Greedy: two kernels, the second over what the first leaves in scratch. */
+typedef struct specache_argmax_params {
+    uint64_t logits;  /* device, float [n_rows][vocab] */
+    uint64_t scratch; /* device, specache_choice [n_rows][ceil(vocab / SPECACHE_ARGMAX_SLICE)] */
+    uint64_t choices; /* out: device, specache_choice [n_rows] */
+    uint64_t tokens;  /* out: device, uint32_t [n_rows]: the same tokens, for the next specache_embed; or 0 */
+    uint32_t n_rows;
+    uint32_t vocab;
+} specache_argmax_params;
+SPECACHE_ASSERT_SIZE(specache_argmax_params, 40);
+
+/* Logits of one CTA. */
+#define SPECACHE_ARGMAX_SLICE 8192
+
+#ifndef __CUDACC_RTC__
+specache_status specache_embed_plan(const specache_embed_params *params, specache_launch *launch);
+specache_status specache_qkv_plan(const specache_qkv_params *params, specache_launch *launch);
+/* The second kernel of a model with q_norm and k_norm; a grid of 0 where there are none. */
+specache_status specache_head_norm_plan(const specache_qkv_params *params, specache_launch *launch);
+specache_status specache_residual_plan(const specache_linear_params *params, specache_launch *launch);
+specache_status specache_gate_up_plan(const specache_gate_up_params *params, specache_launch *launch);
+specache_status specache_logits_plan(const specache_linear_params *params, specache_launch *launch);
+specache_status specache_argmax_slices_plan(const specache_argmax_params *params, specache_launch *launch);
+specache_status specache_argmax_merge_plan(const specache_argmax_params *params, specache_launch *launch);
+#endif
+
 #ifdef __cplusplus
 }
 #endif

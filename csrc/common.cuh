@@ -53,4 +53,7 @@ struct Bf16 {
     }
 };
 
+// Where a kernel takes 32-bit numbers as well.
+struct Fp32 {};
+
 }   // namespace specache

@@ -17,7 +17,9 @@ inline specache_status refuse(specache_launch* launch, specache_status status, c
     return status;
 }
 
-// The number of a dtype that the kernel lists name fp16 or bf16.
-constexpr specache_dtype dtype_named(const char* name) { return name[0] == 'f' ? SPECACHE_FP16 : SPECACHE_BF16; }
+// The number of a dtype that the kernel lists name fp16, bf16 or fp32.
+constexpr specache_dtype dtype_named(const char* name) {
+    return name[0] == 'b' ? SPECACHE_BF16 : name[2] == '1' ? SPECACHE_FP16 : SPECACHE_FP32;
+}
 
 }   // namespace specache

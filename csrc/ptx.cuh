@@ -150,5 +150,40 @@ SPECACHE_DEVICE void bulk_stores_done() { asm volatile("cp.async.bulk.wait_group
 
 #endif
 
+// ---- the dense half of a step: weights, dependent launches ----
+
+// 16 bytes of weights: nobody writes them while a kernel runs, no CTA reads them twice, and the other half of their
+// line is wanted next.
+SPECACHE_DEVICE uint4 load_weight(const void* from) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from));
+    return v;
+}
+
+// blockIdx.x, read from where it stands each time: what is computed from it needs no register in between.
+SPECACHE_DEVICE uint32_t block_index() {
+    uint32_t index;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+    return index;
+}
+
+// Programmatic dependent launch: the next kernel may start while this one runs, and must wait before it reads what
+// this one writes, or writes what this one reads. Without the launch attribute, and before sm_90, neither does
+// anything.
+SPECACHE_DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Until all kernels before this one are complete and their writes can be seen.
+SPECACHE_DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 }   // namespace specache
 #endif

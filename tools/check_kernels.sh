@@ -102,6 +102,25 @@ for source in "${attention[@]}"; do
 done
 report "${attention[@]}" || fail "registers or spills"
 
+# The dense half of a step.
+dense=(csrc/embed.cu csrc/linear.cu csrc/sample.cu)
+for source in "${dense[@]}"; do
+  for arch in "${architectures[@]}"; do compile "$source" "$arch"; done
+  if [ "${1:-}" = --all ]; then compile_ptx "$source"; fi
+  g++ -std=c++17 -Wall -Wextra -Wpedantic -Werror -DSPECACHE_PLAN_ONLY -x c++ -c "$source" \
+    -o "$out/$(basename "$source" .cu)_plan.o" || fail "the plan of $source needs CUDA"
+done
+report "${dense[@]}" || fail "registers or spills"
+# What tools/gpu.sh runs.
+if [ "${1:-}" = --all ]; then
+  "$nvcc" -std=c++17 -Werror all-warnings -gencode arch=compute_90a,code=sm_90a -c csrc/linear_bench.cu \
+    -o "$out/linear_bench.o" || fail "linear_bench does not build"
+  for test in embed linear sample step; do
+    "$nvcc" -std=c++17 -Werror all-warnings -Xcompiler -Wno-unknown-pragmas -gencode arch=compute_90a,code=sm_90a \
+      -x cu -c "csrc/tests/${test}_test.cpp" -o "$out/$test.gpu.o" || fail "${test}_test does not build for a GPU"
+  done
+fi
+
 # The tests must also build for a GPU, where tools/gpu.sh runs them: the small one shows it.
 "$nvcc" -std=c++17 -Werror all-warnings -Xcompiler -Wno-unknown-pragmas -gencode arch=compute_90a,code=sm_90a \
   -x cu -c csrc/tests/layout_test.cpp -o "$out/layout_test.gpu.o" || fail "layout_test does not build for a GPU"
@@ -130,7 +149,7 @@ build() { # test, suffix, flags...
   "${emulated[@]}" "$@" "csrc/tests/${test}_test.cpp" -o "$out/$test$suffix"
 }
 
-for test in emu layout pack attn_decode select decode_chain; do
+for test in emu layout pack attn_decode select decode_chain embed linear sample step; do
   for kind in plain sanitized; do
     flags=()
     [ "$kind" = sanitized ] && flags=("${sanitizers[@]}")
@@ -167,6 +186,12 @@ for bug in 1 2 3 4 5 6; do expect_bug attn_decode "$bug" "-DSPECACHE_ATTN_KERNEL
 
 # 1: a missing __syncthreads. 2: a position behind the window. 3: a position that nobody replaces any more.
 for bug in 1 2 3; do expect_bug select "$bug"; done
+
+# 1, 6: a missing __syncthreads. 2: pairs of k out of order. 3: one row too many. 4: a page border in the wrong place.
+# 5: ties that go to the wrong token.
+for bug in 1 2 3 6; do expect_bug linear "$bug"; done
+expect_bug embed 4
+expect_bug sample 5
 
 if [ "$failures" -ne 0 ]; then
   echo "$failures checks failed"

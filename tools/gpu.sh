@@ -3,17 +3,18 @@
 # with the nvcc that is there (or takes binaries that --build made elsewhere), runs them, keeps the results and prints
 # a table.
 #
-# usage: tools/gpu.sh [FOOTPRINT_GIB ...]   tests, then measurements (about four minutes); default footprints 1 16
+# usage: tools/gpu.sh [FOOTPRINT_GIB ...]   tests, then measurements (about six minutes); default footprints 1 16
 #        tools/gpu.sh --build [ARCH]        builds only, for ARCH (default 90a), into target/gpu; needs no GPU
 #
-# Results: $OUT (default target/gpu/results): machine.txt, tests.txt, sanitizer.txt, probe.jsonl
+# Results: $OUT (default target/gpu/results): machine.txt, tests.txt, sanitizer.txt, probe.jsonl, linear.jsonl
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 bin=target/gpu
 out=${OUT:-$bin/results}
-programs=(layout_test pack_test attn_decode_test select_test decode_chain_test probe)
+programs=(layout_test pack_test attn_decode_test select_test decode_chain_test embed_test linear_test sample_test
+  step_test probe linear_bench)
 
 find_nvcc() {
   local candidate
@@ -36,7 +37,7 @@ gpu_arch() {
 
 source_of() {
   case "$1" in
-    probe) echo csrc/probe.cu ;;
+    probe | linear_bench) echo "csrc/$1.cu" ;;
     *) echo "csrc/tests/$1.cpp" ;;
   esac
 }
@@ -84,7 +85,8 @@ fi
 
 status=0
 : >"$out/tests.txt"
-for test in layout_test pack_test attn_decode_test select_test decode_chain_test; do
+for test in layout_test pack_test attn_decode_test select_test decode_chain_test embed_test linear_test sample_test \
+  step_test; do
   if timeout 60 "$bin/$test" >>"$out/tests.txt" 2>&1; then
     echo "ok    $test"
   else
@@ -96,20 +98,25 @@ done
 # Out-of-bounds accesses and races, as the hardware sees them. It does not run everywhere: its absence is no failure.
 if sanitizer=$(command -v compute-sanitizer); then
   for tool in memcheck racecheck; do
-    if timeout 45 "$sanitizer" --tool "$tool" --error-exitcode 9 "$bin/pack_test" >>"$out/sanitizer.txt" 2>&1; then
-      echo "ok    compute-sanitizer $tool"
-    else
-      echo "?     compute-sanitizer $tool: $(tail -n 1 "$out/sanitizer.txt")"
-    fi
+    for test in pack_test linear_test; do
+      if timeout 45 "$sanitizer" --tool "$tool" --error-exitcode 9 "$bin/$test" >>"$out/sanitizer.txt" 2>&1; then
+        echo "ok    compute-sanitizer $tool $test"
+      else
+        echo "?     compute-sanitizer $tool $test: $(tail -n 1 "$out/sanitizer.txt")"
+      fi
+    done
   done
 fi
 
 timeout 240 "$bin/probe" "$@" >"$out/probe.jsonl" || { echo "FAIL  probe: a measurement failed (below)"; status=1; }
 
+timeout 120 "$bin/linear_bench" >"$out/linear.jsonl" || { echo "FAIL  linear_bench: see above"; status=1; }
+
 # The table comes last, where the end of a log shows it. Without python3, the lines themselves.
 if command -v python3 >/dev/null; then
   python3 tools/probe_table.py "$out/probe.jsonl"
+  python3 tools/probe_table.py "$out/linear.jsonl"
 else
-  cat "$out/probe.jsonl"
+  cat "$out/probe.jsonl" "$out/linear.jsonl"
 fi
 exit "$status"

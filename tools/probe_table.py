@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prints the measurements of csrc/probe.cu, one JSON object a line, as short text tables."""
+"""Prints the measurements of csrc/probe.cu and csrc/linear_bench.cu, one JSON object a line, as short text tables."""
 
 import json
 import sys
@@ -9,6 +9,7 @@ TABLES = {
     "memcpy": ["how", "bytes", "h2d_GBps", "d2h_GBps", "h2d_us_each", "d2h_us_each"],
     "cpu_gather": ["how", "GiB", "threads", "rows", "GBps_gather", "GBps_with_copy", "us_with_copy"],
     "gpu_gather": ["variant", "how", "GiB", "ctas", "GBps", "GBps_beside_read", "read_slowdown"],
+    "linear": ["kernel", "rows", "pdl", "launches", "us_each", "GBps"],
 }
 LEFT_OUT = {"read_variant"}  # the best one has a line; all stay in the file
 

@@ -144,4 +144,14 @@ inline void device_and(uint32_t* to, uint32_t v) {
     *to &= v;
 }
 
+// ---- the dense half of a step ----
+
+inline uint4 load_weight(const void* from) { return load_streaming(from); }
+
+inline uint32_t block_index() { return blockIdx.x; }
+
+// Kernels of the emulation run one after the other.
+inline void let_next_kernel_start() {}
+inline void wait_for_previous_kernel() {}
+
 }   // namespace specache

@@ -1,0 +1,189 @@
+// Begins a step: rows of the embedding become the residual stream, fp32.
+//
+// A CTA has one row. On the way it works out what all layers would otherwise work out again: the cosines and sines of
+// the row's position (fp32 angles, as Hugging Face has them), and for each layer the address at which the row's K and V
+// go into the tail. What a layer reads of all this is one address and a pair of numbers for each thread. Sequences are
+// read from device memory, so a captured graph stays valid from step to step.
+#ifndef SPECACHE_PLAN_ONLY
+#include "ptx.cuh"
+#endif
+#include "abi.h"
+
+#define SPECACHE_EMBED_KERNELS(X) X(fp16, Fp16) X(bf16, Bf16) X(fp32, Fp32)
+
+// A row of 4096 numbers is four loads of 8 bytes for each thread.
+#define SPECACHE_EMBED_THREADS 256
+
+#ifndef SPECACHE_PLAN_ONLY
+namespace specache {
+
+// Where a row stands, if it is a sequence's and does not only fill up a graph.
+struct RowPlace {
+    bool known;
+    specache_seq seq;
+    uint32_t position;
+};
+
+SPECACHE_DEVICE RowPlace row_place(const specache_embed_params& p, uint32_t row) {
+    RowPlace place{};
+    for (uint32_t i = 0; i < p.n_seqs; i++) {
+        const uint4* halves = reinterpret_cast<const uint4*>(p.seqs) + 2 * size_t(i);
+        const uint4 words[2] = {load_device(halves), load_device(halves + 1)};
+        const specache_seq seq{words[0].x, words[0].y, words[0].z, words[0].w,
+                               words[1].x, words[1].y, words[1].z, words[1].w};
+        const uint32_t of_seq = row - seq.first_row;   // beyond every n_rows if the row comes first
+        if (of_seq < seq.n_rows) place = RowPlace{true, seq, seq.n + of_seq};
+    }
+    return place;
+}
+
+// Four numbers of the table, as floats.
+template <class T> struct Four {
+    static constexpr int kBytes = 8;
+    static SPECACHE_DEVICE float4 load(const uint8_t* from) {
+        const uint2 bits = load_device(reinterpret_cast<const uint2*>(from));
+        const float2 low = T::widen(bits.x), high = T::widen(bits.y);
+        return make_float4(low.x, low.y, high.x, high.y);
+    }
+};
+
+template <> struct Four<Fp32> {
+    static constexpr int kBytes = 16;
+    static SPECACHE_DEVICE float4 load(const uint8_t* from) {
+        return load_device(reinterpret_cast<const float4*>(from));
+    }
+};
+
+// Step 1: the row of the embedding. NaN for a token that does not exist: the first layer's finite check reports it.
+template <class T> SPECACHE_DEVICE void widen_row(const specache_embed_params& p, uint32_t row) {
+    const uint32_t token = load_device(reinterpret_cast<const uint32_t*>(p.tokens) + row);
+    const bool exists = token < p.vocab;
+    const uint32_t fours = p.hidden / 4;
+    const uint8_t* from =
+        reinterpret_cast<const uint8_t*>(p.table) + size_t(exists ? token : 0) * fours * Four<T>::kBytes;
+    float4* to = reinterpret_cast<float4*>(p.x) + size_t(row) * fours;
+    const float nan = bit_cast<float>(0x7FC00000u);
+#pragma unroll 4
+    for (uint32_t i = threadIdx.x; i < fours; i += SPECACHE_EMBED_THREADS) {
+        const float4 four = Four<T>::load(from + size_t(i) * Four<T>::kBytes);
+        store_device(to + i, exists ? four : make_float4(nan, nan, nan, nan));
+    }
+}
+
+// Step 2: cosine and sine of each frequency.
+SPECACHE_DEVICE void rope_row(const specache_embed_params& p, uint32_t row, uint32_t position) {
+    const uint32_t half = p.head_dim / 2;
+    for (uint32_t i = threadIdx.x; i < half; i += SPECACHE_EMBED_THREADS) {
+        const float angle = float(position) * load_device(reinterpret_cast<const float*>(p.inv_freq) + i);
+        float sine, cosine;
+        sincosf(angle, &sine, &cosine);
+        store_device(reinterpret_cast<float2*>(p.rope) + size_t(row) * half + i,
+                     make_float2(cosine * p.attention_factor, sine * p.attention_factor));
+    }
+}
+
+// Step 3: where each layer's K of KV head 0 goes: [n_kv_heads][64][K: D | V: D] is a wide page. 0: nowhere.
+SPECACHE_DEVICE void append_places(const specache_embed_params& p, uint32_t row, const RowPlace& place) {
+    uint64_t token = 0;
+    if (place.known) {
+#if SPECACHE_INJECTED_BUG == 4   // the tests must see a page border in the wrong place
+        const uint32_t page = (place.position - 1) / SPECACHE_PAGE;
+#else
+        const uint32_t page = place.position / SPECACHE_PAGE;
+#endif
+        const uint32_t index = place.seq.wide_page + page - place.seq.nq / SPECACHE_PAGE;
+        const uint32_t* ids = reinterpret_cast<const uint32_t*>(p.wide_ids);
+        const uint64_t id = ids == nullptr ? index : load_device(ids + index);
+        token = p.wide + id * p.wide_page_stride + uint64_t(place.position % SPECACHE_PAGE) * 4 * p.head_dim;
+    }
+    for (uint32_t layer = threadIdx.x; layer < p.n_layers; layer += SPECACHE_EMBED_THREADS)
+        store_device(reinterpret_cast<uint64_t*>(p.append) + size_t(layer) * SPECACHE_MAX_ROWS + row,
+                     token == 0 ? 0 : token + layer * p.wide_layer_stride);
+}
+
+template <class T> SPECACHE_DEVICE void embed(const specache_embed_params& p) {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    const uint32_t row = blockIdx.x;
+    widen_row<T>(p, row);
+    const RowPlace place = row_place(p, row);
+    rope_row(p, row, place.position);
+    append_places(p, row, place);
+    if (threadIdx.x == 0) store_device(reinterpret_cast<uint32_t*>(p.bad_layer) + row, SPECACHE_NONE);
+}
+
+}   // namespace specache
+
+// registers: <= 64 specache_embed_*   (a few CTAs: latency is all there is)
+#define SPECACHE_EMBED_KERNEL(dtype, T)                                           \
+    extern "C" __global__ void __launch_bounds__(SPECACHE_EMBED_THREADS)          \
+        specache_embed_##dtype(const __grid_constant__ specache_embed_params p) { \
+        specache::embed<specache::T>(p);                                          \
+    }
+SPECACHE_EMBED_KERNELS(SPECACHE_EMBED_KERNEL)
+#undef SPECACHE_EMBED_KERNEL
+#endif   // SPECACHE_PLAN_ONLY
+
+// The plan: plain host code. With SPECACHE_PLAN_ONLY this file is ordinary C++ and needs no CUDA header.
+#ifndef __CUDACC_RTC__
+#include "plan.h"
+
+namespace specache {
+
+static const char* embed_kernel_name(specache_dtype dtype) {
+#define SPECACHE_EMBED_NAME(type, T) \
+    if (dtype == dtype_named(#type)) return "specache_embed_" #type;
+    SPECACHE_EMBED_KERNELS(SPECACHE_EMBED_NAME)
+#undef SPECACHE_EMBED_NAME
+    return nullptr;
+}
+
+static specache_status check_embed_shape(const specache_embed_params& p, specache_launch* launch) {
+    if (p.n_rows > SPECACHE_MAX_ROWS)
+        return refuse(launch, SPECACHE_UNSUPPORTED_ROWS, "embed: %u rows (1 to %u)", p.n_rows, SPECACHE_MAX_ROWS);
+    if (p.dtype != SPECACHE_FP16 && p.dtype != SPECACHE_BF16 && p.dtype != SPECACHE_FP32)
+        return refuse(launch, SPECACHE_UNSUPPORTED_DTYPE, "embed: dtype %u (fp16, bf16 or fp32)", p.dtype);
+    if (p.hidden == 0 || p.hidden % 8 != 0 || p.hidden > 1u << 20)
+        return refuse(launch, SPECACHE_UNSUPPORTED_WIDTH, "embed: hidden size %u (multiples of 8 to %u)", p.hidden,
+                      1u << 20);
+    if (p.vocab == 0) return refuse(launch, SPECACHE_UNSUPPORTED_WIDTH, "embed: an empty vocabulary");
+    if (p.head_dim == 0 || p.head_dim % 2 != 0 || p.head_dim > 256)
+        return refuse(launch, SPECACHE_UNSUPPORTED_HEAD_DIM, "embed: head_dim %u (even, at most 256)", p.head_dim);
+    return SPECACHE_OK;
+}
+
+static specache_status check_embed_memory(const specache_embed_params& p, specache_launch* launch) {
+    const struct {
+        const char* name;
+        uint64_t at, align;
+    } all[] = {{"table", p.table, 16}, {"tokens", p.tokens, 4},     {"seqs", p.seqs, 16},
+               {"wide", p.wide, 16},   {"inv_freq", p.inv_freq, 4}, {"x", p.x, 16},
+               {"rope", p.rope, 8},    {"append", p.append, 8},     {"bad_layer", p.bad_layer, 4}};
+    for (const auto& a : all)
+        if (a.at == 0 || a.at % a.align != 0)
+            return refuse(launch, SPECACHE_BAD_ADDRESS, "embed: %s is null or not %u-byte aligned", a.name,
+                          unsigned(a.align));
+    const uint64_t page = uint64_t(p.n_kv_heads) * SPECACHE_PAGE * 4 * p.head_dim;
+    // Layers may lie page by page or all pages of a layer together: only each stride's own minimum can be asked for.
+    if (p.wide_page_stride < page || (p.wide_layer_stride < page && p.n_layers > 1))
+        return refuse(launch, SPECACHE_BAD_STRIDE, "embed: a wide stride is below %llu", (unsigned long long)page);
+    if (p.wide_page_stride % 16 != 0 || p.wide_layer_stride % 16 != 0 || p.wide_ids % 4 != 0)
+        return refuse(launch, SPECACHE_BAD_STRIDE, "embed: a wide stride is not a multiple of 16, or wide_ids of 4");
+    return SPECACHE_OK;
+}
+
+}   // namespace specache
+
+extern "C" specache_status specache_embed_plan(const specache_embed_params* params, specache_launch* launch) {
+    const specache_embed_params& p = *params;
+    *launch = specache_launch{};
+    specache_status status = specache::check_embed_shape(p, launch);
+    if (status != SPECACHE_OK || p.n_rows == 0) return status;
+    status = specache::check_embed_memory(p, launch);
+    if (status != SPECACHE_OK) return status;
+    launch->kernel = specache::embed_kernel_name(p.dtype);
+    launch->grid = p.n_rows;
+    launch->block = SPECACHE_EMBED_THREADS;
+    return SPECACHE_OK;
+}
+#endif

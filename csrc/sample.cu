@@ -1,0 +1,154 @@
+// The next token from logits, greedily: the highest of each row, the lower token of equals, and whether every logit is
+// a number that a token can be chosen by.
+//
+// Two kernels: a CTA for each slice of a row, then a warp for each row over its slices. A row of 128 k logits read by
+// one SM would take 5 us; in slices of 8192 it is the latency of two small kernels.
+#ifndef SPECACHE_PLAN_ONLY
+#include "ptx.cuh"
+#endif
+#include "abi.h"
+
+#define SPECACHE_ARGMAX_THREADS 256
+
+#ifndef SPECACHE_PLAN_ONLY
+namespace specache {
+
+constexpr int kArgmaxWarps = SPECACHE_ARGMAX_THREADS / 32;
+
+// NaN and +inf: with them no token can be chosen. -inf is a token that is ruled out.
+SPECACHE_DEVICE bool is_bad(float logit) { return !(logit < bit_cast<float>(0x7F800000u)); }
+
+SPECACHE_DEVICE specache_choice no_choice() {
+    return specache_choice{SPECACHE_NONE, SPECACHE_NONE, bit_cast<float>(0xFF800000u), 0};
+}
+
+SPECACHE_DEVICE uint32_t lower(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
+// Comparisons with NaN are false: it is never the highest.
+SPECACHE_DEVICE specache_choice better(const specache_choice& a, const specache_choice& b) {
+#if SPECACHE_INJECTED_BUG == 5   // the tests must see a tie that goes to whoever comes last
+    const bool second = b.logit >= a.logit && b.token != SPECACHE_NONE;
+#else
+    const bool second = b.logit > a.logit || (b.logit == a.logit && b.token < a.token);
+#endif
+    return specache_choice{second ? b.token : a.token, lower(a.first_bad, b.first_bad), second ? b.logit : a.logit, 0};
+}
+
+SPECACHE_DEVICE specache_choice better_of_lanes(specache_choice mine) {
+    for (int distance = 16; distance > 0; distance /= 2) {
+        const specache_choice other{__shfl_xor_sync(~0u, mine.token, distance),
+                                    __shfl_xor_sync(~0u, mine.first_bad, distance),
+                                    __shfl_xor_sync(~0u, mine.logit, distance), 0};
+        mine = better(mine, other);
+    }
+    return mine;
+}
+
+SPECACHE_DEVICE uint32_t argmax_slices(const specache_argmax_params& p) {
+    return (p.vocab + SPECACHE_ARGMAX_SLICE - 1) / SPECACHE_ARGMAX_SLICE;
+}
+
+SPECACHE_DEVICE void store_choice(uint64_t address, size_t index, const specache_choice& choice) {
+    store_16(reinterpret_cast<uint4*>(address) + index,
+             make_uint4(choice.token, choice.first_bad, bit_cast<uint32_t>(choice.logit), 0));
+}
+
+// Step 1: the best of one slice of one row.
+SPECACHE_DEVICE void best_of_slice(const specache_argmax_params& p) {
+    struct Shared {
+        specache_choice best[kArgmaxWarps];
+    };
+    SPECACHE_SHARED(Shared, shared);
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    const uint32_t slices = argmax_slices(p), row = blockIdx.x / slices, slice = blockIdx.x % slices;
+    const float* logits = reinterpret_cast<const float*>(p.logits) + size_t(row) * p.vocab;
+    const uint32_t first = slice * SPECACHE_ARGMAX_SLICE, end = lower(first + SPECACHE_ARGMAX_SLICE, p.vocab);
+    specache_choice best = no_choice();
+#pragma unroll 8
+    for (uint32_t token = first + threadIdx.x; token < end; token += SPECACHE_ARGMAX_THREADS) {
+        const float logit = load_device(logits + token);
+        best = better(best, specache_choice{token, is_bad(logit) ? token : SPECACHE_NONE, logit, 0});
+    }
+    best = better_of_lanes(best);
+    if (threadIdx.x % 32 == 0) shared.best[threadIdx.x / 32] = best;
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    for (int w = 1; w < kArgmaxWarps; w++) best = better(best, shared.best[w]);
+    store_choice(p.scratch, blockIdx.x, best);
+}
+
+// Step 2: the best of a row's slices. Token 0 where all logits are NaN, as on the CPU.
+SPECACHE_DEVICE void best_of_row(const specache_argmax_params& p) {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    const uint32_t slices = argmax_slices(p), row = blockIdx.x;
+    specache_choice best = no_choice();
+    for (uint32_t s = threadIdx.x; s < slices; s += 32) {
+        const uint4 words = load_device(reinterpret_cast<const uint4*>(p.scratch) + size_t(row) * slices + s);
+        best = better(best, specache_choice{words.x, words.y, bit_cast<float>(words.z), 0});
+    }
+    best = better_of_lanes(best);
+    if (threadIdx.x != 0) return;
+    if (best.token == SPECACHE_NONE) best.token = 0;
+    store_choice(p.choices, row, best);
+    if (p.tokens != 0) store_device(reinterpret_cast<uint32_t*>(p.tokens) + row, best.token);
+}
+
+}   // namespace specache
+
+// registers: <= 48 specache_argmax_*   (8 loads in flight)
+extern "C" __global__ void __launch_bounds__(SPECACHE_ARGMAX_THREADS)
+    specache_argmax_slices(const __grid_constant__ specache_argmax_params p) {
+    specache::best_of_slice(p);
+}
+
+extern "C" __global__ void __launch_bounds__(32)
+    specache_argmax_merge(const __grid_constant__ specache_argmax_params p) {
+    specache::best_of_row(p);
+}
+#endif   // SPECACHE_PLAN_ONLY
+
+// The plans: plain host code. With SPECACHE_PLAN_ONLY this file is ordinary C++ and needs no CUDA header.
+#ifndef __CUDACC_RTC__
+#include "plan.h"
+
+namespace specache {
+
+static specache_status check_argmax(const specache_argmax_params& p, specache_launch* launch) {
+    if (p.n_rows > SPECACHE_MAX_ROWS)
+        return refuse(launch, SPECACHE_UNSUPPORTED_ROWS, "argmax: %u rows (1 to %u)", p.n_rows, SPECACHE_MAX_ROWS);
+    if (p.vocab == 0 || p.vocab > 1u << 24)
+        return refuse(launch, SPECACHE_UNSUPPORTED_WIDTH, "argmax: a vocabulary of %u (1 to %u)", p.vocab, 1u << 24);
+    if (p.n_rows == 0) return SPECACHE_OK;
+    if (p.logits == 0 || p.logits % 4 != 0 || p.tokens % 4 != 0)
+        return refuse(launch, SPECACHE_BAD_ADDRESS, "argmax: logits is null, or logits or tokens not 4-byte aligned");
+    if (p.scratch == 0 || p.scratch % 16 != 0 || p.choices == 0 || p.choices % 16 != 0)
+        return refuse(launch, SPECACHE_BAD_ADDRESS, "argmax: scratch or choices is null or not 16-byte aligned");
+    return SPECACHE_OK;
+}
+
+}   // namespace specache
+
+extern "C" specache_status specache_argmax_slices_plan(const specache_argmax_params* params, specache_launch* launch) {
+    const specache_argmax_params& p = *params;
+    *launch = specache_launch{};
+    const specache_status status = specache::check_argmax(p, launch);
+    if (status != SPECACHE_OK || p.n_rows == 0) return status;
+    launch->kernel = "specache_argmax_slices";
+    launch->grid = p.n_rows * ((p.vocab + SPECACHE_ARGMAX_SLICE - 1) / SPECACHE_ARGMAX_SLICE);
+    launch->block = SPECACHE_ARGMAX_THREADS;
+    return SPECACHE_OK;
+}
+
+extern "C" specache_status specache_argmax_merge_plan(const specache_argmax_params* params, specache_launch* launch) {
+    const specache_argmax_params& p = *params;
+    *launch = specache_launch{};
+    const specache_status status = specache::check_argmax(p, launch);
+    if (status != SPECACHE_OK || p.n_rows == 0) return status;
+    launch->kernel = "specache_argmax_merge";
+    launch->grid = p.n_rows;
+    launch->block = 32;
+    return SPECACHE_OK;
+}
+#endif

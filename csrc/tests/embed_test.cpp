@@ -1,0 +1,148 @@
+// embed.cu against a plain twin: rows of both types, positions from 0 to a million, page borders, a row that fills up a
+// graph, a token that does not exist; outputs poisoned.
+#include "../embed.cu"
+#include "numbers.h"
+
+using namespace specache;
+
+struct Case {
+    specache_dtype dtype;
+    uint32_t rows, hidden, head_dim;
+    float attention_factor;
+    bool ids;   // a list of pages, or their indices
+};
+
+constexpr uint32_t kVocab = 37, kLayers = 300, kHeads = 2, kPages = 7, kNone = ~0u;
+static uint64_t seed = 0;
+
+// Rows 0 and 1 across a page border, in the second page of a tail; 2 at position 0; 3 of no sequence; from 4 on far
+// away, two rows a sequence. An entry that is not in use names the same rows.
+static std::vector<specache_seq> sequences() {
+    std::vector<specache_seq> all = {{191, 64, 64, 2, 0, 0, 0, 0}, {0, 0, 0, 1, 2, 0, 4, 1}, {5, 0, 0, 0, 0, 0, 1, 2}};
+    for (uint32_t first = 4; first < 16; first += 2) {
+        const uint32_t n = 1000061 + first;
+        all.push_back({n, n / 64 * 64 - 64, n / 64 * 64, 2, first, 0, first, first});
+    }
+    return all;
+}
+
+static uint32_t sequence_of(uint32_t row) { return row < 2 ? 0 : row == 2 ? 1 : row == 3 ? kNone : row / 2 + 1; }
+
+static void test(const Case& c) {
+    Random random(unsigned(c.rows + c.hidden));
+    const std::vector<uint8_t> table = narrowed(c.dtype, normals(random, kVocab * c.hidden, 1));
+    std::vector<uint32_t> tokens, ids;
+    for (uint32_t r = 0; r < c.rows; r++) tokens.push_back(r == 1 ? kVocab : r == 0 ? kVocab - 1 : random() % kVocab);
+    for (uint32_t i = 0; i < 20; i++) ids.push_back(random() % kPages);
+    std::vector<float> inv_freq;
+    for (uint32_t i = 0; i < c.head_dim / 2; i++) inv_freq.push_back(std::pow(5e5f, -float(2 * i) / float(c.head_dim)));
+
+    const uint64_t page = kHeads * SPECACHE_PAGE * 4 * c.head_dim + 16;
+    Array<uint8_t> table_in("table", table);
+    Array<uint32_t> tokens_in("tokens", tokens), ids_in("wide_ids", ids);
+    const std::vector<specache_seq> all = sequences();
+    Array<specache_seq> seqs("seqs", all);
+    Array<float> inv_freq_in("inv_freq", inv_freq), x("x", size_t(c.rows) * c.hidden),
+        rope("rope", size_t(c.rows) * c.head_dim);
+    Array<uint64_t> append("append", kLayers * SPECACHE_MAX_ROWS);
+    Array<uint32_t> bad("bad_layer", c.rows);
+    constexpr uint64_t kWide = 1 << 20;   // an address: nobody reads there
+    const uint64_t layer = 20 * page + 32;
+    const specache_embed_params p{table_in.address(),
+                                  tokens_in.address(),
+                                  seqs.address(),
+                                  kWide,
+                                  c.ids ? ids_in.address() : 0,
+                                  page,
+                                  layer,
+                                  inv_freq_in.address(),
+                                  x.address(),
+                                  rope.address(),
+                                  append.address(),
+                                  bad.address(),
+                                  c.rows,
+                                  uint32_t(all.size()),
+                                  c.hidden,
+                                  kVocab,
+                                  kLayers,
+                                  kHeads,
+                                  c.head_dim,
+                                  c.attention_factor,
+                                  c.dtype,
+                                  0};
+    specache_launch launch;
+    CHECK(specache_embed_plan(&p, &launch) == SPECACHE_OK, "%s", launch.message);
+    const auto kernel = c.dtype == SPECACHE_BF16   ? specache_embed_bf16
+                        : c.dtype == SPECACHE_FP16 ? specache_embed_fp16
+                                                   : specache_embed_fp32;
+    device::launch(kernel, launch.grid, launch.block, launch.shared_bytes, seed++, p);
+    for (device::Buffer* b : std::initializer_list<device::Buffer*>{&x, &rope, &append, &bad}) b->download();
+
+    for (uint32_t r = 0; r < c.rows; r++) {
+        for (uint32_t i = 0; i < c.hidden; i++) {
+            const float got = x[size_t(r) * c.hidden + i];
+            if (tokens[r] >= kVocab) CHECK(std::isnan(got), "a token beyond the vocabulary gives %g", got);
+            else
+                CHECK(got == number_at(c.dtype, table, tokens[r] * c.hidden + i), "row %u, number %u is %g", r, i, got);
+        }
+        const uint32_t s = sequence_of(r);
+        const uint32_t position = s == kNone ? 0 : all[s].n + r - all[s].first_row;
+        for (uint32_t i = 0; i < c.head_dim / 2; i++) {
+            const double angle = float(position) * inv_freq[i], factor = c.attention_factor;   // an fp32 product
+            const size_t at = size_t(r) * c.head_dim + 2 * i;
+            // sincosf is good to two last places.
+            CHECK(std::fabs(rope[at] - std::cos(angle) * factor) < 3e-7, "cos %u at %u is %g", i, position, rope[at]);
+            CHECK(std::fabs(rope[at + 1] - std::sin(angle) * factor) < 3e-7, "sin %u at %u", i, position);
+        }
+        for (uint32_t l = 0; l < kLayers; l++) {
+            uint64_t want = 0;
+            if (s != kNone) {
+                const uint32_t index = all[s].wide_page + (position - all[s].nq) / SPECACHE_PAGE;
+                want =
+                    kWide + l * layer + (c.ids ? ids[index] : index) * page + position % SPECACHE_PAGE * 4 * c.head_dim;
+            }
+            const uint64_t got = append[l * SPECACHE_MAX_ROWS + r];
+            CHECK(got == want, "row %u of layer %u goes to %llu, not %llu", r, l, (unsigned long long)got,
+                  (unsigned long long)want);
+        }
+        CHECK(bad[r] == SPECACHE_NONE, "bad layer %u of row %u", bad[r], r);
+    }
+    for (uint32_t i = 0; i < append.size(); i++)
+        CHECK(i % SPECACHE_MAX_ROWS < c.rows || append[i] == 0xA5A5A5A5A5A5A5A5u, "an address of row %u",
+              i % SPECACHE_MAX_ROWS);
+}
+
+static void expect_status(specache_status want, const char* part, void (*change)(specache_embed_params&)) {
+    constexpr uint64_t a = 1 << 20;
+    specache_embed_params p{
+        a, a, a, a, a, 8 * 64 * 512, 8 * 64 * 512, a, a, a, a, a, 2, 1, 4096, 32000, 32, 8, 128, 1, SPECACHE_BF16, 0};
+    change(p);
+    specache_launch launch;
+    const specache_status got = specache_embed_plan(&p, &launch);
+    CHECK(got == want, "status %d, not %d: %s", got, want, launch.message);
+    CHECK(std::strstr(launch.message, part), "'%s' does not name '%s'", launch.message, part);
+}
+
+static void plans() {
+    using P = specache_embed_params;
+    expect_status(SPECACHE_OK, "", [](P&) {});
+    expect_status(SPECACHE_OK, "", [](P& p) { p.n_rows = 0, p.table = 0; });
+    expect_status(SPECACHE_UNSUPPORTED_ROWS, "17", [](P& p) { p.n_rows = 17; });
+    expect_status(SPECACHE_UNSUPPORTED_DTYPE, "3", [](P& p) { p.dtype = 3; });
+    expect_status(SPECACHE_UNSUPPORTED_WIDTH, "100", [](P& p) { p.hidden = 100; });
+    expect_status(SPECACHE_UNSUPPORTED_WIDTH, "vocabulary", [](P& p) { p.vocab = 0; });
+    expect_status(SPECACHE_UNSUPPORTED_HEAD_DIM, "65", [](P& p) { p.head_dim = 65; });
+    expect_status(SPECACHE_BAD_ADDRESS, "seqs", [](P& p) { p.seqs += 8; });
+    expect_status(SPECACHE_BAD_STRIDE, "262144", [](P& p) { p.wide_page_stride -= 16; });
+    expect_status(SPECACHE_BAD_STRIDE, "262144", [](P& p) { p.wide_layer_stride = 0; });
+    expect_status(SPECACHE_BAD_STRIDE, "16", [](P& p) { p.wide_layer_stride += 8; });
+}
+
+int main() {
+    plans();
+    constexpr specache_dtype h = SPECACHE_FP16, b = SPECACHE_BF16, f = SPECACHE_FP32;
+    const Case cases[] = {{b, 1, 8, 2, 1, true},      {h, 2, 40, 64, 1, false},     {b, 3, 2056, 80, 1.25f, true},
+                          {h, 6, 4096, 128, 1, true}, {b, 16, 64, 256, 0.5f, true}, {f, 4, 2056, 128, 1, false}};
+    for (const Case& c : cases) test(c);
+    std::printf("embed_test: %zu cases equal the twin (%s)\n", std::size(cases), device::kName);
+}
