@@ -15,6 +15,7 @@ use specache::kv::{KvMode, KvOptions};
 use specache::model::Dtype;
 use specache::sampler::SamplingOverrides;
 
+use super::devices;
 use super::output::AtomicFile;
 use super::size;
 
@@ -36,6 +37,7 @@ Examples:
   specache-engine generate -m models/llama -p 'Once upon a time' -n 100
   specache-engine logits -m models/llama --tokens ids.json --prefill 300 -o logits.npy
   specache-engine --bench          the same as `specache-engine bench`
+  specache-engine --list-devices   the same as `specache-engine devices`
 
 Every option can also be set by the environment variable named beside it; the command
 line wins.
@@ -59,6 +61,9 @@ pub enum Command {
     /// Teacher forcing: the logits of given tokens, as an NPY file.
     #[command(after_help = LOGITS_EXAMPLES)]
     Logits(LogitsArgs),
+    /// List the devices of this machine, and why there is no GPU among them.
+    #[command(alias = "list-devices")]
+    Devices,
     /// Compare the KV modes side by side on this machine.
     #[command(after_help = BENCH_EXAMPLES)]
     Bench(BenchArgs),
@@ -207,6 +212,9 @@ pub struct ModelArgs {
 /// The device.
 #[derive(Args)]
 pub struct DeviceArgs {
+    /// Where to compute: auto, cpu, cuda or cuda:N. This version computes on the CPU only
+    #[arg(long, env = "SPECACHE_DEVICE", value_name = "DEVICE", default_value = "auto", value_parser = device_choice)]
+    device: DeviceChoice,
     /// Compute threads [default: as many as the process may use]
     #[arg(short, long, env = "SPECACHE_THREADS", value_name = "N", allow_negative_numbers = true,
           value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -245,6 +253,34 @@ pub struct DeviceArgs {
     pub trace: Option<PathBuf>,
 }
 
+/// Where to compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum DeviceChoice {
+    Auto,
+    Cpu,
+    Cuda(usize),
+}
+
+fn device_choice(text: &str) -> Result<DeviceChoice, String> {
+    match (text, text.strip_prefix("cuda:").map(str::parse)) {
+        ("auto", _) => Ok(DeviceChoice::Auto),
+        ("cpu", _) => Ok(DeviceChoice::Cpu),
+        ("cuda", _) => Ok(DeviceChoice::Cuda(0)),
+        (_, Some(Ok(index))) => Ok(DeviceChoice::Cuda(index)),
+        _ => Err("must be auto, cpu, cuda or cuda:N".into()),
+    }
+}
+
+/// A GPU was asked for: why it cannot be had.
+fn no_cuda(index: usize) -> Error {
+    let why = match devices::gpus() {
+        Err(why) => why.to_string(),
+        Ok(gpus) if index >= gpus.len() => format!("there are cuda:0 to cuda:{}", gpus.len() - 1),
+        Ok(gpus) => format!("{} is there, but this version computes on the CPU only; leave --device out", gpus[index]),
+    };
+    Error::Usage(format!("--device cuda:{index}: {why}"))
+}
+
 fn schedule() -> impl TypedValueParser<Value = Schedule> {
     let named = |name: String| Schedule::ALL.into_iter().find(|s| s.name() == name).expect("a name from the list");
     PossibleValuesParser::new(Schedule::ALL.map(Schedule::name)).map(named)
@@ -262,8 +298,14 @@ fn not_negative(text: &str) -> Result<f64, String> {
 
 impl DeviceArgs {
     /// As the engine takes them.
-    pub fn options(&self) -> DeviceOptions {
-        DeviceOptions {
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a device that cannot be had.
+    pub fn options(&self) -> Result<DeviceOptions, Error> {
+        if let DeviceChoice::Cuda(index) = self.device {
+            return Err(no_cuda(index));
+        }
+        Ok(DeviceOptions {
             threads: self.threads.map(usize::from),
             device_budget: self.vram_budget,
             host_budget: self.host_kv_budget,
@@ -274,7 +316,7 @@ impl DeviceArgs {
             pin: self.mlock.then(|| Arc::new(Mlock) as Arc<dyn Pin>),
             trace: self.trace.is_some(),
             ..DeviceOptions::default()
-        }
+        })
     }
 
     /// Begins the trace's file, if one is wanted, so that a place where it cannot be is known before any work is done.
@@ -417,7 +459,11 @@ impl SamplingArgs {
 /// and version (0).
 pub fn parse() -> Cli {
     let args = std::env::args_os().enumerate();
-    let args = args.map(|(i, arg)| if i == 1 && arg == "--bench" { "bench".into() } else { arg });
+    let args = args.map(|(i, arg)| match arg.to_str() {
+        Some("--bench") if i == 1 => "bench".into(),
+        Some("--list-devices") if i == 1 => "devices".into(),
+        _ => arg,
+    });
     let matches = Cli::command().get_matches_from(args);
     let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
     if let (Command::Generate(args), Some((_, matches))) = (&mut cli.command, matches.subcommand()) {

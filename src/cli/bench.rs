@@ -21,6 +21,7 @@ use specache::{Buffers, Engine, Next, Prompt, Session};
 use self::models::Fill;
 use self::report::Report;
 use super::args::BenchArgs;
+use super::devices;
 use super::generate::Figures;
 use super::progress::{Progress, say};
 
@@ -88,7 +89,7 @@ pub struct Machine {
 }
 
 fn machine(args: &BenchArgs) -> Result<Machine> {
-    let device = Device::cpu(&args.device.options())?;
+    let device = Device::cpu(&args.device.options()?)?;
     // The measurement reads 1 GiB.
     let enough = ram::available().is_none_or(|bytes| bytes > 2 << 30);
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -97,7 +98,7 @@ fn machine(args: &BenchArgs) -> Result<Machine> {
         cpu: cpu.map_or("unknown CPU", |(_, name)| name).to_string(),
         threads: device.threads(),
         isa: device.isa().to_string(),
-        device: format!("{}: this build has no CUDA device yet", device.describe()),
+        device: format!("{}; {}", device.describe(), devices::cuda_line()),
         read_gbps: if enough { Some(bandwidth::read_gbps(device.threads())?) } else { None },
     })
 }
@@ -132,7 +133,7 @@ pub struct ModeResult {
 /// All modes of one model.
 fn bench(args: &BenchArgs, model: &str, progress: &mut Progress) -> Result<ModelResult> {
     progress.show(format_args!("loading {model}"));
-    let engine = Engine::load(model, &args.device.options())?;
+    let engine = Engine::load(model, &args.device.options()?)?;
     let _ctrl_c = interrupt::forward(engine.interrupt_flag());
     // The LM head has the embedding's size, and a step reads one of the two whole.
     let weight_bytes = engine.model().weights.bytes(true);

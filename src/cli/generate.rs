@@ -25,11 +25,12 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     if args.n_predict == 0 {
         return Err(Error::Usage("-n 0: at least one token must be generated".into()));
     }
+    let device = args.model.device.options()?;
     let trace = args.model.device.trace_file()?;
     let source = input::prompt(&args.prompt)?;
     let mut progress = Progress::new();
     progress.show(format_args!("loading {}", args.model.model));
-    let engine = Engine::load(&args.model.model, &args.model.device.options())?;
+    let engine = Engine::load(&args.model.model, &device)?;
     let config = &engine.model().config;
     let tokenizer = input::tokenizer(&args.model.model, config.vocab_size)?;
     let prompt = prompt_ids(source, tokenizer.as_ref(), config.vocab_size)?;

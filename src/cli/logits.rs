@@ -20,13 +20,13 @@ use super::{generate, input};
 /// # Errors
 /// Whatever is wrong with the arguments, the model or the output files.
 pub fn run(args: LogitsArgs) -> Result<()> {
-    let kv = args.kv.options();
+    let (kv, device) = (args.kv.options(), args.model.device.options()?);
     let ids = input::ids("--tokens", &args.tokens)?;
     let speculative = args.spec_tokens.as_ref().map(|file| input::ids("--spec-tokens", file)).transpose()?;
     check_modes(&args, &kv)?;
     let mut progress = Progress::new();
     progress.show(format_args!("loading {}", args.model.model));
-    let engine = Engine::load(&args.model.model, &args.model.device.options())?;
+    let engine = Engine::load(&args.model.model, &device)?;
     let vocab_size = engine.model().config.vocab_size;
     input::check_ids("--tokens", &ids, vocab_size)?;
     input::check_ids("--spec-tokens", speculative.as_deref().unwrap_or_default(), vocab_size)?;

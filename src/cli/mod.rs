@@ -2,6 +2,7 @@
 
 mod args;
 mod bench;
+mod devices;
 mod generate;
 mod input;
 mod logits;
@@ -44,6 +45,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Generate(args) => generate::run(args),
         Command::Logits(args) => logits::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Devices => devices::run(),
     }
 }
 

@@ -38,7 +38,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let trace = args.device.trace_file()?;
     let mut progress = Progress::new();
     progress.show(format_args!("loading {model}"));
-    let mut options = args.device.options();
+    let mut options = args.device.options()?;
     options.trace = true;
     let engine = Engine::load(&model, &options)?;
     let _ctrl_c = interrupt::forward(engine.interrupt_flag());
@@ -63,7 +63,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         n * args.repetitions,
         engine.device().describe()
     );
-    report(&title, &bench, args)?;
+    report(&title, &bench)?;
     if let Some(mut file) = plot {
         file.write(svg(&title, &bench.panels()).as_bytes())?;
         file.commit()?;
@@ -269,7 +269,7 @@ fn mean(xs: impl Iterator<Item = f64>) -> f64 {
     sum / n
 }
 
-fn report(title: &str, bench: &Bench, args: &BenchArgs) -> Result<()> {
+fn report(title: &str, bench: &Bench) -> Result<()> {
     let costs = bench.costs();
     let rows = Schedule::ALL.map(|schedule| {
         let us = mean(bench.steps(schedule).map(|step| step.us));
@@ -293,7 +293,7 @@ fn report(title: &str, bench: &Bench, args: &BenchArgs) -> Result<()> {
     let rows: Vec<_> = bench.layers(Schedule::Event).into_iter().enumerate().map(layer_row).collect();
     print(&table(&["layer", "attention", "rest", "gather", "copy", "fetched", "exposed"], &rows))?;
     let saved = bench.sessions.iter().filter_map(|session| session.stats().saved()).fold(0.0, |a, b| a + b);
-    if args.device.options().delta {
+    if bench.engine.device().options().delta {
         print(&format!(
             "\n{:.1} % of the selected pairs were in their slots already.\n",
             100.0 * saved / bench.sessions.len() as f64
