@@ -47,6 +47,7 @@ struct Case {
     Replace replace;
     std::vector<Length> seqs;
     bool ids = true, scores = true;
+    float bias = 0;   // of one channel of K, wherever it is read from
     uint64_t seed = 0;
 };
 
@@ -215,7 +216,8 @@ private:
         const auto fill_param = [&](int at, float x) { *reinterpret_cast<__half*>(page + at) = __float2half_rn(x); };
         for (int i = 0; i < kPage / g * D; i++) {
             fill_param(Page::k_param(Page::k_scale(g), i / D, i % D), level * (0.5f + uniform(random)));
-            fill_param(Page::k_param(Page::k_zero(g), i / D, i % D), (i % 19 == 5 ? -6.0f : -1.0f) - uniform(random));
+            fill_param(Page::k_param(Page::k_zero(g), i / D, i % D),
+                       (i % 19 == 5 ? -6.0f : -1.0f) - uniform(random) + bias(i % D));
         }
         for (int i = 0; i < D / g * kPage; i++) {
             fill_param(Page::v_param(Page::v_scale(g), i / kPage, i % kPage), level * (0.5f + uniform(random)));
@@ -235,10 +237,12 @@ private:
         }
     }
 
+    float bias(int channel) const { return channel == 7 ? c.bias : 0; }
+
     Pair random_pair(uint16_t* at) {
         Pair pair{std::vector<double>(D), std::vector<double>(D)};
         for (int i = 0; i < 2 * D; i++) {
-            at[i] = narrow(c.dtype, normal(random));
+            at[i] = narrow(c.dtype, normal(random) + (i < D ? bias(i) : 0));
             (i < D ? pair.k : pair.v)[i % D] = widen(c.dtype, at[i]);
         }
         return pair;
@@ -405,6 +409,15 @@ static void all_cases() {
                   kSome,
                   {{200, 128, 192, 2}, {70, 64, 64, 1}},
                   window % 3 != 0});
+    // The same with nothing replaced: the row's own border is all that hides a token of a page.
+    for (uint32_t window : {73, 74, 75, 136, 137, 138, 139})
+        run_case({64, 2, 64, kF, 1, 2, 0, window, kNone, {{200, 128, 192, 2}, {200, 192, 192, 1}}});
+    // A channel of K with a large bias: every kind of page must give it the same weight.
+    for (specache_dtype dtype : {kF, kB}) {
+        Case c{64, 2, 64, dtype, 1, 4, 40, 0, kSome, two_rows};
+        c.bias = 150;
+        run_case(c);
+    }
     // Everything wide (full, offload), long enough for several units; unused entries; more than 32 sequences.
     run_case({128, 2, 64, kB, 1, 4, 0, 0, kNone, {{700, 0, 640, 2}}});
     run_case({64,
@@ -508,8 +521,7 @@ static void plans() {
         specache_launch launch;
         CHECK(specache_attn_plan(&p, &launch) == SPECACHE_OK, "%s", launch.message);
         CHECK(launch.grid == 132 * ctas && attn_stages(p) == stages, "grid %u, %u stages", launch.grid, attn_stages(p));
-        CHECK(launch.shared_bytes == sizeof(AttnShared<Bf16, 128>) + 4 * stages * 8192, "%u bytes",
-              launch.shared_bytes);
+        CHECK(launch.shared_bytes == sizeof(AttnShared<128>) + 4 * stages * 8192, "%u bytes", launch.shared_bytes);
     }
 }
 
