@@ -61,6 +61,9 @@ static std::string name_of(const Case& c) {
     return text;
 }
 
+// The twin's own: position i sees j > i - w.
+static uint32_t first_visible(uint32_t i, uint32_t w) { return w == 0 || i < w ? 0 : i + 1 - w; }
+
 static float widen(specache_dtype dtype, uint16_t bits) {
     if (dtype == SPECACHE_BF16) return bit_cast<float>(uint32_t(bits) << 16);
     return __half2float(bit_cast<__half>(bits));
@@ -202,7 +205,7 @@ private:
         caches.push_back(std::move(heads));
         // Pages that no row sees may be gone.
         for (uint32_t page = 0; page < l.nq / kPage && c.ids; page++)
-            if (l.rows == 0 || (page + 1) * kPage <= first_seen(l.n, c.window))
+            if (l.rows == 0 || (page + 1) * kPage <= first_visible(l.n, c.window))
                 (*packed_ids)[used_packed + page] = 1u << 20;
         used_packed += l.nq / kPage;
         used_wide += divide_up(l.n + 2 - l.nq, kPage);
@@ -278,7 +281,7 @@ private:
         const Length& l = c.seqs[s];
         const auto& cache = caches[s][head / c.group_heads];
         const float* query = &(*q)[(((*seqs)[s].first_row + row) * n_heads + head) * D];
-        const uint32_t last = l.n + row, first = first_seen(last, c.window);
+        const uint32_t last = l.n + row, first = first_visible(last, c.window);
         std::vector<double> score(last + 1);
         double max = -INFINITY, sum = 0;
         for (uint32_t j = first; j <= last; j++) {
@@ -411,7 +414,7 @@ static void all_cases() {
                   window % 3 != 0});
     // The same with nothing replaced: the row's own border is all that hides a token of a page.
     for (uint32_t window : {73, 74, 75, 136, 137, 138, 139})
-        run_case({64, 2, 64, kF, 1, 2, 0, window, kNone, {{200, 128, 192, 2}, {200, 192, 192, 1}}});
+        run_case({64, 2, 64, kF, 1, 3, 0, window, kNone, {{200, 128, 192, 2}, {200, 192, 192, 1}}});
     // A channel of K with a large bias: every kind of page must give it the same weight.
     for (specache_dtype dtype : {kF, kB}) {
         Case c{64, 2, 64, dtype, 1, 4, 40, 0, kSome, two_rows};
