@@ -8,12 +8,12 @@
 // Scores are in units of log2: the factor log2(e) / sqrt(D) goes into q, once, so that p = 2^(s - max). For the
 // selection (select.cu) the last row's scores are stored as they are; the combine adds log2 of their sum.
 //
-// Numbers. Packed pages: q, q times K's scale, p and p times V's scale are rounded to fp16; codes are exact, sums fp32.
-// That is the error of an fp16 q and p, 2^-12 of each product, and as much of a code's range again, which quantisation
-// exceeds a hundred times. 2^(4-e) is folded into q and p beside the scales; the 4 keeps small numbers off the fp16
-// subnormals, and q times scale and V's scale must stay below 4094 for it. fp16 pairs: q and p in fp16. bf16 pairs: q
-// and p with 8 bits would be coarse, so both are the sum of two bf16 numbers there, 2^-17; the second product costs
-// nothing that a memory-bound kernel would notice.
+// Numbers. Sums are fp32, codes exact. Against zeros and 16-bit pairs q is the sum of two 16-bit numbers, 2^-16 or
+// better: a key channel with a large bias, as Qwen2 has, must count the same in packed and in wide pages. Against codes
+// q times K's scale is one fp16 number, 2^-12 of a code's range, which quantisation exceeds a hundred times. p, and p
+// times V's scale, are fp16, 2^-12 of each product; for bf16 pairs p is the sum of two bf16 numbers. The second
+// products cost nothing that a memory-bound kernel would notice. 2^(4-e) is folded into q and p beside the scales; the
+// 4 keeps small numbers off the fp16 subnormals, and q times scale and V's scale must stay below 4094 for it.
 #ifndef SPECACHE_PLAN_ONLY
 #include "kv_layout.cuh"
 #include "ptx.cuh"
@@ -48,10 +48,8 @@ SPECACHE_HOST_DEVICE uint32_t stage_bytes(const specache_attn_params& p) {
     return page > tile ? page : tile;
 }
 
-// Bytes of the queries as B operands: two forms for packed pages, up to two for pairs.
-SPECACHE_HOST_DEVICE uint32_t query_bytes(const specache_attn_params& p) {
-    return (p.dtype == SPECACHE_BF16 ? 4 : 3) * kColumns * 2 * p.head_dim;
-}
+// Bytes of the queries as B operands, in five forms (AttnShared).
+SPECACHE_HOST_DEVICE uint32_t query_bytes(const specache_attn_params& p) { return 5 * kColumns * 2 * p.head_dim; }
 
 SPECACHE_HOST_DEVICE uint32_t attn_shared_bytes(const specache_attn_params& p, uint32_t stages) {
     return query_bytes(p) + kAttnWarps * stages * stage_bytes(p);
@@ -87,11 +85,11 @@ constexpr float kPScale = 16.0f;
 constexpr float kCodeUnit = 1048576.0f;
 SPECACHE_DEVICE float minus_infinity() { return bit_cast<float>(0xFF800000u); }
 
-// The arithmetic of 16-bit pairs: into how many numbers q and p are split, and their product.
+// The arithmetic of 16-bit pairs: numbers, products, and into how many terms p is split.
 template <class T> struct Pairs;
 
 template <> struct Pairs<Fp16> {
-    static constexpr int kTerms = 1;
+    static constexpr int kPTerms = 1;
     static SPECACHE_DEVICE uint32_t narrow(float x, float y) { return bit_cast<uint32_t>(__floats2half2_rn(x, y)); }
     static SPECACHE_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         mma_m16n8k16(d, a, b0, b1);
@@ -99,17 +97,17 @@ template <> struct Pairs<Fp16> {
 };
 
 template <> struct Pairs<Bf16> {
-    static constexpr int kTerms = 2;
+    static constexpr int kPTerms = 2;
     static SPECACHE_DEVICE uint32_t narrow(float x, float y) { return bit_cast<uint32_t>(__floats2bfloat162_rn(x, y)); }
     static SPECACHE_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         mma_m16n8k16_bf16(d, a, b0, b1);
     }
 };
 
-// Two numbers as the sum of kTerms pairs of T: each term is what the ones before left over.
-template <class T> SPECACHE_DEVICE void split_pair(float x, float y, uint32_t (&terms)[Pairs<T>::kTerms]) {
+// Two numbers as the sum of TERMS pairs of T: each term is what the ones before left over.
+template <class T, int TERMS> SPECACHE_DEVICE void split_pair(float x, float y, uint32_t (&terms)[TERMS]) {
 #pragma unroll
-    for (int t = 0; t < Pairs<T>::kTerms; t++) {
+    for (int t = 0; t < TERMS; t++) {
         terms[t] = Pairs<T>::narrow(x, y);
         const float2 taken = T::widen(terms[t]);
         x -= taken.x;
@@ -137,12 +135,11 @@ struct Unit {
 static_assert(sizeof(Unit) <= kUnitBytes, "what attn_fit counts");
 
 // Queries as B operands, a word a pair of channels: lane 4i + j finds column i, pair j of four octets in 16 bytes.
-template <class T, int D> struct AttnShared {
-    static constexpr int kTerms = Pairs<T>::kTerms;
+template <int D> struct AttnShared {
     static constexpr int kWords = int(kColumns) * D / 2;
     alignas(128) uint32_t code_q[kWords];   // times 2^(4-e): meets codes
-    uint32_t zero_q[kWords];                // meets zeros
-    uint32_t pair_q[kTerms][kWords];        // meets 16-bit K
+    uint32_t zero_q[2][kWords];             // meets zeros: fp16, a sum of two
+    uint32_t pair_q[2][kWords];             // meets 16-bit K: of its type, a sum of two
 };
 
 // How the warps' results meet, where the rings were. Pitch D + 4: the columns 2j and rows i of a store fall into
@@ -217,10 +214,10 @@ SPECACHE_DEVICE void find_unit(const specache_attn_params& p, uint32_t index, Un
 // ---- step 2: the queries ----------------------------------------------------------------------------------------
 
 template <class T, int D, int B>
-SPECACHE_DEVICE void load_queries(const specache_attn_params& p, const Unit& unit, AttnShared<T, D>& shared) {
+SPECACHE_DEVICE void load_queries(const specache_attn_params& p, const Unit& unit, AttnShared<D>& shared) {
     const uint32_t group_heads = p.n_heads / p.n_kv_heads;
     const float factor = kLog2e * (D == 128 ? 0.0883883476f : 0.125f);   // log2(e) / sqrt(D)
-    for (int at = int(threadIdx.x); at < AttnShared<T, D>::kWords; at += int(kAttnThreads)) {
+    for (int at = int(threadIdx.x); at < AttnShared<D>::kWords; at += int(kAttnThreads)) {
         // Word `at`: octet 4c + x of lane 4i + j, in the order of 16-byte loads.
         const int x = at % 4, lane = at / 4 % 32, octet = at / 128 * 4 + x;
         const uint32_t column = unit.column_tile * kColumns + uint32_t(lane / 4), row = column / group_heads;
@@ -234,11 +231,14 @@ SPECACHE_DEVICE void load_queries(const specache_attn_params& p, const Unit& uni
         q.y *= factor;
         const float fold = kPScale / float(1 << code_exponent<B>(octet));
         shared.code_q[at] = half_pair(q.x * fold, q.y * fold);
-        shared.zero_q[at] = half_pair(q.x, q.y);
-        uint32_t terms[Pairs<T>::kTerms];
-        split_pair<T>(q.x, q.y, terms);
+        uint32_t zero_terms[2], pair_terms[2];
+        split_pair<Fp16>(q.x, q.y, zero_terms);
+        split_pair<T>(q.x, q.y, pair_terms);
 #pragma unroll
-        for (int t = 0; t < Pairs<T>::kTerms; t++) shared.pair_q[t][at] = terms[t];
+        for (int t = 0; t < 2; t++) {
+            shared.zero_q[t][at] = zero_terms[t];
+            shared.pair_q[t][at] = pair_terms[t];
+        }
     }
 }
 
@@ -408,39 +408,44 @@ struct LaneWords {
     }
 };
 
-// What all tokens of a group share: q times the scales, and q times the zeros in every row.
-template <class T, int D, int B>
-SPECACHE_DEVICE void scale_queries(const AttnShared<T, D>& shared, const uint8_t* page, int g, int group,
-                                   uint32_t (&q)[D / 8], float (&bias)[4]) {
+// What all tokens of a group share: q times the scales, and the sum of q times the zeros for columns 2j, 2j + 1. The
+// zeros are all sixteen rows of A, so every lane gets its columns' sums; the two terms of q are chains of their own.
+template <int D, int B>
+SPECACHE_DEVICE void scale_queries(const AttnShared<D>& shared, const uint8_t* page, int g, int group,
+                                   uint32_t (&q)[D / 8], float (&bias)[2]) {
     using Page = PackedPage<D, B>;
     const int lane = int(threadIdx.x) % 32, j = lane % 4;
-#pragma unroll
-    for (int e = 0; e < 4; e++) bias[e] = 0.0f;
+    float sums[2][4] = {};
 #pragma unroll
     for (int c = 0; c < D / 32; c++) {
         const int at = 2 * (group * D + 32 * c + 8 * j);
-        const uint4 scale = load_shared_16(page + Page::k_scale(g) + at),
-                    zero = load_shared_16(page + Page::k_zero(g) + at);
+        const uint4 scale = load_shared_16(page + Page::k_scale(g) + at);
+        const uint4 zero = load_shared_16(page + Page::k_zero(g) + at);
         const uint4 code_q = load_shared_16(&shared.code_q[(c * 32 + lane) * 4]);
-        const uint4 zero_q = load_shared_16(&shared.zero_q[(c * 32 + lane) * 4]);
 #pragma unroll
         for (int x = 0; x < 4; x++) q[4 * c + x] = multiply_pairs(word_of(code_q, x), word_of(scale, x));
         const uint32_t even[4] = {zero.x, zero.x, zero.y, zero.y}, odd[4] = {zero.z, zero.z, zero.w, zero.w};
-        mma_m16n8k16(bias, even, zero_q.x, zero_q.y);
-        mma_m16n8k16(bias, odd, zero_q.z, zero_q.w);
+#pragma unroll
+        for (int t = 0; t < 2; t++) {
+            const uint4 zero_q = load_shared_16(&shared.zero_q[t][(c * 32 + lane) * 4]);
+            mma_m16n8k16(sums[t], even, zero_q.x, zero_q.y);
+            mma_m16n8k16(sums[t], odd, zero_q.z, zero_q.w);
+        }
     }
+    bias[0] = sums[0][0] + sums[1][0];
+    bias[1] = sums[0][1] + sums[1][1];
 }
 
 // The scores of a page.
-template <class T, int D, int B>
-SPECACHE_DEVICE void page_scores(const AttnShared<T, D>& shared, const uint8_t* page, int g, float (&s)[4][4]) {
+template <int D, int B>
+SPECACHE_DEVICE void page_scores(const AttnShared<D>& shared, const uint8_t* page, int g, float (&s)[4][4]) {
     uint32_t q[D / 8];
-    float bias[4];
+    float bias[2];
     LaneWords words{page + PackedPage<D, B>::k_codes(), {}};
 #pragma unroll
     for (int tile = 0; tile < 4; tile++) {
-        if (tile == 0) scale_queries<T, D, B>(shared, page, g, 0, q, bias);
-        if (tile == 2 && g == 32) scale_queries<T, D, B>(shared, page, g, 1, q, bias);
+        if (tile == 0) scale_queries<D, B>(shared, page, g, 0, q, bias);
+        if (tile == 2 && g == 32) scale_queries<D, B>(shared, page, g, 1, q, bias);
 #pragma unroll
         for (int e = 0; e < 4; e++) s[tile][e] = 0.0f;
 #pragma unroll
@@ -459,7 +464,7 @@ SPECACHE_DEVICE void page_scores(const AttnShared<T, D>& shared, const uint8_t* 
             }
         }
 #pragma unroll
-        for (int e = 0; e < 4; e++) s[tile][e] = s[tile][e] * kCodeUnit + bias[e];
+        for (int e = 0; e < 4; e++) s[tile][e] = s[tile][e] * kCodeUnit + bias[e % 2];
     }
 }
 
@@ -542,9 +547,9 @@ SPECACHE_DEVICE void add_page_values(Accumulator<D>& acc, const uint8_t* page, i
     }
 }
 
-template <class T, int D, int B>
+template <int D, int B>
 SPECACHE_DEVICE void attend_page(const specache_attn_params& p, const Unit& unit, const LaneColumns& columns,
-                                 const AttnShared<T, D>& shared, uint32_t page_index, const uint8_t* page,
+                                 const AttnShared<D>& shared, uint32_t page_index, const uint8_t* page,
                                  Accumulator<D>& acc) {
     const int g = int(p.group_size);
     const uint32_t start = page_index * SPECACHE_PAGE;
@@ -556,7 +561,7 @@ SPECACHE_DEVICE void attend_page(const specache_attn_params& p, const Unit& unit
     }
 #endif
     float s[4][4];
-    page_scores<T, D, B>(shared, page, g, s);
+    page_scores<D, B>(shared, page, g, s);
     if (skip != 0 || first_seen(unit.seq.n + 1, p.window) > start) hide_tokens(columns, start, skip, s);
     if (p.scores != 0) store_page_scores(columns, start, s);
     softmax(acc, s);
@@ -574,7 +579,7 @@ template <int D> SPECACHE_DEVICE uint32_t wide_place(int row, int first) {
 }
 
 template <class T, int D>
-SPECACHE_DEVICE void wide_scores(const AttnShared<T, D>& shared, const uint8_t* stage, float (&s)[1][4]) {
+SPECACHE_DEVICE void wide_scores(const AttnShared<D>& shared, const uint8_t* stage, float (&s)[1][4]) {
     const int lane = int(threadIdx.x) % 32;
     const uint32_t place = wide_place<D>(lane % 16, lane / 16);
 #pragma unroll
@@ -586,7 +591,7 @@ SPECACHE_DEVICE void wide_scores(const AttnShared<T, D>& shared, const uint8_t* 
         load_tiles(a[0], stage + (place ^ 16 * (4 * c)));
         load_tiles(a[1], stage + (place ^ 16 * (4 * c + 2)));
 #pragma unroll
-        for (int t = 0; t < Pairs<T>::kTerms; t++) {
+        for (int t = 0; t < 2; t++) {
             const uint4 q = load_shared_16(&shared.pair_q[t][(c * 32 + lane) * 4]);
             Pairs<T>::mma(s[0], a[0], q.x, q.y);
             Pairs<T>::mma(s[0], a[1], q.z, q.w);
@@ -598,12 +603,12 @@ template <class T, int D>
 SPECACHE_DEVICE void add_wide_values(Accumulator<D>& acc, const uint8_t* stage, const float (&s)[1][4]) {
     const int lane = int(threadIdx.x) % 32;
     const uint32_t place = wide_place<D>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-    uint32_t p[2][Pairs<T>::kTerms];   // tokens 0-7, 8-15
+    uint32_t p[2][Pairs<T>::kPTerms];   // tokens 0-7, 8-15
 #pragma unroll
     for (int o = 0; o < 2; o++) {
         split_pair<T>(s[0][2 * o] * kPScale, s[0][2 * o + 1] * kPScale, p[o]);
 #pragma unroll
-        for (int t = 0; t < Pairs<T>::kTerms; t++) p[o][t] = transpose_8x8(p[o][t]);
+        for (int t = 0; t < Pairs<T>::kPTerms; t++) p[o][t] = transpose_8x8(p[o][t]);
     }
 #pragma unroll
     for (int m = 0; m < D / 16; m++) {
@@ -611,13 +616,13 @@ SPECACHE_DEVICE void add_wide_values(Accumulator<D>& acc, const uint8_t* stage, 
         uint32_t a[4];
         load_tiles_transposed(a, stage + (place ^ 16 * (D / 8 + 2 * m)));
 #pragma unroll
-        for (int t = 0; t < Pairs<T>::kTerms; t++) Pairs<T>::mma(acc.out[m], a, p[0][t], p[1][t]);
+        for (int t = 0; t < Pairs<T>::kPTerms; t++) Pairs<T>::mma(acc.out[m], a, p[0][t], p[1][t]);
     }
 }
 
 template <class T, int D>
 SPECACHE_DEVICE void attend_wide_tile(const specache_attn_params& p, const Unit& unit, const LaneColumns& columns,
-                                      const AttnShared<T, D>& shared, uint32_t tile, const uint8_t* stage,
+                                      const AttnShared<D>& shared, uint32_t tile, const uint8_t* stage,
                                       Accumulator<D>& acc) {
     const uint32_t i = threadIdx.x % 32 / 4;
     const uint32_t positions[2] = {wide_position(p, unit, tile, i), wide_position(p, unit, tile, i + 8)};
@@ -644,7 +649,7 @@ template <int D> SPECACHE_DEVICE void leave_code_unit(Accumulator<D>& acc) {
 // ---- step 7: the items of a warp --------------------------------------------------------------------------------
 
 template <class T, int D, int B>
-SPECACHE_DEVICE void attend_items(const specache_attn_params& p, const Unit& unit, const AttnShared<T, D>& shared,
+SPECACHE_DEVICE void attend_items(const specache_attn_params& p, const Unit& unit, const AttnShared<D>& shared,
                                   const Ring& ring, Accumulator<D>& acc) {
     const LaneColumns columns = lane_columns(p, unit);
     const uint32_t last = ring.stages - 1;
@@ -665,7 +670,7 @@ SPECACHE_DEVICE void attend_items(const specache_attn_params& p, const Unit& uni
 #else
         if (item < unit.work.pages) {
 #endif
-            attend_page<T, D, B>(p, unit, columns, shared, unit.work.first_page + item, at, acc);
+            attend_page<D, B>(p, unit, columns, shared, unit.work.first_page + item, at, acc);
         } else {
             if (code_unit) leave_code_unit(acc);
             code_unit = false;
@@ -718,8 +723,8 @@ template <int D> SPECACHE_DEVICE void store_part(const MergeShared<D>& merge, fl
 template <class T, int D, int B> SPECACHE_DEVICE void attend(const specache_attn_params& p) {
     SPECACHE_DYNAMIC_SHARED(memory);
     SPECACHE_SHARED(Unit, unit);
-    AttnShared<T, D>& shared = *reinterpret_cast<AttnShared<T, D>*>(memory);
-    uint8_t* rings = memory + sizeof(AttnShared<T, D>);
+    AttnShared<D>& shared = *reinterpret_cast<AttnShared<D>*>(memory);
+    uint8_t* rings = memory + sizeof(AttnShared<D>);
     Ring ring{rings, stage_bytes(p), attn_stages(p)};
     ring.start += threadIdx.x / 32 * ring.stages * ring.stage_bytes;
     MergeShared<D>& merge = *reinterpret_cast<MergeShared<D>*>(rings);
@@ -738,7 +743,7 @@ template <class T, int D, int B> SPECACHE_DEVICE void attend(const specache_attn
         offer(acc, int(p.group_size), merge);
         __syncthreads();
         store_part(merge, reinterpret_cast<float*>(p.parts) + uint64_t(index) * part_floats(D));
-        __syncthreads();
+        // The barrier behind find_unit comes before the rings are filled again.
     }
 }
 
@@ -814,7 +819,7 @@ SPECACHE_DEVICE void combine(const specache_attn_params& p) {
 }   // namespace specache
 
 // registers: <= 168 specache_attn_d64_*    (3 CTAs of 128 threads an SM)
-// registers: <= 208 specache_attn_d128_*   (2)
+// registers: <= 224 specache_attn_d128_*   (2)
 #define SPECACHE_ATTN_KERNEL(D, B, dtype, T)                                                   \
     extern "C" __global__ void __launch_bounds__(SPECACHE_ATTN_THREADS, SPECACHE_ATTN_CTAS(D)) \
         specache_attn_d##D##_b##B##_##dtype(const __grid_constant__ specache_attn_params p) {  \

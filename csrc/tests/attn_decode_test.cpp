@@ -47,6 +47,7 @@ struct Case {
     Replace replace;
     std::vector<Length> seqs;
     bool ids = true, scores = true;
+    float bias = 0;   // of one channel of K, wherever it is read from
     uint64_t seed = 0;
 };
 
@@ -59,6 +60,9 @@ static std::string name_of(const Case& c) {
         at += std::snprintf(text + at, sizeof text - size_t(at), " (n %u, nq %u, %u rows)", l.n, l.nq, l.rows);
     return text;
 }
+
+// The twin's own: position i sees j > i - w.
+static uint32_t first_visible(uint32_t i, uint32_t w) { return w == 0 || i < w ? 0 : i + 1 - w; }
 
 static float widen(specache_dtype dtype, uint16_t bits) {
     if (dtype == SPECACHE_BF16) return bit_cast<float>(uint32_t(bits) << 16);
@@ -201,7 +205,7 @@ private:
         caches.push_back(std::move(heads));
         // Pages that no row sees may be gone.
         for (uint32_t page = 0; page < l.nq / kPage && c.ids; page++)
-            if (l.rows == 0 || (page + 1) * kPage <= first_seen(l.n, c.window))
+            if (l.rows == 0 || (page + 1) * kPage <= first_visible(l.n, c.window))
                 (*packed_ids)[used_packed + page] = 1u << 20;
         used_packed += l.nq / kPage;
         used_wide += divide_up(l.n + 2 - l.nq, kPage);
@@ -215,7 +219,8 @@ private:
         const auto fill_param = [&](int at, float x) { *reinterpret_cast<__half*>(page + at) = __float2half_rn(x); };
         for (int i = 0; i < kPage / g * D; i++) {
             fill_param(Page::k_param(Page::k_scale(g), i / D, i % D), level * (0.5f + uniform(random)));
-            fill_param(Page::k_param(Page::k_zero(g), i / D, i % D), (i % 19 == 5 ? -6.0f : -1.0f) - uniform(random));
+            fill_param(Page::k_param(Page::k_zero(g), i / D, i % D),
+                       (i % 19 == 5 ? -6.0f : -1.0f) - uniform(random) + bias(i % D));
         }
         for (int i = 0; i < D / g * kPage; i++) {
             fill_param(Page::v_param(Page::v_scale(g), i / kPage, i % kPage), level * (0.5f + uniform(random)));
@@ -235,10 +240,12 @@ private:
         }
     }
 
+    float bias(int channel) const { return channel == 7 ? c.bias : 0; }
+
     Pair random_pair(uint16_t* at) {
         Pair pair{std::vector<double>(D), std::vector<double>(D)};
         for (int i = 0; i < 2 * D; i++) {
-            at[i] = narrow(c.dtype, normal(random));
+            at[i] = narrow(c.dtype, normal(random) + (i < D ? bias(i) : 0));
             (i < D ? pair.k : pair.v)[i % D] = widen(c.dtype, at[i]);
         }
         return pair;
@@ -274,7 +281,7 @@ private:
         const Length& l = c.seqs[s];
         const auto& cache = caches[s][head / c.group_heads];
         const float* query = &(*q)[(((*seqs)[s].first_row + row) * n_heads + head) * D];
-        const uint32_t last = l.n + row, first = first_seen(last, c.window);
+        const uint32_t last = l.n + row, first = first_visible(last, c.window);
         std::vector<double> score(last + 1);
         double max = -INFINITY, sum = 0;
         for (uint32_t j = first; j <= last; j++) {
@@ -405,6 +412,15 @@ static void all_cases() {
                   kSome,
                   {{200, 128, 192, 2}, {70, 64, 64, 1}},
                   window % 3 != 0});
+    // The same with nothing replaced: the row's own border is all that hides a token of a page.
+    for (uint32_t window : {73, 74, 75, 136, 137, 138, 139})
+        run_case({64, 2, 64, kF, 1, 3, 0, window, kNone, {{200, 128, 192, 2}, {200, 192, 192, 1}}});
+    // A channel of K with a large bias: every kind of page must give it the same weight.
+    for (specache_dtype dtype : {kF, kB}) {
+        Case c{64, 2, 64, dtype, 1, 4, 40, 0, kSome, two_rows};
+        c.bias = 150;
+        run_case(c);
+    }
     // Everything wide (full, offload), long enough for several units; unused entries; more than 32 sequences.
     run_case({128, 2, 64, kB, 1, 4, 0, 0, kNone, {{700, 0, 640, 2}}});
     run_case({64,
@@ -508,8 +524,7 @@ static void plans() {
         specache_launch launch;
         CHECK(specache_attn_plan(&p, &launch) == SPECACHE_OK, "%s", launch.message);
         CHECK(launch.grid == 132 * ctas && attn_stages(p) == stages, "grid %u, %u stages", launch.grid, attn_stages(p));
-        CHECK(launch.shared_bytes == sizeof(AttnShared<Bf16, 128>) + 4 * stages * 8192, "%u bytes",
-              launch.shared_bytes);
+        CHECK(launch.shared_bytes == sizeof(AttnShared<128>) + 4 * stages * 8192, "%u bytes", launch.shared_bytes);
     }
 }
 

@@ -31,6 +31,9 @@ struct Setup {
     uint32_t start[kSeqs];   // prompt lengths
 };
 
+// The twin's own: position i sees j > i - w.
+static uint32_t first_visible(uint32_t i, uint32_t w) { return w == 0 || i < w ? 0 : i + 1 - w; }
+
 template <class T, int D, int B, specache_dtype DTYPE> class Chain {
 public:
     Chain(const Setup& setup, void (*attend)(specache_attn_params), void (*pack)(specache_pack_params))
@@ -188,7 +191,7 @@ private:
     void compare_row(uint32_t s, uint32_t h, uint32_t row, const std::vector<std::vector<double>>& cache,
                      std::vector<double>* mean) {
         const size_t at = ((seqs[s].first_row + row) * kHeads * kGroup + h) * D;
-        const uint32_t last = seqs[s].n + row, first = first_seen(last, setup.window);
+        const uint32_t last = seqs[s].n + row, first = first_visible(last, setup.window);
         std::vector<double> p(last + 1), want(D);
         double sum = 0;
         // After the pre-decode, with every packed position replaced, nothing is rounded to fp16.
@@ -213,7 +216,7 @@ private:
     // As many as there can be, ascending, and none outside that is clearly better than one inside.
     void check_selection(uint32_t s, uint32_t head, const std::vector<double>& mean) {
         const specache_seq& seq = seqs[s];
-        const uint32_t first = std::min(first_seen(seq.n + seq.n_rows - 1, setup.window), seq.no);
+        const uint32_t first = std::min(first_visible(seq.n + seq.n_rows - 1, setup.window), seq.no);
         const uint32_t count = std::min(setup.top_k, seq.no - first);
         const uint32_t* begin = &selected[(s * kHeads + head) * setup.top_k];
         CHECK(select_counts[s * kHeads + head] == count, "%u selected, not %u", select_counts[s * kHeads + head],
