@@ -6,6 +6,7 @@
 
 use crate::context::Context;
 use crate::device::Device;
+use crate::device::order::Resource;
 use crate::error::Result;
 use crate::kv::PAGE;
 use crate::kv::cache::Admission;
@@ -107,6 +108,11 @@ fn prefill_layer(context: &Context, prompt: &mut Prompt, l: usize, x: &mut [f32]
 /// K and V of a chunk, rounded, into the pages; `at` is the first row's place in them.
 fn write_chunk(device: &Device, shape: &crate::kv::KvShape, pages: &mut [WidePage], at: usize, rows: &linear::Rows) {
     let width = shape.n_kv_heads * shape.head_dim;
+    let end = at + rows.k.len() / width;
+    let _append = device.operation("append", |uses| {
+        let written = &pages[at / PAGE..end.div_ceil(PAGE)];
+        uses.writes.extend(written.iter().map(|page| Resource::DevicePage(page.id())));
+    });
     for (row, (k, v)) in rows.k.chunks_exact(width).zip(rows.v.chunks_exact(width)).enumerate() {
         let (page, token) = ((at + row) / PAGE, (at + row) % PAGE);
         let page = WidePage::get_mut(&mut pages[page]).expect("a page that is filled has one owner");

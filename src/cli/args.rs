@@ -145,7 +145,7 @@ Examples:
   specache-engine --bench
   specache-engine bench -m synthetic:llama-3.2-1b -d 4096 --kv full,specache --kv-bits 1
   specache-engine bench -m models/llama -d 2000 -o json > bench.json
-  specache-engine bench --overlap -m synthetic:tiny -b 4 --sim-pcie-gbps 0.2 --plot steps.svg
+  specache-engine bench --overlap -d 4000 -b 2 --sim-pcie-gbps 0.04 --plot steps.svg
   specache-engine bench --simulate --gpu a6000 -m synthetic:llama-3-8b --kv-bits 1
 
 Real weights get a real prompt, prefilled once per mode. Random weights
@@ -157,13 +157,15 @@ grows from one repetition to the next.";
 /// `bench`.
 #[derive(Args)]
 pub struct BenchArgs {
-    /// Model folders or synthetic:SHAPE, separated by commas [default: the recall model and synthetic:llama-3.2-1b]
+    /// Model folders or synthetic:SHAPE, separated by commas [default: the recall model and synthetic:llama-3.2-1b; with
+    /// --overlap the latter only, with --simulate synthetic:llama-3-8b]
     #[arg(short, long, env = "SPECACHE_BENCH_MODEL", value_name = "DIR,...", value_delimiter = ',')]
     pub model: Vec<String>,
     /// Decode steps of a repetition [default: 6, or 64 for models below 1 GB]
     #[arg(short, long, env = "SPECACHE_BENCH_N_PREDICT", value_name = "N", allow_negative_numbers = true)]
     pub n_predict: Option<usize>,
-    /// Tokens in the cache when decoding begins [default: 1024; the recall model: one of its prompts]
+    /// Tokens in the cache when decoding begins [default: 1024; the recall model: one of its prompts; with --simulate
+    /// 8192, 32768 and 131072]
     #[arg(short, long, env = "SPECACHE_BENCH_DEPTH", value_name = "TOKENS", allow_negative_numbers = true)]
     pub depth: Option<usize>,
     /// Repetitions
@@ -190,7 +192,7 @@ pub struct BenchArgs {
     #[arg(long, env = "SPECACHE_BENCH_PLOT", value_name = "OUT.svg", requires = "overlap")]
     pub plot: Option<PathBuf>,
     /// The card to simulate
-    #[arg(long, env = "SPECACHE_BENCH_GPU", value_name = "GPU", default_value = "h200",
+    #[arg(long, env = "SPECACHE_BENCH_GPU", value_name = "GPU", default_value = "h200", requires = "simulate",
           value_parser = ["a6000", "4090", "h100", "h200"])]
     pub gpu: String,
     /// A table for people, or JSON with every repetition
@@ -239,11 +241,11 @@ pub struct DeviceArgs {
     gather_threads: Option<u16>,
     /// Slow the copies between host and device down to so many GB/s each way
     #[arg(long, env = "SPECACHE_SIM_PCIE_GBPS", value_name = "GB/S", allow_negative_numbers = true,
-          value_parser = positive)]
+          value_parser = link_gbps)]
     sim_pcie_gbps: Option<f64>,
     /// Add so many microseconds to each of these copies
     #[arg(long, env = "SPECACHE_SIM_COPY_LATENCY_US", value_name = "US", allow_negative_numbers = true,
-          value_parser = not_negative, default_value = "0")]
+          value_parser = link_latency_us, default_value = "0")]
     sim_copy_latency_us: f64,
     /// Lock the 16-bit copies in host memory, so that they are never swapped out
     #[arg(long, env = "SPECACHE_MLOCK", value_parser = FalseyValueParser::new())]
@@ -286,14 +288,18 @@ fn schedule() -> impl TypedValueParser<Value = Schedule> {
     PossibleValuesParser::new(Schedule::ALL.map(Schedule::name)).map(named)
 }
 
-fn positive(text: &str) -> Result<f64, String> {
-    not_negative(text).and_then(|x| if x > 0.0 { Ok(x) } else { Err("must be above 0".into()) })
+/// A megabyte a second is slower than any link, and slow enough to wait for.
+fn link_gbps(text: &str) -> Result<f64, String> {
+    in_range(text, 0.001, 1e5)
 }
 
-fn not_negative(text: &str) -> Result<f64, String> {
+fn link_latency_us(text: &str) -> Result<f64, String> {
+    in_range(text, 0.0, 1e6)
+}
+
+fn in_range(text: &str, least: f64, most: f64) -> Result<f64, String> {
     let x = text.parse::<f64>().map_err(|e| e.to_string())?;
-    // An hour, or a terabyte a microsecond, is beyond any link.
-    if (0.0..3.6e9).contains(&x) { Ok(x) } else { Err("must be a number from 0 to 3.6e9".into()) }
+    if (least..=most).contains(&x) { Ok(x) } else { Err(format!("must be a number from {least} to {most}")) }
 }
 
 impl DeviceArgs {

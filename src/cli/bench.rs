@@ -12,8 +12,8 @@ use specache::context::MAX_CONTEXT;
 use specache::cpu::bandwidth;
 use specache::device::{Device, interrupt, ram};
 use specache::error::{Error, Result};
-use specache::kv::KvOptions;
 use specache::kv::cache::CacheBytes;
+use specache::kv::{KvMode, KvOptions};
 use specache::sampler::argmax;
 use specache::session::Stats;
 use specache::{Buffers, Engine, Next, Prompt, Session};
@@ -36,14 +36,12 @@ const SEED: u64 = 1;
 /// Whatever is wrong with the arguments or a model.
 pub fn run(args: BenchArgs) -> Result<()> {
     check(&args)?;
+    check_combination(&args)?;
     if args.simulate {
         return simulate::run(&args);
     }
     if args.overlap {
         return overlap::run(&args);
-    }
-    if args.device.trace.is_some() {
-        return Err(Error::Usage("--trace: bench writes one with --overlap only".into()));
     }
     let start = Instant::now();
     let mut progress = Progress::new();
@@ -60,6 +58,20 @@ pub fn run(args: BenchArgs) -> Result<()> {
     report.end()?;
     say(format_args!("took {:.1} s", start.elapsed().as_secs_f64()));
     Ok(())
+}
+
+/// What would have no effect is refused.
+fn check_combination(args: &BenchArgs) -> Result<()> {
+    let usage = |what: &str| Err(Error::Usage(what.into()));
+    match (args.overlap, args.simulate) {
+        (false, _) if args.device.trace.is_some() => usage("--trace: bench writes one with --overlap only"),
+        (false, _) if args.plot.is_some() => usage("--plot: bench draws with --overlap only"),
+        (false, _) if args.batch > 1 => usage("--batch: only --overlap decodes several sequences together"),
+        (false, false) => Ok(()),
+        _ if args.output != "md" => usage("-o: --overlap and --simulate print tables only"),
+        _ if args.kv != KvMode::ALL => usage("--kv: --overlap and --simulate are about specache; leave it out"),
+        _ => Ok(()),
+    }
 }
 
 fn check(args: &BenchArgs) -> Result<()> {

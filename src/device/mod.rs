@@ -128,7 +128,7 @@ impl Device {
         let gather_options = GatherOptions { threads: Some(gather_threads), isa, ..GatherOptions::default() };
         let gather = Gather::new(topology, gather_options)?;
         let trace = options.trace.then(|| Arc::new(Trace::new()));
-        let asked = std::env::var_os("SPECACHE_CHECK_ORDER").is_some_and(|v| v == "1");
+        let asked = std::env::var_os("SPECACHE_CHECK_ORDER").is_some_and(|v| !v.is_empty() && v != "0");
         Ok(Device(Arc::new(Inner {
             isa,
             pool,
@@ -312,6 +312,9 @@ impl Drop for Inner {
         if let (Some(order), None) = (&self.order, &self.options.order) {
             let checker = order.lock().unwrap_or_else(|e| e.into_inner());
             let conflicts = checker.conflicts();
+            if checker.operations() == 0 {
+                return;
+            }
             eprintln!("order of {} operations: {} conflicts", checker.operations(), conflicts.len());
             conflicts.iter().take(10).for_each(|conflict| eprintln!("  {conflict}"));
         }

@@ -414,6 +414,7 @@ impl Cache {
             self.layers[layer].tail.push(fresh);
         }
         let page = Arc::get_mut(&mut self.layers[layer].tail[page]).expect("an incomplete page has one owner");
+        let _append = self.device.operation("append", |uses| uses.writes.push(Resource::DevicePage(page.id())));
         ops::kv::write_pairs(&self.device, &self.shape, page, position % PAGE, k, v);
     }
 

@@ -1,7 +1,6 @@
 //! New pairs on their way into the cache.
 
 use crate::cpu::round::round_into;
-use crate::device::order::Resource;
 use crate::device::{Buffer, Device};
 use crate::kv::layout::KvShape;
 
@@ -10,7 +9,6 @@ use crate::kv::layout::KvShape;
 /// `k`, `v`: `[n_kv_heads, head_dim]`.
 pub fn write_pairs(device: &Device, shape: &KvShape, page: &mut Buffer, token: usize, k: &[f32], v: &[f32]) {
     assert_eq!((k.len(), v.len()), (shape.n_kv_heads * shape.head_dim, k.len()), "write_pairs: k and v");
-    let _append = device.operation("append", |uses| uses.writes.push(Resource::DevicePage(page.id())));
     let heads = k.chunks_exact(shape.head_dim).zip(v.chunks_exact(shape.head_dim));
     for (head, (k, v)) in heads.enumerate() {
         let pair = &mut page.bytes_mut()[shape.pair(head, token)];
