@@ -78,7 +78,7 @@ fn pass(
     plan_rows(batch, buffers, takes_part, kind);
     device.begin_step();
     let Buffers { rows, attention, members, seqs, tokens, logits, fetches, .. } = buffers;
-    fetches.begin_pass(device.pipeline());
+    fetches.begin_pass(device);
     let n_rows = seqs.iter().map(|s| s.n_rows).sum();
     rows.resize(config, n_rows);
     tokens.clear();

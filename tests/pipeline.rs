@@ -218,3 +218,23 @@ fn every_wait_is_needed_and_none_is_missing() {
         assert!(survives, "{mode}, {schedule}: \"{place}\" is needed after all ({why})");
     }
 }
+
+/// Buffers may serve one engine after the other: events of one device are never waited for on another.
+#[test]
+fn buffers_serve_several_engines() {
+    let kv = kv(KvMode::SpeCache, 1, 32, 33, 7);
+    let engines = [(); 2].map(|()| engine(&TINY, options(1)));
+    let tokens = ids(8, 200);
+    let mut buffers = Buffers::default();
+    let mut sessions = engines.each_ref().map(|engine| {
+        let mut session = engine.session(kv, 200).unwrap();
+        prefill(engine, &mut session, &tokens[..150], &mut vec![]).unwrap();
+        session
+    });
+    let mut rows = [vec![], vec![]];
+    // The first engine's streams are far ahead of the second one's when the buffers change hands.
+    decode(&engines[0], &mut [&mut sessions[0]], &tokens[150..170], &mut buffers, &mut rows[0]).unwrap();
+    decode(&engines[1], &mut [&mut sessions[1]], &tokens[150..190], &mut buffers, &mut rows[1]).unwrap();
+    decode(&engines[0], &mut [&mut sessions[0]], &tokens[170..190], &mut buffers, &mut rows[0]).unwrap();
+    assert!(rows[0] == rows[1]);
+}

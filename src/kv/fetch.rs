@@ -41,6 +41,8 @@ pub struct Fetched {
 /// The fetches of the calls that share some buffers.
 #[derive(Default)]
 pub struct FetchQueue {
+    /// Of the device that the rest belongs to.
+    engine: Option<Arc<CopyEngine>>,
     delta: Delta,
     /// `[layer]`, and beside it the other sequences of the batch where each has a fetch of its own.
     fetches: Vec<Vec<Fetch>>,
@@ -138,7 +140,12 @@ pub(crate) fn staging_depth(gather: Duration, copy: Duration, layer: Duration) -
 
 impl FetchQueue {
     /// A pass over the layers begins: what the ones before took says how many staging blocks are used.
-    pub fn begin_pass(&mut self, schedule: Schedule) {
+    pub fn begin_pass(&mut self, device: &Device) {
+        let (engine, schedule) = (device.copy_engine(), device.pipeline());
+        if self.engine.as_ref().is_none_or(|own| !Arc::ptr_eq(own, &engine)) {
+            // Events mean nothing on another device. What is in flight there is held by its jobs and its sessions.
+            *self = FetchQueue { engine: Some(engine), ..FetchQueue::default() };
+        }
         let nanos = |time: &AtomicU64| Duration::from_nanos(time.load(Ordering::Relaxed));
         let layer = match self.pass.take() {
             Some((begin, layers)) if layers > 0 => begin.elapsed() / layers,
