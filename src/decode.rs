@@ -34,6 +34,9 @@ pub fn decode(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> R
         context.check_tokens(&[*token])?;
         check_room(session)?;
     }
+    for Next { session, .. } in batch.iter_mut() {
+        session.cache.take_waited(); // by prefills, forks and truncations: not this step's
+    }
     let fresh = |session: &Session| session.needs_pre_decode();
     if batch.iter().any(|next| fresh(next.session)) {
         pass(context, batch, buffers, fresh, Pass::PreDecode);
@@ -116,6 +119,7 @@ fn pass(
         dense.down_residual(layer, rows);
     }
 
+    fetches.end_pass(config.n_layers);
     device.at_layer(None);
     logits.resize(n_rows * config.vocab_size, 0.0);
     linear::norm_logits(device, model, &rows.x, n_rows, &mut rows.normed, logits);

@@ -32,7 +32,6 @@ pub struct Session {
 }
 
 /// Why a session cannot go on.
-#[derive(Clone)]
 enum Failure {
     NotFinite(String),
     Copy(String),
@@ -84,13 +83,15 @@ impl Session {
     /// one prompt. Complete 16-bit pages on the host are shared, what lies on the device is copied. Figures begin anew.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`]; nothing has changed then.
+    /// [`Error::OutOfMemory`], and [`Error::Usage`] or [`Error::Device`] for a session that has failed; nothing has changed
+    /// then.
     pub fn fork(&mut self) -> Result<Session> {
+        self.cache.come_to_rest();
+        self.check_sound().and_then(|()| self.check_copies())?;
         Ok(Session {
             max_context: self.max_context,
             speculative: self.speculative,
             last_guess: self.last_guess,
-            failure: self.failure.clone(),
             ..Session::around(self.cache.fork()?)
         })
     }
@@ -103,14 +104,15 @@ impl Session {
     /// 16-bit form is gone; [`Error::OutOfMemory`] if pages that a fork shares cannot be replaced. Nothing has changed
     /// then.
     pub fn truncate(&mut self, n_tokens: usize) -> Result<()> {
-        self.check_sound()?;
+        self.cache.come_to_rest();
+        self.check_sound().and_then(|()| self.check_copies())?;
         let has = self.n_tokens();
         if n_tokens == 0 || n_tokens > has {
             return Err(Error::Usage(format!("truncate to {n_tokens} tokens: from 1 to the {has} that there are")));
         }
         self.cache.truncate(n_tokens)?;
         (self.speculative, self.last_guess) = (None, None);
-        Ok(())
+        self.check_copies()
     }
 
     /// Tokens in the cache.
@@ -187,6 +189,16 @@ impl Session {
     fn check_sound(&self) -> Result<()> {
         match &self.failure {
             Some(f) => Err(Error::Usage(format!("this session cannot go on: {}; start a new one", f.why()))),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether all copies so far have succeeded. A step tells of one that has not for its sequence alone.
+    fn check_copies(&self) -> Result<()> {
+        match self.cache.failure() {
+            Some(why) => {
+                Err(Error::Device(format!("this session's 16-bit pairs are not complete: {why}; start a new one")))
+            }
             None => Ok(()),
         }
     }

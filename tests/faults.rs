@@ -152,6 +152,39 @@ fn others_in_the_batch_go_on() {
     assert!(after.contains("cannot go on") && after.contains("start a new one"), "{after}");
 }
 
+/// A page-out of one sequence that fails is no other one's business, though their pairs come in one fetch.
+#[test]
+fn a_page_out_that_fails_fails_its_sequence_alone() {
+    let kv = kv(KvMode::SpeCache, 1, 32, 33, 400);
+    let tokens = ids(5, 160);
+    let run = |index: u32| {
+        let faults = Arc::new(Faults::at(Fault::Copy, index));
+        let engine = engine(DeviceOptions { faults: Some(faults), ..options(1) });
+        let mut sessions = [(); 2].map(|()| engine.session(kv, 200).unwrap());
+        let mut prompts = sessions.each_mut().map(|session| Prompt { session, tokens: &tokens[..150] });
+        let first = engine.prefill(&mut prompts, &mut Buffers::default()).unwrap();
+        let mut buffers = Buffers::default();
+        let mut rows = vec![];
+        if first.iter().all(Result::is_ok) {
+            engine.decode(&mut sessions.each_mut().map(|session| Next { session, token: 5 }), &mut buffers).unwrap();
+            rows = [0, 1].map(|i| buffers.logits(i).map(<[f32]>::to_vec)).into();
+        }
+        rows.push(step(&engine, &mut sessions[1], 6, &mut buffers));
+        (first, rows, sessions[0].fork().err())
+    };
+    let (_, sound, _) = run(u32::MAX);
+    // The first session's last page-out: known when its prefill ends, or in the next step.
+    let (first, rows, fork) = run(2);
+    assert!(first[1].is_ok());
+    let fork = fork.unwrap();
+    assert!(fork.to_string().contains("copied to the host"), "{fork}");
+    if first[0].is_ok() {
+        assert!(matches!(&rows[0], Err(Error::Device(why)) if why.contains("copied to the host")), "{:?}", rows[0]);
+        assert!(rows[1].as_ref().unwrap() == sound[1].as_ref().unwrap());
+        assert!(rows[2].as_ref().unwrap() == sound[2].as_ref().unwrap());
+    }
+}
+
 /// Pins as long as it is told to.
 struct Limited {
     left: AtomicI64,
@@ -236,10 +269,10 @@ fn drop_ipc_lock() {
     let _ = nix::unistd::setuid(nix::unistd::Uid::from_raw(65534));
 }
 
-/// Cancelled in the middle of decoding, from another thread: it stops within a step, and goes on with the same bits as if
+/// Cancelled while it decodes, from another thread: it stops at the end of the step, and goes on with the same bits as if
 /// nothing had happened.
 #[test]
-fn cancelled_in_mid_step_and_gone_on_with() {
+fn cancelled_while_decoding_and_gone_on_with() {
     let kv = kv(KvMode::SpeCache, 1, 32, 33, 7);
     let engine = engine(options(1));
     let tokens = ids(3, 600);

@@ -16,12 +16,15 @@ pub struct InFlight<T> {
 }
 
 /// Where a value is while it is away. Its job has the other reference ([`Carried`]).
-struct Cell<T>(Mutex<Freight<T>>);
+struct Cell<T> {
+    freight: Mutex<Freight<T>>,
+    /// When the value may be had back; set as soon as its last job is launched. Apart from the freight, which a job may
+    /// hold for as long as a copy takes.
+    event: Mutex<Option<Event>>,
+}
 
 struct Freight<T> {
     value: Option<T>,
-    /// When the value may be had back; set as soon as its last job is launched.
-    event: Option<Event>,
     /// Why the value is not what it was to become. Set until its job says otherwise, so that a panic cannot be missed.
     failure: Option<Cow<'static, str>>,
 }
@@ -31,15 +34,19 @@ const PANICKED: &str = "a thread of the copy panicked";
 impl<T> Cell<T> {
     /// A job that panicked has left its reason in `failure`.
     fn lock(&self) -> MutexGuard<'_, Freight<T>> {
-        self.0.lock().unwrap_or_else(|e| e.into_inner())
+        self.freight.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn event(&self) -> MutexGuard<'_, Option<Event>> {
+        self.event.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 
 impl<T> InFlight<T> {
     /// A value at rest.
     pub fn new(value: T) -> InFlight<T> {
-        let freight = Freight { value: None, event: None, failure: None };
-        InFlight { at_rest: Some(value), cell: Arc::new(Cell(Mutex::new(freight))) }
+        let freight = Mutex::new(Freight { value: None, failure: None });
+        InFlight { at_rest: Some(value), cell: Arc::new(Cell { freight, event: Mutex::new(None) }) }
     }
 
     /// Whether it is away.
@@ -53,24 +60,24 @@ impl<T> InFlight<T> {
     /// If it is away already.
     pub fn send(&mut self) -> Carried<T> {
         let value = self.at_rest.take().expect("a value that is sent is at rest");
-        *self.cell.lock() = Freight { value: Some(value), event: None, failure: Some(PANICKED.into()) };
+        *self.cell.event() = None;
+        *self.cell.lock() = Freight { value: Some(value), failure: Some(PANICKED.into()) };
         Carried(self.cell.clone())
     }
 
     /// Waits until it is back, if it is away. `Err` says why its job failed: then what the job was to write is not to be
     /// relied on. The time that the caller spent waiting is added to `exposed`. `site` names the place in the program;
-    /// `None` where a wait before has waited for the value too.
-    ///
-    /// # Panics
-    /// If it was sent and no job was launched.
+    /// `None` where a wait before has waited for the value too. A value that was sent and for which no job was launched
+    /// comes back as one whose job failed.
     pub fn arrive(&mut self, device: &Device, site: Option<Site>, exposed: &mut Duration) -> Result<(), String> {
         if self.at_rest.is_some() {
             return Ok(());
         }
-        let event = self.cell.lock().event.expect("a job was launched for a value that is away");
-        match site {
-            Some(site) => *exposed += device.wait(event, site),
-            None => device.finish(event),
+        let event = *self.cell.event();
+        match (event, site) {
+            (Some(event), Some(site)) => *exposed += device.wait(event, site),
+            (Some(event), None) => device.finish(event),
+            (None, _) => {}
         }
         let mut freight = self.cell.lock();
         self.at_rest = freight.value.take();
@@ -119,7 +126,7 @@ impl<T> Clone for Carried<T> {
 impl<T> Carried<T> {
     /// The owner may have the value back after this event.
     pub fn depart(&self, event: Event) {
-        self.0.lock().event = Some(event);
+        *self.0.event() = Some(event);
     }
 
     /// Works on the value. What fails, the owner hears of.

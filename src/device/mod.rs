@@ -1,7 +1,7 @@
 //! Where the engine computes: memory that is metered, streams that run in order, values that are in flight between them.
 //!
 //! Everything above is written once against this layer. The CPU device computes in line on the calling thread (rayon
-//! inside) and has a copy stream of its own, one worker thread, so that transfers really overlap with computation.
+//! inside) and has worker threads for gathers and for copies either way, so that transfers really overlap with computation.
 
 pub mod arena;
 pub mod buffer;
@@ -50,7 +50,7 @@ pub struct DeviceOptions {
     pub pipeline: Schedule,
     /// Keep the pairs that stay selected where they are and fetch only the others.
     pub delta: bool,
-    /// Threads that gather, the copy stream's own among them; `None`: a quarter of those that can run, at least 1 and at
+    /// Threads that gather, the gather stream's own among them; `None`: a quarter of those that can run, at least 1 and at
     /// most 16, as all cores compute on this device.
     pub gather_threads: Option<usize>,
     /// A slower link between host and device than memory is.

@@ -192,7 +192,6 @@ impl Cache {
         fork.host.total = shared;
         fork.grow(capacity, &mut admission)?;
         fork.counters = self.counters;
-        fork.failure = self.failure.clone();
         for (l, from) in self.layers.iter().enumerate() {
             for page in &from.tail {
                 let mut copy = fork.take_spare();
@@ -270,7 +269,7 @@ impl Cache {
     }
 
     /// Waits for all copies: afterwards everything is here, and held by nobody else.
-    fn come_to_rest(&mut self) {
+    pub(crate) fn come_to_rest(&mut self) {
         const SITE: Option<Site> = Some("a cache comes to rest");
         for l in 0..self.layers.len() {
             let arrived = self.layers[l].prefetch.arrive(&self.device, SITE, &mut self.waited);

@@ -19,6 +19,7 @@ use super::cache::Cache;
 use super::host::HostLayer;
 use super::options::PAGE;
 use super::prefetch::Slots;
+use super::slab::PageRef;
 use crate::device::buffer::{Line, unique_id};
 use crate::device::link::CopyEngine;
 use crate::device::order::{Resource, StreamId, Uses};
@@ -51,11 +52,13 @@ pub struct FetchQueue {
     turn: usize,
     depth: usize,
     times: Arc<Times>,
-    /// When this pass began to fetch, and how many layers it has fetched since.
-    pass: Option<(Instant, u32)>,
+    /// When the layers of this pass began.
+    begin: Option<Instant>,
+    /// What a layer took in the pass before; zero before the first.
+    layer: Duration,
 }
 
-/// A block of pinned memory that pairs are gathered into and copied from, and after what it is free again.
+/// A block of host memory that pairs are gathered into and copied from, and after what it is free again.
 struct Block {
     memory: Arc<Mutex<Vec<Line>>>,
     id: u64,
@@ -98,7 +101,12 @@ struct Sequence {
     slots: Carried<Slots>,
     /// Its part of the rows.
     rows: Range<usize>,
+    /// Why its pairs cannot come, though those of others can.
+    failure: Option<String>,
 }
+
+/// As many bytes as the longest pair has: K and V of 1,024 channels at 16 bits.
+static NOTHING: [u8; 4096] = [0; 4096];
 
 /// One pair.
 #[derive(Clone, Copy)]
@@ -147,10 +155,7 @@ impl FetchQueue {
             *self = FetchQueue { engine: Some(engine), ..FetchQueue::default() };
         }
         let nanos = |time: &AtomicU64| Duration::from_nanos(time.load(Ordering::Relaxed));
-        let layer = match self.pass.take() {
-            Some((begin, layers)) if layers > 0 => begin.elapsed() / layers,
-            _ => Duration::ZERO,
-        };
+        let layer = self.layer;
         self.depth = match schedule {
             Schedule::Serial => 1,
             Schedule::Stream => 2,
@@ -159,7 +164,14 @@ impl FetchQueue {
             Schedule::Event => staging_depth(nanos(&self.times.gather), nanos(&self.times.copy), layer),
         };
         self.blocks.resize_with(self.blocks.len().max(self.depth), Block::new);
-        self.pass = Some((Instant::now(), 0));
+        self.begin = Some(Instant::now());
+    }
+
+    /// All layers of the pass are done.
+    pub fn end_pass(&mut self, n_layers: usize) {
+        if let Some(begin) = self.begin.take() {
+            self.layer = begin.elapsed() / n_layers.max(1) as u32;
+        }
     }
 
     /// Adds what `cache` has newly selected in `layer` to the fetch that is being put together there; `part` counts the
@@ -172,12 +184,7 @@ impl FetchQueue {
         // Long past, unless the sequences of that pass are not among those of this one.
         done.into_iter().for_each(|event| device.finish(event));
         let mut work = lock(&fetch.work);
-        let Work { sequences, rows, room, .. } = &mut *work;
-        if done.is_some() {
-            sequences.clear(); // where a job has panicked, they are still there
-            rows.clear();
-            *room = 0;
-        }
+        let Work { sequences, rows, .. } = &mut *work;
         let (sequence, first) = (sequences.len() as u32, rows.len());
         let slots = prefetch.slots_mut();
         let top_k = slots.top_k;
@@ -193,7 +200,7 @@ impl FetchQueue {
         let rows = first..rows.len();
         let fetched = Fetched { fetched: rows.len() as u64, selected: (shape.n_kv_heads * slots.count) as u64 };
         if !rows.is_empty() {
-            sequences.push(Sequence { host: host.clone(), slots: prefetch.send(), rows: rows.clone() });
+            sequences.push(Sequence { host: host.clone(), slots: prefetch.send(), rows: rows.clone(), failure: None });
             work.pair_bytes = shape.pair_bytes();
             work.room += shape.n_kv_heads * top_k;
             work.paged_out = paged_out.map(|event| event.later(work.paged_out)).or(work.paged_out);
@@ -203,9 +210,6 @@ impl FetchQueue {
 
     /// Launches what was added, if anything was.
     pub fn launch(&mut self, device: &Device, layer: usize, part: usize) {
-        if let Some((_, layers)) = self.pass.as_mut().filter(|_| part == 0) {
-            *layers += 1;
-        }
         let fetch = self.fetches.get_mut(layer).and_then(|fetches| fetches.get_mut(part));
         // One that was launched before has its jobs to wait for, and they have its memory.
         let Some(fetch) = fetch.filter(|fetch| fetch.done.is_none()) else { return };
@@ -281,19 +285,21 @@ impl Work {
     }
 
     /// All pairs into the staging block, in the order of the rows.
-    fn gather(&self, engine: &CopyEngine) -> Result<(), String> {
+    fn gather(&mut self, engine: &CopyEngine) -> Result<(), String> {
         engine.check()?;
-        let Work { sequences, rows, pair_bytes, .. } = self;
-        let page = |row: &Row| sequences[row.sequence as usize].host.page(row.page as usize);
-        if let Some(missing) = rows.iter().find(|row| page(row).is_none()) {
-            return Err(format!("page {} is not on the host", missing.page));
+        for Sequence { host, rows: own, failure, .. } in &mut self.sequences {
+            let missing = self.rows[own.clone()].iter().find(|row| host.page(row.page as usize).is_none());
+            *failure = missing.map(|row| format!("page {} is not on the host", row.page));
         }
-        let page = |i: usize| page(&rows[i]).expect("looked for above");
+        let Work { sequences, rows, pair_bytes, .. } = &*self;
+        let page = |i: usize| sequences[rows[i].sequence as usize].host.page(rows[i].page as usize);
         let mut memory = lock(&self.memory);
         let lines = (self.room * pair_bytes).div_ceil(size_of::<Line>()).max(memory.len());
         memory.resize(lines, Line::default());
-        let source = |i: usize| &page(i).bytes()[rows[i].offset as usize..][..*pair_bytes];
-        let node = |i: usize| page(i).node().unwrap_or(NodeId(0));
+        // Where a page is missing its sequence fails, and what it is given does not matter.
+        let source = |i: usize| page(i).map_or(&NOTHING[..], |page| &page.bytes()[rows[i].offset as usize..]);
+        let source = |i: usize| &source(i)[..*pair_bytes];
+        let node = |i: usize| page(i).and_then(PageRef::node).unwrap_or(NodeId(0));
         let bytes = &mut bytemuck::cast_slice_mut(&mut memory[..])[..self.bytes()];
         let gathered = Rows { n_rows: rows.len(), row_bytes: *pair_bytes, source, node };
         engine.gather.reserve(self.room);
@@ -343,15 +349,28 @@ struct CopyJob {
     times: Arc<Times>,
 }
 
+/// The work of a fetch that is about to end: what it held is its owners' alone afterwards, however it ends.
+struct Ending<'a>(MutexGuard<'a, Work>);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.sequences.clear();
+        self.0.rows.clear();
+        self.0.room = 0;
+    }
+}
+
 impl Job for CopyJob {
     fn run(&self) -> u64 {
         let start = Instant::now();
-        let mut work = lock(&self.work);
+        let mut ending = Ending(lock(&self.work));
+        let work = &mut *ending.0;
         let bytes = work.bytes() as u64;
         let failure = work.failure.take().or_else(|| self.engine.check().err().map(Cow::Owned));
         self.engine.transfer(bytes, || {
             for sequence in &work.sequences {
-                sequence.slots.work(|slots| match &failure {
+                let failure = failure.as_deref().or(sequence.failure.as_deref());
+                sequence.slots.work(|slots| match failure {
                     Some(why) => Err(why.to_string()),
                     None => {
                         work.copy(sequence.rows.clone(), slots);
@@ -360,9 +379,6 @@ impl Job for CopyJob {
                 });
             }
         });
-        // What it held is its owners' alone from here on.
-        work.sequences.clear();
-        work.rows.clear();
         Times::note(&self.times.copy, start.elapsed());
         bytes
     }

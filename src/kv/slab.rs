@@ -195,10 +195,10 @@ impl Slab {
         Reservation::none(self)
     }
 
-    /// Bytes that promising `n` pages more would map, or that of pages which are mapped but not yet touched.
+    /// Bytes of memory that the system must still give for `n` pages more and for all that are promised already.
     pub fn missing_bytes(&self, n: usize) -> u64 {
         let state = lock(&self.0.state);
-        (n as u64).saturating_sub(state.unreserved_touched() as u64).saturating_mul(self.0.stride as u64)
+        (state.untouched_of(n) as u64).saturating_mul(self.0.stride as u64)
     }
 
     /// Figures of this moment.

@@ -84,9 +84,10 @@ impl State {
         self.free() - self.reserved
     }
 
-    /// Free pages that nobody was promised and that have memory behind them.
-    pub fn unreserved_touched(&self) -> usize {
-        (self.stack.len() + self.fresh_pages).saturating_sub(self.reserved)
+    /// Pages without memory behind them that promising `n` pages more would bring into use, besides those that are
+    /// promised already.
+    pub fn untouched_of(&self, n: usize) -> usize {
+        n.saturating_add(self.reserved).saturating_sub(self.stack.len() + self.fresh_pages)
     }
 
     /// Adds the pages of an arena, all of them cold.
