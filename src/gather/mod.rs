@@ -302,11 +302,29 @@ where
     #[inline(always)]
     fn row(&self, i: usize, slot: usize) -> Move {
         let from = (self.rows.source)(i);
-        assert!(from.len() == self.rows.row_bytes, "row {i} has {} bytes", from.len());
-        assert!(slot < self.n_slots, "slot {slot} of a staging block of {}", self.n_slots);
-        // SAFETY: inside of the block by the assertion.
+        if from.len() != self.rows.row_bytes {
+            wrong_length(i, from.len());
+        }
+        if slot >= self.n_slots {
+            outside(slot, self.n_slots);
+        }
+        // SAFETY: inside of the block, as was just checked.
         Move { from: from.as_ptr(), to: unsafe { self.to.add(slot * self.rows.row_bytes) } }
     }
+}
+
+/// Takes its numbers by value: with the message in the loop that finds rows they would live in memory there.
+#[cold]
+#[inline(never)]
+fn wrong_length(i: usize, n_bytes: usize) -> ! {
+    panic!("row {i} has {n_bytes} bytes")
+}
+
+/// As above.
+#[cold]
+#[inline(never)]
+fn outside(slot: usize, n_slots: usize) -> ! {
+    panic!("slot {slot} of a staging block of {n_slots}")
 }
 
 /// For debug builds.
