@@ -75,7 +75,7 @@ fn random_shapes() {
     let config = ProptestConfig { cases: 200, ..Default::default() };
     proptest!(config, |((row_bytes, offset, from, seed, which) in shape)| {
         // Distinct slots in a scrambled order: multiplication by an odd number permutes 0..512.
-        let slots: Vec<usize> = (0..from.len()).map(|i| (i * (seed as usize | 1)) % 512).collect();
+        let slots: Vec<usize> = (0..from.len()).map(|i| i.wrapping_mul(seed as usize | 1) % 512).collect();
         let stores = if seed >> 60 & 1 == 0 { Stores::Temporal } else { Stores::NonTemporal };
         check(&gathers[which % gathers.len()], row_bytes, offset, &from, &slots, stores);
     });

@@ -164,7 +164,8 @@ fn check(kv: KvOptions, pipeline: Schedule, ignored: Option<&'static str>) -> (V
     (order.conflicts().to_vec(), order.sites().collect())
 }
 
-/// Waits that order nothing by themselves: mode, schedule (all where it is empty), place, and why they are there.
+/// Waits without which this life meets no conflict: mode, schedule (all where it is empty), place, and why not. Those at
+/// loads are needed all the same in other lives, as `offload` shows.
 const HARMLESS: [(&str, &str, &str, &str); 11] = [
     ("full", "stream", ALL, "nothing is copied"),
     ("kivi", "stream", ALL, "nothing is copied"),
