@@ -17,7 +17,8 @@ typedef unsigned long long uint64_t;
 #define SPECACHE_ASSERT_SIZE(type, bytes) static_assert(sizeof(type) == (bytes), "size of " #type)
 extern "C" {
 #else
-#define SPECACHE_ASSERT_SIZE(type, bytes) _Static_assert(sizeof(type) == (bytes), "size of " #type)
+/* C99 has no static assertion; an array of negative size does not compile. */
+#define SPECACHE_ASSERT_SIZE(type, bytes) typedef char type##_size[sizeof(type) == (bytes) ? 1 : -1]
 #endif
 
 /* Tokens of a page, everywhere. */

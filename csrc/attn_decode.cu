@@ -14,70 +14,13 @@
 // times V's scale, are fp16, 2^-12 of each product; for bf16 pairs p is the sum of two bf16 numbers. The second
 // products cost nothing that a memory-bound kernel would notice. 2^(4-e) is folded into q and p beside the scales; the
 // 4 keeps small numbers off the fp16 subnormals, and q times scale and V's scale must stay below 4094 for it.
-#ifndef SPECACHE_PLAN_ONLY
 #include "kv_layout.cuh"
-#include "ptx.cuh"
-#endif
+#include "seq.cuh"
 #include "attn_work.h"
-
-// Entry points, D x bits x dtype: the one list that kernels and plan are made from.
-// clang-format off
-#ifndef SPECACHE_ATTN_KERNELS
-#define SPECACHE_ATTN_KERNELS(X)                                       \
-    X(64, 1, fp16, Fp16) X(64, 2, fp16, Fp16) X(64, 4, fp16, Fp16)     \
-    X(64, 1, bf16, Bf16) X(64, 2, bf16, Bf16) X(64, 4, bf16, Bf16)     \
-    X(128, 1, fp16, Fp16) X(128, 2, fp16, Fp16) X(128, 4, fp16, Fp16)  \
-    X(128, 1, bf16, Bf16) X(128, 2, bf16, Bf16) X(128, 4, bf16, Bf16)
-#endif
-// clang-format on
-
-#define SPECACHE_ATTN_THREADS 128
-// CTAs of a multiprocessor: what its shared memory has room for on sm_90, and registers must not forbid.
-#define SPECACHE_ATTN_CTAS(D) ((D) == 64 ? 3 : 2)
 
 namespace specache {
 
 constexpr uint32_t kAttnThreads = SPECACHE_ATTN_THREADS;
-static_assert(kAttnThreads == 32 * kAttnWarps, "a warp for each item at a time");
-constexpr uint32_t kMostStages = 4;
-
-// Bytes of one stage: the larger of the two kinds of item.
-SPECACHE_HOST_DEVICE uint32_t stage_bytes(const specache_attn_params& p) {
-    const uint32_t page = SPECACHE_PAGE * (2 * p.head_dim * p.bits / 8 + 8 * p.head_dim / p.group_size);
-    const uint32_t tile = kWideTile * 4 * p.head_dim;
-    return page > tile ? page : tile;
-}
-
-// Bytes of the queries as B operands, in five forms (AttnShared).
-SPECACHE_HOST_DEVICE uint32_t query_bytes(const specache_attn_params& p) { return 5 * kColumns * 2 * p.head_dim; }
-
-SPECACHE_HOST_DEVICE uint32_t attn_shared_bytes(const specache_attn_params& p, uint32_t stages) {
-    return query_bytes(p) + kAttnWarps * stages * stage_bytes(p);
-}
-
-// A CTA's own 128 bytes (Unit), and the 1 KB that every CTA costs; a multiprocessor has that much more than a CTA may
-// take.
-constexpr uint32_t kUnitBytes = 128;
-constexpr uint32_t kCtaBytes = 1024;
-
-SPECACHE_HOST_DEVICE uint32_t attn_fit(const specache_attn_params& p, uint32_t stages) {
-    return (p.shared_limit + kCtaBytes) / (attn_shared_bytes(p, stages) + kUnitBytes + kCtaBytes);
-}
-
-// Stages of each warp's ring: as many as leave room for two CTAs on a multiprocessor, else as many as fit, at least
-// two; 0 if two do not fit.
-SPECACHE_HOST_DEVICE uint32_t attn_stages(const specache_attn_params& p) {
-    for (uint32_t ctas = 2; ctas >= 1; ctas--)
-        for (uint32_t stages = kMostStages; stages >= 2; stages--)
-            if (attn_fit(p, stages) >= ctas) return stages;
-    return 0;
-}
-
-}   // namespace specache
-
-#ifndef SPECACHE_PLAN_ONLY
-namespace specache {
-
 constexpr float kLog2e = 1.44269504f;
 constexpr float kNothingSeen = -1e30f;   // a maximum of no score: finite, so that differences are numbers
 // A code counts 2^(e-24), q and p carry 2^(4-e): sums of products with codes are 2^-20 of what they stand for.
@@ -173,21 +116,24 @@ template <int D> struct Accumulator {
 // ---- step 1: which unit -----------------------------------------------------------------------------------------
 
 SPECACHE_DEVICE uint32_t units_of(const specache_attn_params& p, uint32_t seq_index) {
-    return seq_index < p.n_seqs ? seq_work(p, load_seq(p.seqs, seq_index)).units(p.n_kv_heads) : 0;
+    if (seq_index >= p.n_seqs) return 0;
+    const specache_seq seq = load_seq(p.seqs, seq_index);
+    const SeqWork work = seq_work(&p, &seq);
+    return seq_units(&work, p.n_kv_heads);
 }
 
 // The unit's place in its sequence. Column tiles vary fastest: CTAs that read the same pages run at the same time, and
 // the second finds them in L2.
 SPECACHE_DEVICE void place_unit(const specache_attn_params& p, uint32_t seq_index, uint32_t index, Unit& unit) {
     unit.seq = load_seq(p.seqs, seq_index);
-    unit.work = seq_work(p, unit.seq);
+    unit.work = seq_work(&p, &unit.seq);
     unit.seq_index = seq_index;
     unit.column_tile = index % unit.work.column_tiles;
     const uint32_t part = index / unit.work.column_tiles % unit.work.parts;
     unit.kv_head = index / unit.work.column_tiles / unit.work.parts;
     unit.first_item = part * unit.work.unit_items;
     const uint32_t end = unit.first_item + unit.work.unit_items;
-    unit.end_item = end < unit.work.items() ? end : unit.work.items();
+    unit.end_item = end < unit.work.items ? end : unit.work.items;
 }
 
 // One warp looks 32 sequences at a time for the one that unit `index` belongs to.
@@ -325,7 +271,7 @@ SPECACHE_DEVICE void copy_item(const specache_attn_params& p, const Unit& unit, 
     const bool needed = item < unit.end_item;
 #endif
     if (needed && item < unit.work.pages) copy_page<D, B>(p, unit, unit.work.first_page + item, stage);
-    else if (needed && item < unit.work.items()) copy_wide_tile<D>(p, unit, item - unit.work.pages, stage);
+    else if (needed && item < unit.work.items) copy_wide_tile<D>(p, unit, item - unit.work.pages, stage);
     copy_async_commit();   // also without a copy: batches are counted
 }
 
@@ -725,7 +671,7 @@ template <class T, int D, int B> SPECACHE_DEVICE void attend(const specache_attn
     SPECACHE_SHARED(Unit, unit);
     AttnShared<D>& shared = *reinterpret_cast<AttnShared<D>*>(memory);
     uint8_t* rings = memory + sizeof(AttnShared<D>);
-    Ring ring{rings, stage_bytes(p), attn_stages(p)};
+    Ring ring{rings, stage_bytes(&p), attn_stages(&p)};
     ring.start += threadIdx.x / 32 * ring.stages * ring.stage_bytes;
     MergeShared<D>& merge = *reinterpret_cast<MergeShared<D>*>(rings);
     for (uint32_t index = blockIdx.x;; index += gridDim.x) {
@@ -769,7 +715,7 @@ SPECACHE_DEVICE void combine(const specache_attn_params& p) {
     const uint32_t seq_index = blockIdx.x / p.n_heads / 2;
     const specache_seq seq = load_seq(p.seqs, seq_index);
     if (row >= seq.n_rows) return;
-    const SeqWork work = seq_work(p, seq);
+    const SeqWork work = seq_work(&p, &seq);
     const uint32_t group_heads = p.n_heads / p.n_kv_heads, column = row * group_heads + head % group_heads;
     // Units of this head's columns: one in `column_tiles`.
     const uint64_t first = units_before(p, seq_index) + head / group_heads * work.parts * work.column_tiles;
@@ -833,111 +779,3 @@ extern "C" __global__ void __launch_bounds__(SPECACHE_ATTN_THREADS)
     specache_attn_combine(const __grid_constant__ specache_attn_params p) {
     specache::combine(p);
 }
-#endif   // SPECACHE_PLAN_ONLY
-
-// The plans: plain host code. With SPECACHE_PLAN_ONLY this file is ordinary C++ and needs no CUDA header.
-#ifndef __CUDACC_RTC__
-#include "plan.h"
-
-namespace specache {
-
-static const char* attn_kernel_name(const specache_attn_params& p) {
-#define SPECACHE_ATTN_NAME(D, B, type, T) \
-    if (p.head_dim == D && p.bits == B && p.dtype == dtype_named(#type)) return "specache_attn_d" #D "_b" #B "_" #type;
-    SPECACHE_ATTN_KERNELS(SPECACHE_ATTN_NAME)
-#undef SPECACHE_ATTN_NAME
-    return nullptr;
-}
-
-static specache_status check_attn_shape(const specache_attn_params& p, specache_launch* launch) {
-    if (p.head_dim != 64 && p.head_dim != 128)
-        return refuse(launch, SPECACHE_UNSUPPORTED_HEAD_DIM, "attention: head_dim %u (64 or 128)", p.head_dim);
-    if (p.bits != 1 && p.bits != 2 && p.bits != 4)
-        return refuse(launch, SPECACHE_UNSUPPORTED_BITS, "attention: %u bits (1, 2 or 4)", p.bits);
-    if (p.group_size != 32 && p.group_size != 64)
-        return refuse(launch, SPECACHE_UNSUPPORTED_GROUP_SIZE, "attention: group_size %u (32 or 64)", p.group_size);
-    if (p.dtype != SPECACHE_FP16 && p.dtype != SPECACHE_BF16)
-        return refuse(launch, SPECACHE_UNSUPPORTED_DTYPE, "attention: dtype %u (fp16 or bf16)", p.dtype);
-    if (p.n_kv_heads == 0 || p.n_heads == 0 || p.n_heads % p.n_kv_heads != 0 || p.n_heads / p.n_kv_heads > 16)
-        return refuse(launch, SPECACHE_UNSUPPORTED_HEADS, "attention: %u heads on %u KV heads (1 to 16 on each)",
-                      p.n_heads, p.n_kv_heads);
-    if (p.capacity > kMostTokens || p.top_k > kMostTokens)
-        return refuse(launch, SPECACHE_TOO_LARGE, "attention: capacity %u, top_k %u", p.capacity, p.top_k);
-    const bool too_many = p.n_seqs > kMostSeqs || p.n_heads > kMostHeads;
-    if (too_many || most_units(p) > 0x7FFFFFFFu || 2 * uint64_t(p.n_seqs) * p.n_heads > 0x7FFFFFFFu)
-        return refuse(launch, SPECACHE_TOO_LARGE, "attention: %u sequences of %u heads", p.n_seqs, p.n_heads);
-    return SPECACHE_OK;
-}
-
-static specache_status check_attn_memory(const specache_attn_params& p, specache_launch* launch) {
-    const auto bad = [&](const char* what) {
-        return refuse(launch, SPECACHE_BAD_ADDRESS, "attention: %s is null or not aligned", what);
-    };
-    if (p.seqs == 0 || p.seqs % 16 != 0) return bad("seqs");
-    if (p.q == 0 || p.q % 8 != 0) return bad("q");
-    if (p.out == 0 || p.out % 4 != 0) return bad("out");
-    if (p.packed % 128 != 0) return bad("packed");
-    if (p.wide == 0 || p.wide % 16 != 0) return bad("wide");
-    if (p.packed_ids % 4 != 0 || p.wide_ids % 4 != 0) return bad("a list of page ids");
-    if (p.parts == 0 || p.parts % 16 != 0) return bad("parts");
-    if (p.slots % 4 != 0) return bad("slots");
-    if (p.slots != 0 && p.top_k != 0 && (p.pairs == 0 || p.pairs % 16 != 0)) return bad("pairs");
-    if (p.slots != 0 && p.top_k != 0 && (p.skip == 0 || p.skip % 8 != 0)) return bad("skip");
-    if (p.scores % 4 != 0 || p.lse % 4 != 0) return bad("scores or lse");
-    if (p.scores != 0 && p.lse == 0) return bad("lse (scores need it)");
-    const uint64_t head =
-        SPECACHE_PAGE * (uint64_t(2) * p.head_dim * p.bits / 8 + uint64_t(8) * p.head_dim / p.group_size);
-    if (p.packed != 0 && (p.packed_head_stride < head || p.packed_page_stride < head))
-        return refuse(launch, SPECACHE_BAD_STRIDE, "attention: a packed stride is below %llu",
-                      (unsigned long long)head);
-    if (p.packed_head_stride % 128 != 0 || p.packed_page_stride % 128 != 0)
-        return refuse(launch, SPECACHE_BAD_STRIDE, "attention: a packed stride is not a multiple of 128");
-    const uint64_t wide = uint64_t(p.n_kv_heads) * SPECACHE_PAGE * 4 * p.head_dim;
-    if (p.wide_page_stride < wide || p.wide_page_stride % 16 != 0)
-        return refuse(launch, SPECACHE_BAD_STRIDE, "attention: wide_page_stride below %llu or not a multiple of 16",
-                      (unsigned long long)wide);
-    return SPECACHE_OK;
-}
-
-}   // namespace specache
-
-extern "C" uint64_t specache_attn_part_bytes(const specache_attn_params* params) {
-    specache_launch launch{};
-    if (specache::check_attn_shape(*params, &launch) != SPECACHE_OK) return 0;
-    return specache::most_units(*params) * specache::part_floats(params->head_dim) * 4;
-}
-
-extern "C" specache_status specache_attn_plan(const specache_attn_params* params, specache_launch* launch) {
-    const specache_attn_params& p = *params;
-    *launch = specache_launch{};
-    specache_status status = specache::check_attn_shape(p, launch);
-    if (status != SPECACHE_OK || p.n_seqs == 0) return status;
-    status = specache::check_attn_memory(p, launch);
-    if (status != SPECACHE_OK) return status;
-    const uint32_t stages = specache::attn_stages(p);
-    if (stages == 0)
-        return specache::refuse(launch, SPECACHE_TOO_MUCH_SHARED, "attention: %u bytes of shared memory where %u are",
-                                specache::attn_shared_bytes(p, 2), p.shared_limit);
-    launch->shared_bytes = specache::attn_shared_bytes(p, stages);
-    const uint32_t fit = specache::attn_fit(p, stages), most = SPECACHE_ATTN_CTAS(p.head_dim);
-    const uint64_t ctas = uint64_t(p.n_sms == 0 ? 1 : p.n_sms) * (fit < most ? fit : most);
-    const uint64_t units = specache::most_units(p);
-    launch->kernel = specache::attn_kernel_name(p);
-    launch->grid = uint32_t(ctas < units ? ctas : units);
-    launch->block = SPECACHE_ATTN_THREADS;
-    return SPECACHE_OK;
-}
-
-extern "C" specache_status specache_attn_combine_plan(const specache_attn_params* params, specache_launch* launch) {
-    const specache_attn_params& p = *params;
-    *launch = specache_launch{};
-    specache_status status = specache::check_attn_shape(p, launch);
-    if (status != SPECACHE_OK || p.n_seqs == 0) return status;
-    status = specache::check_attn_memory(p, launch);
-    if (status != SPECACHE_OK) return status;
-    launch->kernel = "specache_attn_combine";
-    launch->grid = 2 * p.n_seqs * p.n_heads;
-    launch->block = SPECACHE_ATTN_THREADS;
-    return SPECACHE_OK;
-}
-#endif

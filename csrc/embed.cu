@@ -4,17 +4,9 @@
 // the row's position (fp32 angles, as Hugging Face has them), and for each layer the address at which the row's K and V
 // go into the tail. What a layer reads of all this is one address and a pair of numbers for each thread. Sequences are
 // read from device memory, so a captured graph stays valid from step to step.
-#ifndef SPECACHE_PLAN_ONLY
 #include "ptx.cuh"
-#endif
-#include "abi.h"
+#include "kernels.h"
 
-#define SPECACHE_EMBED_KERNELS(X) X(fp16, Fp16) X(bf16, Bf16) X(fp32, Fp32)
-
-// A row of 4096 numbers is four loads of 8 bytes for each thread.
-#define SPECACHE_EMBED_THREADS 256
-
-#ifndef SPECACHE_PLAN_ONLY
 namespace specache {
 
 // Where a row stands, if it is a sequence's and does not only fill up a graph.
@@ -122,68 +114,3 @@ template <class T> SPECACHE_DEVICE void embed(const specache_embed_params& p) {
     }
 SPECACHE_EMBED_KERNELS(SPECACHE_EMBED_KERNEL)
 #undef SPECACHE_EMBED_KERNEL
-#endif   // SPECACHE_PLAN_ONLY
-
-// The plan: plain host code. With SPECACHE_PLAN_ONLY this file is ordinary C++ and needs no CUDA header.
-#ifndef __CUDACC_RTC__
-#include "plan.h"
-
-namespace specache {
-
-static const char* embed_kernel_name(specache_dtype dtype) {
-#define SPECACHE_EMBED_NAME(type, T) \
-    if (dtype == dtype_named(#type)) return "specache_embed_" #type;
-    SPECACHE_EMBED_KERNELS(SPECACHE_EMBED_NAME)
-#undef SPECACHE_EMBED_NAME
-    return nullptr;
-}
-
-static specache_status check_embed_shape(const specache_embed_params& p, specache_launch* launch) {
-    if (p.n_rows > SPECACHE_MAX_ROWS)
-        return refuse(launch, SPECACHE_UNSUPPORTED_ROWS, "embed: %u rows (1 to %u)", p.n_rows, SPECACHE_MAX_ROWS);
-    if (p.dtype != SPECACHE_FP16 && p.dtype != SPECACHE_BF16 && p.dtype != SPECACHE_FP32)
-        return refuse(launch, SPECACHE_UNSUPPORTED_DTYPE, "embed: dtype %u (fp16, bf16 or fp32)", p.dtype);
-    if (p.hidden == 0 || p.hidden % 8 != 0 || p.hidden > 1u << 20)
-        return refuse(launch, SPECACHE_UNSUPPORTED_WIDTH, "embed: hidden size %u (multiples of 8 to %u)", p.hidden,
-                      1u << 20);
-    if (p.vocab == 0) return refuse(launch, SPECACHE_UNSUPPORTED_WIDTH, "embed: an empty vocabulary");
-    if (p.head_dim == 0 || p.head_dim % 2 != 0 || p.head_dim > 256)
-        return refuse(launch, SPECACHE_UNSUPPORTED_HEAD_DIM, "embed: head_dim %u (even, at most 256)", p.head_dim);
-    return SPECACHE_OK;
-}
-
-static specache_status check_embed_memory(const specache_embed_params& p, specache_launch* launch) {
-    const struct {
-        const char* name;
-        uint64_t at, align;
-    } all[] = {{"table", p.table, 16}, {"tokens", p.tokens, 4},     {"seqs", p.seqs, 16},
-               {"wide", p.wide, 16},   {"inv_freq", p.inv_freq, 4}, {"x", p.x, 16},
-               {"rope", p.rope, 8},    {"append", p.append, 8},     {"bad_layer", p.bad_layer, 4}};
-    for (const auto& a : all)
-        if (a.at == 0 || a.at % a.align != 0)
-            return refuse(launch, SPECACHE_BAD_ADDRESS, "embed: %s is null or not %u-byte aligned", a.name,
-                          unsigned(a.align));
-    const uint64_t page = uint64_t(p.n_kv_heads) * SPECACHE_PAGE * 4 * p.head_dim;
-    // Layers may lie page by page or all pages of a layer together: only each stride's own minimum can be asked for.
-    if (p.wide_page_stride < page || (p.wide_layer_stride < page && p.n_layers > 1))
-        return refuse(launch, SPECACHE_BAD_STRIDE, "embed: a wide stride is below %llu", (unsigned long long)page);
-    if (p.wide_page_stride % 16 != 0 || p.wide_layer_stride % 16 != 0 || p.wide_ids % 4 != 0)
-        return refuse(launch, SPECACHE_BAD_STRIDE, "embed: a wide stride is not a multiple of 16, or wide_ids of 4");
-    return SPECACHE_OK;
-}
-
-}   // namespace specache
-
-extern "C" specache_status specache_embed_plan(const specache_embed_params* params, specache_launch* launch) {
-    const specache_embed_params& p = *params;
-    *launch = specache_launch{};
-    specache_status status = specache::check_embed_shape(p, launch);
-    if (status != SPECACHE_OK || p.n_rows == 0) return status;
-    status = specache::check_embed_memory(p, launch);
-    if (status != SPECACHE_OK) return status;
-    launch->kernel = specache::embed_kernel_name(p.dtype);
-    launch->grid = p.n_rows;
-    launch->block = SPECACHE_EMBED_THREADS;
-    return SPECACHE_OK;
-}
-#endif

@@ -4,24 +4,10 @@
 // builds the packed page (kv_layout.cuh) in shared memory and writes it out 16 bytes at a time: device memory is read
 // once and written once. Bit for bit the arithmetic of the CPU form: zero and scale rounded to fp16 first, true
 // division, half to even.
-#ifndef SPECACHE_PLAN_ONLY
+#include "kernels.h"
 #include "kv_layout.cuh"
 #include "ptx.cuh"
-#endif
 
-// Entry points, D x bits x dtype: the one list that kernels and plan are made from.
-// clang-format off
-#define SPECACHE_PACK_KERNELS(X)                                       \
-    X(64, 1, fp16, Fp16) X(64, 2, fp16, Fp16) X(64, 4, fp16, Fp16)     \
-    X(64, 1, bf16, Bf16) X(64, 2, bf16, Bf16) X(64, 4, bf16, Bf16)     \
-    X(128, 1, fp16, Fp16) X(128, 2, fp16, Fp16) X(128, 4, fp16, Fp16)  \
-    X(128, 1, bf16, Bf16) X(128, 2, bf16, Bf16) X(128, 4, bf16, Bf16)
-// clang-format on
-
-// 8 warps: 8 loads of 16 bytes in flight per thread at D = 128.
-#define SPECACHE_PACK_THREADS 256
-
-#ifndef SPECACHE_PLAN_ONLY
 namespace specache {
 
 constexpr int kPackThreads = SPECACHE_PACK_THREADS;
@@ -256,75 +242,3 @@ template <class T, int D, int B> SPECACHE_DEVICE void pack_head(const specache_p
     }
 SPECACHE_PACK_KERNELS(SPECACHE_PACK_KERNEL)
 #undef SPECACHE_PACK_KERNEL
-#endif   // SPECACHE_PLAN_ONLY
-
-// The plan: plain host code. With SPECACHE_PLAN_ONLY this file is ordinary C++ and needs no CUDA header.
-#ifndef __CUDACC_RTC__
-#include "plan.h"
-
-namespace specache {
-
-static const char* pack_kernel_name(const specache_pack_params& p) {
-#define SPECACHE_PACK_NAME(D, B, type, T) \
-    if (p.head_dim == D && p.bits == B && p.dtype == dtype_named(#type)) return "specache_pack_d" #D "_b" #B "_" #type;
-    SPECACHE_PACK_KERNELS(SPECACHE_PACK_NAME)
-#undef SPECACHE_PACK_NAME
-    return nullptr;
-}
-
-// Bytes of one head of a packed page.
-static uint64_t packed_head_bytes(const specache_pack_params& p) {
-    return SPECACHE_PAGE * (uint64_t(2) * p.head_dim * p.bits / 8 + uint64_t(8) * p.head_dim / p.group_size);
-}
-
-static specache_status check_pack_shape(const specache_pack_params& p, specache_launch* launch) {
-    if (p.head_dim != 64 && p.head_dim != 128)
-        return refuse(launch, SPECACHE_UNSUPPORTED_HEAD_DIM, "pack: head_dim %u (64 or 128)", p.head_dim);
-    if (p.bits != 1 && p.bits != 2 && p.bits != 4)
-        return refuse(launch, SPECACHE_UNSUPPORTED_BITS, "pack: %u bits (1, 2 or 4)", p.bits);
-    if (p.group_size != 32 && p.group_size != 64)
-        return refuse(launch, SPECACHE_UNSUPPORTED_GROUP_SIZE, "pack: group_size %u (32 or 64)", p.group_size);
-    if (p.dtype != SPECACHE_FP16 && p.dtype != SPECACHE_BF16)
-        return refuse(launch, SPECACHE_UNSUPPORTED_DTYPE, "pack: dtype %u (fp16 or bf16)", p.dtype);
-    return SPECACHE_OK;
-}
-
-static specache_status check_pack_memory(const specache_pack_params& p, specache_launch* launch) {
-    if (p.wide == 0 || p.wide % 16 != 0)
-        return refuse(launch, SPECACHE_BAD_ADDRESS, "pack: wide is null or not 16-byte aligned");
-    if (p.packed == 0 || p.packed % 128 != 0)
-        return refuse(launch, SPECACHE_BAD_ADDRESS, "pack: packed is null or not 128-byte aligned");
-    if (p.wide_ids % 4 != 0 || p.packed_ids % 4 != 0)
-        return refuse(launch, SPECACHE_BAD_ADDRESS, "pack: page ids are not 4-byte aligned");
-    const uint64_t wide_page = uint64_t(p.n_kv_heads) * SPECACHE_PAGE * 4 * p.head_dim;
-    if (p.wide_page_stride < wide_page || p.wide_page_stride % 16 != 0)
-        return refuse(launch, SPECACHE_BAD_STRIDE, "pack: wide_page_stride below %llu or not a multiple of 16",
-                      (unsigned long long)wide_page);
-    // Heads may lie page by page or all pages of a head together: only each stride's own minimum can be asked for.
-    const uint64_t head = packed_head_bytes(p);
-    if (p.packed_head_stride < head || p.packed_page_stride < head)
-        return refuse(launch, SPECACHE_BAD_STRIDE, "pack: a packed stride is below %llu", (unsigned long long)head);
-    if (p.packed_head_stride % 128 != 0 || p.packed_page_stride % 128 != 0)
-        return refuse(launch, SPECACHE_BAD_STRIDE, "pack: a packed stride is not a multiple of 128");
-    return SPECACHE_OK;
-}
-
-}   // namespace specache
-
-extern "C" specache_status specache_pack_plan(const specache_pack_params* params, specache_launch* launch) {
-    const specache_pack_params& p = *params;
-    *launch = specache_launch{};
-    specache_status status = specache::check_pack_shape(p, launch);
-    if (status != SPECACHE_OK) return status;
-    const uint64_t ctas = uint64_t(p.n_pages) * p.n_kv_heads;
-    if (ctas == 0) return SPECACHE_OK;
-    status = specache::check_pack_memory(p, launch);
-    if (status != SPECACHE_OK) return status;
-    if (ctas > 0x7FFFFFFFu)
-        return specache::refuse(launch, SPECACHE_TOO_LARGE, "pack: %llu CTAs", (unsigned long long)ctas);
-    launch->kernel = specache::pack_kernel_name(p);
-    launch->grid = uint32_t(ctas);
-    launch->block = SPECACHE_PACK_THREADS;
-    return SPECACHE_OK;
-}
-#endif

@@ -3,14 +3,9 @@
 //
 // Two kernels: a CTA for each slice of a row, then a warp for each row over its slices. A row of 128 k logits read by
 // one SM would take 5 us; in slices of 8192 it is the latency of two small kernels.
-#ifndef SPECACHE_PLAN_ONLY
 #include "ptx.cuh"
-#endif
-#include "abi.h"
+#include "kernels.h"
 
-#define SPECACHE_ARGMAX_THREADS 256
-
-#ifndef SPECACHE_PLAN_ONLY
 namespace specache {
 
 constexpr int kArgmaxWarps = SPECACHE_ARGMAX_THREADS / 32;
@@ -103,52 +98,7 @@ extern "C" __global__ void __launch_bounds__(SPECACHE_ARGMAX_THREADS)
     specache::best_of_slice(p);
 }
 
-extern "C" __global__ void __launch_bounds__(32)
+extern "C" __global__ void __launch_bounds__(SPECACHE_ARGMAX_MERGE_THREADS)
     specache_argmax_merge(const __grid_constant__ specache_argmax_params p) {
     specache::best_of_row(p);
 }
-#endif   // SPECACHE_PLAN_ONLY
-
-// The plans: plain host code. With SPECACHE_PLAN_ONLY this file is ordinary C++ and needs no CUDA header.
-#ifndef __CUDACC_RTC__
-#include "plan.h"
-
-namespace specache {
-
-static specache_status check_argmax(const specache_argmax_params& p, specache_launch* launch) {
-    if (p.n_rows > SPECACHE_MAX_ROWS)
-        return refuse(launch, SPECACHE_UNSUPPORTED_ROWS, "argmax: %u rows (1 to %u)", p.n_rows, SPECACHE_MAX_ROWS);
-    if (p.vocab == 0 || p.vocab > 1u << 24)
-        return refuse(launch, SPECACHE_UNSUPPORTED_WIDTH, "argmax: a vocabulary of %u (1 to %u)", p.vocab, 1u << 24);
-    if (p.n_rows == 0) return SPECACHE_OK;
-    if (p.logits == 0 || p.logits % 4 != 0 || p.tokens % 4 != 0)
-        return refuse(launch, SPECACHE_BAD_ADDRESS, "argmax: logits is null, or logits or tokens not 4-byte aligned");
-    if (p.scratch == 0 || p.scratch % 16 != 0 || p.choices == 0 || p.choices % 16 != 0)
-        return refuse(launch, SPECACHE_BAD_ADDRESS, "argmax: scratch or choices is null or not 16-byte aligned");
-    return SPECACHE_OK;
-}
-
-}   // namespace specache
-
-extern "C" specache_status specache_argmax_slices_plan(const specache_argmax_params* params, specache_launch* launch) {
-    const specache_argmax_params& p = *params;
-    *launch = specache_launch{};
-    const specache_status status = specache::check_argmax(p, launch);
-    if (status != SPECACHE_OK || p.n_rows == 0) return status;
-    launch->kernel = "specache_argmax_slices";
-    launch->grid = p.n_rows * ((p.vocab + SPECACHE_ARGMAX_SLICE - 1) / SPECACHE_ARGMAX_SLICE);
-    launch->block = SPECACHE_ARGMAX_THREADS;
-    return SPECACHE_OK;
-}
-
-extern "C" specache_status specache_argmax_merge_plan(const specache_argmax_params* params, specache_launch* launch) {
-    const specache_argmax_params& p = *params;
-    *launch = specache_launch{};
-    const specache_status status = specache::check_argmax(p, launch);
-    if (status != SPECACHE_OK || p.n_rows == 0) return status;
-    launch->kernel = "specache_argmax_merge";
-    launch->grid = p.n_rows;
-    launch->block = 32;
-    return SPECACHE_OK;
-}
-#endif

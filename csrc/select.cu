@@ -9,29 +9,13 @@
 // those, compares them with the slots, and writes which pairs to fetch into which slots. A pair that is there already
 // stays where it is: consecutive selections overlap by more than half. At 1M tokens and k = 64 the second CTA still has
 // only 8192 keys to look at.
-#ifndef SPECACHE_PLAN_ONLY
-#include "ptx.cuh"
-#endif
+#include "seq.cuh"
 #include "attn_work.h"
-
-#define SPECACHE_SELECT_THREADS 512
 
 namespace specache {
 
 constexpr uint32_t kSelectThreads = SPECACHE_SELECT_THREADS;
-constexpr uint32_t kSelectChunk = 8192;   // candidates of a CTA: 32 KB of keys
-constexpr uint32_t kMostTopK = 2048;
 static_assert(kMostTopK <= kSelectChunk, "every chunk but the last gives k");
-
-SPECACHE_HOST_DEVICE uint32_t most_chunks(const specache_select_params& p) {
-    return divide_up(p.capacity, kSelectChunk);
-}
-
-}   // namespace specache
-
-#ifndef SPECACHE_PLAN_ONLY
-namespace specache {
-
 constexpr int kDigitBits = 11;   // 32 bits in three digits of 11, 11 and 10
 constexpr uint32_t kBins = 1u << kDigitBits;
 constexpr uint32_t kBinsPerThread = kBins / kSelectThreads;
@@ -67,7 +51,7 @@ SPECACHE_DEVICE Candidates seq_candidates(const specache_select_params& p, const
 
 // The list of one chunk; lists of a head lie one after the other, and all but the last are full.
 SPECACHE_DEVICE Candidate* candidate_list(const specache_select_params& p, uint32_t seq_and_head, uint32_t chunk) {
-    return reinterpret_cast<Candidate*>(p.candidates) + (uint64_t(seq_and_head) * most_chunks(p) + chunk) * p.top_k;
+    return reinterpret_cast<Candidate*>(p.candidates) + (uint64_t(seq_and_head) * most_chunks(&p) + chunk) * p.top_k;
 }
 
 SPECACHE_DEVICE uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
@@ -184,7 +168,7 @@ SPECACHE_DEVICE void write_keys(const specache_select_params& p, uint32_t seq_an
 
 SPECACHE_DEVICE void select_chunk(const specache_select_params& p) {
     SPECACHE_SHARED(ChunkShared, shared);
-    const uint32_t chunk = blockIdx.x % most_chunks(p), seq_and_head = blockIdx.x / most_chunks(p);
+    const uint32_t chunk = blockIdx.x % most_chunks(&p), seq_and_head = blockIdx.x / most_chunks(&p);
     const Candidates range = seq_candidates(p, load_seq(p.seqs, seq_and_head / p.n_kv_heads));
     if (chunk * kSelectChunk >= range.count()) return;
     const uint32_t start = range.first + chunk * kSelectChunk, n = smaller(kSelectChunk, range.end - start);
@@ -323,72 +307,3 @@ extern "C" __global__ void __launch_bounds__(SPECACHE_SELECT_THREADS, 3)
     specache_select_merge(const __grid_constant__ specache_select_params p) {
     specache::select_merge(p);
 }
-#endif   // SPECACHE_PLAN_ONLY
-
-// The plans: plain host code. With SPECACHE_PLAN_ONLY this file is ordinary C++ and needs no CUDA header.
-#ifndef __CUDACC_RTC__
-#include "plan.h"
-
-namespace specache {
-
-static uint64_t candidate_lists(const specache_select_params& p) {
-    return uint64_t(p.n_seqs) * p.n_kv_heads * most_chunks(p);
-}
-
-static specache_status check_select(const specache_select_params& p, specache_launch* launch) {
-    const auto bad = [&](const char* what) {
-        return refuse(launch, SPECACHE_BAD_ADDRESS, "selection: %s is null or not aligned", what);
-    };
-    if (p.seqs == 0 || p.seqs % 16 != 0) return bad("seqs");
-    if (p.scores == 0 || p.scores % 4 != 0) return bad("scores");
-    if (p.lse == 0 || p.lse % 4 != 0) return bad("lse");
-    if (p.slots == 0 || p.slots % 4 != 0) return bad("slots");
-    if (p.skip == 0 || p.skip % 8 != 0) return bad("skip");
-    if (p.selected % 4 != 0 || p.select_counts % 4 != 0) return bad("selected or select_counts");
-    if (p.fetches == 0 || p.fetches % 8 != 0) return bad("fetches");
-    if (p.fetch_counts == 0 || p.fetch_counts % 4 != 0) return bad("fetch_counts");
-    if (p.candidates == 0 || p.candidates % 8 != 0) return bad("candidates");
-    return SPECACHE_OK;
-}
-
-static specache_status check_select_shape(const specache_select_params& p, specache_launch* launch) {
-    if (p.top_k > kMostTopK)
-        return refuse(launch, SPECACHE_UNSUPPORTED_TOP_K, "selection: top_k %u (at most %u)", p.top_k, kMostTopK);
-    if (p.n_kv_heads == 0 || p.n_heads == 0 || p.n_heads % p.n_kv_heads != 0)
-        return refuse(launch, SPECACHE_UNSUPPORTED_HEADS, "selection: %u heads on %u KV heads", p.n_heads,
-                      p.n_kv_heads);
-    if (p.capacity > kMostTokens || p.n_seqs > kMostSeqs || p.n_heads > kMostHeads || candidate_lists(p) > 0x7FFFFFFFu)
-        return refuse(launch, SPECACHE_TOO_LARGE, "selection: %u sequences of %u tokens", p.n_seqs, p.capacity);
-    return SPECACHE_OK;
-}
-
-static specache_status select_launch(const specache_select_params& p, const char* kernel, uint64_t grid,
-                                     specache_launch* launch) {
-    *launch = specache_launch{};
-    specache_status status = check_select_shape(p, launch);
-    if (status != SPECACHE_OK || grid == 0 || p.top_k == 0) return status;
-    status = check_select(p, launch);
-    if (status != SPECACHE_OK) return status;
-    launch->kernel = kernel;
-    launch->grid = uint32_t(grid);
-    launch->block = SPECACHE_SELECT_THREADS;
-    return SPECACHE_OK;
-}
-
-}   // namespace specache
-
-extern "C" uint64_t specache_select_scratch_bytes(const specache_select_params* params) {
-    specache_launch launch{};
-    if (specache::check_select_shape(*params, &launch) != SPECACHE_OK) return 0;
-    return specache::candidate_lists(*params) * params->top_k * 8;
-}
-
-extern "C" specache_status specache_select_plan(const specache_select_params* params, specache_launch* launch) {
-    return specache::select_launch(*params, "specache_select_chunks", specache::candidate_lists(*params), launch);
-}
-
-extern "C" specache_status specache_select_merge_plan(const specache_select_params* params, specache_launch* launch) {
-    const uint64_t heads = uint64_t(params->n_seqs) * params->n_kv_heads;
-    return specache::select_launch(*params, "specache_select_merge", heads, launch);
-}
-#endif

@@ -107,8 +107,6 @@ dense=(csrc/embed.cu csrc/linear.cu csrc/sample.cu)
 for source in "${dense[@]}"; do
   for arch in "${architectures[@]}"; do compile "$source" "$arch"; done
   if [ "${1:-}" = --all ]; then compile_ptx "$source"; fi
-  g++ -std=c++17 -Wall -Wextra -Wpedantic -Werror -DSPECACHE_PLAN_ONLY -x c++ -c "$source" \
-    -o "$out/$(basename "$source" .cu)_plan.o" || fail "the plan of $source needs CUDA"
 done
 report "${dense[@]}" || fail "registers or spills"
 # What tools/gpu.sh runs.
@@ -125,15 +123,12 @@ fi
 "$nvcc" -std=c++17 -Werror all-warnings -Xcompiler -Wno-unknown-pragmas -gencode arch=compute_90a,code=sm_90a \
   -x cu -c csrc/tests/layout_test.cpp -o "$out/layout_test.gpu.o" || fail "layout_test does not build for a GPU"
 
-# The launch plans are ordinary C++, the parameters ordinary C.
-g++ -std=c++17 -Wall -Wextra -Wpedantic -Werror -DSPECACHE_PLAN_ONLY -x c++ -c csrc/pack.cu -o "$out/pack_plan.o" ||
-  fail "the plan of pack.cu needs CUDA"
-for source in "${attention[@]}"; do
-  g++ -std=c++17 -Wall -Wextra -Wpedantic -Werror -DSPECACHE_PLAN_ONLY -x c++ -c "$source" \
-    -o "$out/$(basename "$source" .cu)_plan.o" || fail "the plan of $source needs CUDA"
+# The launch plans are C99: the host program's build needs nothing but a C compiler.
+plans=()
+for source in csrc/plan/*.c; do
+  plans+=("$out/$(basename "$source" .c).plan.o")
+  gcc -std=c99 -O1 -g -Wall -Wextra -Werror -pedantic -c "$source" -o "${plans[-1]}" || fail "$source is not clean C99"
 done
-gcc -std=c11 -Wall -Wextra -Wpedantic -Werror -Icsrc -include abi.h -x c -c /dev/null -o "$out/abi.o" ||
-  fail "abi.h is not C"
 
 # ---- 2. and 3. the emulation --------------------------------------------------------------------------------------
 
@@ -146,7 +141,7 @@ sanitizers=("-fsanitize=address,undefined" -fno-sanitize-recover=all)
 build() { # test, suffix, flags...
   local test=$1 suffix=$2
   shift 2
-  "${emulated[@]}" "$@" "csrc/tests/${test}_test.cpp" -o "$out/$test$suffix"
+  "${emulated[@]}" "$@" "csrc/tests/${test}_test.cpp" "${plans[@]}" -o "$out/$test$suffix"
 }
 
 for test in emu layout pack attn_decode select decode_chain embed linear sample step; do

@@ -43,11 +43,18 @@ source_of() {
 }
 
 build() { # nvcc, architecture, linker flags
-  local program pids=() pid
+  local program source plans=() pids=() pid
   mkdir -p "$bin"
+  for source in csrc/plan/*.c; do
+    plans+=("$bin/$(basename "$source" .c).plan.o")
+    "$1" -O2 -c "$source" -o "${plans[-1]}" || return 1
+  done
+  rm -f "$bin/libspecache_plan.a"
+  ar rcs "$bin/libspecache_plan.a" "${plans[@]}"
   for program in "${programs[@]}"; do
     "$1" -std=c++17 -O3 -lineinfo -Xcompiler "-Wno-unknown-pragmas$3" \
-      -gencode "arch=compute_$2,code=sm_$2" -x cu "$(source_of "$program")" -o "$bin/$program" &
+      -gencode "arch=compute_$2,code=sm_$2" -x cu "$(source_of "$program")" -L"$bin" -lspecache_plan \
+      -o "$bin/$program" &
     pids+=($!)
   done
   for pid in "${pids[@]}"; do wait "$pid" || return 1; done

@@ -349,7 +349,7 @@ template <int D, int B> static void run(const Case& c) {
 
 static void run_any(const Case& c) {
 #define RUN(D, B, dtype_name, T) \
-    if (c.d == D && c.bits == B && c.dtype == dtype_named(#dtype_name)) return run<D, B>(c);
+    if (c.d == D && c.bits == B && c.dtype == SPECACHE_DTYPE(dtype_name)) return run<D, B>(c);
     SPECACHE_ATTN_KERNELS(RUN)
 #undef RUN
 }
@@ -523,7 +523,7 @@ static void plans() {
         p.shared_limit = limit;
         specache_launch launch;
         CHECK(specache_attn_plan(&p, &launch) == SPECACHE_OK, "%s", launch.message);
-        CHECK(launch.grid == 132 * ctas && attn_stages(p) == stages, "grid %u, %u stages", launch.grid, attn_stages(p));
+        CHECK(launch.grid == 132 * ctas && attn_stages(&p) == stages, "grid %u, %u stages", launch.grid, attn_stages(&p));
         CHECK(launch.shared_bytes == sizeof(AttnShared<128>) + 4 * stages * 8192, "%u bytes", launch.shared_bytes);
     }
 }

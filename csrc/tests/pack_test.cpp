@@ -222,7 +222,7 @@ template <int D, int B> static void run(const Case& c) {
 
 static void run_any(const Case& c) {
 #define RUN(D, B, dtype_name, T) \
-    if (c.d == D && c.bits == B && c.dtype == dtype_named(#dtype_name)) return run<D, B>(c);
+    if (c.d == D && c.bits == B && c.dtype == SPECACHE_DTYPE(dtype_name)) return run<D, B>(c);
     SPECACHE_PACK_KERNELS(RUN)
 #undef RUN
 }
