@@ -32,8 +32,16 @@ pub struct Event {
 }
 
 impl Event {
-    pub(super) fn of_compute(clock: EventClock) -> Event {
-        Event { stream: StreamId::Compute, at: 0, clock }
+    pub(super) fn new(stream: StreamId, at: u64, clock: EventClock) -> Event {
+        Event { stream, at, clock }
+    }
+
+    pub(super) fn stream(&self) -> StreamId {
+        self.stream
+    }
+
+    pub(super) fn at(&self) -> u64 {
+        self.at
     }
 
     pub(super) fn clock(&self) -> EventClock {
