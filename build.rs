@@ -62,7 +62,8 @@ fn git(args: &[&str]) -> Option<String> {
 
 /// What says how each kernel is launched.
 fn plans() {
-    let mut files: Vec<_> = fs::read_dir("csrc/plan").expect("csrc/plan").map(|entry| entry.expect("csrc/plan").path()).collect();
+    let mut files: Vec<_> =
+        fs::read_dir("csrc/plan").expect("csrc/plan").map(|entry| entry.expect("csrc/plan").path()).collect();
     files.retain(|file| file.extension().is_some_and(|e| e == "c"));
     files.sort();
     cc::Build::new().files(files).std("c99").warnings(true).extra_warnings(true).compile("specache_plans");

@@ -1,7 +1,6 @@
 //! Metered memory of the device, aligned to a cache line.
 #![allow(unsafe_code)] // Copies on a GPU's queue.
 
-
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

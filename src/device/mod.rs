@@ -253,19 +253,6 @@ impl Device {
         self.streams().launch(stream, job, name, self.clock(stream))
     }
 
-    /// Puts work into a queue of the GPU: it runs when everything given before is done, and uses what `uses` says.
-    pub(crate) fn enqueue(
-        &self,
-        stream: StreamId,
-        name: &'static str,
-        uses: impl FnOnce(&mut Uses),
-        work: impl FnOnce(&Gpu),
-    ) -> Event {
-        self.declare(stream, name, uses);
-        work(self.0.gpu.as_ref().expect("a GPU has queues"));
-        self.record(stream)
-    }
-
     /// An event that stands for everything that `stream` has been given so far.
     pub fn record(&self, stream: StreamId) -> Event {
         match (&self.0.gpu, stream) {
@@ -322,7 +309,8 @@ impl Device {
         Some(self.0.order.as_ref()?.lock().unwrap_or_else(|e| e.into_inner()))
     }
 
-    fn declare(&self, stream: StreamId, name: &'static str, uses: impl FnOnce(&mut Uses)) {
+    /// Tells the order checker what an operation of `stream` uses that is given to a GPU next.
+    pub(crate) fn declare(&self, stream: StreamId, name: &'static str, uses: impl FnOnce(&mut Uses)) {
         if let Some(mut checker) = self.checker() {
             let mut used = Uses::default();
             uses(&mut used);
@@ -409,6 +397,11 @@ pub struct Grants {
 }
 
 impl Grants {
+    /// Whether it is a GPU's memory.
+    pub(crate) fn is_gpu(&self) -> bool {
+        self.gpu.is_some()
+    }
+
     /// Device memory of `len` bytes, zeroed (or poisoned). Metered until it is dropped.
     ///
     /// # Errors

@@ -13,8 +13,10 @@ pub use super::plan::CacheBytes;
 use super::plan::{host_pages, page_counts, prefill_pages, slots_per_head, wide_page_bytes};
 use super::prefetch::Prefetch;
 use super::slab::{PageRef, Reservation, Slab, UniquePage};
+use super::tables::{List, Tables};
 use super::view::{Far, KvView, Replaced};
-use crate::device::order::{Resource, Site, Uses};
+use crate::device::cuda::bindings::abi::specache_layer_cache;
+use crate::device::order::{Resource, Site, StreamId, Uses};
 use crate::device::{Buffer, Device, Event, Grants, InFlight};
 use crate::error::{Error, Result};
 use crate::ops;
@@ -53,6 +55,8 @@ pub struct Cache {
     host: HostPages,
     /// `offload` only: two sets of pages that whole layers come back into, by turns.
     loads: Vec<Load>,
+    /// What the kernels of a GPU know of it.
+    tables: Option<Tables>,
     /// What waiting for the copy stream has cost since [`Cache::take_waited`].
     waited: Duration,
     /// Why copies have failed, if one has.
@@ -83,6 +87,8 @@ struct HostPages {
 /// A set of device pages that a layer's host pages are loaded into.
 struct Load {
     pages: InFlight<Vec<WidePage>>,
+    /// On a GPU: where they are, at rest or not.
+    addresses: Vec<u64>,
     job: Arc<PageIn>,
 }
 
@@ -146,7 +152,7 @@ impl Cache {
                 prefetch: Prefetch::new(grants, &shape)?,
             });
         }
-        let load = || Load { pages: InFlight::new(Vec::new()), job: PageIn::new(device) };
+        let load = || Load { pages: InFlight::new(Vec::new()), addresses: Vec::new(), job: PageIn::new(device) };
         Ok(Cache {
             shape,
             options,
@@ -164,6 +170,7 @@ impl Cache {
                 paged_out: None,
             },
             loads: if options.mode == KvMode::Offload { vec![load(), load()] } else { Vec::new() },
+            tables: None,
             waited: Duration::default(),
             failure: None,
         })
@@ -195,12 +202,11 @@ impl Cache {
         for (l, from) in self.layers.iter().enumerate() {
             for page in &from.tail {
                 let mut copy = fork.take_spare();
-                let to = Arc::get_mut(&mut copy).expect("a new page has one owner");
-                to.bytes_mut().copy_from_slice(page.bytes());
+                Arc::get_mut(&mut copy).expect("a new page has one owner").copy(0, page, 0..page.len());
                 fork.layers[l].tail.push(copy);
             }
             let to = &mut fork.layers[l];
-            to.packed.bytes_mut().copy_from_slice(from.packed.bytes());
+            to.packed.copy(0, &from.packed, 0..from.packed.len());
             to.prefetch.copy_from(&from.prefetch, &shape);
         }
         Ok(fork)
@@ -282,6 +288,11 @@ impl Cache {
         if let Some(event) = self.host.paged_out {
             self.waited += self.device.wait(event, SITE.expect("above"));
         }
+        if self.device.gpu().is_some() {
+            // The calling thread has not waited yet, and what is freed next must not be in use.
+            self.device.finish(self.device.record(StreamId::Compute));
+        }
+        self.tables.iter_mut().for_each(Tables::outdate);
     }
 
     /// All that lies on the device and in the tables of host pages, as an operation that reads it.
@@ -343,14 +354,15 @@ impl Cache {
             let packed_bytes = offloadable * shape.packed_page_bytes();
             if self.options.mode.low_bit() && layer.packed.len() < packed_bytes {
                 let mut grown = grants.device(packed_bytes, "packed KV pages")?;
-                grown.bytes_mut()[..layer.packed.len()].copy_from_slice(layer.packed.bytes());
+                grown.copy(0, &layer.packed, 0..layer.packed.len());
                 layer.packed = grown;
             }
             if let Some(host) = layer.host.as_mut().filter(|host| host.room() < offloadable) {
                 *host = Arc::new(HostLayer::new(&self.host.slab, offloadable, host.pages().cloned()));
             }
             if self.options.mode.fetches() {
-                layer.prefetch.reserve(grants, &shape, slots_per_head(&self.options, offloadable))?;
+                let top_k = slots_per_head(&self.options, offloadable);
+                layer.prefetch.reserve(grants, &shape, top_k, offloadable)?;
             }
         }
         self.top_up_spare(tail * shape.n_layers, grants)?;
@@ -359,6 +371,13 @@ impl Cache {
             while pages.len() < offloadable {
                 pages.push(Arc::new(grants.device(shape.wide_page_bytes(), "layers that come back")?));
             }
+            if grants.is_gpu() {
+                load.addresses = pages.iter().map(|page| page.address()).collect();
+            }
+        }
+        if let Some(gpu) = device.gpu() {
+            let room = (capacity + 2).div_ceil(PAGE);
+            self.tables = Some(Tables::new(gpu, grants, shape.n_layers, room)?);
         }
         let total = host_pages(&shape, &self.options, capacity);
         self.host.promised.take_from(&mut admission.host, total - self.host.total);
@@ -402,16 +421,24 @@ impl Cache {
         page
     }
 
-    /// Rounds K and V of one row to 16 bits and writes them at `position` of `layer`. The counters do not move: a
-    /// speculative row's pair lies one position behind the real one's and is overwritten in the next step.
+    /// Sees to it that every layer has the pages that the pairs of the next `n_rows` positions go to.
+    pub fn begin_rows(&mut self, n_rows: usize) {
+        let wanted = (self.counters.n + n_rows).div_ceil(PAGE) - self.counters.nq / PAGE;
+        for layer in 0..self.layers.len() {
+            while self.layers[layer].tail.len() < wanted {
+                let fresh = self.take_spare();
+                self.layers[layer].tail.push(fresh);
+                self.tables.iter_mut().for_each(Tables::outdate);
+            }
+        }
+    }
+
+    /// Rounds K and V of one row to 16 bits and writes them at `position` of `layer`, on the CPU device. The counters do not
+    /// move: a speculative row's pair lies one position behind the real one's and is overwritten in the next step.
     ///
     /// `k`, `v`: `[n_kv_heads, head_dim]`, K after RoPE.
     pub fn write(&mut self, layer: usize, position: usize, k: &[f32], v: &[f32]) {
         let page = position / PAGE - self.counters.nq / PAGE;
-        while self.layers[layer].tail.len() <= page {
-            let fresh = self.take_spare();
-            self.layers[layer].tail.push(fresh);
-        }
         let page = Arc::get_mut(&mut self.layers[layer].tail[page]).expect("an incomplete page has one owner");
         let _append = self.device.operation("append", |uses| uses.writes.push(Resource::DevicePage(page.id())));
         ops::kv::write_pairs(&self.device, &self.shape, page, position % PAGE, k, v);
@@ -422,6 +449,9 @@ impl Cache {
     pub fn advance(&mut self) -> u64 {
         let before = self.counters;
         let offloaded = self.counters.advance();
+        if offloaded.is_some() || self.counters.nq > before.nq {
+            self.tables.iter_mut().for_each(Tables::outdate);
+        }
         if self.counters.nq > before.nq {
             for layer in &mut self.layers {
                 let page = layer.tail.remove(0);
@@ -578,7 +608,7 @@ impl Cache {
     /// `offload`: begins to bring `layer` back. Returns the bytes that this moves.
     pub fn begin_load(&mut self, layer: usize) -> u64 {
         let (Some(host), n_pages) = (&self.layers[layer].host, self.counters.nq / PAGE) else { return 0 };
-        let Load { pages, job } = &mut self.loads[layer % 2];
+        let Load { pages, job, .. } = &mut self.loads[layer % 2];
         job.launch(&self.device, host, 0..n_pages, pages, self.host.paged_out);
         n_pages as u64 * self.shape.wide_page_bytes() as u64
     }
@@ -603,6 +633,53 @@ impl Cache {
     pub fn fetching(&mut self, layer: usize) -> (&mut Prefetch, &Arc<HostLayer>, Option<Event>) {
         let LayerCache { prefetch, host, .. } = &mut self.layers[layer];
         (prefetch, host.as_ref().expect("a mode that fetches has a host copy"), self.host.paged_out)
+    }
+
+    /// On a GPU: brings the lists of pages up to date, if they are not.
+    pub(crate) fn refresh_tables(&mut self) {
+        let Some(tables) = self.tables.as_mut().filter(|tables| tables.is_outdated()) else { return };
+        let split = self.counters.nq / PAGE;
+        for (l, layer) in self.layers.iter().enumerate() {
+            let wide = tables.list_mut(l, List::Wide);
+            wide.fill(0);
+            if let Some(load) = self.loads.get(l % 2) {
+                wide[..split].copy_from_slice(&load.addresses[..split]);
+            }
+            wide[split..].iter_mut().zip(&layer.tail).for_each(|(to, page)| *to = page.address());
+            let host = tables.list_mut(l, List::Host);
+            host.fill(0);
+            let pages = layer.host.iter().flat_map(|table| table.pages());
+            host.iter_mut().zip(pages).for_each(|(to, page)| *to = page.bytes().as_ptr() as u64);
+        }
+        tables.send();
+    }
+
+    /// On a GPU: the kernels are to find these pages in `layer`, from page number `first` on.
+    pub(crate) fn list_pages(&mut self, layer: usize, first: usize, pages: &[WidePage]) {
+        let Some(tables) = &mut self.tables else { return };
+        let list = tables.list_mut(layer, List::Wide);
+        list[first..].iter_mut().zip(pages).for_each(|(to, page)| *to = page.address());
+        tables.send_list(layer, List::Wide);
+        tables.outdate();
+    }
+
+    /// On a GPU: where everything of `layer` lies.
+    ///
+    /// # Panics
+    /// On the CPU device.
+    pub(crate) fn places(&self, layer: usize) -> specache_layer_cache {
+        let tables = self.tables.as_ref().expect("a cache on a GPU has lists");
+        let slots = self.layers[layer].prefetch.places();
+        specache_layer_cache {
+            packed: self.layers[layer].packed.address(),
+            wide: tables.address(layer, List::Wide),
+            host: tables.address(layer, List::Host),
+            slots: slots.map_or(0, |s| s.table),
+            pairs: slots.map_or(0, |s| s.pairs),
+            skip: slots.map_or(0, |s| s.skip),
+            skip_stride: slots.map_or(0, |s| s.skip_stride as u32),
+            reserved: [0; 3],
+        }
     }
 
     /// What attention reads of `layer`.

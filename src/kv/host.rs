@@ -114,15 +114,28 @@ impl PageOut {
         launches.counts.push_back(0);
         let first = launches.pages.len() - count;
         let bytes = launches.pages.range(first..).map(|page| page.from.len() as u64).sum();
-        let event = device.launch(
-            StreamId::CopyOut,
-            "page out",
-            |uses| {
-                uses.reads.extend(launches.pages.range(first..).map(|p| Resource::DevicePage(p.from.id())));
-                uses.writes.extend(launches.pages.range(first..).map(|p| p.host.resource(p.index)));
-            },
-            self.clone(),
-        );
+        let uses = |uses: &mut Uses| {
+            uses.reads.extend(launches.pages.range(first..).map(|p| Resource::DevicePage(p.from.id())));
+            uses.writes.extend(launches.pages.range(first..).map(|p| p.host.resource(p.index)));
+        };
+        let Some(gpu) = device.gpu() else {
+            return (device.launch(StreamId::CopyOut, "page out", uses, self.clone()), bytes);
+        };
+        device.declare(StreamId::CopyOut, "page out", uses);
+        // A GPU's driver is given the copies at once. The tables name the pages from now on: whoever reads them is ordered
+        // behind the event, as is whoever frees them.
+        launches.counts.pop_front();
+        if let Err(why) = self.engine.check() {
+            self.fail(&why);
+        }
+        let mut read = Vec::with_capacity(count);
+        for Out { from, mut to, host, index } in launches.pages.drain(..) {
+            gpu.page_out(to.bytes_mut(), from.address());
+            assert!(host.pages[index].set(to.share()).is_ok(), "a page is paged out once");
+            read.push(from);
+        }
+        let event = device.record(StreamId::CopyOut);
+        gpu.retain(event, read);
         (event, bytes)
     }
 
@@ -215,7 +228,21 @@ impl PageIn {
                 uses.writes.extend(pages.iter().take(from.len()).map(|page| Resource::DevicePage(page.id())));
             });
         };
-        away.depart(device.launch(StreamId::CopyIn, "load", uses, self.clone()));
+        let Some(gpu) = device.gpu() else {
+            away.depart(device.launch(StreamId::CopyIn, "load", uses, self.clone()));
+            return;
+        };
+        device.declare(StreamId::CopyIn, "load", uses);
+        let In { pages, host, from } = self.lock().take().expect("just set");
+        pages.work(|pages| {
+            self.engine.check()?;
+            for (page, from) in pages.iter().zip(&host.pages[from]) {
+                let from = from.get().ok_or("a page is not on the host")?;
+                gpu.page_in(page.address(), from.bytes());
+            }
+            Ok(())
+        });
+        away.depart(device.record(StreamId::CopyIn));
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<In>> {

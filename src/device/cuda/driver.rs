@@ -80,8 +80,7 @@ impl Driver {
         (self.device, self.context) = (device, context);
         self.facts.driver_version = version;
         self.facts.n_sms = self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
-        self.facts.shared_limit =
-            self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        self.facts.shared_limit = self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         if self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM)? == 0 {
             return Err(Error::Device(
                 "this GPU gives pinned host memory another address than the host does, which is not supported".into(),

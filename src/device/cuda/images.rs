@@ -17,7 +17,8 @@ macro_rules! sources {
 }
 
 /// Each is a program of its own.
-pub(crate) const KERNELS: &[Source] = sources!["attn_decode.cu", "embed.cu", "linear.cu", "pack.cu", "sample.cu", "select.cu"];
+pub(crate) const KERNELS: &[Source] =
+    sources!["attn_decode.cu", "embed.cu", "linear.cu", "pack.cu", "sample.cu", "select.cu"];
 
 /// What they include.
 pub(crate) const HEADERS: &[Source] =

@@ -6,9 +6,9 @@
 #[allow(clippy::all, clippy::undocumented_unsafe_blocks)]
 pub(crate) mod bindings;
 pub(crate) mod driver;
+pub(crate) mod gpu;
 pub(crate) mod images;
 pub(crate) mod kernels;
-pub(crate) mod gpu;
 mod library;
 pub(crate) mod memory;
 pub(crate) mod nvrtc;

@@ -114,7 +114,10 @@ impl Nvrtc {
             fs::rename(&unfinished, &file)
         };
         if let Err(e) = write() {
-            eprintln!("specache: compiled kernels cannot be kept as {}: {e}; the next start compiles again", file.display());
+            eprintln!(
+                "specache: compiled kernels cannot be kept as {}: {e}; the next start compiles again",
+                file.display()
+            );
             let _ = fs::remove_file(&unfinished);
         }
     }
@@ -172,8 +175,9 @@ impl Program {
         let known = unsafe { sys::nvrtcGetProgramLogSize(self.0, &mut len) };
         let mut log = vec![0u8; len];
         // SAFETY: writes as many bytes as were just asked for, a zero at the end.
-        let read = check("nvrtcGetProgramLogSize", known)
-            .and_then(|()| check("nvrtcGetProgramLog", unsafe { sys::nvrtcGetProgramLog(self.0, log.as_mut_ptr().cast()) }));
+        let read = check("nvrtcGetProgramLogSize", known).and_then(|()| {
+            check("nvrtcGetProgramLog", unsafe { sys::nvrtcGetProgramLog(self.0, log.as_mut_ptr().cast()) })
+        });
         match read {
             Ok(()) => String::from_utf8_lossy(&log).trim_end_matches('\0').to_string(),
             Err(e) => e.to_string(),

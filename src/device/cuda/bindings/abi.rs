@@ -241,6 +241,41 @@ pub struct specache_argmax_params {
     pub vocab: u32,
 }
 pub type specache_argmax_params_size = [::std::os::raw::c_char; 1usize];
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct specache_prefill_params {
+    pub seqs: u64,
+    pub caches: u64,
+    pub q: u64,
+    pub out: u64,
+    pub n_seqs: u32,
+    pub n_rows: u32,
+    pub n_heads: u32,
+    pub n_kv_heads: u32,
+    pub head_dim: u32,
+    pub bits: u32,
+    pub group_size: u32,
+    pub dtype: specache_dtype,
+    pub window: u32,
+    pub shared_limit: u32,
+}
+pub type specache_prefill_params_size = [::std::os::raw::c_char; 1usize];
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct specache_fetch_params {
+    pub seqs: u64,
+    pub caches: u64,
+    pub fetches: u64,
+    pub fetch_counts: u64,
+    pub fetched: u64,
+    pub n_seqs: u32,
+    pub n_kv_heads: u32,
+    pub head_dim: u32,
+    pub top_k: u32,
+    pub n_ctas: u32,
+    pub reserved: u32,
+}
+pub type specache_fetch_params_size = [::std::os::raw::c_char; 1usize];
 unsafe extern "C" {
     pub fn specache_pack_plan(params: *const specache_pack_params, launch: *mut specache_launch) -> specache_status;
     pub fn specache_attn_plan(params: *const specache_attn_params, launch: *mut specache_launch) -> specache_status;
@@ -278,4 +313,9 @@ unsafe extern "C" {
         params: *const specache_argmax_params,
         launch: *mut specache_launch,
     ) -> specache_status;
+    pub fn specache_prefill_plan(
+        params: *const specache_prefill_params,
+        launch: *mut specache_launch,
+    ) -> specache_status;
+    pub fn specache_fetch_plan(params: *const specache_fetch_params, launch: *mut specache_launch) -> specache_status;
 }

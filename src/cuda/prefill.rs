@@ -1,0 +1,1 @@
+//! Prefill on the GPU.
