@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use specache::cpu::Isa;
-use specache::gather::{Gather, GatherOptions, Node, NodeId, Rows, Staging, Stores, Topology, node_of_address};
+use specache::gather::{
+    Gather, GatherOptions, Node, NodeId, NodeShare, Rows, Staging, Stores, Topology, node_of_address,
+};
 
 fn node(id: u32, cpus: &[usize]) -> Node {
     Node { id: NodeId(id), cpus: cpus.to_vec() }
@@ -215,8 +217,19 @@ fn gather_from_nodes(topology: Topology, nodes: &[u32]) {
         source: |i: usize| &source[i * 512..][..512],
         node: |i: usize| NodeId(nodes[i % nodes.len()]),
     };
-    gather.gather(&rows, Staging { bytes: &mut block, slot: |i| i }, Stores::NonTemporal);
+    let shares = std::cell::RefCell::new(vec![]);
+    let watch = |share: NodeShare| shares.borrow_mut().push(share);
+    gather.gather_watched(&rows, Staging { bytes: &mut block, slot: |i| i }, Stores::NonTemporal, Some(&watch));
     assert!(block == source);
+    // Every node that serves one of these tells what it did.
+    let shares = shares.into_inner();
+    let homes = gather.topology().nodes().iter().filter(|node| {
+        let home = |&id: &u32| gather.topology().nodes()[gather.topology().home(NodeId(id))].id;
+        nodes.iter().any(|id| home(id) == node.id)
+    });
+    assert!(shares.iter().map(|share| share.node).eq(homes.map(|node| node.id)), "{shares:?}");
+    assert_eq!(shares.iter().map(|share| share.bytes).sum::<u64>(), source.len() as u64);
+    assert!(shares.iter().all(|share| share.begin < share.end), "{shares:?}");
 }
 
 /// A node with CPUs and no memory holds no page: its CPUs help the nearest node that has some, be it one without CPUs.

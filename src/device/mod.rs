@@ -133,7 +133,7 @@ impl Device {
             isa,
             pool,
             streams: Streams::new(trace.clone())?,
-            copy_engine: Arc::new(CopyEngine::new(gather, options.link, options.faults.clone())),
+            copy_engine: Arc::new(CopyEngine::new(gather, options.link, options.faults.clone(), trace.clone())),
             device_memory: Meter::new("device", options.device_budget),
             host_memory: Meter::new("host", options.host_budget),
             trace,

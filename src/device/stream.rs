@@ -177,6 +177,7 @@ impl Queues {
                 Item::Wait(event) => drop(self.wait(event)),
                 Item::Run(job, name, place) => {
                     let begin = Instant::now();
+                    place.enter();
                     // A panic has told its waiter by poisoning what the job worked on.
                     let bytes = catch_unwind(AssertUnwindSafe(|| job.run())).unwrap_or(0);
                     drop(job); // before the event passes: what the job held is its owner's alone from then on

@@ -304,7 +304,7 @@ impl Work {
         let gathered = Rows { n_rows: rows.len(), row_bytes: *pair_bytes, source, node };
         engine.gather.reserve(self.room);
         // The copy comes right afterwards, and on this device it reads the block through the caches.
-        engine.gather.gather(&gathered, Staging { bytes, slot: |i| i }, Stores::Temporal);
+        engine.gather(&gathered, Staging { bytes, slot: |i| i }, Stores::Temporal);
         Ok(())
     }
 
