@@ -310,21 +310,19 @@ fn fetch(
     fetches: &mut FetchQueue,
 ) {
     let schedule = device.pipeline();
-    let mut part = 0;
     for m in members {
         let session = &mut *batch[m.index].session;
         if session.kv().mode != mode {
             continue;
         }
         session.note_selection(layer, kind == Pass::PreDecode);
-        let fetched = fetches.add(device, &mut session.cache, layer, part);
+        let fetched = fetches.add(device, &mut session.cache, layer);
         session.note_fetch(layer, fetched, kind == Pass::PreDecode);
         if schedule == Schedule::Stream {
-            fetches.launch(device, layer, part);
-            part += 1;
+            fetches.launch(device, layer);
         }
     }
-    fetches.launch(device, layer, part);
+    fetches.launch(device, layer);
     if schedule == Schedule::Serial && mode == KvMode::SpeCache {
         arrive(device, batch, members, layer);
     }

@@ -249,6 +249,11 @@ impl Device {
         self.0.streams.wait(event);
     }
 
+    /// Whether `event` has passed. Orders nothing, as [`Device::finish`].
+    pub(crate) fn has_passed(&self, event: Event) -> bool {
+        self.0.streams.has_passed(event)
+    }
+
     /// What ran when, if the device was made to keep it.
     pub fn trace(&self) -> Option<&Trace> {
         self.0.trace.as_deref()

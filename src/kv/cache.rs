@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::counters::Counters;
-use super::host::{HostLayer, PageIn, PageOut, WidePage};
+use super::host::{Completion, HostLayer, PageIn, PageOut, WidePage};
 use super::layout::KvShape;
 use super::options::{KvMode, KvOptions, PAGE};
 pub use super::plan::CacheBytes;
@@ -32,6 +32,8 @@ pub struct LayerCache {
     pub packed: Buffer,
     /// The 16-bit copy, in modes that have one.
     pub host: Option<Arc<HostLayer>>,
+    /// When its pages are there.
+    completion: Completion,
     /// Prefetched pairs; no slots in modes that do not fetch.
     pub prefetch: Prefetch,
 }
@@ -145,6 +147,7 @@ impl Cache {
                 tail: Vec::new(),
                 packed: grants.device(0, "")?,
                 host: options.mode.on_host().then(|| Arc::new(HostLayer::new(slab, 0, [].into_iter()))),
+                completion: Completion::default(),
                 prefetch: Prefetch::new(grants, &shape)?,
             });
         }
@@ -285,6 +288,7 @@ impl Cache {
         if let Some(event) = self.host.paged_out {
             self.waited += self.device.wait(event, SITE.expect("above"));
         }
+        self.layers.iter_mut().for_each(|layer| layer.completion = Completion::default());
     }
 
     /// All that lies on the device and in the tables of host pages, as an operation that reads it.
@@ -437,7 +441,7 @@ impl Cache {
             let wide = self.layers[l].tail[in_tail].clone();
             self.pack_and_stage(l, page, std::slice::from_ref(&wide));
         }
-        self.page_out()
+        self.page_out(0..self.layers.len(), page)
     }
 
     /// Packs complete wide pages, beginning with page `first`, and gives them to the next page-out.
@@ -454,13 +458,14 @@ impl Cache {
         }
     }
 
-    /// Sends to the host what was staged for it. Returns the bytes sent.
-    fn page_out(&mut self) -> u64 {
+    /// Sends to the host what was staged for it: pages of these layers, from page `first` on. Returns the bytes sent.
+    fn page_out(&mut self, layers: Range<usize>, first: usize) -> u64 {
         if !self.options.mode.on_host() {
             return 0;
         }
         let (event, bytes) = self.host.page_out.launch(&self.device);
         self.host.paged_out = Some(event);
+        self.layers[layers].iter_mut().for_each(|layer| layer.completion.sent(first, event));
         bytes
     }
 
@@ -515,12 +520,18 @@ impl Cache {
         self.top_up_spare(self.prefill_wide_pages(n, self.capacity), &mut admission.device)
     }
 
+    /// When the first `n_pages` host pages of a layer are complete.
+    fn complete(&self, layer: usize, n_pages: usize) -> Option<Event> {
+        n_pages.checked_sub(1).and_then(|last| self.layers[layer].completion.of(last))
+    }
+
     /// Brings host pages of a layer back into device pages, and waits for them.
     fn load(&mut self, layer: usize, from: Range<usize>) -> Vec<WidePage> {
         let pages = from.clone().map(|_| self.take_spare()).collect();
         let Some(host) = self.layers[layer].host.clone() else { return pages };
         let mut pages = InFlight::new(pages);
-        PageIn::new(&self.device).launch(&self.device, &host, from, &mut pages, self.host.paged_out);
+        let complete = self.complete(layer, from.end);
+        PageIn::new(&self.device).launch(&self.device, &host, from, &mut pages, complete);
         let arrived = pages.arrive(&self.device, Some(LOADED), &mut Duration::default());
         self.note(arrived);
         pages.into_inner()
@@ -557,7 +568,7 @@ impl Cache {
         let mut sent = 0;
         if new > old {
             self.pack_and_stage(layer, old, &pages[old - first..]);
-            sent = self.page_out();
+            sent = self.page_out(layer..layer + 1, old);
         }
         let tail = self.counters.nq / PAGE - first;
         let packed_tail = tail..tail + self.packed_tail_pages(n);
@@ -623,8 +634,9 @@ impl Cache {
     /// `offload`: begins to bring `layer` back. Returns the bytes that this moves.
     pub fn begin_load(&mut self, layer: usize) -> u64 {
         let (Some(host), n_pages) = (&self.layers[layer].host, self.counters.nq / PAGE) else { return 0 };
+        let complete = self.complete(layer, n_pages);
         let Load { pages, job } = &mut self.loads[layer % 2];
-        job.launch(&self.device, host, 0..n_pages, pages, self.host.paged_out);
+        job.launch(&self.device, host, 0..n_pages, pages, complete);
         n_pages as u64 * self.shape.wide_page_bytes() as u64
     }
 
@@ -641,13 +653,13 @@ impl Cache {
         }
     }
 
-    /// The slots of `layer`, the host pages that fill them, and when those are complete.
+    /// The slots of `layer`, the host pages that fill them, and when each of those is complete.
     ///
     /// # Panics
     /// In modes that do not fetch.
-    pub fn fetching(&mut self, layer: usize) -> (&mut Prefetch, &Arc<HostLayer>, Option<Event>) {
-        let LayerCache { prefetch, host, .. } = &mut self.layers[layer];
-        (prefetch, host.as_ref().expect("a mode that fetches has a host copy"), self.host.paged_out)
+    pub fn fetching(&mut self, layer: usize) -> (&mut Prefetch, &Arc<HostLayer>, Completion) {
+        let LayerCache { prefetch, host, completion, .. } = &mut self.layers[layer];
+        (prefetch, host.as_ref().expect("a mode that fetches has a host copy"), *completion)
     }
 
     /// What attention reads of `layer`.
