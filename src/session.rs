@@ -24,6 +24,8 @@ pub struct Session {
     /// What was selected, if it is to be kept.
     pub(crate) trace: Option<Trace>,
     pub(crate) stats: Stats,
+    /// The figures before the pass that is under way, which may be given up.
+    stats_before: Stats,
     /// First layer whose input was not finite in this call.
     pub(crate) bad_layer: Option<usize>,
     /// The speculative token of the step before; this step's real token tells whether it was right.
@@ -35,12 +37,11 @@ pub struct Session {
 enum Failure {
     NotFinite(String),
     Copy(String),
-    Interrupted(String),
 }
 
 impl Failure {
     fn why(&self) -> &str {
-        let (Failure::NotFinite(why) | Failure::Copy(why) | Failure::Interrupted(why)) = self;
+        let (Failure::NotFinite(why) | Failure::Copy(why)) = self;
         why
     }
 
@@ -48,7 +49,6 @@ impl Failure {
         match self {
             Failure::NotFinite(why) => Error::NotFinite(why.clone()),
             Failure::Copy(why) => Error::Device(why.clone()),
-            Failure::Interrupted(_) => Error::Interrupted,
         }
     }
 }
@@ -68,6 +68,7 @@ impl Session {
     fn around(cache: Cache) -> Session {
         Session {
             stats: Stats::new(cache.shape.n_layers),
+            stats_before: Stats::new(cache.shape.n_layers),
             cache,
             max_context: None,
             speculative: None,
@@ -203,9 +204,16 @@ impl Session {
         }
     }
 
-    /// A prefill was given up half way.
-    pub(crate) fn fail_interrupted(&mut self) {
-        self.failure = Some(Failure::Interrupted("its prefill was interrupted".into()));
+    /// A pass begins, which may be given up.
+    pub(crate) fn begin_pass(&mut self) {
+        self.bad_layer = None;
+        self.stats_before.copy_from(&self.stats);
+    }
+
+    /// The pass is given up: the figures count what is complete.
+    pub(crate) fn undo_figures(&mut self) {
+        self.bad_layer = None;
+        self.stats.copy_from(&self.stats_before);
     }
 
     /// Checks this call's logits. A failure is final for the session: its cache holds what it should not.
@@ -329,6 +337,14 @@ impl Stats {
             self.compared += 1;
             self.accepted += u64::from(guess == token);
         }
+    }
+
+    /// As `*self = from.clone()`, without allocating.
+    fn copy_from(&mut self, from: &Stats) {
+        let Stats { mut hits, mut fetched, .. } = std::mem::take(self);
+        hits.clone_from(&from.hits);
+        fetched.clone_from(&from.fetched);
+        *self = Stats { hits, fetched, ..*from };
     }
 
     fn new(n_layers: usize) -> Stats {

@@ -156,7 +156,7 @@ impl Device {
             pool,
             streams: gpu.is_none().then(|| Streams::new(trace.clone())).transpose()?,
             gpu,
-            copy_engine: Arc::new(CopyEngine::new(gather, options.link, options.faults.clone())),
+            copy_engine: Arc::new(CopyEngine::new(gather, options.link, options.faults.clone(), trace.clone())),
             device_memory: Meter::new("device", options.device_budget),
             host_memory: Meter::new("host", options.host_budget),
             trace,
@@ -297,6 +297,14 @@ impl Device {
         match &self.0.gpu {
             Some(gpu) => gpu.queues().finish(event.stream(), event.at()),
             None => drop(self.streams().wait(event)),
+        }
+    }
+
+    /// Whether `event` has passed. Orders nothing, as [`Device::finish`].
+    pub(crate) fn has_passed(&self, event: Event) -> bool {
+        match &self.0.gpu {
+            Some(gpu) => gpu.queues().has_passed(event.stream(), event.at()),
+            None => self.streams().has_passed(event),
         }
     }
 

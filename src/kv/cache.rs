@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::counters::Counters;
-use super::host::{HostLayer, PageIn, PageOut, WidePage};
+use super::host::{Completion, HostLayer, PageIn, PageOut, WidePage};
 use super::layout::KvShape;
 use super::options::{KvMode, KvOptions, PAGE};
 pub use super::plan::CacheBytes;
@@ -34,6 +34,8 @@ pub struct LayerCache {
     pub packed: Buffer,
     /// The 16-bit copy, in modes that have one.
     pub host: Option<Arc<HostLayer>>,
+    /// When its pages are there.
+    completion: Completion,
     /// Prefetched pairs; no slots in modes that do not fetch.
     pub prefetch: Prefetch,
 }
@@ -57,6 +59,8 @@ pub struct Cache {
     loads: Vec<Load>,
     /// What the kernels of a GPU know of it.
     tables: Option<Tables>,
+    /// `[layer]`: pages of the tail that a prefill has packed, kept until it cannot be given up any more.
+    packed_tail: Vec<Vec<WidePage>>,
     /// What waiting for the copy stream has cost since [`Cache::take_waited`].
     waited: Duration,
     /// Why copies have failed, if one has.
@@ -149,11 +153,13 @@ impl Cache {
                 tail: Vec::new(),
                 packed: grants.device(0, "")?,
                 host: options.mode.on_host().then(|| Arc::new(HostLayer::new(slab, 0, [].into_iter()))),
+                completion: Completion::default(),
                 prefetch: Prefetch::new(grants, &shape)?,
             });
         }
         let load = || Load { pages: InFlight::new(Vec::new()), addresses: Vec::new(), job: PageIn::new(device) };
         Ok(Cache {
+            packed_tail: vec![Vec::new(); shape.n_layers],
             shape,
             options,
             counters: Counters::new(&options),
@@ -288,6 +294,7 @@ impl Cache {
         if let Some(event) = self.host.paged_out {
             self.waited += self.device.wait(event, SITE.expect("above"));
         }
+        self.layers.iter_mut().for_each(|layer| layer.completion = Completion::default());
         if self.device.gpu().is_some() {
             // The calling thread has not waited yet, and what is freed next must not be in use.
             self.device.finish(self.device.record(StreamId::Compute));
@@ -464,7 +471,7 @@ impl Cache {
             let wide = self.layers[l].tail[in_tail].clone();
             self.pack_and_stage(l, page, std::slice::from_ref(&wide));
         }
-        self.page_out()
+        self.page_out(0..self.layers.len(), page)
     }
 
     /// Packs complete wide pages, beginning with page `first`, and gives them to the next page-out.
@@ -481,20 +488,28 @@ impl Cache {
         }
     }
 
-    /// Sends to the host what was staged for it. Returns the bytes sent.
-    fn page_out(&mut self) -> u64 {
+    /// Sends to the host what was staged for it: pages of these layers, from page `first` on. Returns the bytes sent.
+    fn page_out(&mut self, layers: Range<usize>, first: usize) -> u64 {
         if !self.options.mode.on_host() {
             return 0;
         }
         let (event, bytes) = self.host.page_out.launch(&self.device);
         self.host.paged_out = Some(event);
+        self.layers[layers].iter_mut().for_each(|layer| layer.completion.sent(first, event));
         bytes
     }
 
     /// Wide pages of a prefill up to `n` tokens: those of a cache with room for `capacity`, and those that two layers need
-    /// while they are computed (one is written while the copy stream still reads the other).
+    /// while they are computed (one is written while the copy stream still reads the other), and what is kept of the tails.
     fn prefill_wide_pages(&self, n: usize, capacity: usize) -> usize {
-        self.layers.len() * page_counts(&self.options, capacity).1 + prefill_pages(&self.options, n)
+        self.layers.len() * (page_counts(&self.options, capacity).1 + self.packed_tail_pages(n))
+            + prefill_pages(&self.options, n)
+    }
+
+    /// Pages of a layer's tail that a prefill up to `n` tokens packs, and keeps until it is over.
+    fn packed_tail_pages(&self, n: usize) -> usize {
+        let Counters { n: has, nq, .. } = self.counters;
+        if n <= has { 0 } else { (self.counters.offloaded_after_prefill(n) / PAGE).min(has.div_ceil(PAGE)) - nq / PAGE }
     }
 
     /// Bytes on the device and pages on the host, beyond those held now, that room for `capacity` tokens takes, and the
@@ -535,12 +550,18 @@ impl Cache {
         self.top_up_spare(self.prefill_wide_pages(n, self.capacity), &mut admission.device)
     }
 
+    /// When the first `n_pages` host pages of a layer are complete.
+    fn complete(&self, layer: usize, n_pages: usize) -> Option<Event> {
+        n_pages.checked_sub(1).and_then(|last| self.layers[layer].completion.of(last))
+    }
+
     /// Brings host pages of a layer back into device pages, and waits for them.
     fn load(&mut self, layer: usize, from: Range<usize>) -> Vec<WidePage> {
         let pages = from.clone().map(|_| self.take_spare()).collect();
         let Some(host) = self.layers[layer].host.clone() else { return pages };
         let mut pages = InFlight::new(pages);
-        PageIn::new(&self.device).launch(&self.device, &host, from, &mut pages, self.host.paged_out);
+        let complete = self.complete(layer, from.end);
+        PageIn::new(&self.device).launch(&self.device, &host, from, &mut pages, complete);
         let arrived = pages.arrive(&self.device, Some(LOADED), &mut Duration::default());
         self.note(arrived);
         pages.into_inner()
@@ -577,25 +598,60 @@ impl Cache {
         let mut sent = 0;
         if new > old {
             self.pack_and_stage(layer, old, &pages[old - first..]);
-            sent = self.page_out();
+            sent = self.page_out(layer..layer + 1, old);
         }
+        let tail = self.counters.nq / PAGE - first;
+        let packed_tail = tail..tail + self.packed_tail_pages(n);
+        self.packed_tail[layer].extend(pages.drain(packed_tail));
+        self.add_spare(pages);
+        sent
+    }
+
+    /// These pages are not in use any more, but the copy stream may still read them.
+    fn add_spare(&mut self, pages: Vec<WidePage>) {
         let free_after = self.host.paged_out;
         self.spare.extend(pages.into_iter().map(|page| Spare { page, free_after }));
-        sent
+    }
+
+    /// A prefill up to `n` tokens is given up: the cache is as before it. Its first `settled` layers were settled; `pages` are
+    /// those of the layer that was being computed, if one was.
+    ///
+    /// What it has written lies behind the counters and means nothing to anybody: the places of the tail behind token `n`, and
+    /// packed pages. It has put new pages into the tables of the host, which leave them, and has taken pages from the tails,
+    /// which come back.
+    pub fn undo_prefill(&mut self, n: usize, settled: usize, pages: Option<Vec<WidePage>>) {
+        self.come_to_rest();
+        let Counters { n: has, no, nq, .. } = self.counters;
+        let (tail_pages, packed) = (has.div_ceil(PAGE) - nq / PAGE, self.packed_tail_pages(n));
+        for l in 0..settled {
+            let mut rest = std::mem::take(&mut self.layers[l].tail);
+            self.layers[l].tail = std::mem::take(&mut self.packed_tail[l]);
+            self.layers[l].tail.extend(rest.drain(..tail_pages - packed));
+            self.add_spare(rest);
+            self.truncate_table(l, no / PAGE);
+        }
+        if let Some(mut pages) = pages {
+            let first = nq / PAGE - self.prefill_first_page();
+            self.layers[settled].tail = pages.drain(first..first + tail_pages).collect();
+            self.add_spare(pages);
+        }
+        self.free_working_pages();
     }
 
     /// The end of a prefill that brought the cache to `n` tokens: counters, and no selection is valid any more. Pages
     /// that only the prefill needed are freed.
     pub fn end_prefill(&mut self, n: usize) {
         self.counters.after_prefill(n);
-        for layer in &mut self.layers {
-            layer.prefetch.slots_mut().clear(false);
+        for l in 0..self.layers.len() {
+            self.layers[l].prefetch.slots_mut().clear(false);
+            let packed = std::mem::take(&mut self.packed_tail[l]);
+            self.add_spare(packed);
         }
         self.free_working_pages();
     }
 
-    /// Frees the pages that only a prefill needs: at its end, or where it was given up.
-    pub fn free_working_pages(&mut self) {
+    /// Frees the pages that only a prefill needs.
+    fn free_working_pages(&mut self) {
         let keep = self.prefill_wide_pages(0, self.capacity);
         while self.wide_pages() > keep && self.spare.pop_front().is_some() {}
     }
@@ -608,8 +664,9 @@ impl Cache {
     /// `offload`: begins to bring `layer` back. Returns the bytes that this moves.
     pub fn begin_load(&mut self, layer: usize) -> u64 {
         let (Some(host), n_pages) = (&self.layers[layer].host, self.counters.nq / PAGE) else { return 0 };
+        let complete = self.complete(layer, n_pages);
         let Load { pages, job, .. } = &mut self.loads[layer % 2];
-        job.launch(&self.device, host, 0..n_pages, pages, self.host.paged_out);
+        job.launch(&self.device, host, 0..n_pages, pages, complete);
         n_pages as u64 * self.shape.wide_page_bytes() as u64
     }
 
@@ -626,13 +683,13 @@ impl Cache {
         }
     }
 
-    /// The slots of `layer`, the host pages that fill them, and when those are complete.
+    /// The slots of `layer`, the host pages that fill them, and when each of those is complete.
     ///
     /// # Panics
     /// In modes that do not fetch.
-    pub fn fetching(&mut self, layer: usize) -> (&mut Prefetch, &Arc<HostLayer>, Option<Event>) {
-        let LayerCache { prefetch, host, .. } = &mut self.layers[layer];
-        (prefetch, host.as_ref().expect("a mode that fetches has a host copy"), self.host.paged_out)
+    pub fn fetching(&mut self, layer: usize) -> (&mut Prefetch, &Arc<HostLayer>, Completion) {
+        let LayerCache { prefetch, host, completion, .. } = &mut self.layers[layer];
+        (prefetch, host.as_ref().expect("a mode that fetches has a host copy"), *completion)
     }
 
     /// On a GPU: brings the lists of pages up to date, if they are not.

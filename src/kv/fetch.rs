@@ -45,8 +45,11 @@ pub struct FetchQueue {
     /// Of the device that the rest belongs to.
     engine: Option<Arc<CopyEngine>>,
     delta: Delta,
-    /// `[layer]`, and beside it the other sequences of the batch where each has a fetch of its own.
+    /// `[layer]`: as many as were ever under way there at once. One, or one a sequence where each has a fetch of its own; more
+    /// where several batches take turns.
     fetches: Vec<Vec<Fetch>>,
+    /// Which one of its layer is being put together.
+    open: Option<usize>,
     blocks: Vec<Block>,
     /// Launches so far: the next one takes block `turn % depth`.
     turn: usize,
@@ -90,7 +93,7 @@ struct Work {
     room: usize,
     memory: Arc<Mutex<Vec<Line>>>,
     block: u64,
-    /// When the last page that may be read is on the host.
+    /// When the last page that is read is on the host.
     paged_out: Option<Event>,
     failure: Option<Cow<'static, str>>,
 }
@@ -174,15 +177,12 @@ impl FetchQueue {
         }
     }
 
-    /// Adds what `cache` has newly selected in `layer` to the fetch that is being put together there; `part` counts the
-    /// fetches of the layer in this pass. If no pair has to be fetched, the slots stay where they are.
-    pub fn add(&mut self, device: &Device, cache: &mut Cache, layer: usize, part: usize) -> Fetched {
+    /// Adds what `cache` has newly selected in `layer` to the fetch that is being put together there. If no pair has to be
+    /// fetched, the slots stay where they are.
+    pub fn add(&mut self, device: &Device, cache: &mut Cache, layer: usize) -> Fetched {
         let (shape, keep) = (cache.shape, device.options().delta);
-        let (prefetch, host, paged_out) = cache.fetching(layer);
-        let fetch = fetch_of(&mut self.fetches, device, &self.times, layer, part);
-        let done = fetch.done.take();
-        // Long past, unless the sequences of that pass are not among those of this one.
-        done.into_iter().for_each(|event| device.finish(event));
+        let (prefetch, host, completion) = cache.fetching(layer);
+        let fetch = open_fetch(&mut self.fetches, &mut self.open, device, &self.times, layer);
         let mut work = lock(&fetch.work);
         let Work { sequences, rows, .. } = &mut *work;
         let (sequence, first) = (sequences.len() as u32, rows.len());
@@ -203,16 +203,17 @@ impl FetchQueue {
             sequences.push(Sequence { host: host.clone(), slots: prefetch.send(), rows: rows.clone(), failure: None });
             work.pair_bytes = shape.pair_bytes();
             work.room += shape.n_kv_heads * top_k;
-            work.paged_out = paged_out.map(|event| event.later(work.paged_out)).or(work.paged_out);
+            let last = work.rows[rows].iter().map(|row| row.page).max().expect("there are rows");
+            let complete = completion.of(last as usize);
+            work.paged_out = complete.map(|event| event.later(work.paged_out)).or(work.paged_out);
         }
         fetched
     }
 
-    /// Launches what was added, if anything was.
-    pub fn launch(&mut self, device: &Device, layer: usize, part: usize) {
-        let fetch = self.fetches.get_mut(layer).and_then(|fetches| fetches.get_mut(part));
-        // One that was launched before has its jobs to wait for, and they have its memory.
-        let Some(fetch) = fetch.filter(|fetch| fetch.done.is_none()) else { return };
+    /// Launches what was added to `layer`, if anything was.
+    pub fn launch(&mut self, device: &Device, layer: usize) {
+        let Some(open) = self.open.take() else { return };
+        let fetch = &mut self.fetches[layer][open];
         let mut work = lock(&fetch.work);
         if work.sequences.is_empty() {
             return;
@@ -236,18 +237,24 @@ impl FetchQueue {
     }
 }
 
-/// The memory of a fetch, made where it is missing.
-fn fetch_of<'q>(
+/// The fetch that is being put together in a layer: the first that is not under way, made where all are.
+fn open_fetch<'q>(
     fetches: &'q mut Vec<Vec<Fetch>>,
+    open: &mut Option<usize>,
     device: &Device,
     times: &Arc<Times>,
     layer: usize,
-    part: usize,
 ) -> &'q mut Fetch {
     fetches.resize_with(fetches.len().max(layer + 1), Vec::new);
-    let parts = &mut fetches[layer];
-    parts.resize_with(parts.len().max(part + 1), || Fetch::new(device, times));
-    &mut parts[part]
+    let fetches = &mut fetches[layer];
+    let open = *open.get_or_insert_with(|| {
+        let free = fetches.iter().position(|fetch| fetch.done.is_none_or(|event| device.has_passed(event)));
+        free.unwrap_or_else(|| {
+            fetches.push(Fetch::new(device, times));
+            fetches.len() - 1
+        })
+    });
+    &mut fetches[open]
 }
 
 impl Fetch {
@@ -304,7 +311,7 @@ impl Work {
         let gathered = Rows { n_rows: rows.len(), row_bytes: *pair_bytes, source, node };
         engine.gather.reserve(self.room);
         // The copy comes right afterwards, and on this device it reads the block through the caches.
-        engine.gather.gather(&gathered, Staging { bytes, slot: |i| i }, Stores::Temporal);
+        engine.gather(&gathered, Staging { bytes, slot: |i| i }, Stores::Temporal);
         Ok(())
     }
 

@@ -60,6 +60,31 @@ impl Drop for HostLayer {
     }
 }
 
+/// When the pages of a table are complete: those of its last page-out, and all before them. Pages go out in order, so a later
+/// one is complete no sooner.
+#[derive(Clone, Copy, Default)]
+pub struct Completion {
+    /// The first page of the last page-out, and its event.
+    last: Option<(usize, Event)>,
+    /// The event of the page-out before it.
+    before: Option<Event>,
+}
+
+impl Completion {
+    /// Pages from `first` on were sent; they are complete after `event`.
+    pub fn sent(&mut self, first: usize, event: Event) {
+        *self = Completion { last: Some((first, event)), before: self.last.map(|(_, event)| event) };
+    }
+
+    /// After which event pages up to `page` are complete; `None` if they are.
+    pub fn of(&self, page: usize) -> Option<Event> {
+        match self.last {
+            Some((first, event)) if page >= first => Some(event),
+            _ => self.before,
+        }
+    }
+}
+
 /// Copies complete device pages to the host: one job for each cache, launched again and again. A run does what one launch
 /// was given, in order.
 pub struct PageOut {
@@ -270,5 +295,35 @@ impl Job for PageIn {
             Ok(())
         });
         bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::DeviceOptions;
+
+    struct Nothing;
+
+    impl Job for Nothing {
+        fn run(&self) -> u64 {
+            0
+        }
+    }
+
+    /// A page waits for the page-out that it was in, and older ones for the last of theirs.
+    #[test]
+    fn pages_wait_for_no_later_page_out() {
+        let device = Device::cpu(&DeviceOptions { threads: Some(1), ..DeviceOptions::default() }).unwrap();
+        let [first, second, third] =
+            [(); 3].map(|()| device.launch(StreamId::CopyOut, "test", |_| {}, Arc::new(Nothing)));
+        let mut completion = Completion::default();
+        assert_eq!(completion.of(0), None);
+        completion.sent(0, first);
+        assert_eq!([0, 7].map(|page| completion.of(page)), [Some(first); 2]);
+        completion.sent(2, second);
+        assert_eq!([0, 1, 2, 3].map(|page| completion.of(page)), [first, first, second, second].map(Some));
+        completion.sent(4, third);
+        assert_eq!([0, 3, 4].map(|page| completion.of(page)), [second, second, third].map(Some));
     }
 }
