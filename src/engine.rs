@@ -27,12 +27,16 @@ impl Engine {
     pub fn load(spec: &str, options: &DeviceOptions) -> Result<Engine> {
         let device = Device::cpu(options)?;
         let model = device.run(|| Model::load(spec))?;
-        Ok(Engine::new(model, device))
+        Engine::new(model, device)
     }
 
     /// An engine for a model that is in memory already.
-    pub fn new(model: Model, device: Device) -> Engine {
-        Engine { context: Context::new(model, device) }
+    ///
+    /// # Errors
+    /// On a GPU: [`crate::Error::Usage`] for a shape that no kernel serves, [`crate::Error::OutOfMemory`],
+    /// [`crate::Error::Device`].
+    pub fn new(model: Model, device: Device) -> Result<Engine> {
+        Ok(Engine { context: Context::new(model, device)? })
     }
 
     pub(crate) fn context(&self) -> &Context {

@@ -4,11 +4,13 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use crate::context::{Context, check_context};
+use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kv::cache::{Cache, CacheBytes};
 use crate::kv::fetch::{FetchQueue, Fetched};
 use crate::kv::view::SeqRows;
 use crate::kv::{KvMode, KvOptions, KvShape};
+use crate::model::Config;
 use crate::ops::attn_decode::Scratch;
 use crate::ops::linear::Rows;
 
@@ -217,7 +219,7 @@ impl Session {
     }
 
     /// Checks this call's logits. A failure is final for the session: its cache holds what it should not.
-    pub(crate) fn check_finite(&mut self, logits: &[f32]) -> Result<()> {
+    pub(crate) fn check_finite(&mut self, finite: bool) -> Result<()> {
         if let Some(failure) = &self.failure {
             // It failed earlier in the same call: in the pre-decode.
             return Err(failure.error());
@@ -226,7 +228,7 @@ impl Session {
             let failure = Failure::Copy(format!("this session's 16-bit pairs are not complete: {why}"));
             return Err(self.failure.insert(failure).error());
         }
-        if logits.iter().all(|x| x.is_finite()) && self.bad_layer.is_none() {
+        if finite && self.bad_layer.is_none() {
             return Ok(());
         }
         let place = match self.bad_layer {
@@ -278,6 +280,8 @@ pub struct Buffers {
     /// Pairs on their way from the host.
     pub(crate) fetches: FetchQueue,
     pub(crate) vocab: usize,
+    /// The last pass was a GPU's: its logits are in `rows`.
+    pub(crate) on_gpu: bool,
 }
 
 /// One sequence of a pass.
@@ -296,6 +300,7 @@ impl Buffers {
     /// [`Error::NotFinite`] or [`Error::Device`] if that sequence failed; [`Error::Usage`] if there was none or the call was refused.
     pub fn logits(&self, i: usize) -> Result<&[f32]> {
         match self.results.get(i) {
+            Some(Ok(row)) if self.on_gpu => Ok(self.rows.gpu.logits(*row)),
             Some(Ok(row)) => Ok(&self.logits[row * self.vocab..][..self.vocab]),
             Some(Err(Error::Device(why))) => Err(Error::Device(why.clone())),
             Some(Err(e)) => Err(Error::NotFinite(e.to_string())),
@@ -419,6 +424,27 @@ impl Session {
         let selected = (0..self.cache.shape.n_kv_heads).map(|head| slots.selected(head).to_vec()).collect();
         let selections = if pre_decode { Some(&mut trace.pre_decode) } else { trace.steps.last_mut() };
         selections.expect("a step has begun").push(selected);
+    }
+
+    /// On a GPU, at the end of a pass in which this was sequence `seq`: what it met, selected and fetched.
+    pub(crate) fn note_pass(&mut self, config: &Config, seq: usize, pass: &cuda::Workspace, pre_decode: bool) {
+        self.bad_layer = pass.bad_layer(seq);
+        if !self.kv().mode.fetches() {
+            return;
+        }
+        for layer in 0..config.n_layers {
+            let fetched = pass.fetched(config, layer, seq);
+            self.note_fetch(layer, Fetched { fetched, selected: 0 }, pre_decode);
+            let Some(trace) = &mut self.trace else { continue };
+            let selected = |head| pass.selected(config, layer, seq, head).to_vec();
+            let selections = if pre_decode { Some(&mut trace.pre_decode) } else { trace.steps.last_mut() };
+            selections.expect("a step has begun").push((0..config.n_kv_heads).map(selected).collect());
+        }
+    }
+
+    /// The device has failed in the middle of a pass: nobody knows what the cache holds.
+    pub(crate) fn fail_device(&mut self, why: &Error) {
+        self.failure.get_or_insert(Failure::Copy(why.to_string()));
     }
 
     /// Counts a fetch of so many pairs.

@@ -105,13 +105,17 @@ impl Sizes {
 
 /// The parts of a block of memory, one after the other at multiples of 256 bytes.
 #[derive(Default)]
-struct Parts(usize);
+pub(super) struct Parts(usize);
 
 impl Parts {
-    fn next(&mut self, bytes: usize) -> usize {
+    pub(super) fn next(&mut self, bytes: usize) -> usize {
         let at = self.0;
         self.0 = (at + bytes).next_multiple_of(256);
         at
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.0
     }
 }
 
@@ -261,7 +265,7 @@ impl Workspace {
                 head_dim: config.head_dim as u32,
                 attention_factor,
                 dtype: model.embed.dtype,
-                reserved: 0,
+                append_stride: MAX_ROWS as u32,
             };
             gpu.launch(specache_embed_plan, &params);
         }
@@ -277,15 +281,24 @@ impl Workspace {
         }
     }
 
-    /// Output projection and MLP.
-    pub(crate) fn rest_of_layer(&self, gpu: &Gpu, model: &GpuModel, config: &Config, l: usize) {
-        let dense = Dense { gpu, model, config };
-        for (number, group) in self.groups.iter().enumerate() {
-            let rows = self.memory().rows(config, number, group);
-            dense.out_residual(l, &rows);
-            dense.norm_gate_up(l, &rows);
-            dense.down_residual(l, &rows);
-        }
+    /// `x += W_o attn`.
+    pub(crate) fn out_residual(&self, gpu: &Gpu, model: &GpuModel, config: &Config, l: usize) {
+        self.each_rows(config, |rows| Dense { gpu, model, config }.out_residual(l, rows));
+    }
+
+    /// RMS norm, then `silu(W_gate x) * W_up x`.
+    pub(crate) fn norm_gate_up(&self, gpu: &Gpu, model: &GpuModel, config: &Config, l: usize) {
+        self.each_rows(config, |rows| Dense { gpu, model, config }.norm_gate_up(l, rows));
+    }
+
+    /// `x += W_down inner`.
+    pub(crate) fn down_residual(&self, gpu: &Gpu, model: &GpuModel, config: &Config, l: usize) {
+        self.each_rows(config, |rows| Dense { gpu, model, config }.down_residual(l, rows));
+    }
+
+    fn each_rows(&self, config: &Config, mut launch: impl FnMut(&Rows)) {
+        let memory = self.memory();
+        self.groups.iter().enumerate().for_each(|(number, group)| launch(&memory.rows(config, number, group)));
     }
 
     /// Attention of all sequences over layer `l`; or only of those of one mode, without their prefetched pairs.
@@ -387,8 +400,9 @@ impl Workspace {
         self.memory().told_back(|r| r.choices)[row]
     }
 
-    /// First layer whose input was not finite in a row, once the pass is over.
-    pub(crate) fn bad_layer(&self, row: usize) -> Option<usize> {
+    /// First layer whose input was not finite in the real row of sequence `seq`, once the pass is over.
+    pub(crate) fn bad_layer(&self, seq: usize) -> Option<usize> {
+        let row = self.real_rows[seq];
         let layer: u32 = self.memory().told_back(|r| r.bad_layer)[row];
         (layer != SPECACHE_NONE).then_some(layer as usize)
     }
@@ -601,8 +615,10 @@ impl Scratch {
         let (heads, kv) = (config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim);
         let group = sizes.seqs.min(GROUP);
         let shape = KvShape::new(config, &KvOptions::default());
-        let attention =
-            specache_attn_params { top_k: sizes.top_k as u32, ..attention_shape(gpu, config, &shape, group, sizes.capacity) };
+        let attention = specache_attn_params {
+            top_k: sizes.top_k as u32,
+            ..attention_shape(gpu, config, &shape, group, sizes.capacity)
+        };
         let selection = specache_select_params {
             n_seqs: group as u32,
             n_heads: attention.n_heads,
@@ -628,7 +644,7 @@ impl Scratch {
             candidates: parts.next(candidate_bytes(&selection)),
             argmax: parts.next(MAX_ROWS * slices * size_of::<specache_choice>()),
             fetches: parts.next(lists * size_of::<specache_fetch>()),
-            bytes: parts.0,
+            bytes: parts.bytes(),
         }
     }
 }
@@ -652,7 +668,7 @@ impl Told {
             tokens: parts.next(sizes.rows * 4),
             seqs: parts.next(sizes.seqs * size_of::<specache_seq>()),
             caches: parts.next(sizes.seqs * config.n_layers * size_of::<specache_layer_cache>()),
-            bytes: parts.0,
+            bytes: parts.bytes(),
         }
     }
 }
@@ -668,7 +684,7 @@ impl Results {
             fetch_counts: parts.next(lists * 4),
             select_counts: parts.next(lists * 4),
             selected: parts.next(lists * sizes.top_k * 4),
-            bytes: parts.0,
+            bytes: parts.bytes(),
         }
     }
 }

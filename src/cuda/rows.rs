@@ -120,6 +120,18 @@ impl Dense<'_> {
 
     fn linear(&self, w: Projection, n_rows: u32, x: u64, norm: u64, y: u64) -> specache_linear_params {
         let eps = self.config.rms_norm_eps;
-        specache_linear_params { x, norm, weight: w.weight, bias: w.bias, y, n_rows, k: w.k, n: w.n, eps, dtype: w.dtype, reserved: 0 }
+        specache_linear_params {
+            x,
+            norm,
+            weight: w.weight,
+            bias: w.bias,
+            y,
+            n_rows,
+            k: w.k,
+            n: w.n,
+            eps,
+            dtype: w.dtype,
+            reserved: 0,
+        }
     }
 }

@@ -95,7 +95,8 @@ impl GpuModel {
         let embed = layout.matrix(&weights.embed);
         let tied = weights.embed.bytes().as_ptr() == weights.lm_head.weight.bytes().as_ptr();
         let lm_head = if tied { embed } else { layout.linear(&weights.lm_head) };
-        let (final_norm, inv_freq) = (layout.place(cast_slice(&weights.final_norm)), layout.place(cast_slice(&rope.inv_freq)));
+        let (final_norm, inv_freq) =
+            (layout.place(cast_slice(&weights.final_norm)), layout.place(cast_slice(&rope.inv_freq)));
         let mut layers: Vec<GpuLayer> = Vec::with_capacity(weights.layers.len());
         for layer in &weights.layers {
             layers.push(GpuLayer {

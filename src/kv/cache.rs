@@ -118,6 +118,11 @@ impl Admission {
         let granted = device.grant(bytes, slab.missing_bytes(host_pages), what)?;
         Ok(Admission { device: granted, host: slab.reserve(host_pages)? })
     }
+
+    /// What was granted on the device.
+    pub(crate) fn device(&mut self) -> &mut Grants {
+        &mut self.device
+    }
 }
 
 impl Cache {
@@ -438,6 +443,18 @@ impl Cache {
                 self.tables.iter_mut().for_each(Tables::outdate);
             }
         }
+    }
+
+    /// The pages that the pairs of the next `n_rows` positions go to, as an operation that writes them.
+    pub(crate) fn declare_rows(&self, layer: usize, n_rows: usize, uses: &mut Uses) {
+        let page = |position: usize| position / PAGE - self.counters.nq / PAGE;
+        let pages = &self.layers[layer].tail[page(self.counters.n)..=page(self.counters.n + n_rows - 1)];
+        uses.writes.extend(pages.iter().map(|page| Resource::DevicePage(page.id())));
+    }
+
+    /// Slots of a KV head.
+    pub(crate) fn top_k(&self) -> usize {
+        slots_per_head(&self.options, page_counts(&self.options, self.capacity).0)
     }
 
     /// Rounds K and V of one row to 16 bits and writes them at `position` of `layer`, on the CPU device. The counters do not

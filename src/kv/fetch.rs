@@ -21,6 +21,7 @@ use super::options::PAGE;
 use super::prefetch::Slots;
 use super::slab::PageRef;
 use crate::device::buffer::{Line, unique_id};
+use crate::device::cuda::Gpu;
 use crate::device::link::CopyEngine;
 use crate::device::order::{Resource, StreamId, Uses};
 use crate::device::{Carried, Device, Event, Job, Schedule};
@@ -59,6 +60,8 @@ pub struct FetchQueue {
     begin: Option<Instant>,
     /// What a layer took in the pass before; zero before the first.
     layer: Duration,
+    /// What is being put together for a GPU.
+    on_gpu: GpuFetch,
 }
 
 /// A block of host memory that pairs are gathered into and copied from, and after what it is free again.
@@ -180,6 +183,9 @@ impl FetchQueue {
     /// Adds what `cache` has newly selected in `layer` to the fetch that is being put together there. If no pair has to be
     /// fetched, the slots stay where they are.
     pub fn add(&mut self, device: &Device, cache: &mut Cache, layer: usize) -> Fetched {
+        if device.gpu().is_some() {
+            return self.on_gpu.add(cache, layer);
+        }
         let (shape, keep) = (cache.shape, device.options().delta);
         let (prefetch, host, completion) = cache.fetching(layer);
         let fetch = open_fetch(&mut self.fetches, &mut self.open, device, &self.times, layer);
@@ -210,8 +216,12 @@ impl FetchQueue {
         fetched
     }
 
-    /// Launches what was added to `layer`, if anything was.
-    pub fn launch(&mut self, device: &Device, layer: usize) {
+    /// Launches what was added to `layer`, if anything was. `gather` is the launch on a GPU, where kernels have selected and
+    /// know what is missing.
+    pub(crate) fn launch(&mut self, device: &Device, layer: usize, gather: impl FnOnce(&Gpu)) {
+        if let Some(gpu) = device.gpu() {
+            return self.on_gpu.launch(device, || gather(gpu));
+        }
         let Some(open) = self.open.take() else { return };
         let fetch = &mut self.fetches[layer][open];
         let mut work = lock(&fetch.work);
@@ -234,6 +244,58 @@ impl FetchQueue {
         block.free_after = Some(copied);
         work.sequences.iter().for_each(|sequence| sequence.slots.depart(copied));
         fetch.done = Some(copied);
+    }
+}
+
+/// What a GPU fetches next. Its kernel reads the pairs from pinned pages by itself: no staging block, no second copy, and the
+/// host learns what was fetched when the pass is over.
+#[derive(Default)]
+struct GpuFetch {
+    slots: Vec<Carried<Slots>>,
+    /// Host pages that may be read: a table, and how many of its first pages.
+    pages: Vec<(Arc<HostLayer>, usize)>,
+    /// When the last of them is complete.
+    complete: Option<Event>,
+}
+
+impl GpuFetch {
+    fn add(&mut self, cache: &mut Cache, layer: usize) -> Fetched {
+        let (n_kv_heads, n_pages) = (cache.shape.n_kv_heads, cache.counters.no / PAGE);
+        let (prefetch, host, completion) = cache.fetching(layer);
+        let count = prefetch.slots().count;
+        if count > 0 {
+            self.pages.push((host.clone(), n_pages));
+            self.slots.push(prefetch.send());
+            let complete = completion.of(n_pages - 1);
+            self.complete = complete.map(|event| event.later(self.complete)).or(self.complete);
+        }
+        Fetched { fetched: 0, selected: (n_kv_heads * count) as u64 }
+    }
+
+    fn launch(&mut self, device: &Device, gather: impl FnOnce()) {
+        if self.slots.is_empty() {
+            return;
+        }
+        device.after(StreamId::CopyIn, device.record(StreamId::Compute), "a selection is complete before its gather");
+        if let Some(event) = self.complete.take() {
+            device.after(StreamId::CopyIn, event, "host pages are complete before a gather");
+        }
+        device.declare(StreamId::CopyIn, "gather", |uses| {
+            uses.reads.extend(self.pages.iter().flat_map(|(host, n)| (0..*n).map(|page| host.resource(page))));
+            for slots in &self.slots {
+                slots.look(|slots| {
+                    uses.reads.push(Resource::Selection(slots.positions.id()));
+                    uses.writes.push(Resource::Slots(slots.pairs.id()));
+                });
+            }
+        });
+        gather();
+        let event = device.record(StreamId::CopyIn);
+        for slots in self.slots.drain(..) {
+            slots.work(|_| Ok(())); // what fails on the GPU, its driver tells at the end of the pass
+            slots.depart(event);
+        }
+        self.pages.clear();
     }
 }
 

@@ -107,6 +107,11 @@ impl Slots {
         self.kept.1.bytes_mut().copy_from_slice(self.positions.bytes());
     }
 
+    /// On a GPU: `count` pairs per KV head are selected by a kernel, which knows the slots by [`Prefetch::places`].
+    pub(crate) fn select_on_gpu(&mut self, count: usize) {
+        self.count = count;
+    }
+
     /// The selection of the last [`Slots::keep`] again. Its pairs have to be fetched as those of a new one have: all of them
     /// are on the host.
     pub fn restore(&mut self) {

@@ -154,7 +154,7 @@ pub struct specache_embed_params {
     pub head_dim: u32,
     pub attention_factor: f32,
     pub dtype: specache_dtype,
-    pub reserved: u32,
+    pub append_stride: u32,
 }
 pub type specache_embed_params_size = [::std::os::raw::c_char; 1usize];
 #[repr(C)]
