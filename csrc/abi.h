@@ -95,7 +95,7 @@ typedef struct specache_seq {
     uint32_t n;           /* tokens in the cache: the position of row 0; row 1 stands at n + 1 */
     uint32_t nq;          /* positions [0, nq) are read packed; a multiple of 64, <= no */
     uint32_t no;          /* positions [0, no) may be selected; <= n. fetch mode: nq */
-    uint32_t n_rows;      /* 1, 2; 0: the entry is not in use */
+    uint32_t n_rows;      /* 1, 2, in a prefill any number; 0: the entry is not in use */
     uint32_t first_row;   /* index of row 0 in q and out */
     uint32_t packed_page; /* index of page 0 in packed_ids */
     uint32_t wide_page;   /* index of page nq / 64 in wide_ids; the pages up to the last row's pair follow */
@@ -338,6 +338,67 @@ specache_status specache_gate_up_plan(const specache_gate_up_params *params, spe
 specache_status specache_logits_plan(const specache_linear_params *params, specache_launch *launch);
 specache_status specache_argmax_slices_plan(const specache_argmax_params *params, specache_launch *launch);
 specache_status specache_argmax_merge_plan(const specache_argmax_params *params, specache_launch *launch);
+#endif
+
+/* ---- attention of a prefill: attn_prefill.cu ---------------------------------------------------------------------- */
+
+/* attn_prefill.cu: causal attention of a chunk of prompt rows of one or more sequences, over one layer.
+ *
+ * A sequence's rows stand at n, n + 1, .. n + n_rows - 1 of specache_seq; row r sees j <= n + r, and with a window
+ * w > 0 only j > n + r - w. Position j is read from packed page j / 64 if j < nq, else from wide page (j - nq) / 64: the
+ * chunk's own K and V are in the wide pages already. nq is 0 but for a continued kivi prefill, and at most n; no and
+ * cache are not used. Pages lie as in specache_attn_params. */
+typedef struct specache_prefill_params {
+    uint64_t seqs;               /* device, specache_seq [n_seqs], 16-byte aligned: any n_rows */
+    uint64_t q;                  /* device, float [rows][n_heads][head_dim], after RoPE, unscaled; 16-byte aligned */
+    uint64_t out;                /* device, float [rows][n_heads][head_dim], 8-byte aligned */
+    uint64_t packed;             /* device, 128-byte aligned; 0 if every nq is 0 */
+    uint64_t packed_ids;         /* device, uint32_t, or 0: an index is its own id */
+    uint64_t wide;               /* device, 16-byte aligned */
+    uint64_t wide_ids;           /* device, uint32_t, or 0 */
+    uint64_t packed_page_stride; /* bytes, multiple of 128 */
+    uint64_t packed_head_stride; /* bytes, multiple of 128 */
+    uint64_t wide_page_stride;   /* bytes, multiple of 16 */
+    uint32_t n_seqs;             /* entries of seqs in use or not */
+    uint32_t n_rows;             /* host: at least the sum of n_rows over all entries: bounds the grid */
+    uint32_t n_heads;            /* H: at most 16 Hkv */
+    uint32_t n_kv_heads;         /* Hkv */
+    uint32_t head_dim;           /* D: 64, 128 */
+    uint32_t bits;               /* b: 1, 2, 4 */
+    uint32_t group_size;         /* g: 32, 64 */
+    specache_dtype dtype;        /* of wide pages */
+    uint32_t window;             /* w; 0: none */
+    uint32_t shared_limit;       /* host: the most dynamic shared memory of a block, bytes */
+} specache_prefill_params;
+SPECACHE_ASSERT_SIZE(specache_prefill_params, 120);
+
+#ifndef __CUDACC_RTC__
+specache_status specache_prefill_plan(const specache_prefill_params *params, specache_launch *launch);
+#endif
+
+/* ---- the gather on the device: fetch.cu -------------------------------------------------------------------------- */
+
+/* Copies the pairs that the selection left in fetches from pinned host memory into their slots. A page of the host is a
+ * wide page: [n_kv_heads][64][K | V]. */
+typedef struct specache_fetch_params {
+    uint64_t seqs;             /* device, specache_seq [n_seqs], 16-byte aligned */
+    uint64_t fetches;          /* device, specache_fetch [n_seqs][n_kv_heads][top_k], as the selection wrote them */
+    uint64_t fetch_counts;     /* device, uint32_t [n_seqs][n_kv_heads] */
+    uint64_t host_pages;       /* device, uint64_t [caches][host_page_stride]: where the device reads page j / 64 of the
+                                  layer; pages are 16-byte aligned. Those below every sequence's no must be there */
+    uint64_t pairs;            /* out: device, [caches][n_kv_heads][top_k][K | V], 16-byte aligned */
+    uint64_t fetched;          /* in and out: device, uint64_t: how many pairs were copied is added; 0: not wanted */
+    uint32_t host_page_stride; /* pages, >= every no / 64 */
+    uint32_t n_seqs;           /* B, entries of seqs in use or not */
+    uint32_t n_kv_heads;       /* Hkv */
+    uint32_t head_dim;         /* D: 64, 128 */
+    uint32_t top_k;            /* k: at most 2048; with 0 there is nothing to launch */
+    uint32_t n_ctas;           /* host: how many CTAs share the work; 0: SPECACHE_FETCH_CTAS */
+} specache_fetch_params;
+SPECACHE_ASSERT_SIZE(specache_fetch_params, 72);
+
+#ifndef __CUDACC_RTC__
+specache_status specache_fetch_plan(const specache_fetch_params *params, specache_launch *launch);
 #endif
 
 #ifdef __cplusplus

@@ -63,6 +63,16 @@
 #define SPECACHE_ARGMAX_THREADS 256
 #define SPECACHE_ARGMAX_MERGE_THREADS 32
 
+/* ---- attn_prefill.cu: D x dtype ---- */
+#define SPECACHE_PREFILL_KERNELS(X) X(64, fp16, Fp16) X(64, bf16, Bf16) X(128, fp16, Fp16) X(128, bf16, Bf16)
+
+/* A block has 4 or 8 warps (prefill_work.h). */
+#define SPECACHE_PREFILL_MOST_THREADS 256
+
+/* ---- fetch.cu: specache_fetch_pairs ---- */
+#define SPECACHE_FETCH_THREADS 512
+#define SPECACHE_FETCH_CTAS 4
+
 /* clang-format on */
 
 #endif
