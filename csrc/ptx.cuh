@@ -187,3 +187,16 @@ SPECACHE_DEVICE void wait_for_previous_kernel() {
 
 }   // namespace specache
 #endif
+
+namespace specache {
+
+// mma_m16n8k16 by the type of its operands.
+SPECACHE_DEVICE void mma_16(Fp16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_m16n8k16(d, a, b0, b1);
+}
+
+SPECACHE_DEVICE void mma_16(Bf16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_m16n8k16_bf16(d, a, b0, b1);
+}
+
+}   // namespace specache
