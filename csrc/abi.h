@@ -340,14 +340,14 @@ specache_status specache_argmax_slices_plan(const specache_argmax_params *params
 specache_status specache_argmax_merge_plan(const specache_argmax_params *params, specache_launch *launch);
 #endif
 
-/* ---- attention of a prefill: attn_prefill.cu ---------------------------------------------------------------------- */
+/* ---- attention of a prefill: attn_prefill.cu --------------------------------------------------------------------- */
 
 /* attn_prefill.cu: causal attention of a chunk of prompt rows of one or more sequences, over one layer.
  *
  * A sequence's rows stand at n, n + 1, .. n + n_rows - 1 of specache_seq; row r sees j <= n + r, and with a window
- * w > 0 only j > n + r - w. Position j is read from packed page j / 64 if j < nq, else from wide page (j - nq) / 64: the
- * chunk's own K and V are in the wide pages already. nq is 0 but for a continued kivi prefill, and at most n; no and
- * cache are not used. Pages lie as in specache_attn_params. */
+ * w > 0 only j > n + r - w. Position j is read from packed page j / 64 if j < nq, else from wide page (j - nq) / 64;
+ * the chunk's own K and V are in the wide pages already. nq is 0 but for a continued kivi prefill, and at most n; no
+ * and cache are not used. Pages lie as in specache_attn_params. */
 typedef struct specache_prefill_params {
     uint64_t seqs;               /* device, specache_seq [n_seqs], 16-byte aligned: any n_rows */
     uint64_t q;                  /* device, float [rows][n_heads][head_dim], after RoPE, unscaled; 16-byte aligned */

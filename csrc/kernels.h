@@ -66,8 +66,9 @@
 /* ---- attn_prefill.cu: D x dtype ---- */
 #define SPECACHE_PREFILL_KERNELS(X) X(64, fp16, Fp16) X(64, bf16, Bf16) X(128, fp16, Fp16) X(128, bf16, Bf16)
 
-/* A block has 4 or 8 warps (prefill_work.h). */
-#define SPECACHE_PREFILL_MOST_THREADS 256
+/* The largest block (prefill_work.h), and how many CTAs of it registers must not forbid. */
+#define SPECACHE_PREFILL_THREADS(D) ((D) == 64 ? 128 : 256)
+#define SPECACHE_PREFILL_CTAS(D) ((D) == 64 ? 3 : 1)
 
 /* ---- fetch.cu: specache_fetch_pairs ---- */
 #define SPECACHE_FETCH_THREADS 512

@@ -95,7 +95,7 @@ compile csrc/probe.cu 90a
 report csrc/pack.cu csrc/probe.cu || fail "registers or spills"
 
 # Attention, selection and the gather.
-attention=(csrc/attn_decode.cu csrc/select.cu csrc/fetch.cu)
+attention=(csrc/attn_decode.cu csrc/attn_prefill.cu csrc/select.cu csrc/fetch.cu)
 for source in "${attention[@]}"; do
   for arch in "${architectures[@]}"; do compile "$source" "$arch"; done
   if [ "${1:-}" = --all ]; then compile_ptx "$source"; fi
@@ -113,7 +113,7 @@ report "${dense[@]}" || fail "registers or spills"
 if [ "${1:-}" = --all ]; then
   "$nvcc" -std=c++17 -Werror all-warnings -gencode arch=compute_90a,code=sm_90a -c csrc/linear_bench.cu \
     -o "$out/linear_bench.o" || fail "linear_bench does not build"
-  for test in fetch embed linear sample step; do
+  for test in attn_prefill fetch embed linear sample step; do
     "$nvcc" -std=c++17 -Werror all-warnings -Xcompiler -Wno-unknown-pragmas -gencode arch=compute_90a,code=sm_90a \
       -x cu -c "csrc/tests/${test}_test.cpp" -o "$out/$test.gpu.o" || fail "${test}_test does not build for a GPU"
   done
@@ -144,7 +144,7 @@ build() { # test, suffix, flags...
   "${emulated[@]}" "$@" "csrc/tests/${test}_test.cpp" "${plans[@]}" -o "$out/$test$suffix"
 }
 
-for test in emu layout pack attn_decode select fetch decode_chain embed linear sample step; do
+for test in emu layout pack attn_decode attn_prefill select fetch decode_chain embed linear sample step; do
   for kind in plain sanitized; do
     flags=()
     [ "$kind" = sanitized ] && flags=("${sanitizers[@]}")
@@ -178,6 +178,9 @@ for bug in 1 2; do expect_bug pack "$bug"; done
 # 6: copies that nobody waits for.
 # One kernel of the twelve builds in a third of the time.
 for bug in 1 2 3 4 5 6; do expect_bug attn_decode "$bug" "-DSPECACHE_ATTN_KERNELS(X)=X(64, 2, bf16, Bf16)"; done
+
+# 1: a missing __syncthreads. 2: a wrong fragment. 3: a row that looks ahead.
+for bug in 1 2 3; do expect_bug attn_prefill "$bug"; done
 
 # 1: a missing __syncthreads. 2: a position behind the window. 3: a position that nobody replaces any more.
 for bug in 1 2 3; do expect_bug select "$bug"; done

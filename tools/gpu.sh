@@ -13,8 +13,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 bin=target/gpu
 out=${OUT:-$bin/results}
-tests=(layout_test pack_test attn_decode_test select_test fetch_test decode_chain_test embed_test linear_test sample_test
-  step_test)
+tests=(layout_test pack_test attn_decode_test attn_prefill_test select_test fetch_test decode_chain_test embed_test
+  linear_test sample_test step_test)
 programs=("${tests[@]}" probe linear_bench)
 
 find_nvcc() {

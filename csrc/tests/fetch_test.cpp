@@ -51,7 +51,8 @@ static void test(const Case& c) {
     std::vector<uint64_t> addresses(caches * stride, ~uint64_t(0));
     for (uint32_t cache = 0; cache < caches; cache++)
         for (uint32_t i = 0; i < c.pages; i++)
-            addresses[cache * stride + i] = host_in.address() + (caches * c.pages - 1 - cache * c.pages - i) * page_bytes;
+            addresses[cache * stride + i] =
+                host_in.address() + (caches * c.pages - 1 - cache * c.pages - i) * page_bytes;
     Array<uint64_t> addresses_in("host_pages", addresses), fetched("fetched", 1);
     Array<uint64_t>::fill(fetched, {1ull << 40});
     Array<specache_seq> seqs_in("seqs", seqs);
