@@ -198,19 +198,19 @@ uint64_t specache_select_scratch_bytes(const specache_select_params *params);
 /* Weights only. */
 #define SPECACHE_FP32 2u
 
-/* Rows of a launch: two tokens of eight sequences. */
+/* Rows of a launch of the fused kernels: two tokens of eight sequences. */
 #define SPECACHE_MAX_ROWS 16
 
-#define SPECACHE_UNSUPPORTED_ROWS 20  /* not 1 .. SPECACHE_MAX_ROWS */
+#define SPECACHE_UNSUPPORTED_ROWS 20  /* more than the kernel or its tables have room for */
 #define SPECACHE_UNSUPPORTED_WIDTH 21 /* features that the kernels cannot divide, or too many */
 
 /* No layer, no token. */
 #define SPECACHE_NONE 0xFFFFFFFFu
 
-/* embed.cu: begins a step. Rows of the embedding become the residual stream, and what every layer would otherwise work
- * out again is worked out once: cosines and sines of the positions, and where each layer's K and V of a row go. Page id
- * of layer l is at wide + l * wide_layer_stride + id * wide_page_stride. A row that is no sequence's only fills up a
- * graph: at position 0, and kept nowhere. */
+/* embed.cu: begins a step, or a chunk of a prefill. Rows of the embedding become the residual stream, and what every
+ * layer would otherwise work out again is worked out once: cosines and sines of the positions, and where each layer's K
+ * and V of a row go. Page id of layer l is at wide + l * wide_layer_stride + id * wide_page_stride. A row that is no
+ * sequence's only fills up a graph: at position 0, and kept nowhere. */
 typedef struct specache_embed_params {
     uint64_t table;             /* device, dtype [vocab][hidden], 16-byte aligned */
     uint64_t tokens;            /* device, uint32_t [n_rows]; a token beyond the vocabulary gives NaN */
@@ -222,7 +222,7 @@ typedef struct specache_embed_params {
     uint64_t inv_freq;          /* device, float [head_dim / 2]: RoPE, radians per position */
     uint64_t x;                 /* out: device, float [n_rows][hidden] */
     uint64_t rope;              /* out: device, float [n_rows][head_dim / 2][cos, sin] */
-    uint64_t append;            /* out: device, uint64_t [n_layers][SPECACHE_MAX_ROWS]: address of K of head 0, or 0 */
+    uint64_t append;            /* out: device, uint64_t [n_layers][append_stride]: address of K of head 0, or 0 */
     uint64_t bad_layer;         /* out: device, uint32_t [n_rows]: SPECACHE_NONE */
     uint32_t n_rows;
     uint32_t n_seqs;
@@ -233,7 +233,7 @@ typedef struct specache_embed_params {
     uint32_t head_dim;          /* D */
     float attention_factor;     /* multiplies cos and sin: 1 but for YaRN */
     specache_dtype dtype;       /* of the table */
-    uint32_t reserved;
+    uint32_t append_stride;     /* rows, >= n_rows; 0: SPECACHE_MAX_ROWS */
 } specache_embed_params;
 SPECACHE_ASSERT_SIZE(specache_embed_params, 136);
 
@@ -338,6 +338,79 @@ specache_status specache_gate_up_plan(const specache_gate_up_params *params, spe
 specache_status specache_logits_plan(const specache_linear_params *params, specache_launch *launch);
 specache_status specache_argmax_slices_plan(const specache_argmax_params *params, specache_launch *launch);
 specache_status specache_argmax_merge_plan(const specache_argmax_params *params, specache_launch *launch);
+#endif
+
+/* ---- between the products of cuBLASLt: dense.cu ------------------------------------------------------------------ */
+
+/* Any number of rows, 16-bit outputs of the type of fp16 or bf16 weights, widths that are multiples of 8. A layer is
+ *   norm16, products, finish_qkv, attention, round16, product that adds to x,
+ *   norm16, two products, swiglu16, product that adds to x
+ * where all products give fp32. */
+
+/* RMS norm. */
+typedef struct specache_norm16_params {
+    uint64_t x;         /* device, float [n_rows][hidden], 16-byte aligned: residual stream */
+    uint64_t norm;      /* device, float [hidden], 16-byte aligned */
+    uint64_t y;         /* out: device, dtype [n_rows][hidden], 16-byte aligned */
+    uint64_t bad_layer; /* in and out: device, uint32_t [n_rows]: the first layer whose input is not finite; or 0 */
+    uint32_t n_rows;
+    uint32_t hidden;
+    uint32_t layer;
+    float eps;
+    specache_dtype dtype;
+    uint32_t reserved;
+} specache_norm16_params;
+SPECACHE_ASSERT_SIZE(specache_norm16_params, 56);
+
+/* Biases, norms of heads, RoPE and append, after the products for q, k and v. */
+typedef struct specache_finish_qkv_params {
+    uint64_t products; /* device, float [n_rows][n_heads + 2 n_kv_heads][head_dim]: q, k, v of each row */
+    uint64_t q_bias;   /* device, float [n_heads * head_dim], or 0 */
+    uint64_t k_bias;   /* device, float [n_kv_heads * head_dim], or 0 */
+    uint64_t v_bias;   /* device, float [n_kv_heads * head_dim], or 0 */
+    uint64_t q_norm;   /* device, float [head_dim], or 0 */
+    uint64_t k_norm;   /* device, float [head_dim]; 0 exactly if q_norm is */
+    uint64_t rope;     /* device, float [n_rows][head_dim / 2][cos, sin]: of specache_embed */
+    uint64_t append;   /* device, uint64_t [n_rows]: this layer's part of what specache_embed wrote */
+    uint64_t q;        /* out: device, float [n_rows][n_heads][head_dim] */
+    uint32_t n_rows;
+    uint32_t n_heads;
+    uint32_t n_kv_heads;
+    uint32_t head_dim; /* even, at most 256 */
+    float eps;
+    specache_dtype kv_dtype; /* of the wide pages */
+} specache_finish_qkv_params;
+SPECACHE_ASSERT_SIZE(specache_finish_qkv_params, 96);
+
+/* Rounding: of what attention gives. */
+typedef struct specache_round16_params {
+    uint64_t x;     /* device, float [count], 16-byte aligned */
+    uint64_t y;     /* out: device, dtype [count], 16-byte aligned */
+    uint64_t count; /* multiple of 8 */
+    specache_dtype dtype;
+    uint32_t reserved;
+} specache_round16_params;
+SPECACHE_ASSERT_SIZE(specache_round16_params, 32);
+
+/* silu(gate) * up. */
+typedef struct specache_swiglu16_params {
+    uint64_t gate;      /* device, float [n_rows] rows, `stride` apart, 16-byte aligned */
+    uint64_t up;        /* device, as gate */
+    uint64_t gate_bias; /* device, float [intermediate], 16-byte aligned, or 0 */
+    uint64_t up_bias;   /* device, float [intermediate], 16-byte aligned, or 0 */
+    uint64_t y;         /* out: device, dtype [n_rows][intermediate], 16-byte aligned */
+    uint32_t n_rows;
+    uint32_t intermediate;
+    uint32_t stride; /* floats, multiple of 4: intermediate, or twice that where one product gives gate and up */
+    specache_dtype dtype;
+} specache_swiglu16_params;
+SPECACHE_ASSERT_SIZE(specache_swiglu16_params, 56);
+
+#ifndef __CUDACC_RTC__
+specache_status specache_norm16_plan(const specache_norm16_params *params, specache_launch *launch);
+specache_status specache_finish_qkv_plan(const specache_finish_qkv_params *params, specache_launch *launch);
+specache_status specache_round16_plan(const specache_round16_params *params, specache_launch *launch);
+specache_status specache_swiglu16_plan(const specache_swiglu16_params *params, specache_launch *launch);
 #endif
 
 /* ---- attention of a prefill: attn_prefill.cu --------------------------------------------------------------------- */

@@ -63,6 +63,10 @@
 #define SPECACHE_ARGMAX_THREADS 256
 #define SPECACHE_ARGMAX_MERGE_THREADS 32
 
+/* ---- dense.cu: norm16, round16, swiglu16 for dtype, and specache_finish_qkv ---- */
+#define SPECACHE_DENSE_KERNELS(X) X(fp16, Fp16) X(bf16, Bf16)
+#define SPECACHE_DENSE_THREADS 256
+
 /* ---- attn_prefill.cu: D x dtype ---- */
 #define SPECACHE_PREFILL_KERNELS(X) X(64, fp16, Fp16) X(64, bf16, Bf16) X(128, fp16, Fp16) X(128, bf16, Bf16)
 

@@ -361,9 +361,4 @@ template <int N_TILES> SPECACHE_DEVICE float sum_squares(const ProductShared<N_T
     return sum;
 }
 
-// What RMS norm multiplies a row by.
-SPECACHE_DEVICE float inverse_rms(float squares, int width, float eps) {
-    return 1.0f / sqrtf(squares / float(width) + eps);
-}
-
 }   // namespace specache
