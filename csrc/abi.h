@@ -305,7 +305,7 @@ typedef struct specache_linear_params {
 } specache_linear_params;
 SPECACHE_ASSERT_SIZE(specache_linear_params, 64);
 
-/* sample.cu: what a row's logits say. */
+/* sample.cu: what a row's logits say; draw.cu puts another token in. */
 typedef struct specache_choice {
     uint32_t token;     /* of the highest logit; of equal ones the lowest; NaN is never the highest */
     uint32_t first_bad; /* the first token whose logit is NaN or +inf, or SPECACHE_NONE */
@@ -338,6 +338,41 @@ specache_status specache_gate_up_plan(const specache_gate_up_params *params, spe
 specache_status specache_logits_plan(const specache_linear_params *params, specache_launch *launch);
 specache_status specache_argmax_slices_plan(const specache_argmax_params *params, specache_launch *launch);
 specache_status specache_argmax_merge_plan(const specache_argmax_params *params, specache_launch *launch);
+#endif
+
+/* ---- the next token by chance: draw.cu --------------------------------------------------------------------------- */
+
+/* Tokens that can be drawn from. */
+#define SPECACHE_DRAW_MOST_VOCAB (1u << 20)
+
+/* What one row's token is drawn with; options as in src/sampler.rs. */
+typedef struct specache_draw {
+    uint64_t seen;     /* in and out: device, uint32_t [ceil(vocab / 32)]: bit t % 32 of word t / 32 for each token t of
+                          the history, to which the drawn one is added; 0: no penalty, nothing added */
+    uint64_t random;   /* u 2^64 of a random number u in [0, 1) */
+    uint32_t row;      /* of logits; SPECACHE_NONE: the entry is not in use */
+    uint32_t top_k;    /* 0: all */
+    float temperature; /* 0: the best */
+    float top_p;       /* above 0; 1: all */
+    float min_p;       /* 0: all; below 1 */
+    float penalty;     /* on tokens of the history: above 0; 1: none */
+} specache_draw;
+SPECACHE_ASSERT_SIZE(specache_draw, 40);
+
+/* Behind the argmax kernels on the same logits. A row at which first_bad is a token, or the highest logit -inf, keeps
+ * what they said. */
+typedef struct specache_draw_params {
+    uint64_t draws;   /* device, specache_draw [n_draws], 8-byte aligned, of different rows */
+    uint64_t logits;  /* device, float [rows][vocab] */
+    uint64_t choices; /* in and out: device, specache_choice [rows], of the argmax: token becomes the drawn one */
+    uint64_t tokens;  /* out: device, uint32_t [rows]: the same tokens, for the next specache_embed; or 0 */
+    uint32_t n_draws;
+    uint32_t vocab;
+} specache_draw_params;
+SPECACHE_ASSERT_SIZE(specache_draw_params, 40);
+
+#ifndef __CUDACC_RTC__
+specache_status specache_draw_plan(const specache_draw_params *params, specache_launch *launch);
 #endif
 
 /* ---- between the products of cuBLASLt: dense.cu ------------------------------------------------------------------ */

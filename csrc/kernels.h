@@ -63,6 +63,9 @@
 #define SPECACHE_ARGMAX_THREADS 256
 #define SPECACHE_ARGMAX_MERGE_THREADS 32
 
+/* ---- draw.cu: specache_draw_tokens ---- */
+#define SPECACHE_DRAW_THREADS 1024
+
 /* ---- dense.cu: norm16, round16, swiglu16 for dtype, and specache_finish_qkv ---- */
 #define SPECACHE_DENSE_KERNELS(X) X(fp16, Fp16) X(bf16, Bf16)
 #define SPECACHE_DENSE_THREADS 256

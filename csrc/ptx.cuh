@@ -92,8 +92,8 @@ SPECACHE_DEVICE float exp2_approx(float x) {
     return y;
 }
 
-// Counts in shared memory, bits in device memory: atomic among the threads.
-SPECACHE_DEVICE void shared_add(uint32_t* to, uint32_t v) { atomicAdd(to, v); }
+// Counts in shared memory (what was there before comes back), bits in device memory: atomic among the threads.
+SPECACHE_DEVICE uint32_t shared_add(uint32_t* to, uint32_t v) { return atomicAdd(to, v); }
 SPECACHE_DEVICE void device_or(uint32_t* to, uint32_t v) { atomicOr(to, v); }
 SPECACHE_DEVICE void device_and(uint32_t* to, uint32_t v) { atomicAnd(to, v); }
 

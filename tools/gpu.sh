@@ -14,7 +14,7 @@ cd "$root"
 bin=target/gpu
 out=${OUT:-$bin/results}
 tests=(layout_test pack_test attn_decode_test attn_prefill_test select_test fetch_test decode_chain_test embed_test
-  linear_test dense_test sample_test step_test)
+  linear_test dense_test sample_test draw_test step_test)
 programs=("${tests[@]}" probe linear_bench)
 
 find_nvcc() {
