@@ -128,6 +128,8 @@ typedef struct specache_attn_params {
     uint64_t scores;             /* device, float [n_seqs][n_heads][score_stride], or 0: the last row's q k log2(e) /
                                     sqrt(head_dim) at positions below no that it sees */
     uint64_t lse;                /* device, float [n_seqs][n_heads]: log2 of the last row's sum of 2^score */
+    uint64_t first_scores;       /* device, as scores, of row 0 where it is not the last; or 0 */
+    uint64_t first_lse;          /* device, as lse, of row 0 where it is not the last; or 0 */
     uint64_t parts;              /* device scratch of specache_attn_part_bytes(), 16-byte aligned */
     uint64_t packed_page_stride; /* bytes, multiple of 128 */
     uint64_t packed_head_stride; /* bytes, multiple of 128 */
@@ -148,7 +150,7 @@ typedef struct specache_attn_params {
     uint32_t shared_limit;       /* host: the most dynamic shared memory of a block, bytes */
     uint32_t reserved;           /* 0 */
 } specache_attn_params;
-SPECACHE_ASSERT_SIZE(specache_attn_params, 192);
+SPECACHE_ASSERT_SIZE(specache_attn_params, 208);
 
 /* select.cu: the pairs that each sequence's next step wants at 16 bits, and which of them must be fetched. Per KV head
  * the min(top_k, candidates) positions with the highest mean probability of the last row over the head's query heads,
@@ -169,6 +171,11 @@ typedef struct specache_select_params {
     uint64_t fetches;        /* device, specache_fetch [n_seqs][n_kv_heads][top_k]: by ascending position */
     uint64_t fetch_counts;   /* device, uint32_t [n_seqs][n_kv_heads] */
     uint64_t select_counts;  /* device, uint32_t [n_seqs][n_kv_heads]; 0: not wanted */
+    uint64_t hits;           /* device, uint32_t [n_seqs][n_kv_heads]: of row 0's own best min(top_k, candidates) among
+                                the positions below nq that it sees, how many the slots held before this launch; 0 where
+                                there is no second row. Address 0: not wanted */
+    uint64_t first_scores;   /* device, as attention wrote them: for hits */
+    uint64_t first_lse;      /* device, as attention wrote them: for hits */
     uint64_t candidates;     /* device scratch of specache_select_scratch_bytes(), 8-byte aligned */
     uint64_t score_stride;   /* floats */
     uint32_t skip_stride;    /* words, >= every no / 64 */
@@ -180,7 +187,7 @@ typedef struct specache_select_params {
     uint32_t capacity;       /* as in attention */
     uint32_t reserved;       /* 0 */
 } specache_select_params;
-SPECACHE_ASSERT_SIZE(specache_select_params, 120);
+SPECACHE_ASSERT_SIZE(specache_select_params, 144);
 
 #ifndef __CUDACC_RTC__
 /* In this order, on one stream: attention, its combine, then with top_k > 0 the two of the selection. */

@@ -6,7 +6,8 @@
 // and at the end the four are merged to one part in device memory. A second kernel combines the parts of each row.
 //
 // Scores are in units of log2: the factor log2(e) / sqrt(D) goes into q, once, so that p = 2^(s - max). For the
-// selection (select.cu) the last row's scores are stored as they are; the combine adds log2 of their sum.
+// selection (select.cu) the last row's scores are stored as they are; the combine adds log2 of their sum. The same of
+// row 0, if somebody wants to know how good the last selection was.
 //
 // Numbers. Sums are fp32, codes exact. Against zeros and 16-bit pairs q is the sum of two 16-bit numbers, 2^-16 or
 // better: a key channel with a large bias, as Qwen2 has, must count the same in packed and in wide pages. Against codes
@@ -87,7 +88,7 @@ struct Ring {
 // What a lane must know of its two columns, 2j and 2j + 1.
 struct LaneColumns {
     uint32_t first[2], last[2];   // positions that the column's row sees
-    float* scores[2];             // of the column's head, if the selection wants them
+    float* scores[2];             // of the column's row and head, if the selection wants them
 };
 
 // Running softmax of a warp over its items. Lane 4i + j: columns 2j, 2j + 1.
@@ -182,9 +183,9 @@ SPECACHE_DEVICE LaneColumns lane_columns(const specache_attn_params& p, const Un
         const uint32_t head = unit.kv_head * group_heads + column % group_heads;
         columns.last[e] = unit.seq.n + (row < unit.seq.n_rows ? row : unit.seq.n_rows - 1);
         columns.first[e] = first_seen(columns.last[e], p.window);
-        const bool wanted = p.scores != 0 && row == unit.seq.n_rows - 1;
+        const uint64_t scores = row == unit.seq.n_rows - 1 ? p.scores : row == 0 ? p.first_scores : 0;
         const uint64_t start = (uint64_t(unit.seq_index) * p.n_heads + head) * p.score_stride;
-        columns.scores[e] = wanted ? reinterpret_cast<float*>(p.scores) + start : nullptr;
+        columns.scores[e] = scores != 0 ? reinterpret_cast<float*>(scores) + start : nullptr;
     }
     return columns;
 }
@@ -494,7 +495,7 @@ SPECACHE_DEVICE void attend_page(const specache_attn_params& p, const Unit& unit
     float s[4][4];
     page_scores<D, B>(shared, page, g, s);
     if (skip != 0 || first_seen(unit.seq.n + 1, p.window) > start) hide_tokens(columns, start, skip, s);
-    if (p.scores != 0) store_page_scores(columns, start, s);
+    if (p.scores != 0 || p.first_scores != 0) store_page_scores(columns, start, s);
     softmax(acc, s);
     uint32_t probabilities[8];
     page_probabilities<D, B>(acc, page, g, s, probabilities);
@@ -743,8 +744,9 @@ SPECACHE_DEVICE void combine(const specache_attn_params& p) {
         const uint64_t at = (uint64_t(seq.first_row + row) * p.n_heads + head) * p.head_dim + threadIdx.x;
         store_device(reinterpret_cast<float*>(p.out) + at, sums / total);
     }
-    if (p.lse != 0 && row == seq.n_rows - 1 && threadIdx.x == 0)
-        store_device(reinterpret_cast<float*>(p.lse) + uint64_t(seq_index) * p.n_heads + head, max + log2f(total));
+    const uint64_t lse = row == seq.n_rows - 1 ? p.lse : p.first_lse;
+    if (lse != 0 && threadIdx.x == 0)
+        store_device(reinterpret_cast<float*>(lse) + uint64_t(seq_index) * p.n_heads + head, max + log2f(total));
 }
 
 }   // namespace specache

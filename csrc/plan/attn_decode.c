@@ -36,7 +36,9 @@ static specache_status check_memory(const specache_attn_params *p, specache_laun
                            {"pairs", p->pairs, 16, no_slots},
                            {"skip", p->skip, 8, no_slots},
                            {"scores", p->scores, 4, OPTIONAL},
-                           {"lse (scores need it)", p->lse, 4, p->scores == 0}};
+                           {"lse (scores need it)", p->lse, 4, p->scores == 0},
+                           {"first_scores", p->first_scores, 4, OPTIONAL},
+                           {"first_lse (first_scores need it)", p->first_lse, 4, p->first_scores == 0}};
     CHECK_ADDRESSES("attention", all, launch);
     TRY(check_packed_strides("attention", p->packed_page_stride, p->packed_head_stride,
                              p->packed == 0 ? 0 : packed_head_bytes(p->head_dim, p->bits, p->group_size), launch));

@@ -46,7 +46,7 @@ struct Case {
     uint32_t kv_heads, group_heads, top_k, window;
     Replace replace;
     std::vector<Length> seqs;
-    bool ids = true, scores = true;
+    bool ids = true, scores = true, first_scores = true;
     float bias = 0;   // of one channel of K, wherever it is read from
     uint64_t seed = 0;
 };
@@ -107,6 +107,7 @@ public:
         if (c.replace != kNone) p.slots = slots->address(), p.pairs = pairs->address(), p.skip = skip->address();
         p.lse = lse->address();
         if (c.scores) p.scores = scores->address();
+        if (c.first_scores) p.first_scores = first_scores->address(), p.first_lse = first_lse->address();
         p.packed_page_stride = c.kv_heads * head_bytes + 128, p.packed_head_stride = head_bytes;
         p.wide_page_stride = c.kv_heads * kPage * 4 * D + 16;
         p.score_stride = score_stride;
@@ -168,6 +169,8 @@ private:
         skip = std::make_unique<Array<uint64_t>>("skip", (n + 1) * c.kv_heads * skip_stride, kR);
         scores = std::make_unique<Array<float>>("scores", n * n_heads * score_stride, kW);
         lse = std::make_unique<Array<float>>("lse", n * n_heads, kW);
+        first_scores = std::make_unique<Array<float>>("first_scores", n * n_heads * score_stride, kW);
+        first_lse = std::make_unique<Array<float>>("first_lse", n * n_heads, kW);
         std::memset(wide->data(), 0xFF, wide->bytes());   // NaN in both types
         std::memset(pairs->data(), 0xFF, pairs->bytes());
         std::memset(slots->data(), 0xFF, slots->bytes());
@@ -178,7 +181,8 @@ private:
 
     std::vector<device::Buffer*> all() {
         return {seqs.get(),  q.get(),     out.get(),  packed.get(), wide.get(), packed_ids.get(), wide_ids.get(),
-                slots.get(), pairs.get(), skip.get(), scores.get(), lse.get(),  parts.get()};
+                slots.get(), pairs.get(), skip.get(), scores.get(), lse.get(),  parts.get(),
+                first_scores.get(), first_lse.get()};
     }
 
     void fill_seq(size_t s) {
@@ -302,16 +306,23 @@ private:
             CHECK(error < kOutTolerance, "out %g, not %g: sequence %zu, head %u, row %u, channel %d (%s)", got,
                   want[i] / sum, s, head, row, i, name_of(c).c_str());
         }
-        if (row == l.rows - 1) compare_scores(s, head, score, first, max + std::log2(sum));
+        const bool is_last = row == l.rows - 1;
+        if (is_last) compare_scores(*scores, *lse, c.scores, s, head, score, first, max + std::log2(sum));
+        if (row == 0)   // of nobody if it is the last
+            compare_scores(*first_scores, *first_lse, c.first_scores && !is_last, s, head, score, first,
+                           max + std::log2(sum));
     }
 
-    void compare_scores(size_t s, uint32_t head, const std::vector<double>& score, uint32_t first, double want_lse) {
-        const float got_lse = (*lse)[s * n_heads + head];
-        CHECK(std::abs(got_lse - want_lse) < kScoreTolerance, "lse %g, not %g: sequence %zu, head %u (%s)", got_lse,
-              want_lse, s, head, name_of(c).c_str());
+    // Of the last row, or of row 0 before it.
+    void compare_scores(Array<float>& scores, Array<float>& lse, bool wanted, size_t s, uint32_t head,
+                        const std::vector<double>& score, uint32_t first, double want_lse) {
+        const float got_lse = lse[s * n_heads + head];
+        const bool has_lse = wanted || &lse == this->lse.get();
+        CHECK(has_lse ? std::abs(got_lse - want_lse) < kScoreTolerance : is_poison(got_lse),
+              "lse %g, not %g: sequence %zu, head %u (%s)", got_lse, want_lse, s, head, name_of(c).c_str());
         for (uint32_t j = 0; j < score_stride; j++) {
-            const float got = (*scores)[(s * n_heads + head) * score_stride + j];
-            const bool written = c.scores && j >= first && j < c.seqs[s].no;
+            const float got = scores[(s * n_heads + head) * score_stride + j];
+            const bool written = wanted && j >= first && j < c.seqs[s].no;
             const double error = written ? std::abs(got - score[j]) : is_poison(got) ? 0 : INFINITY;
             worst_score = std::max(worst_score, error);
             CHECK(error < kScoreTolerance, "score %g, not %g: sequence %zu, head %u, position %u (%s)", got,
@@ -330,7 +341,7 @@ private:
     size_t head_bytes;
     std::vector<uint32_t> idle_rows;
     std::unique_ptr<Array<specache_seq>> seqs;
-    std::unique_ptr<Array<float>> q, out, scores, lse, parts;
+    std::unique_ptr<Array<float>> q, out, scores, lse, parts, first_scores, first_lse;
     std::unique_ptr<Array<uint8_t>> packed, wide;
     std::unique_ptr<Array<uint32_t>> packed_ids, wide_ids, slots;
     std::unique_ptr<Array<uint16_t>> pairs;
@@ -454,7 +465,7 @@ static void random_cases(int count) {
         c.window = random() % 3 ? 0 : 1 + random() % 300;
         c.replace = Replace(random() % 3);
         c.ids = random() % 2;
-        c.scores = random() % 4;
+        c.scores = random() % 4, c.first_scores = random() % 2;
         for (uint32_t s = 1 + random() % 3; s > 0; s--) {
             const uint32_t n = random() % 400, nq = n / kPage == 0 ? 0 : random() % (n / kPage + 1) * kPage;
             const uint32_t no = nq + random() % (n - nq + 1);
@@ -495,6 +506,8 @@ static void plans() {
     expect_status(SPECACHE_OK, "", [](Params&) {});
     expect_status(SPECACHE_OK, "", [](Params& p) { p.n_seqs = 0, p.q = 0; });
     expect_status(SPECACHE_OK, "", [](Params& p) { p.slots = p.pairs = p.skip = p.scores = p.lse = p.packed = 0; });
+    expect_status(SPECACHE_OK, "", [](Params& p) { p.first_scores = p.first_lse = 1 << 20; });
+    expect_status(SPECACHE_BAD_ADDRESS, "first_lse", [](Params& p) { p.first_scores = 1 << 20; });
     expect_status(SPECACHE_UNSUPPORTED_HEAD_DIM, "96", [](Params& p) { p.head_dim = 96; });
     expect_status(SPECACHE_UNSUPPORTED_BITS, "3 bits", [](Params& p) { p.bits = 3; });
     expect_status(SPECACHE_UNSUPPORTED_GROUP_SIZE, "128", [](Params& p) { p.group_size = 128; });

@@ -22,6 +22,8 @@ using namespace specache;
 
 // ---- a case -----------------------------------------------------------------------------------------------------
 
+static uint64_t hits_seen = 0;
+
 enum Scores { kDistinct, kTies, kEqual, kPeaks };
 
 struct Length {
@@ -62,6 +64,9 @@ public:
         seqs = std::make_unique<Array<specache_seq>>("seqs", n, kR);
         scores = std::make_unique<Array<float>>("scores", n * n_heads * score_stride, kR);
         lse = std::make_unique<Array<float>>("lse", n * n_heads, kR);
+        first_scores = std::make_unique<Array<float>>("first_scores", n * n_heads * score_stride, kR);
+        first_lse = std::make_unique<Array<float>>("first_lse", n * n_heads, kR);
+        hits = std::make_unique<Array<uint32_t>>("hits", heads, kW);
         slots = std::make_unique<Array<uint32_t>>("slots", cache_heads * c.top_k, kW);
         skip = std::make_unique<Array<uint64_t>>("skip", cache_heads * skip_stride, kW);
         selected = std::make_unique<Array<uint32_t>>("selected", heads * c.top_k, kW);
@@ -71,7 +76,7 @@ public:
         std::memset(slots->data(), 0xFF, slots->bytes());
         std::memset(skip->data(), 0, skip->bytes());
         for (size_t s = 0; s < n; s++)
-            (*seqs)[s] = {c.seqs[s].n, c.seqs[s].no, c.seqs[s].no, c.seqs[s].rows, 0, 0, 0, uint32_t(n - s)};
+            (*seqs)[s] = {c.seqs[s].n, c.seqs[s].no * 3 / 4, c.seqs[s].no, c.seqs[s].rows, 0, 0, 0, uint32_t(n - s)};
     }
 
     void run() {
@@ -89,11 +94,20 @@ public:
 private:
     static bool is_poison(uint32_t x) { return x == 0xA5A5A5A5u; }
 
+    Candidates visible(uint32_t position, uint32_t end) {
+        const uint32_t first = c.window && position >= c.window ? position - c.window + 1 : 0;
+        return {std::min(first, end), end};
+    }
+
     Candidates candidates(size_t s) {
         const specache_seq& seq = (*seqs)[s];
-        if (seq.n_rows == 0) return {0, 0};
-        const uint32_t last = seq.n + seq.n_rows - 1, first = c.window && last >= c.window ? last - c.window + 1 : 0;
-        return {std::min(first, seq.no), seq.no};
+        return seq.n_rows == 0 ? Candidates{0, 0} : visible(seq.n + seq.n_rows - 1, seq.no);
+    }
+
+    // Of row 0 where it is not the last, for the hits.
+    Candidates first_candidates(size_t s) {
+        const specache_seq& seq = (*seqs)[s];
+        return seq.n_rows < 2 ? Candidates{0, 0} : visible(seq.n, seq.nq);
     }
 
     // Quarters and few of them: equal keys are frequent, different ones differ by more than any rounding.
@@ -113,18 +127,24 @@ private:
     // From the second step on, most stay as they were: selections overlap.
     void fill_scores() {
         for (size_t s = 0; s < c.seqs.size(); s++) {
-            const Candidates range = candidates(s);
+            const Candidates range = candidates(s), first_range = first_candidates(s);
             for (uint32_t h = 0; h < n_heads; h++) {
+                (*first_lse)[s * n_heads + h] = float(int(random() % 4));
                 (*lse)[s * n_heads + h] = float(int(random() % 4));
                 for (uint32_t j = 0; j < score_stride; j++) {
-                    float& x = (*scores)[(s * n_heads + h) * score_stride + j];
-                    const bool wanted = j >= range.first && j < range.end;
-                    if (!wanted) x = NAN;
-                    else if (std::isnan(x) || bit_cast<uint32_t>(x) == 0xA5A5A5A5u || random() % 10 == 0) x = score();
+                    const size_t at = (s * n_heads + h) * score_stride + j;
+                    float &x = (*scores)[at], &first = (*first_scores)[at];
+                    first = j < first_range.first || j >= first_range.end ? NAN
+                            : is_score(x) && random() % 4 != 0           ? x
+                                                                          : score();
+                    if (j < range.first || j >= range.end) x = NAN;
+                    else if (!is_score(x) || random() % 10 == 0) x = score();
                 }
             }
         }
     }
+
+    static bool is_score(float x) { return !std::isnan(x) && !is_poison(bit_cast<uint32_t>(x)); }
 
     void launch(uint32_t step) {
         specache_select_params p{};
@@ -135,11 +155,14 @@ private:
         p.score_stride = score_stride, p.skip_stride = skip_stride;
         p.n_seqs = uint32_t(c.seqs.size()), p.n_heads = n_heads, p.n_kv_heads = c.kv_heads;
         p.top_k = c.top_k, p.window = c.window, p.capacity = capacity;
+        if (wants_hits())
+            p.hits = hits->address(), p.first_scores = first_scores->address(), p.first_lse = first_lse->address();
         Array<uint8_t> candidate_lists("candidates", specache_select_scratch_bytes(&p), device::Buffer::kWrite);
         p.candidates = candidate_lists.address();
         const std::vector<device::Buffer*> all = {seqs.get(),    scores.get(),       lse.get(),
                                                   slots.get(),   skip.get(),         selected.get(),
-                                                  fetches.get(), fetch_counts.get(), select_counts.get()};
+                                                  fetches.get(), fetch_counts.get(), select_counts.get(),
+                                                  hits.get(),    first_scores.get(), first_lse.get()};
         for (device::Buffer* b : all) b->upload();
         specache_launch launch;
         CHECK(specache_select_plan(&p, &launch) == SPECACHE_OK, "%s", launch.message);
@@ -150,13 +173,13 @@ private:
     }
 
     // method.md, decode step 3.
-    std::vector<uint32_t> twin(size_t s, uint32_t head) {
-        const Candidates range = candidates(s);
+    std::vector<uint32_t> twin(size_t s, uint32_t head, const Candidates& range, Array<float>& scores,
+                               Array<float>& lse) {
         std::vector<std::pair<float, uint32_t>> order;
         for (uint32_t j = range.first; j < range.end; j++) {
             float sum = 0;
             for (uint32_t h = head * c.group_heads; h < (head + 1) * c.group_heads; h++) {
-                const float p = std::exp2((*scores)[(s * n_heads + h) * score_stride + j] - (*lse)[s * n_heads + h]);
+                const float p = std::exp2(scores[(s * n_heads + h) * score_stride + j] - lse[s * n_heads + h]);
                 sum += p < 1.17549435e-38f ? 0.0f : p;
             }
             order.push_back({-sum, j});
@@ -173,11 +196,12 @@ private:
         const std::string name = name_of(c);
         const size_t at = s * c.kv_heads + head, cache_head = (*seqs)[s].cache * c.kv_heads + head;
         if (c.top_k == 0) return;
+        compare_hits(s, head, before);
         if ((*seqs)[s].n_rows == 0) {
             CHECK((*fetch_counts)[at] == 0 && (*select_counts)[at] == 0, "an unused entry fetches (%s)", name.c_str());
             return;
         }
-        const std::vector<uint32_t> best = twin(s, head);
+        const std::vector<uint32_t> best = twin(s, head, candidates(s), *scores, *lse);
         CHECK((*select_counts)[at] == best.size(), "%u selected, not %zu (%s)", (*select_counts)[at], best.size(),
               name.c_str());
         for (size_t i = 0; i < c.top_k; i++) {
@@ -211,6 +235,20 @@ private:
         }
     }
 
+    bool wants_hits() const { return c.seed % 3 != 0; }
+
+    // method.md, "Quantities to report": row 0's own best among what was selected or could have been.
+    void compare_hits(size_t s, uint32_t head, const std::vector<uint32_t>& before) {
+        uint32_t want = wants_hits() ? 0 : 0xA5A5A5A5u;
+        const uint32_t* held = &before[((*seqs)[s].cache * c.kv_heads + head) * c.top_k];
+        if (wants_hits())
+            for (uint32_t j : twin(s, head, first_candidates(s), *first_scores, *first_lse))
+                want += uint32_t(std::count(held, held + c.top_k, j));
+        const uint32_t got = (*hits)[s * c.kv_heads + head];
+        CHECK(got == want, "%u hits, not %u (%s)", got, want, name_of(c).c_str());
+        if (wants_hits()) hits_seen += got;
+    }
+
     // Of caches that belong to no entry in use, and of lists beyond their counts.
     void expect_untouched(const std::vector<uint32_t>& before) {
         std::set<uint32_t> used;
@@ -230,8 +268,8 @@ private:
     std::mt19937 random;
     uint32_t n_heads, capacity = 0, score_stride, skip_stride;
     std::unique_ptr<Array<specache_seq>> seqs;
-    std::unique_ptr<Array<float>> scores, lse;
-    std::unique_ptr<Array<uint32_t>> slots, selected, fetch_counts, select_counts;
+    std::unique_ptr<Array<float>> scores, lse, first_scores, first_lse;
+    std::unique_ptr<Array<uint32_t>> slots, selected, fetch_counts, select_counts, hits;
     std::unique_ptr<Array<uint64_t>> skip;
     std::unique_ptr<Array<specache_fetch>> fetches;
 };
@@ -308,6 +346,9 @@ static void plans() {
     expect_status(SPECACHE_OK, "", [](Params& p) { p.top_k = 0, p.seqs = 0; });
     expect_status(SPECACHE_OK, "", [](Params& p) { p.n_seqs = 0, p.seqs = 0; });
     expect_status(SPECACHE_OK, "", [](Params& p) { p.selected = p.select_counts = 0; });
+    expect_status(SPECACHE_OK, "", [](Params& p) { p.hits = p.first_scores = p.first_lse = 1 << 20; });
+    expect_status(SPECACHE_BAD_ADDRESS, "first_lse", [](Params& p) { p.hits = p.first_scores = 1 << 20; });
+    expect_status(SPECACHE_BAD_ADDRESS, "hits", [](Params& p) { p.hits = 2; });
     expect_status(SPECACHE_UNSUPPORTED_TOP_K, "2049", [](Params& p) { p.top_k = 2049; });
     expect_status(SPECACHE_UNSUPPORTED_HEADS, "33 heads", [](Params& p) { p.n_heads = 33; });
     expect_status(SPECACHE_TOO_LARGE, "tokens", [](Params& p) { p.capacity = 1u << 31; });
@@ -328,5 +369,6 @@ int main() {
     plans();
     all_cases();
     random_cases(SPECACHE_RANDOM_CASES);
+    CHECK(hits_seen > 1000, "%llu hits in all cases", (unsigned long long)hits_seen);
     std::printf("select_test: %d cases equal the twin (%s)\n", cases, device::kName);
 }
