@@ -73,7 +73,7 @@ private:
     void write_pair(uint32_t s, uint32_t j) {
         for (uint32_t h = 0; h < kHeads; h++)
             for (int i = 0; i < D; i++) {
-                const uint32_t two = Pairs<T>::narrow(normal(random) * (i % 17 == 3 ? 4.0f : 1.0f), normal(random));
+                const uint32_t two = T::narrow(normal(random) * (i % 17 == 3 ? 4.0f : 1.0f), normal(random));
                 pair_at(s, h, j)[i] = uint16_t(two);
                 pair_at(s, h, j)[D + i] = uint16_t(two >> 16);
             }
