@@ -224,11 +224,11 @@ struct HeadTables {
     specache_fetch* fetches;
 };
 
-SPECACHE_DEVICE HeadTables head_tables(const specache_select_params& p, const specache_seq& seq,
-                                       uint32_t seq_and_head) {
-    const uint64_t cache_head = uint64_t(seq.cache) * p.n_kv_heads + seq_and_head % p.n_kv_heads;
-    return HeadTables{reinterpret_cast<uint32_t*>(p.slots) + cache_head * p.top_k,
-                      reinterpret_cast<uint32_t*>(p.skip) + cache_head * p.skip_stride * 2,
+SPECACHE_DEVICE HeadTables head_tables(const specache_select_params& p, uint32_t seq_and_head) {
+    const specache_layer_cache cache = load_cache(p.caches, seq_and_head / p.n_kv_heads);
+    const uint64_t head = seq_and_head % p.n_kv_heads;
+    return HeadTables{reinterpret_cast<uint32_t*>(cache.slots) + head * p.top_k,
+                      reinterpret_cast<uint32_t*>(cache.skip) + head * cache.skip_stride * 2,
                       reinterpret_cast<specache_fetch*>(p.fetches) + uint64_t(seq_and_head) * p.top_k};
 }
 
@@ -323,7 +323,7 @@ SPECACHE_DEVICE void select_merge(const specache_select_params& p) {
     const specache_seq seq = load_seq(p.seqs, seq_and_head / p.n_kv_heads);
     uint32_t count = 0, fetches = 0;
     if (seq.n_rows != 0) {
-        const HeadTables tables = head_tables(p, seq, seq_and_head);
+        const HeadTables tables = head_tables(p, seq_and_head);
         if (p.hits != 0) count_hits(p, seq, tables, seq_and_head, shared);
         count = merge_chunks(p, kLastRow, seq, seq_and_head, shared);
         for (uint32_t i = threadIdx.x; i < count; i += kSelectThreads) shared.kept[i] = 0;

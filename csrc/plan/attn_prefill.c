@@ -19,16 +19,12 @@ static specache_status check_shape(const specache_prefill_params *p, specache_la
 }
 
 static specache_status check_memory(const specache_prefill_params *p, specache_launch *launch) {
-    const Address all[] = {{"seqs", p->seqs, 16, REQUIRED},         {"q", p->q, 16, REQUIRED},
-                           {"out", p->out, 8, REQUIRED},            {"packed", p->packed, 128, OPTIONAL},
-                           {"packed_ids", p->packed_ids, 4, OPTIONAL}, {"wide", p->wide, 16, REQUIRED},
-                           {"wide_ids", p->wide_ids, 4, OPTIONAL}};
+    const Address all[] = {{"seqs", p->seqs, 16, REQUIRED},
+                           {"caches", p->caches, 16, REQUIRED},
+                           {"q", p->q, 16, REQUIRED},
+                           {"out", p->out, 8, REQUIRED}};
     CHECK_ADDRESSES("prefill", all, launch);
-    if (p->packed != 0)
-        TRY(check_packed_strides("prefill", p->packed_page_stride, p->packed_head_stride,
-                                 packed_head_bytes(p->head_dim, p->bits, p->group_size), launch));
-    return check_wide_stride("prefill", "wide_page_stride", p->wide_page_stride,
-                             wide_page_bytes(p->n_kv_heads, p->head_dim), launch);
+    return SPECACHE_OK;
 }
 
 specache_status specache_prefill_plan(const specache_prefill_params *p, specache_launch *launch) {
