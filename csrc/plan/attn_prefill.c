@@ -13,7 +13,9 @@ static const char *kernel_of(uint32_t head_dim, specache_dtype dtype) {
 static specache_status check_shape(const specache_prefill_params *p, specache_launch *launch) {
     TRY(check_packing("prefill", p->head_dim, p->bits, p->group_size, p->dtype, launch));
     TRY(check_heads("prefill", p->n_heads, p->n_kv_heads, 16, launch));
-    if (p->n_rows > MOST_TOKENS || p->n_seqs > MOST_SEQS || p->n_heads > MOST_HEADS)
+    /* The kernel counts queries, a row and a head each, in 32 bits. */
+    const uint64_t queries = (uint64_t)p->n_rows * (p->n_heads / p->n_kv_heads);
+    if (queries > MOST_CTAS || p->n_seqs > MOST_SEQS || p->n_heads > MOST_HEADS)
         return refuse(launch, SPECACHE_TOO_LARGE, "prefill: %u rows of %u sequences", p->n_rows, p->n_seqs);
     return SPECACHE_OK;
 }

@@ -347,7 +347,7 @@ static void plans() {
     plan(SPECACHE_UNSUPPORTED_GROUP_SIZE, "128", [](P& p) { p.group_size = 128; });
     plan(SPECACHE_UNSUPPORTED_DTYPE, "2", [](P& p) { p.dtype = SPECACHE_FP32; });
     plan(SPECACHE_UNSUPPORTED_HEADS, "136 heads", [](P& p) { p.n_heads = 136; });
-    plan(SPECACHE_TOO_LARGE, "rows", [](P& p) { p.n_rows = 1u << 31; });
+    plan(SPECACHE_TOO_LARGE, "rows", [](P& p) { p.n_rows = 1u << 29; });
     plan(SPECACHE_TOO_MUCH_SHARED, "65536", [](P& p) { p.shared_limit = 48 << 10; });
     plan(SPECACHE_BAD_ADDRESS, "q is", [](P& p) { p.q += 8; });
     plan(SPECACHE_BAD_ADDRESS, "caches is", [](P& p) { p.caches += 8; });

@@ -10,6 +10,7 @@
 
 #define SPECACHE_ATTN_KERNELS(X) X(64, 2, bf16, Bf16) X(128, 1, fp16, Fp16)
 #include "../attn_decode.cu"
+#include "../fetch.cu"
 #include "../pack.cu"
 #include "../select.cu"
 #include "check.h"
@@ -71,6 +72,7 @@ private:
             : skip_stride(skip_stride),
               packed("packed", packed_bytes),
               wide("wide list", kPages),
+              host("host list", kPages),
               slots("slots", kHeads * setup.top_k),
               pairs("pairs", kHeads * setup.top_k * kPairBytes),
               skip("skip", kHeads * skip_stride) {
@@ -81,7 +83,7 @@ private:
 
         uint32_t skip_stride;
         Array<uint8_t> packed;
-        Array<uint64_t> wide;
+        Array<uint64_t> wide, host;
         Array<uint32_t> slots;
         Array<uint8_t> pairs;
         Array<uint64_t> skip;
@@ -131,17 +133,18 @@ private:
         }
     }
 
-    // Only what this step may look at has an address.
+    // Only what this step may look at has an address. The same pages are those of the host.
     void fill_table(uint32_t s) {
         SeqCache& cache = *caches[s];
         const specache_seq& seq = seqs[s];
         for (uint32_t page = 0; page < kPages; page++) {
             const bool named = page >= seq.nq / kPage && page * kPage < seq.n + seq.n_rows;
             cache.wide[page] = named ? wide.address() + wide_at(s, page) : device::kNowhere;
+            cache.host[page] = page < seq.no / kPage ? wide.address() + wide_at(s, page) : device::kNowhere;
         }
         tables[s] = {seq.nq == 0 ? 0 : cache.packed.address(),
                      cache.wide.address(),
-                     device::kNowhere,
+                     cache.host.address(),
                      cache.slots.address(),
                      cache.pairs.address(),
                      cache.skip.address(),
@@ -159,8 +162,8 @@ private:
         std::vector<device::Buffer*> all = {
             &seqs, &tables, &q, &out, &wide, &scores, &lse, &fetches, &fetch_counts, &select_counts, &selected};
         for (auto& cache : caches)
-            for (device::Buffer* b : std::initializer_list<device::Buffer*>{&cache->packed, &cache->wide, &cache->slots,
-                                                                            &cache->pairs, &cache->skip})
+            for (device::Buffer* b : std::initializer_list<device::Buffer*>{&cache->packed, &cache->wide, &cache->host,
+                                                                            &cache->slots, &cache->pairs, &cache->skip})
                 all.push_back(b);
         for (device::Buffer* b : all) b->upload();
         launch_all();
@@ -200,6 +203,11 @@ private:
         device::launch(specache_select_chunks, l.grid, l.block, l.shared_bytes, seed++, b);
         CHECK(specache_select_merge_plan(&b, &l) == SPECACHE_OK, "%s", l.message);
         device::launch(specache_select_merge, l.grid, l.block, l.shared_bytes, seed++, b);
+        specache_fetch_params f{};
+        f.seqs = a.seqs, f.caches = a.caches, f.fetches = b.fetches, f.fetch_counts = b.fetch_counts;
+        f.n_seqs = kSeqs, f.n_kv_heads = kHeads, f.head_dim = D, f.top_k = setup.top_k, f.n_ctas = 2;
+        CHECK(specache_fetch_plan(&f, &l) == SPECACHE_OK, "%s", l.message);
+        device::launch(specache_fetch_pairs, l.grid, l.block, l.shared_bytes, seed++, f);
     }
 
     // Position j of the mixed cache: K, then V.
@@ -233,7 +241,6 @@ private:
             for (uint32_t h = head * kGroup; h < (head + 1) * kGroup; h++)
                 compare_row(s, h, row, cache, row + 1 == seq.n_rows ? &mean : nullptr);
         check_selection(s, head, mean);
-        gather(s, head);
     }
 
     void compare_row(uint32_t s, uint32_t h, uint32_t row, const std::vector<std::vector<double>>& cache,
@@ -278,15 +285,6 @@ private:
         for (uint32_t j = first; j < seq.no; j++)
             if (!std::binary_search(begin, begin + count, j))
                 CHECK(mean[j] < least * 1.01, "%u is worth %g, the least selected one %g", j, mean[j], least);
-    }
-
-    void gather(uint32_t s, uint32_t head) {
-        const uint32_t count = fetch_counts[s * kHeads + head];
-        for (uint32_t i = 0; i < count; i++) {
-            const specache_fetch& fetch = fetches[(s * kHeads + head) * setup.top_k + i];
-            const size_t to = (head * setup.top_k + fetch.slot) * kPairBytes;
-            std::memcpy(caches[s]->pairs.data() + to, pair_at(s, head, fetch.position), kPairBytes);
-        }
     }
 
     const Setup& setup;
