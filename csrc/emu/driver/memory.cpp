@@ -28,7 +28,7 @@ static uint8_t poison() {
     return bytes[options().seed % 3];
 }
 
-constexpr size_t kPoisonBytes = 16 << 20;
+constexpr size_t kPoisonBytes = 2 << 20;
 
 // A file of poison, mapped privately: what nobody writes costs no memory.
 static int poison_file() {
@@ -143,18 +143,26 @@ uint32_t Memory::begin(const std::string& name, uint32_t stream, uint32_t count)
     return uint32_t(operations_.size() - 1);
 }
 
+// Names the nearest allocation below.
+void Memory::outside(uintptr_t at, size_t bytes, const char* verb) const {
+    const auto next = regions_.upper_bound(at);
+    if (next == regions_.begin()) fail("%s of %zu bytes at %#zx, outside every allocation", verb, bytes, size_t(at));
+    const Region& below = std::prev(next)->second;
+    const size_t offset = at - below.start;
+    if (offset >= below.bytes + kNear)
+        fail("%s of %zu bytes at %#zx, outside every allocation", verb, bytes, size_t(at));
+    if (below.alive)
+        fail("%s of %zu bytes at offset %zu of allocation %u, which has %zu", verb, bytes, offset, below.number,
+             below.bytes);
+    fail("%s of %zu bytes at offset %zu of allocation %u, which is freed", verb, bytes, offset, below.number);
+}
+
 void Memory::access(uintptr_t at, size_t bytes, bool write, bool unregistered_is_fine) {
     if (bytes == 0) return;
     const char* verb = write ? "write" : "read";
     Region* region = find(at);
     if (!region && unregistered_is_fine) return;
-    if (!region) fail("%s of %zu bytes outside every allocation", verb, bytes);
-    const size_t offset = at - region->start;
-    if (!region->alive) fail("%s of %zu bytes at offset %zu of allocation %u, which is freed", verb, bytes, offset,
-                             region->number);
-    if (offset + bytes > region->bytes)
-        fail("%s of %zu bytes at offset %zu of allocation %u, which has %zu", verb, bytes, offset, region->number,
-             region->bytes);
+    if (!region || !region->alive || at + bytes > region->start + region->bytes) outside(at, bytes, verb);
     if (write && !region->writable) fail("write to allocation %u, which is read-only", region->number);
     if (actor_.id == 0) return;
     const bool early = actor_.programmatic && !Block::current().thread().after_previous;

@@ -64,7 +64,8 @@ private:
         uint32_t writer, reader[2];
         uint16_t written, read[2];   // which bytes
     };
-    static constexpr size_t kCells = 4096;   // of a page of them
+    static constexpr size_t kCells = 4096;     // of a page of them
+    static constexpr size_t kNear = 1 << 20;   // beyond an allocation, but still said to be beyond it
 
     struct Region {
         uintptr_t start;
@@ -83,6 +84,7 @@ private:
     };
 
     Region* find(uintptr_t at);
+    [[noreturn]] void outside(uintptr_t at, size_t bytes, const char* verb) const;
     Region& insert(uintptr_t start, size_t bytes, Kind kind, bool writable);
     void in_use(Region& region, const Clock& host, const char* verb);
     bool is_ordered(uint32_t earlier, bool early) const;
