@@ -73,8 +73,13 @@ static CUresult elapsed(Device& d, float* out, CUevent from, CUevent to) {
 // ---- values ---------------------------------------------------------------------------------------------------------
 
 // What was known to be complete when a stream wrote the value: whoever waits for it knows it too.
-static std::map<CUdeviceptr, Clock>& released() {
-    static auto* all = new std::map<CUdeviceptr, Clock>;
+struct Released {
+    uint32_t value;
+    Clock clock;
+};
+
+static std::map<CUdeviceptr, Released>& released() {
+    static auto* all = new std::map<CUdeviceptr, Released>;
     return *all;
 }
 
@@ -98,10 +103,18 @@ static CUresult value_work(Device& d, Stream* stream, CUdeviceptr at, const char
 
 static Work wait_for(CUdeviceptr at, uint32_t value, unsigned flags) {
     Work work;
-    work.ready = [=] { return holds(__atomic_load_n(reinterpret_cast<uint32_t*>(at), __ATOMIC_ACQUIRE), value, flags & 3); };
+    work.ready = [=] {
+        if (!device().memory.kind(at, 4)) return true;   // freed: running it says so
+        return holds(__atomic_load_n(reinterpret_cast<uint32_t*>(at), __ATOMIC_ACQUIRE), value, flags & 3);
+    };
     work.run = [=] {
-        device().learn_running(released()[at]);
-        device().learn_running(device().host);   // the host may have written it
+        Device& d = device();
+        d.memory.access(at, 4, false);
+        const auto by_stream = released().find(at);
+        if (by_stream != released().end() && holds(by_stream->second.value, value, flags & 3))
+            return d.learn_running(by_stream->second.clock);
+        d.learn_running(d.host);
+        d.learn_running(d.seen);
     };
     return work;
 }
@@ -109,7 +122,10 @@ static Work wait_for(CUdeviceptr at, uint32_t value, unsigned flags) {
 static Work write_of(CUdeviceptr at, uint32_t value) {
     Work work;
     work.run = [=] {
-        released()[at] = device().running_clock();
+        Device& d = device();
+        d.memory.access(at, 4, true);
+        released()[at] = Released{value, d.running_clock()};
+        if (*d.memory.kind(at, 4) == Memory::kHost) join(d.seen, d.running_clock());
         __atomic_store_n(reinterpret_cast<uint32_t*>(at), value, __ATOMIC_RELEASE);
     };
     return work;

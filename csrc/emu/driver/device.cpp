@@ -9,8 +9,6 @@ namespace emu::driver {
 
 using namespace std::chrono_literals;
 
-// After this long without a call the GPU runs on by itself, as a real one does from the start.
-constexpr auto kSilence = 20ms;
 // Nothing can run, and a call waits: what it waits for will not come.
 constexpr auto kDeadlock = 20s;
 
@@ -55,7 +53,8 @@ OpPtr Device::submit(Stream* stream, Work work, std::vector<OpPtr> after) {
     op->work = std::move(work);
     op->stream = stream;
     op->after = std::move(after);
-    op->clock = host;   // what the host waited for came before
+    op->clock = host;   // what the host waited for, or saw, came before
+    join(op->clock, seen);
     if (stream == legacy_)
         for (Stream* s : all_)
             if (s->blocking && s->tail) op->after.push_back(s->tail);
@@ -101,14 +100,16 @@ void Device::end_of_call(Lock& lock) {
 
 // ---- the GPU's thread -----------------------------------------------------------------------------------------------
 
-bool Device::silent() const { return std::chrono::steady_clock::now() - last_call_ > kSilence; }
+// After this long without a call the GPU runs on by itself, as a real one does from the start.
+static std::chrono::milliseconds silence() { return std::chrono::milliseconds(options().silence_ms); }
+
+bool Device::silent() const { return std::chrono::steady_clock::now() - last_call_ > silence(); }
 
 void Device::work() {
     Lock lock(mutex);
     for (;;) {
         if (wanted_.empty() && credits_ == 0 && (queued_ == 0 || !silent())) {
-            if (queued_ == 0) wanted_changed_.wait_for(lock, 50ms);
-            else wanted_changed_.wait_for(lock, kSilence);
+            wanted_changed_.wait_for(lock, silence());
             continue;
         }
         if (run_one(lock)) {
@@ -213,6 +214,8 @@ void Device::execute(Op& op) {
         report_error("%s (stream %u): %s", op.work.name.c_str(), stream, failure.text.c_str());
         broken = CUDA_ERROR_ILLEGAL_ADDRESS;
     }
+    // The host may have seen it, and with it what came before; of the rest of the kernel it knows nothing.
+    if (op.work.kernel && memory.wrote_host()) join(seen, op.clock);
     memory.set_actor(Actor{});
     running_ = nullptr;
 }

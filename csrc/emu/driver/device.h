@@ -80,6 +80,7 @@ public:
 
     Memory memory;
     Clock host;                                // what the host has waited for
+    Clock seen;                                // what it may know beside, from what kernels and streams wrote to its memory
     CUresult broken = CUDA_SUCCESS;            // an operation failed: every call answers this from now on
     std::map<CUstream, std::unique_ptr<Stream>> streams;
     std::map<CUevent, std::unique_ptr<Event>> events;

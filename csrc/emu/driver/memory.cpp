@@ -165,6 +165,7 @@ void Memory::access(uintptr_t at, size_t bytes, bool write, bool unregistered_is
     if (!region || !region->alive || at + bytes > region->start + region->bytes) outside(at, bytes, verb);
     if (write && !region->writable) fail("write to allocation %u, which is read-only", region->number);
     if (actor_.id == 0) return;
+    wrote_host_ |= write && region->kind == kHost;
     const bool early = actor_.programmatic && !Block::current().thread().after_previous;
     const uintptr_t first = at / kGranule, last = (at + bytes - 1) / kGranule, base = region->start / kGranule;
     for (uintptr_t g = first; g <= last; g++) {

@@ -54,7 +54,12 @@ public:
 
     // A new operation of a stream: its count in it. The answer is the operation's id.
     uint32_t begin(const std::string& name, uint32_t stream, uint32_t count);
-    void set_actor(const Actor& actor) { actor_ = actor; }
+    void set_actor(const Actor& actor) {
+        actor_ = actor;
+        wrote_host_ = false;
+    }
+    // Whether the actor has written to memory of the host.
+    bool wrote_host() const { return wrote_host_; }
 
     // Fails unless the bytes lie in one region; reports a race. Memory of the host need not be registered for copies.
     void access(uintptr_t at, size_t bytes, bool write, bool unregistered_is_fine = false);
@@ -95,6 +100,7 @@ private:
     std::vector<Operation> operations_{{"", 0, 0}};
     std::set<std::pair<uint32_t, uint32_t>> reported_;
     Actor actor_;
+    bool wrote_host_ = false;
     size_t allocated_ = 0;
     uint32_t numbers_ = 0;
     static constexpr size_t kCached = 64;

@@ -25,6 +25,7 @@ static Options read_options() {
     if (const char* seed = std::getenv("SPECACHE_EMU_SEED")) o.seed = std::strtoull(seed, nullptr, 0);
     if (const char* log = std::getenv("SPECACHE_EMU_LOG")) o.log = log;
     if (const char* vram = std::getenv("SPECACHE_EMU_VRAM")) o.vram = std::strtoull(vram, nullptr, 0);
+    if (const char* ms = std::getenv("SPECACHE_EMU_SILENCE_MS")) o.silence_ms = unsigned(std::strtoul(ms, nullptr, 0));
     const char *cc = std::getenv("SPECACHE_EMU_CC"), *fault = std::getenv("SPECACHE_EMU_FAIL");
     if (cc && std::sscanf(cc, "%d.%d", &o.major, &o.minor) != 2) o.error = "SPECACHE_EMU_CC is not major.minor";
     if (fault && !parse_fault(fault, o)) o.error = "SPECACHE_EMU_FAIL is not function:countdown:CUresult";
