@@ -52,16 +52,16 @@ static const emu::driver::Registered registered_early("driver_test.cpp", "copy_w
 
 // ---- what a program does --------------------------------------------------------------------------------------------
 
-#define OK(call)                                                                        \
-    do {                                                                                \
-        const CUresult result = (call);                                                 \
-        const char* name = nullptr;                                                     \
-        cuGetErrorName(result, &name);                                                  \
-        CHECK(result == CUDA_SUCCESS, "%s, %s", name, report().c_str());                \
+#define OK(call)                                                         \
+    do {                                                                 \
+        const CUresult result = (call);                                  \
+        const char* name = nullptr;                                      \
+        cuGetErrorName(result, &name);                                   \
+        CHECK(result == CUDA_SUCCESS, "%s, %s", name, report().c_str()); \
     } while (0)
-#define GIVES(expected, call)                                                           \
-    do {                                                                                \
-        const int result = int(call);                                                   \
+#define GIVES(expected, call)                                                                                     \
+    do {                                                                                                          \
+        const int result = int(call);                                                                             \
         CHECK(result == int(expected), "%s gave %d, not %d: %s", #call, result, int(expected), report().c_str()); \
     } while (0)
 
@@ -495,9 +495,10 @@ static void the_log() {
     std::stringstream text;
     text << in.rdbuf();
     size_t at = 0;
-    for (const char* part : {"\"call\":\"alloc\"", "\"call\":\"host_register\"", "\"kind\":\"HtoD\"", "\"call\":\"record\"",
-                             "\"call\":\"wait\"", "\"kernel\":\"copy_words\",\"grid\":[8,1,1],\"block\":[128,1,1]",
-                             "03000000", "\"call\":\"synchronize\""}) {
+    for (const char* part :
+         {"\"call\":\"alloc\"", "\"call\":\"host_register\"", "\"kind\":\"HtoD\"", "\"call\":\"record\"",
+          "\"call\":\"wait\"", "\"kernel\":\"copy_words\",\"grid\":[8,1,1],\"block\":[128,1,1]", "03000000",
+          "\"call\":\"synchronize\""}) {
         at = text.str().find(part, at);
         CHECK(at != std::string::npos, "no %s, or out of order: %s", part, text.str().c_str());
     }
@@ -575,10 +576,11 @@ static void matmul() {
     int found = 0;
     GIVES(0, cublasLtMatmulAlgoGetHeuristic(lt, desc, a, b, c, c, preference, 1, heuristic, &found));
     CHECK(found == 1, "%d", found);
-    GIVES(15, cublasLtMatmulAlgoGetHeuristic(lt, desc, b, a, c, c, preference, 1, heuristic, &found));   // no such shape
+    GIVES(15,
+          cublasLtMatmulAlgoGetHeuristic(lt, desc, b, a, c, c, preference, 1, heuristic, &found));   // no such shape
     const auto at = [](CUdeviceptr p) { return reinterpret_cast<void*>(p); };
-    GIVES(0, cublasLtMatmul(lt, desc, &alpha, at(s.a), a, at(s.a), b, &beta, at(s.b), c, at(s.b), c, heuristic, nullptr, 0,
-                            s.compute));
+    GIVES(0, cublasLtMatmul(lt, desc, &alpha, at(s.a), a, at(s.a), b, &beta, at(s.b), c, at(s.b), c, heuristic, nullptr,
+                            0, s.compute));
     s.download(s.compute);
     OK(cuStreamSynchronize(s.compute));
     const auto value = [&](uint32_t i) { return 0.25f * float(i % 11) - 1; };

@@ -22,25 +22,44 @@ int shared_limit() {
 
 static int attribute(CUdevice_attribute which) {
     switch (which) {
-        case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK: return 1024;
-        case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK: return 48 << 10;
-        case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: return shared_limit();
-        case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: return shared_limit() + 1024;
-        case CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK: return 1024;
-        case CU_DEVICE_ATTRIBUTE_WARP_SIZE: return 32;
-        case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: return kMultiprocessors;
-        case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR: return 2048;
-        case CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X: return 0x7FFFFFFF;
-        case CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Y: return 65535;
-        case CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Z: return 65535;
-        case CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE: return 50 << 20;
-        case CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH: return 5120;
-        case CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE: return 1000000;
-        case CU_DEVICE_ATTRIBUTE_CLOCK_RATE: return 1000000;
-        case CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT: return 2;
-        case CU_DEVICE_ATTRIBUTE_PCI_BUS_ID: return 1;
-        case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: return options().major;
-        case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: return options().minor;
+        case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK:
+            return 1024;
+        case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK:
+            return 48 << 10;
+        case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN:
+            return shared_limit();
+        case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR:
+            return shared_limit() + 1024;
+        case CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK:
+            return 1024;
+        case CU_DEVICE_ATTRIBUTE_WARP_SIZE:
+            return 32;
+        case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT:
+            return kMultiprocessors;
+        case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR:
+            return 2048;
+        case CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X:
+            return 0x7FFFFFFF;
+        case CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Y:
+            return 65535;
+        case CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Z:
+            return 65535;
+        case CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE:
+            return 50 << 20;
+        case CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH:
+            return 5120;
+        case CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE:
+            return 1000000;
+        case CU_DEVICE_ATTRIBUTE_CLOCK_RATE:
+            return 1000000;
+        case CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT:
+            return 2;
+        case CU_DEVICE_ATTRIBUTE_PCI_BUS_ID:
+            return 1;
+        case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR:
+            return options().major;
+        case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR:
+            return options().minor;
         case CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY:
         case CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING:
         case CU_DEVICE_ATTRIBUTE_CONCURRENT_KERNELS:
@@ -51,8 +70,10 @@ static int attribute(CUdevice_attribute which) {
         case CU_DEVICE_ATTRIBUTE_CAN_USE_STREAM_MEM_OPS_V1:
         case CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS:
         case CU_DEVICE_ATTRIBUTE_CAN_USE_STREAM_WAIT_VALUE_NOR_V1:
-        case CU_DEVICE_ATTRIBUTE_CAN_USE_STREAM_WAIT_VALUE_NOR: return 1;
-        default: return 0;   // what a GPU does not have
+        case CU_DEVICE_ATTRIBUTE_CAN_USE_STREAM_WAIT_VALUE_NOR:
+            return 1;
+        default:
+            return 0;   // what a GPU does not have
     }
 }
 
@@ -93,7 +114,7 @@ static const ErrorText kErrors[] = {
     ERROR(CUDA_ERROR_UNKNOWN, "unknown error"),
 };
 
-static CUresult error_text(CUresult code, const char** out, const char* ErrorText::*part) {
+static CUresult error_text(CUresult code, const char** out, const char* ErrorText::* part) {
     if (!out) return CUDA_ERROR_INVALID_VALUE;
     *out = nullptr;
     for (const ErrorText& e : kErrors)
@@ -152,9 +173,8 @@ CUresult CUDAAPI cuDeviceGetCount(int* count) {
 }
 
 CUresult CUDAAPI cuDeviceGet(CUdevice* device, int ordinal) {
-    return call(__func__, kInit, [&](Device&, Device::Lock&) {
-        return ordinal == 0 ? answer(device, 0) : CUDA_ERROR_INVALID_DEVICE;
-    });
+    return call(__func__, kInit,
+                [&](Device&, Device::Lock&) { return ordinal == 0 ? answer(device, 0) : CUDA_ERROR_INVALID_DEVICE; });
 }
 
 CUresult CUDAAPI cuDeviceGetName(char* name, int bytes, CUdevice device) {

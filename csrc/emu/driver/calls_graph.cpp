@@ -70,7 +70,7 @@ static CUresult end_capture(Stream* stream, CUgraph* out) {
     if (!graph) return CUDA_ERROR_INVALID_VALUE;
     if (graph->origin != stream) return CUDA_ERROR_STREAM_CAPTURE_UNMATCHED;
     const CUgraph handle = reinterpret_cast<CUgraph>(graph);
-    const CUresult result = graph->invalid      ? CUDA_ERROR_STREAM_CAPTURE_INVALIDATED
+    const CUresult result = graph->invalid        ? CUDA_ERROR_STREAM_CAPTURE_INVALIDATED
                             : !graph->is_joined() ? CUDA_ERROR_STREAM_CAPTURE_UNJOINED
                                                   : CUDA_SUCCESS;
     graph->release();

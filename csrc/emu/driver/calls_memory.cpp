@@ -45,7 +45,9 @@ struct Copy {
     uintptr_t to, from;
     size_t bytes;
 
-    const char* name() const { return direction == kHtoD ? "copy HtoD" : direction == kDtoH ? "copy DtoH" : "copy DtoD"; }
+    const char* name() const {
+        return direction == kHtoD ? "copy HtoD" : direction == kDtoH ? "copy DtoH" : "copy DtoD";
+    }
     bool pageable(const Memory& memory) const {
         return direction != kDtoD && memory.kind(direction == kHtoD ? from : to, bytes) == nullptr;
     }

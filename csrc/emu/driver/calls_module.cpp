@@ -94,13 +94,20 @@ static CUresult get_function(CUfunction* out, CUmodule handle, const char* name)
 
 static CUresult attribute(int* value, CUfunction_attribute which, const Function& function) {
     switch (which) {
-        case CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK: *value = 1024; return CUDA_SUCCESS;
-        case CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: *value = function.shared_limit; return CUDA_SUCCESS;
+        case CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK:
+            *value = 1024;
+            return CUDA_SUCCESS;
+        case CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES:
+            *value = function.shared_limit;
+            return CUDA_SUCCESS;
         case CU_FUNC_ATTRIBUTE_NUM_REGS:
         case CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES:
         case CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES:
-        case CU_FUNC_ATTRIBUTE_CONST_SIZE_BYTES: *value = 0; return CUDA_SUCCESS;
-        default: return CUDA_ERROR_INVALID_VALUE;
+        case CU_FUNC_ATTRIBUTE_CONST_SIZE_BYTES:
+            *value = 0;
+            return CUDA_SUCCESS;
+        default:
+            return CUDA_ERROR_INVALID_VALUE;
     }
 }
 
@@ -140,11 +147,12 @@ static void log_launch(const Launch& l, const Function& function, const Stream& 
             std::snprintf(digits, sizeof digits, "%02x", static_cast<const uint8_t*>(parameters[i])[b]);
             hex += digits;
         }
-    log_call("launch",
-             "\"kernel\":\"%s\",\"grid\":[%u,%u,%u],\"block\":[%u,%u,%u],\"shared\":%u,\"stream\":%u,\"programmatic\":%s,"
-             "\"parameters\":\"%s\"",
-             function.name.c_str(), l.grid.x, l.grid.y, l.grid.z, l.block.x, l.block.y, l.block.z, l.shared_bytes,
-             stream.index, l.programmatic ? "true" : "false", hex.c_str());
+    log_call(
+        "launch",
+        "\"kernel\":\"%s\",\"grid\":[%u,%u,%u],\"block\":[%u,%u,%u],\"shared\":%u,\"stream\":%u,\"programmatic\":%s,"
+        "\"parameters\":\"%s\"",
+        function.name.c_str(), l.grid.x, l.grid.y, l.grid.z, l.block.x, l.block.y, l.block.z, l.shared_bytes,
+        stream.index, l.programmatic ? "true" : "false", hex.c_str());
 }
 
 static CUresult launch(Device& d, const Launch& l, CUfunction handle, CUstream stream_handle, void** parameters) {

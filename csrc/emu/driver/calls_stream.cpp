@@ -55,8 +55,8 @@ static CUresult wait_event(Device& d, Stream* stream, CUevent handle) {
         stream->capture->invalid = true;
         return CUDA_ERROR_STREAM_CAPTURE_ISOLATION;
     }
-    if (!event->recorded) report_note("stream %u waits for event %u, which was never recorded", stream->index,
-                                      event->number);
+    if (!event->recorded)
+        report_note("stream %u waits for event %u, which was never recorded", stream->index, event->number);
     else d.submit(stream, marker("wait"), {event->recorded});
     return CUDA_SUCCESS;
 }
@@ -85,10 +85,14 @@ static std::map<CUdeviceptr, Released>& released() {
 
 static bool holds(uint32_t value, uint32_t wanted, unsigned condition) {
     switch (condition) {
-        case CU_STREAM_WAIT_VALUE_GEQ: return int32_t(value - wanted) >= 0;
-        case CU_STREAM_WAIT_VALUE_EQ: return value == wanted;
-        case CU_STREAM_WAIT_VALUE_AND: return (value & wanted) != 0;
-        default: return ~(value | wanted) != 0;
+        case CU_STREAM_WAIT_VALUE_GEQ:
+            return int32_t(value - wanted) >= 0;
+        case CU_STREAM_WAIT_VALUE_EQ:
+            return value == wanted;
+        case CU_STREAM_WAIT_VALUE_AND:
+            return (value & wanted) != 0;
+        default:
+            return ~(value | wanted) != 0;
     }
 }
 
@@ -176,7 +180,8 @@ CUresult CUDAAPI cuStreamQuery(CUstream handle) {
 }
 
 CUresult CUDAAPI cuStreamWaitEvent(CUstream stream, CUevent event, unsigned int) {
-    return call(__func__, kContext, [&](Device& d, Device::Lock&) { return wait_event(d, d.stream_of(stream), event); });
+    return call(__func__, kContext,
+                [&](Device& d, Device::Lock&) { return wait_event(d, d.stream_of(stream), event); });
 }
 
 CUresult CUDAAPI cuLaunchHostFunc(CUstream handle, CUhostFn function, void* argument) {
@@ -257,6 +262,6 @@ CUresult CUDAAPI cuEventElapsedTime(float* milliseconds, CUevent from, CUevent t
 // The name before version 13.
 #undef cuEventElapsedTime
 extern "C" __attribute__((visibility("default"))) CUresult CUDAAPI cuEventElapsedTime(float* milliseconds, CUevent from,
-                                                                                    CUevent to) {
+                                                                                      CUevent to) {
     return call(__func__, kContext, [&](Device& d, Device::Lock&) { return elapsed(d, milliseconds, from, to); });
 }

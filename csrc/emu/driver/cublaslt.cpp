@@ -130,35 +130,49 @@ template <class T> static Status set(T& field, const void* from, size_t bytes) {
 static Status set_desc(Matmul& m, int which, const void* from, size_t bytes) {
     int32_t must_be_default = 0;
     switch (which) {
-        case kComputeType: return set(m.compute, from, bytes);
-        case kScaleType: return set(m.scale, from, bytes);
-        case kTransA: return set(m.trans_a, from, bytes);
-        case kTransB: return set(m.trans_b, from, bytes);
+        case kComputeType:
+            return set(m.compute, from, bytes);
+        case kScaleType:
+            return set(m.scale, from, bytes);
+        case kTransA:
+            return set(m.trans_a, from, bytes);
+        case kTransB:
+            return set(m.trans_b, from, bytes);
         case kPointerMode:
             if (set(must_be_default, from, bytes) != kOk) return kInvalidValue;
             return must_be_default == 0 ? kOk : kNotSupported;
         case kEpilogue:
             if (set(must_be_default, from, bytes) != kOk) return kInvalidValue;
             return must_be_default == kDefaultEpilogue ? kOk : kNotSupported;
-        default: return kNotSupported;
+        default:
+            return kNotSupported;
     }
 }
 
 static Status set_layout(Layout& l, int which, const void* from, size_t bytes) {
     switch (which) {
-        case kType: return set(l.type, from, bytes);
-        case kOrder: return set(l.order, from, bytes);
-        case kNRows: return set(l.rows, from, bytes);
-        case kNCols: return set(l.cols, from, bytes);
-        case kLd: return set(l.ld, from, bytes);
-        case kBatchCount: return set(l.batch, from, bytes);
-        case kBatchOffset: return set(l.batch_offset, from, bytes);
-        default: return kNotSupported;
+        case kType:
+            return set(l.type, from, bytes);
+        case kOrder:
+            return set(l.order, from, bytes);
+        case kNRows:
+            return set(l.rows, from, bytes);
+        case kNCols:
+            return set(l.cols, from, bytes);
+        case kLd:
+            return set(l.ld, from, bytes);
+        case kBatchCount:
+            return set(l.batch, from, bytes);
+        case kBatchOffset:
+            return set(l.batch_offset, from, bytes);
+        default:
+            return kNotSupported;
     }
 }
 
 static bool is_supported(const Matmul& m) {
-    const bool sums = m.compute == kCompute32F || m.compute == kFast16F || m.compute == kFast16Bf || m.compute == kFastTf32;
+    const bool sums =
+        m.compute == kCompute32F || m.compute == kFast16F || m.compute == kFast16Bf || m.compute == kFastTf32;
     return sums && m.scale == kF32 && (m.trans_a == kN || m.trans_a == kT) && (m.trans_b == kN || m.trans_b == kT);
 }
 
@@ -166,8 +180,8 @@ static Status enqueue_product(const Product& p, CUstream handle) {
     const CUresult result = call("cublasLtMatmul", kContext, [&](Device& d, Device::Lock&) {
         Stream* stream = d.stream_of(handle);
         if (!stream) return CUDA_ERROR_INVALID_HANDLE;
-        log_call("matmul", "\"m\":%zu,\"n\":%zu,\"k\":%zu,\"batch\":%d,\"stream\":%u", size_t(p.d.rows), size_t(p.d.cols),
-                 size_t(p.depth()), p.d.batch, stream->index);
+        log_call("matmul", "\"m\":%zu,\"n\":%zu,\"k\":%zu,\"batch\":%d,\"stream\":%u", size_t(p.d.rows),
+                 size_t(p.d.cols), size_t(p.depth()), p.d.batch, stream->index);
         Work work;
         work.name = "cublasLtMatmul";
         work.kernel = true;
@@ -251,11 +265,11 @@ API Status cublasLtMatmulAlgoGetHeuristic(void*, Matmul* desc, Layout* a, Layout
 }
 
 API Status cublasLtMatmul(void*, Matmul* desc, const void* alpha, const void* a, Layout* layout_a, const void* b,
-                          Layout* layout_b, const void* beta, const void* c, Layout* layout_c, void* d, Layout* layout_d,
-                          const void*, void*, size_t, CUstream stream) {
+                          Layout* layout_b, const void* beta, const void* c, Layout* layout_c, void* d,
+                          Layout* layout_d, const void*, void*, size_t, CUstream stream) {
     if (!desc || !alpha || !beta || !layout_a || !layout_b || !layout_c || !layout_d) return kInvalidValue;
-    Product p{*desc, *layout_a, *layout_b, *layout_c, *layout_d, uintptr_t(a), uintptr_t(b), uintptr_t(c), uintptr_t(d),
-              0, 0};
+    Product p{*desc,        *layout_a,    *layout_b,    *layout_c, *layout_d, uintptr_t(a),
+              uintptr_t(b), uintptr_t(c), uintptr_t(d), 0,         0};
     std::memcpy(&p.alpha, alpha, sizeof p.alpha);
     std::memcpy(&p.beta, beta, sizeof p.beta);
     if (!is_supported(*desc)) return kNotSupported;

@@ -133,8 +133,8 @@ bool Device::run_one(Lock& lock) {
 void Device::blocked(Lock& lock) {
     const auto now = std::chrono::steady_clock::now();
     if (blocked_since_ == decltype(now)()) blocked_since_ = now;
-    const bool runs = std::any_of(all_.begin(), all_.end(),
-                                  [](Stream* s) { return !s->queue.empty() && s->queue.front()->started; });
+    const bool runs =
+        std::any_of(all_.begin(), all_.end(), [](Stream* s) { return !s->queue.empty() && s->queue.front()->started; });
     if (!wanted_.empty() && !runs && broken == CUDA_SUCCESS && now - blocked_since_ > kDeadlock) {
         report_error("deadlock: a call waits for %s (stream %u), and nothing can run", wanted_[0]->work.name.c_str(),
                      wanted_[0]->stream->index);

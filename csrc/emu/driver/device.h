@@ -55,7 +55,7 @@ struct Stream {
     bool destroyed = false;   // what is queued still runs
     int priority = 0;
     std::deque<OpPtr> queue;
-    OpPtr tail;               // the last that was submitted
+    OpPtr tail;   // the last that was submitted
     Clock clock;
     uint32_t count = 0;         // operations begun
     uint32_t settled = 0;       // of them, complete before a programmatic kernel that comes next may start
@@ -79,9 +79,9 @@ public:
     using Lock = std::unique_lock<std::mutex>;
 
     Memory memory;
-    Clock host;                                // what the host has waited for
-    Clock seen;                                // what it may know beside, from what kernels and streams wrote to its memory
-    CUresult broken = CUDA_SUCCESS;            // an operation failed: every call answers this from now on
+    Clock host;                       // what the host has waited for
+    Clock seen;                       // what it may know beside, from what kernels and streams wrote to its memory
+    CUresult broken = CUDA_SUCCESS;   // an operation failed: every call answers this from now on
     std::map<CUstream, std::unique_ptr<Stream>> streams;
     std::map<CUevent, std::unique_ptr<Event>> events;
 

@@ -8,7 +8,6 @@ namespace emu::driver {
 
 constexpr const char* kImageMagic = "specache emulated image\n";
 
-
 inline std::string image_field(const std::string& text, const std::string& name) {
     const size_t at = text.find("\n" + name + " ");
     if (at == std::string::npos) return "";

@@ -4,17 +4,17 @@
 
 #include "../../kernels.h"
 
-#define KERNEL(source, name, ...)         \
-    extern "C" void name(__VA_ARGS__);    \
+#define KERNEL(source, name, ...)      \
+    extern "C" void name(__VA_ARGS__); \
     static const emu::driver::Registered registered_##name(source, #name, name);
 
 #define PACK(D, B, dtype, T) KERNEL("pack.cu", specache_pack_d##D##_b##B##_##dtype, specache_pack_params)
 #define ATTN(D, B, dtype, T) KERNEL("attn_decode.cu", specache_attn_d##D##_b##B##_##dtype, specache_attn_params)
 #define EMBED(dtype, T) KERNEL("embed.cu", specache_embed_##dtype, specache_embed_params)
-#define LINEAR(dtype, T, N)                                                                \
-    KERNEL("linear.cu", specache_qkv_##dtype##_n##N, specache_qkv_params)                  \
-    KERNEL("linear.cu", specache_residual_##dtype##_n##N, specache_linear_params)          \
-    KERNEL("linear.cu", specache_gate_up_##dtype##_n##N, specache_gate_up_params)          \
+#define LINEAR(dtype, T, N)                                                       \
+    KERNEL("linear.cu", specache_qkv_##dtype##_n##N, specache_qkv_params)         \
+    KERNEL("linear.cu", specache_residual_##dtype##_n##N, specache_linear_params) \
+    KERNEL("linear.cu", specache_gate_up_##dtype##_n##N, specache_gate_up_params) \
     KERNEL("linear.cu", specache_logits_##dtype##_n##N, specache_linear_params)
 
 SPECACHE_PACK_KERNELS(PACK)

@@ -207,9 +207,10 @@ void Memory::race(const Region& region, size_t index, uint32_t earlier, bool wro
     if (!reported_.insert({earlier, actor_.id}).second) return;
     const Operation &a = operations_[earlier], &b = operations_[actor_.id];
     const uintptr_t offset = std::max(region.start, (region.start / kGranule + index) * kGranule) - region.start;
-    report_error("race: %s (stream %u) %s byte %zu of allocation %u, which %s (stream %u) %s, with no order between them",
-                 b.name.c_str(), b.stream, write ? "writes" : "reads", size_t(offset), region.number, a.name.c_str(),
-                 a.stream, wrote ? "writes" : "reads");
+    report_error(
+        "race: %s (stream %u) %s byte %zu of allocation %u, which %s (stream %u) %s, with no order between them",
+        b.name.c_str(), b.stream, write ? "writes" : "reads", size_t(offset), region.number, a.name.c_str(), a.stream,
+        wrote ? "writes" : "reads");
 }
 
 }   // namespace driver

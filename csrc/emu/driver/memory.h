@@ -25,7 +25,7 @@ inline void join(Clock& into, const Clock& other) {
 
 // The operation that is running, as far as accesses must know it.
 struct Actor {
-    uint32_t id = 0;       // in Memory's list of operations; 0: nobody
+    uint32_t id = 0;   // in Memory's list of operations; 0: nobody
     const Clock* clock = nullptr;
     uint32_t stream = 0;   // its index
     // A kernel that may start before its predecessors end: until a thread waits, operations of the stream after this

@@ -96,9 +96,12 @@ API NvrtcResult nvrtcVersion(int* major, int* minor) {
 }
 
 API const char* nvrtcGetErrorString(NvrtcResult result) {
-    static const char* const names[] = {"NVRTC_SUCCESS",         "NVRTC_ERROR_OUT_OF_MEMORY",
-                                        "NVRTC_ERROR_PROGRAM_CREATION_FAILURE", "NVRTC_ERROR_INVALID_INPUT",
-                                        "NVRTC_ERROR_INVALID_PROGRAM", "NVRTC_ERROR_INVALID_OPTION",
+    static const char* const names[] = {"NVRTC_SUCCESS",
+                                        "NVRTC_ERROR_OUT_OF_MEMORY",
+                                        "NVRTC_ERROR_PROGRAM_CREATION_FAILURE",
+                                        "NVRTC_ERROR_INVALID_INPUT",
+                                        "NVRTC_ERROR_INVALID_PROGRAM",
+                                        "NVRTC_ERROR_INVALID_OPTION",
                                         "NVRTC_ERROR_COMPILATION"};
     return size_t(result) < sizeof names / sizeof *names ? names[result] : "NVRTC_ERROR unknown";
 }

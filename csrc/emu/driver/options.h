@@ -13,10 +13,10 @@ struct Options {
     std::string fail_function;     // SPECACHE_EMU_FAIL=function:countdown:CUresult
     uint64_t fail_countdown = 0;   // 1: the next call
     int fail_result = 0;
-    size_t vram = size_t(4) << 30;       // SPECACHE_EMU_VRAM: bytes
-    int major = 9, minor = 0;            // SPECACHE_EMU_CC
-    unsigned silence_ms = 10;            // SPECACHE_EMU_SILENCE_MS: without calls, until the GPU runs by itself
-    std::string error;                   // why the environment makes no sense; cuInit fails with it
+    size_t vram = size_t(4) << 30;   // SPECACHE_EMU_VRAM: bytes
+    int major = 9, minor = 0;        // SPECACHE_EMU_CC
+    unsigned silence_ms = 10;        // SPECACHE_EMU_SILENCE_MS: without calls, until the GPU runs by itself
+    std::string error;               // why the environment makes no sense; cuInit fails with it
 };
 
 Options& options();
