@@ -37,7 +37,7 @@ compile() { # source
   object=$objects/$(basename "$1").o
   is_current "$object" && return
   rm -f "$object"
-  g++ -x c++ -std=c++17 -O2 -g1 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-attributes \
+  g++ -x c++ -std=c++17 -O3 -march=native -g1 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-attributes \
     -ffp-contract=off -fno-strict-aliasing -DSPECACHE_EMU -DSPECACHE_EMU_DRIVER -isystem "$include" -MMD -MF "$object.d" \
     -c "$1" -o "$object"
 }

@@ -19,6 +19,7 @@
 #include "check.h"
 
 extern "C" int specache_emu_report(char* text, size_t bytes);
+extern "C" void specache_emu_reset();
 
 // ---- kernels of this test -------------------------------------------------------------------------------------------
 
@@ -387,6 +388,21 @@ static void beyond_the_end() {
     GIVES(CUDA_ERROR_ILLEGAL_ADDRESS, cuMemFree(s.a));   // and nothing works any more
 }
 
+static void reset() {
+    Setup s;
+    OK(s.try_launch(s.compute, Words{s.a, s.b, kN + 1}));
+    GIVES(CUDA_ERROR_ILLEGAL_ADDRESS, cuStreamSynchronize(s.compute));
+    setenv("SPECACHE_EMU_FAIL", "cuMemGetInfo:1:999", 1);
+    specache_emu_reset();
+    size_t free, total;
+    GIVES(CUDA_ERROR_UNKNOWN, cuMemGetInfo(&free, &total));
+    s.upload(s.compute);
+    s.launch(s.compute, s.a, s.b);
+    s.download(s.compute);
+    OK(cuStreamSynchronize(s.compute));
+    CHECK(s.arrived() && errors() == 0, "%s", report().c_str());
+}
+
 static void copies_beyond_the_end() {
     Setup s;
     GIVES(CUDA_ERROR_INVALID_VALUE, cuMemcpyHtoDAsync(s.a + 4, s.pinned.data(), 4 * kN, s.copies));
@@ -637,6 +653,7 @@ int main() {
     RUN(freed_in_time, kSeeds);
     RUN(unregistered_too_early, kSeeds);
     RUN(beyond_the_end, kSeeds);
+    RUN(reset);
     RUN(copies_beyond_the_end);
     RUN(pageable, kSeeds);
     RUN(read_only_host_memory);

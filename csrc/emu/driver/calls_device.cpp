@@ -154,6 +154,10 @@ CUresult CUDAAPI cuInit(unsigned int flags) {
         std::fprintf(stderr, "emulated driver: %s\n", options().error.c_str());
         return CUDA_ERROR_UNKNOWN;
     }
+    if (!options().log.empty() && !is_logging()) {
+        std::fprintf(stderr, "emulated driver: cannot write SPECACHE_EMU_LOG, %s\n", options().log.c_str());
+        return CUDA_ERROR_UNKNOWN;
+    }
     return call(__func__, kNothing, [&](Device&, Device::Lock&) {
         if (flags != 0) return CUDA_ERROR_INVALID_VALUE;
         initialised = true;

@@ -3,8 +3,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cstring>
-#include <memory>
+#include <vector>
 
 #include "calls.h"
 
@@ -35,7 +36,6 @@ struct Layout {
     size_t index(uint64_t row, uint64_t col) const {
         return order == kColumns ? size_t(row + col * uint64_t(ld)) : size_t(row * uint64_t(ld) + col);
     }
-    size_t elements() const { return rows == 0 || cols == 0 ? 0 : index(rows - 1, cols - 1) + 1; }
     bool is_valid() const {
         const uint64_t least = order == kColumns ? rows : cols;
         return (type == kF32 || type == kF16 || type == kBf16) && (order == kColumns || order == kRows) &&
@@ -81,44 +81,55 @@ struct Product {
         return a.is_valid() && b.is_valid() && c.is_valid() && d.is_valid() && a.type == b.type && k == depth() &&
                d.rows == m && d.cols == n && c.rows == m && c.cols == n && a.batch == d.batch && b.batch == d.batch;
     }
-    void run() const;
     void run_one(int batch) const;
-    // op(X) as floats, [outer][depth].
-    static std::vector<float> gather(const Layout& x, const uint8_t* at, bool depth_is_columns);
 };
 
-std::vector<float> Product::gather(const Layout& x, const uint8_t* at, bool depth_is_columns) {
-    const uint64_t outer = depth_is_columns ? x.rows : x.cols, depth = depth_is_columns ? x.cols : x.rows;
-    std::vector<float> all(outer * depth);
-    for (uint64_t o = 0; o < outer; o++)
-        for (uint64_t k = 0; k < depth; k++)
-            all[o * depth + k] = load(at, x.type, depth_is_columns ? x.index(o, k) : x.index(k, o));
-    return all;
-}
+// One matrix of a batch in memory.
+class Matrix {
+public:
+    Matrix(const Layout& layout, uintptr_t at, int batch)
+        : layout_(layout), at_(at + size_t(batch) * size_t(layout.batch_offset) * layout.element_bytes()) {}
+
+    float operator()(uint64_t row, uint64_t col) const { return load(bytes(), layout_.type, layout_.index(row, col)); }
+    void set(uint64_t row, uint64_t col, float value) { store(bytes(), layout_.type, layout_.index(row, col), value); }
+
+    // Column by column (or row by row): what lies between them is someone else's.
+    void access(bool write) const {
+        const bool by_column = layout_.order == kColumns;
+        const uint64_t lines = by_column ? layout_.cols : layout_.rows,
+                       length = by_column ? layout_.rows : layout_.cols;
+        const size_t step = size_t(layout_.ld) * layout_.element_bytes();
+        for (uint64_t l = 0; l < lines; l++)
+            device().memory.access(at_ + l * step, length * layout_.element_bytes(), write);
+    }
+
+private:
+    uint8_t* bytes() const { return reinterpret_cast<uint8_t*>(at_); }
+    const Layout& layout_;
+    uintptr_t at_;
+};
 
 void Product::run_one(int batch) const {
-    const auto part = [&](const Layout& x, uintptr_t at, bool write) {
-        at += size_t(batch) * size_t(x.batch_offset) * x.element_bytes();
-        device().memory.access(at, x.elements() * x.element_bytes(), write);
-        return reinterpret_cast<uint8_t*>(at);
-    };
-    const uint64_t k = depth();
-    const std::vector<float> left = gather(a, part(a, at_a, false), desc.trans_a == kN);
-    const std::vector<float> right = gather(b, part(b, at_b, false), desc.trans_b != kN);
-    const uint8_t* in = beta == 0 ? nullptr : part(c, at_c, false);
-    uint8_t* out = part(d, at_d, true);
-    for (uint64_t row = 0; row < d.rows; row++)
-        for (uint64_t col = 0; col < d.cols; col++) {
-            float sum = 0;
-            for (uint64_t i = 0; i < k; i++) sum += left[row * k + i] * right[col * k + i];
-            sum *= alpha;
-            if (in) sum += beta * load(in, c.type, c.index(row, col));
-            store(out, d.type, d.index(row, col), sum);
+    const Matrix left(a, at_a, batch), right(b, at_b, batch), in(c, at_c, batch);
+    Matrix out(d, at_d, batch);
+    left.access(false);
+    right.access(false);
+    if (beta != 0) in.access(false);
+    out.access(true);
+    // A row of the result at a time: its loop over columns is the one that the compiler turns into vectors.
+    const uint64_t k = depth(), n = d.cols;
+    std::vector<float> wide(k * n), sums(n);
+    for (uint64_t i = 0; i < k; i++)
+        for (uint64_t col = 0; col < n; col++) wide[i * n + col] = desc.trans_b == kN ? right(i, col) : right(col, i);
+    for (uint64_t row = 0; row < d.rows; row++) {
+        std::fill(sums.begin(), sums.end(), 0.0f);
+        for (uint64_t i = 0; i < k; i++) {
+            const float x = desc.trans_a == kN ? left(row, i) : left(i, row);
+            for (uint64_t col = 0; col < n; col++) sums[col] += x * wide[i * n + col];
         }
-}
-
-void Product::run() const {
-    for (int i = 0; i < d.batch; i++) run_one(i);
+        for (uint64_t col = 0; col < n; col++)
+            out.set(row, col, alpha * sums[col] + (beta == 0 ? 0.0f : beta * in(row, col)));
+    }
 }
 
 template <class T> static Status set(T& field, const void* from, size_t bytes) {
@@ -185,7 +196,9 @@ static Status enqueue_product(const Product& p, CUstream handle) {
         Work work;
         work.name = "cublasLtMatmul";
         work.kernel = true;
-        work.run = [p] { p.run(); };
+        work.run = [p] {
+            for (int i = 0; i < p.d.batch; i++) p.run_one(i);
+        };
         return enqueue(d, stream, std::move(work));
     });
     return result == CUDA_SUCCESS ? kOk : result == CUDA_ERROR_INVALID_HANDLE ? kInvalidValue : kExecutionFailed;

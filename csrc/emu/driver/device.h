@@ -102,6 +102,7 @@ public:
     const Clock& running_clock() const { return running_->clock; }
     void learn_running(const Clock& clock) { join(running_->clock, clock); }
     uint64_t draw() { return random_(); }
+    void seed(uint64_t seed) { random_.seed(seed); }
 
     // At the end of every call: perhaps operations run before it returns.
     void end_of_call(Lock& lock);

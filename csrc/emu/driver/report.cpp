@@ -92,7 +92,8 @@ void report_note(const char* format, ...) {
 
 // ---- the log --------------------------------------------------------------------------------------------------------
 
-static FILE* log_file() {
+// Null: nobody asked for it, or it cannot be written (cuInit says so).
+static FILE*& log_file() {
     static FILE* file = options().log.empty() ? nullptr : std::fopen(options().log.c_str(), "w");
     return file;
 }
@@ -111,6 +112,20 @@ void log_call(const char* call, const char* format, ...) {
 }
 
 }   // namespace emu::driver
+
+// For tests: waits for everything, forgets errors, and reads the environment again. Memory, streams and events stay.
+extern "C" __attribute__((visibility("default"))) void specache_emu_reset() {
+    using namespace emu::driver;
+    Device& d = device();
+    Device::Lock lock(d.mutex);
+    d.wait_all(lock);
+    if (FILE* file = log_file()) std::fclose(file);
+    options() = read_options();
+    log_file() = options().log.empty() ? nullptr : std::fopen(options().log.c_str(), "w");
+    report() = Report{};
+    d.broken = CUDA_SUCCESS;
+    d.seed(options().seed);
+}
 
 // For tests: copies what was found wrong, a line each ("error: ..." or "note: ..."), and returns the number of errors.
 // Errors are races, faults of operations and memory that is freed too early; notes are what is slow or was asked for.
