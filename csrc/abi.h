@@ -95,7 +95,7 @@ typedef struct specache_seq {
     uint32_t n;           /* tokens in the cache: the position of row 0; row 1 stands at n + 1 */
     uint32_t nq;          /* positions [0, nq) are read packed; a multiple of 64, <= no */
     uint32_t no;          /* positions [0, no) may be selected; <= n. fetch mode: nq */
-    uint32_t n_rows;      /* 1, 2; 0: the entry is not in use */
+    uint32_t n_rows;      /* 1, 2, in a prefill any number; 0: the entry is not in use */
     uint32_t first_row;   /* index of row 0 in q and out */
     uint32_t packed_page; /* index of page 0 in packed_ids */
     uint32_t wide_page;   /* index of page nq / 64 in wide_ids; the pages up to the last row's pair follow */
@@ -198,19 +198,19 @@ uint64_t specache_select_scratch_bytes(const specache_select_params *params);
 /* Weights only. */
 #define SPECACHE_FP32 2u
 
-/* Rows of a launch: two tokens of eight sequences. */
+/* Rows of a launch of the fused kernels: two tokens of eight sequences. */
 #define SPECACHE_MAX_ROWS 16
 
-#define SPECACHE_UNSUPPORTED_ROWS 20  /* not 1 .. SPECACHE_MAX_ROWS */
+#define SPECACHE_UNSUPPORTED_ROWS 20  /* more than the kernel or its tables have room for */
 #define SPECACHE_UNSUPPORTED_WIDTH 21 /* features that the kernels cannot divide, or too many */
 
 /* No layer, no token. */
 #define SPECACHE_NONE 0xFFFFFFFFu
 
-/* embed.cu: begins a step. Rows of the embedding become the residual stream, and what every layer would otherwise work
- * out again is worked out once: cosines and sines of the positions, and where each layer's K and V of a row go. Page id
- * of layer l is at wide + l * wide_layer_stride + id * wide_page_stride. A row that is no sequence's only fills up a
- * graph: at position 0, and kept nowhere. */
+/* embed.cu: begins a step, or a chunk of a prefill. Rows of the embedding become the residual stream, and what every
+ * layer would otherwise work out again is worked out once: cosines and sines of the positions, and where each layer's K
+ * and V of a row go. Page id of layer l is at wide + l * wide_layer_stride + id * wide_page_stride. A row that is no
+ * sequence's only fills up a graph: at position 0, and kept nowhere. */
 typedef struct specache_embed_params {
     uint64_t table;             /* device, dtype [vocab][hidden], 16-byte aligned */
     uint64_t tokens;            /* device, uint32_t [n_rows]; a token beyond the vocabulary gives NaN */
@@ -222,7 +222,7 @@ typedef struct specache_embed_params {
     uint64_t inv_freq;          /* device, float [head_dim / 2]: RoPE, radians per position */
     uint64_t x;                 /* out: device, float [n_rows][hidden] */
     uint64_t rope;              /* out: device, float [n_rows][head_dim / 2][cos, sin] */
-    uint64_t append;            /* out: device, uint64_t [n_layers][SPECACHE_MAX_ROWS]: address of K of head 0, or 0 */
+    uint64_t append;            /* out: device, uint64_t [n_layers][append_stride]: address of K of head 0, or 0 */
     uint64_t bad_layer;         /* out: device, uint32_t [n_rows]: SPECACHE_NONE */
     uint32_t n_rows;
     uint32_t n_seqs;
@@ -233,7 +233,7 @@ typedef struct specache_embed_params {
     uint32_t head_dim;          /* D */
     float attention_factor;     /* multiplies cos and sin: 1 but for YaRN */
     specache_dtype dtype;       /* of the table */
-    uint32_t reserved;
+    uint32_t append_stride;     /* rows, >= n_rows; 0: SPECACHE_MAX_ROWS */
 } specache_embed_params;
 SPECACHE_ASSERT_SIZE(specache_embed_params, 136);
 
@@ -305,7 +305,7 @@ typedef struct specache_linear_params {
 } specache_linear_params;
 SPECACHE_ASSERT_SIZE(specache_linear_params, 64);
 
-/* sample.cu: what a row's logits say. */
+/* sample.cu: what a row's logits say; draw.cu puts another token in. */
 typedef struct specache_choice {
     uint32_t token;     /* of the highest logit; of equal ones the lowest; NaN is never the highest */
     uint32_t first_bad; /* the first token whose logit is NaN or +inf, or SPECACHE_NONE */
@@ -338,6 +338,175 @@ specache_status specache_gate_up_plan(const specache_gate_up_params *params, spe
 specache_status specache_logits_plan(const specache_linear_params *params, specache_launch *launch);
 specache_status specache_argmax_slices_plan(const specache_argmax_params *params, specache_launch *launch);
 specache_status specache_argmax_merge_plan(const specache_argmax_params *params, specache_launch *launch);
+#endif
+
+/* ---- the next token by chance: draw.cu --------------------------------------------------------------------------- */
+
+/* Tokens that can be drawn from. */
+#define SPECACHE_DRAW_MOST_VOCAB (1u << 20)
+
+/* What one row's token is drawn with; options as in src/sampler.rs. */
+typedef struct specache_draw {
+    uint64_t seen;     /* in and out: device, uint32_t [ceil(vocab / 32)]: bit t % 32 of word t / 32 for each token t of
+                          the history, to which the drawn one is added; 0: no penalty, nothing added */
+    uint64_t random;   /* u 2^64 of a random number u in [0, 1) */
+    uint32_t row;      /* of logits; SPECACHE_NONE: the entry is not in use */
+    uint32_t top_k;    /* 0: all */
+    float temperature; /* 0: the best */
+    float top_p;       /* above 0; 1: all */
+    float min_p;       /* 0: all; below 1 */
+    float penalty;     /* on tokens of the history: above 0; 1: none */
+} specache_draw;
+SPECACHE_ASSERT_SIZE(specache_draw, 40);
+
+/* Behind the argmax kernels on the same logits. A row at which first_bad is a token, or the highest logit -inf, keeps
+ * what they said. */
+typedef struct specache_draw_params {
+    uint64_t draws;   /* device, specache_draw [n_draws], 8-byte aligned, of different rows */
+    uint64_t logits;  /* device, float [rows][vocab] */
+    uint64_t choices; /* in and out: device, specache_choice [rows], of the argmax: token becomes the drawn one */
+    uint64_t tokens;  /* out: device, uint32_t [rows]: the same tokens, for the next specache_embed; or 0 */
+    uint32_t n_draws;
+    uint32_t vocab;
+} specache_draw_params;
+SPECACHE_ASSERT_SIZE(specache_draw_params, 40);
+
+#ifndef __CUDACC_RTC__
+specache_status specache_draw_plan(const specache_draw_params *params, specache_launch *launch);
+#endif
+
+/* ---- between the products of cuBLASLt: dense.cu ------------------------------------------------------------------ */
+
+/* Any number of rows, 16-bit outputs of the type of fp16 or bf16 weights, widths that are multiples of 8. A layer is
+ *   norm16, products, finish_qkv, attention, round16, product that adds to x,
+ *   norm16, two products, swiglu16, product that adds to x
+ * where all products give fp32. */
+
+/* RMS norm. */
+typedef struct specache_norm16_params {
+    uint64_t x;         /* device, float [n_rows][hidden], 16-byte aligned: residual stream */
+    uint64_t norm;      /* device, float [hidden], 16-byte aligned */
+    uint64_t y;         /* out: device, dtype [n_rows][hidden], 16-byte aligned */
+    uint64_t bad_layer; /* in and out: device, uint32_t [n_rows]: the first layer whose input is not finite; or 0 */
+    uint32_t n_rows;
+    uint32_t hidden;
+    uint32_t layer;
+    float eps;
+    specache_dtype dtype;
+    uint32_t reserved;
+} specache_norm16_params;
+SPECACHE_ASSERT_SIZE(specache_norm16_params, 56);
+
+/* Biases, norms of heads, RoPE and append, after the products for q, k and v. */
+typedef struct specache_finish_qkv_params {
+    uint64_t products; /* device, float [n_rows][n_heads + 2 n_kv_heads][head_dim]: q, k, v of each row */
+    uint64_t q_bias;   /* device, float [n_heads * head_dim], or 0 */
+    uint64_t k_bias;   /* device, float [n_kv_heads * head_dim], or 0 */
+    uint64_t v_bias;   /* device, float [n_kv_heads * head_dim], or 0 */
+    uint64_t q_norm;   /* device, float [head_dim], or 0 */
+    uint64_t k_norm;   /* device, float [head_dim]; 0 exactly if q_norm is */
+    uint64_t rope;     /* device, float [n_rows][head_dim / 2][cos, sin]: of specache_embed */
+    uint64_t append;   /* device, uint64_t [n_rows]: this layer's part of what specache_embed wrote */
+    uint64_t q;        /* out: device, float [n_rows][n_heads][head_dim] */
+    uint32_t n_rows;
+    uint32_t n_heads;
+    uint32_t n_kv_heads;
+    uint32_t head_dim; /* even, at most 256 */
+    float eps;
+    specache_dtype kv_dtype; /* of the wide pages */
+} specache_finish_qkv_params;
+SPECACHE_ASSERT_SIZE(specache_finish_qkv_params, 96);
+
+/* Rounding: of what attention gives. */
+typedef struct specache_round16_params {
+    uint64_t x;     /* device, float [count], 16-byte aligned */
+    uint64_t y;     /* out: device, dtype [count], 16-byte aligned */
+    uint64_t count; /* multiple of 8 */
+    specache_dtype dtype;
+    uint32_t reserved;
+} specache_round16_params;
+SPECACHE_ASSERT_SIZE(specache_round16_params, 32);
+
+/* silu(gate) * up. */
+typedef struct specache_swiglu16_params {
+    uint64_t gate;      /* device, float [n_rows] rows, `stride` apart, 16-byte aligned */
+    uint64_t up;        /* device, as gate */
+    uint64_t gate_bias; /* device, float [intermediate], 16-byte aligned, or 0 */
+    uint64_t up_bias;   /* device, float [intermediate], 16-byte aligned, or 0 */
+    uint64_t y;         /* out: device, dtype [n_rows][intermediate], 16-byte aligned */
+    uint32_t n_rows;
+    uint32_t intermediate;
+    uint32_t stride; /* floats, multiple of 4: intermediate, or twice that where one product gives gate and up */
+    specache_dtype dtype;
+} specache_swiglu16_params;
+SPECACHE_ASSERT_SIZE(specache_swiglu16_params, 56);
+
+#ifndef __CUDACC_RTC__
+specache_status specache_norm16_plan(const specache_norm16_params *params, specache_launch *launch);
+specache_status specache_finish_qkv_plan(const specache_finish_qkv_params *params, specache_launch *launch);
+specache_status specache_round16_plan(const specache_round16_params *params, specache_launch *launch);
+specache_status specache_swiglu16_plan(const specache_swiglu16_params *params, specache_launch *launch);
+#endif
+
+/* ---- attention of a prefill: attn_prefill.cu --------------------------------------------------------------------- */
+
+/* attn_prefill.cu: causal attention of a chunk of prompt rows of one or more sequences, over one layer.
+ *
+ * A sequence's rows stand at n, n + 1, .. n + n_rows - 1 of specache_seq; row r sees j <= n + r, and with a window
+ * w > 0 only j > n + r - w. Position j is read from packed page j / 64 if j < nq, else from wide page (j - nq) / 64;
+ * the chunk's own K and V are in the wide pages already. nq is 0 but for a continued kivi prefill, and at most n; no
+ * and cache are not used. Pages lie as in specache_attn_params. */
+typedef struct specache_prefill_params {
+    uint64_t seqs;               /* device, specache_seq [n_seqs], 16-byte aligned: any n_rows */
+    uint64_t q;                  /* device, float [rows][n_heads][head_dim], after RoPE, unscaled; 16-byte aligned */
+    uint64_t out;                /* device, float [rows][n_heads][head_dim], 8-byte aligned */
+    uint64_t packed;             /* device, 128-byte aligned; 0 if every nq is 0 */
+    uint64_t packed_ids;         /* device, uint32_t, or 0: an index is its own id */
+    uint64_t wide;               /* device, 16-byte aligned */
+    uint64_t wide_ids;           /* device, uint32_t, or 0 */
+    uint64_t packed_page_stride; /* bytes, multiple of 128 */
+    uint64_t packed_head_stride; /* bytes, multiple of 128 */
+    uint64_t wide_page_stride;   /* bytes, multiple of 16 */
+    uint32_t n_seqs;             /* entries of seqs in use or not */
+    uint32_t n_rows;             /* host: at least the sum of n_rows over all entries: bounds the grid */
+    uint32_t n_heads;            /* H: at most 16 Hkv */
+    uint32_t n_kv_heads;         /* Hkv */
+    uint32_t head_dim;           /* D: 64, 128 */
+    uint32_t bits;               /* b: 1, 2, 4 */
+    uint32_t group_size;         /* g: 32, 64 */
+    specache_dtype dtype;        /* of wide pages */
+    uint32_t window;             /* w; 0: none */
+    uint32_t shared_limit;       /* host: the most dynamic shared memory of a block, bytes */
+} specache_prefill_params;
+SPECACHE_ASSERT_SIZE(specache_prefill_params, 120);
+
+#ifndef __CUDACC_RTC__
+specache_status specache_prefill_plan(const specache_prefill_params *params, specache_launch *launch);
+#endif
+
+/* ---- the gather on the device: fetch.cu -------------------------------------------------------------------------- */
+
+/* Copies the pairs that the selection left in fetches from pinned host memory into their slots. A page of the host is a
+ * wide page: [n_kv_heads][64][K | V]. */
+typedef struct specache_fetch_params {
+    uint64_t seqs;             /* device, specache_seq [n_seqs], 16-byte aligned */
+    uint64_t fetches;          /* device, specache_fetch [n_seqs][n_kv_heads][top_k], as the selection wrote them */
+    uint64_t fetch_counts;     /* device, uint32_t [n_seqs][n_kv_heads] */
+    uint64_t host_pages;       /* device, uint64_t [caches][host_page_stride]: where the device reads page j / 64 of the
+                                  layer; pages are 16-byte aligned. Those below every sequence's no must be there */
+    uint64_t pairs;            /* out: device, [caches][n_kv_heads][top_k][K | V], 16-byte aligned */
+    uint64_t fetched;          /* in and out: device, uint64_t: how many pairs were copied is added; 0: not wanted */
+    uint32_t host_page_stride; /* pages, >= every no / 64 */
+    uint32_t n_seqs;           /* B, entries of seqs in use or not */
+    uint32_t n_kv_heads;       /* Hkv */
+    uint32_t head_dim;         /* D: 64, 128 */
+    uint32_t top_k;            /* k: at most 2048; with 0 there is nothing to launch */
+    uint32_t n_ctas;           /* host: how many CTAs share the work; 0: SPECACHE_FETCH_CTAS */
+} specache_fetch_params;
+SPECACHE_ASSERT_SIZE(specache_fetch_params, 72);
+
+#ifndef __CUDACC_RTC__
+specache_status specache_fetch_plan(const specache_fetch_params *params, specache_launch *launch);
 #endif
 
 #ifdef __cplusplus

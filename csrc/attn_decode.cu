@@ -28,37 +28,22 @@ constexpr float kPScale = 16.0f;
 constexpr float kCodeUnit = 1048576.0f;
 SPECACHE_DEVICE float minus_infinity() { return bit_cast<float>(0xFF800000u); }
 
-// The arithmetic of 16-bit pairs: numbers, products, and into how many terms p is split.
-template <class T> struct Pairs;
-
-template <> struct Pairs<Fp16> {
-    static constexpr int kPTerms = 1;
-    static SPECACHE_DEVICE uint32_t narrow(float x, float y) { return bit_cast<uint32_t>(__floats2half2_rn(x, y)); }
-    static SPECACHE_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-        mma_m16n8k16(d, a, b0, b1);
-    }
-};
-
-template <> struct Pairs<Bf16> {
-    static constexpr int kPTerms = 2;
-    static SPECACHE_DEVICE uint32_t narrow(float x, float y) { return bit_cast<uint32_t>(__floats2bfloat162_rn(x, y)); }
-    static SPECACHE_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-        mma_m16n8k16_bf16(d, a, b0, b1);
-    }
-};
+// Into how many terms p is split where it meets 16-bit pairs of T.
+template <class T> constexpr int kPTerms = 1;
+template <> constexpr int kPTerms<Bf16> = 2;
 
 // Two numbers as the sum of TERMS pairs of T: each term is what the ones before left over.
 template <class T, int TERMS> SPECACHE_DEVICE void split_pair(float x, float y, uint32_t (&terms)[TERMS]) {
 #pragma unroll
     for (int t = 0; t < TERMS; t++) {
-        terms[t] = Pairs<T>::narrow(x, y);
+        terms[t] = T::narrow(x, y);
         const float2 taken = T::widen(terms[t]);
         x -= taken.x;
         y -= taken.y;
     }
 }
 
-SPECACHE_DEVICE uint32_t half_pair(float x, float y) { return Pairs<Fp16>::narrow(x, y); }
+SPECACHE_DEVICE uint32_t half_pair(float x, float y) { return Fp16::narrow(x, y); }
 
 SPECACHE_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b) {
     return bit_cast<uint32_t>(__hmul2(bit_cast<__half2>(a), bit_cast<__half2>(b)));
@@ -539,8 +524,8 @@ SPECACHE_DEVICE void wide_scores(const AttnShared<D>& shared, const uint8_t* sta
 #pragma unroll
         for (int t = 0; t < 2; t++) {
             const uint4 q = load_shared_16(&shared.pair_q[t][(c * 32 + lane) * 4]);
-            Pairs<T>::mma(s[0], a[0], q.x, q.y);
-            Pairs<T>::mma(s[0], a[1], q.z, q.w);
+            mma_16(T{}, s[0], a[0], q.x, q.y);
+            mma_16(T{}, s[0], a[1], q.z, q.w);
         }
     }
 }
@@ -549,12 +534,12 @@ template <class T, int D>
 SPECACHE_DEVICE void add_wide_values(Accumulator<D>& acc, const uint8_t* stage, const float (&s)[1][4]) {
     const int lane = int(threadIdx.x) % 32;
     const uint32_t place = wide_place<D>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-    uint32_t p[2][Pairs<T>::kPTerms];   // tokens 0-7, 8-15
+    uint32_t p[2][kPTerms<T>];   // tokens 0-7, 8-15
 #pragma unroll
     for (int o = 0; o < 2; o++) {
         split_pair<T>(s[0][2 * o] * kPScale, s[0][2 * o + 1] * kPScale, p[o]);
 #pragma unroll
-        for (int t = 0; t < Pairs<T>::kPTerms; t++) p[o][t] = transpose_8x8(p[o][t]);
+        for (int t = 0; t < kPTerms<T>; t++) p[o][t] = transpose_8x8(p[o][t]);
     }
 #pragma unroll
     for (int m = 0; m < D / 16; m++) {
@@ -562,7 +547,7 @@ SPECACHE_DEVICE void add_wide_values(Accumulator<D>& acc, const uint8_t* stage, 
         uint32_t a[4];
         load_tiles_transposed(a, stage + (place ^ 16 * (D / 8 + 2 * m)));
 #pragma unroll
-        for (int t = 0; t < Pairs<T>::kPTerms; t++) Pairs<T>::mma(acc.out[m], a, p[0][t], p[1][t]);
+        for (int t = 0; t < kPTerms<T>; t++) mma_16(T{}, acc.out[m], a, p[0][t], p[1][t]);
     }
 }
 

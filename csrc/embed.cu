@@ -1,4 +1,4 @@
-// Begins a step: rows of the embedding become the residual stream, fp32.
+// Begins a step, or a chunk of a prefill: rows of the embedding become the residual stream, fp32.
 //
 // A CTA has one row. On the way it works out what all layers would otherwise work out again: the cosines and sines of
 // the row's position (fp32 angles, as Hugging Face has them), and for each layer the address at which the row's K and V
@@ -88,8 +88,9 @@ SPECACHE_DEVICE void append_places(const specache_embed_params& p, uint32_t row,
         const uint64_t id = ids == nullptr ? index : load_device(ids + index);
         token = p.wide + id * p.wide_page_stride + uint64_t(place.position % SPECACHE_PAGE) * 4 * p.head_dim;
     }
+    const size_t stride = p.append_stride == 0 ? SPECACHE_MAX_ROWS : p.append_stride;
     for (uint32_t layer = threadIdx.x; layer < p.n_layers; layer += SPECACHE_EMBED_THREADS)
-        store_device(reinterpret_cast<uint64_t*>(p.append) + size_t(layer) * SPECACHE_MAX_ROWS + row,
+        store_device(reinterpret_cast<uint64_t*>(p.append) + layer * stride + row,
                      token == 0 ? 0 : token + layer * p.wide_layer_stride);
 }
 

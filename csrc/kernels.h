@@ -63,6 +63,24 @@
 #define SPECACHE_ARGMAX_THREADS 256
 #define SPECACHE_ARGMAX_MERGE_THREADS 32
 
+/* ---- draw.cu: specache_draw_tokens ---- */
+#define SPECACHE_DRAW_THREADS 1024
+
+/* ---- dense.cu: norm16, round16, swiglu16 for dtype, and specache_finish_qkv ---- */
+#define SPECACHE_DENSE_KERNELS(X) X(fp16, Fp16) X(bf16, Bf16)
+#define SPECACHE_DENSE_THREADS 256
+
+/* ---- attn_prefill.cu: D x dtype ---- */
+#define SPECACHE_PREFILL_KERNELS(X) X(64, fp16, Fp16) X(64, bf16, Bf16) X(128, fp16, Fp16) X(128, bf16, Bf16)
+
+/* The largest block (prefill_work.h), and how many CTAs of it registers must not forbid. */
+#define SPECACHE_PREFILL_THREADS(D) ((D) == 64 ? 128 : 256)
+#define SPECACHE_PREFILL_CTAS(D) ((D) == 64 ? 3 : 1)
+
+/* ---- fetch.cu: specache_fetch_pairs ---- */
+#define SPECACHE_FETCH_THREADS 512
+#define SPECACHE_FETCH_CTAS 4
+
 /* clang-format on */
 
 #endif

@@ -14,20 +14,10 @@
 // Grids are whole in one wave or many: what a wave leaves over does not matter as long as its CTAs still saturate
 // memory (product.cuh, "Bytes in flight"). Loads of an epilogue go out before the barrier that it waits for anyway.
 #include "product.cuh"
+#include "rows.cuh"
 #include "kernels.h"
 
 namespace specache {
-
-template <class V> SPECACHE_DEVICE const V* pointer(uint64_t address) { return reinterpret_cast<const V*>(address); }
-
-// A float of device memory, or 0 where there is no such vector.
-SPECACHE_DEVICE float optional_f32(uint64_t address, size_t index) {
-    return address == 0 ? 0.0f : load_device(pointer<float>(address) + index);
-}
-
-SPECACHE_DEVICE void store_f32(uint64_t address, size_t index, float value) {
-    store_device(reinterpret_cast<float*>(address) + index, value);
-}
 
 SPECACHE_DEVICE int least(int a, int b) { return a < b ? a : b; }
 
@@ -35,12 +25,6 @@ SPECACHE_DEVICE int least(int a, int b) { return a < b ? a : b; }
 template <class T> SPECACHE_DEVICE const uint8_t* weight_row(uint64_t address, size_t row, uint32_t k) {
     return pointer<uint8_t>(address) + row * k * Operand<T>::kBytes;
 }
-
-// Two sums of a row, in the cell of this thread.
-struct Pair {
-    float a;
-    float b;
-};
 
 // ---- q, k, v ----
 
@@ -70,37 +54,6 @@ template <class T> SPECACHE_DEVICE Factors qkv_factors(const specache_qkv_params
                    pointer<float>(p.norm),
                    int(p.n_rows),
                    int(p.hidden)};
-}
-
-// RoPE of channels c and c + D/2, halves against each other as Hugging Face has it.
-SPECACHE_DEVICE Pair rotate(Pair x, float2 cos_sin) {
-    return Pair{x.a * cos_sin.x - x.b * cos_sin.y, x.b * cos_sin.x + x.a * cos_sin.y};
-}
-
-SPECACHE_DEVICE float2 cos_sin_of(const specache_qkv_params& p, int row, int channel) {
-    return load_device(pointer<float2>(p.rope) + size_t(row) * (p.head_dim / 2) + channel);
-}
-
-// Writes two channels of K (part 0) or V (part 1) of a token, rounded to the cache's type, at half a head's distance.
-SPECACHE_DEVICE void append_pair(const specache_qkv_params& p, uint64_t token, int head, int part, int channel,
-                                 Pair x) {
-    if (token == 0) return;   // a row that is kept nowhere
-    const size_t half = p.head_dim / 2;
-    uint16_t* to = reinterpret_cast<uint16_t*>(token) + size_t(head) * SPECACHE_PAGE * 2 * p.head_dim +
-                   size_t(part) * p.head_dim + channel;
-    const bool bf16 = p.kv_dtype == SPECACHE_BF16;
-    const uint32_t bits =
-        bf16 ? Operand<Bf16>::narrow(make_float2(x.a, x.b)) : Operand<Fp16>::narrow(make_float2(x.a, x.b));
-    store_device(to, uint16_t(bits & 0xFFFF));
-    store_device(to + half, uint16_t(bits >> 16));
-}
-
-// CTA 0 notes the rows whose residual stream stopped being finite.
-SPECACHE_DEVICE void note_bad_row(const specache_qkv_params& p, Cell cell, float squares) {
-    const bool finite = squares < bit_cast<float>(0x7F800000u);   // neither inf nor NaN
-    if (blockIdx.x != 0 || cell.feature != 0 || finite) return;
-    uint32_t* bad = reinterpret_cast<uint32_t*>(p.bad_layer) + cell.row;
-    if (load_device(bad) == SPECACHE_NONE) store_device(bad, p.layer);
 }
 
 template <class T, int N_TILES> SPECACHE_DEVICE void qkv(const specache_qkv_params& p) {
@@ -140,17 +93,11 @@ template <class T, int N_TILES> SPECACHE_DEVICE void qkv(const specache_qkv_para
     } else {
         append_pair(p, token, unit.head, unit.kind == QkvUnit::kV, channel, x);
     }
-    note_bad_row(p, cell, squares);
+    // CTA 0 notes the rows whose residual stream stopped being finite.
+    if (blockIdx.x == 0 && cell.feature == 0) note_bad_layer(p.bad_layer, cell.row, squares, p.layer);
 }
 
 // ---- heads of q and k that have a norm of their own ----
-
-constexpr int kMostPairs = 4;   // of a lane: head_dim up to 256
-
-SPECACHE_DEVICE float sum_lanes(float x) {
-    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
-    return x;
-}
 
 // RMS norm and RoPE of one head of one row; q stays in its place, k goes to the cache.
 SPECACHE_DEVICE void head_norm(const specache_qkv_params& p) {
@@ -193,8 +140,6 @@ SPECACHE_DEVICE void head_norm(const specache_qkv_params& p) {
 }
 
 // ---- gate and up ----
-
-SPECACHE_DEVICE float silu(float x) { return x / (1.0f + expf(-x)); }
 
 template <class T, int N_TILES> SPECACHE_DEVICE void gate_up(const specache_gate_up_params& p) {
     SPECACHE_SHARED(ProductShared<N_TILES>, shared);

@@ -92,8 +92,8 @@ SPECACHE_DEVICE float exp2_approx(float x) {
     return y;
 }
 
-// Counts in shared memory, bits in device memory: atomic among the threads.
-SPECACHE_DEVICE void shared_add(uint32_t* to, uint32_t v) { atomicAdd(to, v); }
+// Counts in shared memory (what was there before comes back), bits in device memory: atomic among the threads.
+SPECACHE_DEVICE uint32_t shared_add(uint32_t* to, uint32_t v) { return atomicAdd(to, v); }
 SPECACHE_DEVICE void device_or(uint32_t* to, uint32_t v) { atomicOr(to, v); }
 SPECACHE_DEVICE void device_and(uint32_t* to, uint32_t v) { atomicAnd(to, v); }
 
@@ -187,3 +187,16 @@ SPECACHE_DEVICE void wait_for_previous_kernel() {
 
 }   // namespace specache
 #endif
+
+namespace specache {
+
+// mma_m16n8k16 by the type of its operands.
+SPECACHE_DEVICE void mma_16(Fp16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_m16n8k16(d, a, b0, b1);
+}
+
+SPECACHE_DEVICE void mma_16(Bf16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_m16n8k16_bf16(d, a, b0, b1);
+}
+
+}   // namespace specache

@@ -3,8 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::cuda::GpuModel;
 use crate::device::Device;
 use crate::device::arena::ArenaOptions;
+use crate::device::fault::Fault;
 use crate::error::{Error, Result};
 use crate::kv::slab::{Slab, SlabOptions};
 use crate::kv::{KvOptions, KvShape};
@@ -20,6 +22,8 @@ pub struct Context {
     pub device: Device,
     /// Shapes and weights.
     pub model: Model,
+    /// The model on the device's GPU, if it has one.
+    pub(crate) gpu: Option<GpuModel>,
     /// RoPE frequencies of the model.
     pub rope: RopeTable,
     /// The 16-bit pages of all sequences on the host.
@@ -30,13 +34,20 @@ pub struct Context {
 
 impl Context {
     /// A model on a device.
-    pub fn new(model: Model, device: Device) -> Context {
+    ///
+    /// # Errors
+    /// On a GPU: [`Error::Usage`] for a shape that no kernel serves, [`Error::OutOfMemory`], [`Error::Device`].
+    pub fn new(model: Model, device: Device) -> Result<Context> {
         let rope = RopeTable::new(&model.config);
         let slab = host_slab(&device, &model.config);
-        Context { device, model, rope, slab, interrupt: Arc::default() }
+        let gpu = device.gpu().map(|_| GpuModel::new(&device, &model, &rope)).transpose()?;
+        Ok(Context { device, model, gpu, rope, slab, interrupt: Arc::default() })
     }
 
     pub(crate) fn check_interrupt(&self) -> Result<()> {
+        if self.device.options().faults.as_ref().is_some_and(|faults| faults.strikes(Fault::Interrupt)) {
+            self.interrupt.store(true, Ordering::Relaxed);
+        }
         if self.interrupt.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
     }
 

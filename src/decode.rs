@@ -8,14 +8,17 @@
 use std::time::{Duration, Instant};
 
 use crate::context::Context;
-use crate::device::order::StreamId;
+use crate::cuda::{GpuModel, Place};
+use crate::device::cuda::Gpu;
+use crate::device::order::{StreamId, Uses};
 use crate::device::{Device, Schedule};
 use crate::error::{Error, Result};
 use crate::kv::KvMode;
 use crate::kv::fetch::FetchQueue;
 use crate::kv::view::SeqRows;
+use crate::model::Config;
 use crate::ops::attn_decode;
-use crate::ops::linear::{self, Dense, Path};
+use crate::ops::linear::{self, Dense, Path, Rows};
 use crate::ops::select::{self, Selection};
 use crate::sampler::argmax;
 use crate::session::{Buffers, Member, Next, Session};
@@ -24,24 +27,26 @@ use crate::session::{Buffers, Member, Next, Session};
 /// alone guesses what follows it and what the step will need.
 ///
 /// # Errors
-/// Before anything has changed: a token beyond the vocabulary, a session that is full or has failed,
-/// [`Error::Interrupted`]. A sequence that meets NaN fails alone: see [`Buffers::logits`].
+/// Before anything has changed: a token beyond the vocabulary, a session that is full or has failed. Between two layers:
+/// [`Error::Interrupted`], which leaves every session as it was, so that the same call gives the same bits later. A
+/// pre-decode that was complete stays, as it is no part of the step. A sequence that meets NaN fails alone: see
+/// [`Buffers::logits`].
 pub fn decode(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> Result<()> {
     buffers.results.clear();
-    context.check_interrupt()?;
     for Next { session, token } in batch.iter() {
         session.check_usable(context)?;
         context.check_tokens(&[*token])?;
         check_room(session)?;
     }
+    reserve_on_gpu(context, batch, buffers)?;
     for Next { session, .. } in batch.iter_mut() {
         session.cache.take_waited(); // by prefills, forks and truncations: not this step's
     }
     let fresh = |session: &Session| session.needs_pre_decode();
     if batch.iter().any(|next| fresh(next.session)) {
-        pass(context, batch, buffers, fresh, Pass::PreDecode);
+        pass(context, batch, buffers, fresh, Pass::PreDecode)?;
     }
-    pass(context, batch, buffers, |_| true, Pass::Step);
+    pass(context, batch, buffers, |_| true, Pass::Step)?;
     for next in batch.iter_mut() {
         next.session.stats.offloaded_bytes += next.session.cache.advance();
         next.session.stats.exposed += next.session.cache.take_waited();
@@ -67,18 +72,19 @@ enum Pass {
     Step,
 }
 
-/// All layers for the rows of those sessions that take part.
+/// All layers for the rows of those sessions that take part. Stops between two layers when it is interrupted.
 fn pass(
     context: &Context,
     batch: &mut [Next],
     buffers: &mut Buffers,
     takes_part: impl Fn(&Session) -> bool,
     kind: Pass,
-) {
+) -> Result<()> {
     let (model, device) = (&context.model, &context.device);
     let config = &model.config;
-    let dense = Dense { device, config, rope: &context.rope, path: Path::Rows };
+    let dense = Dense { device, config, rope: &context.rope, path: Path::Rows, gpu: context.gpu.as_ref() };
     plan_rows(batch, buffers, takes_part, kind);
+    buffers.on_gpu = context.gpu.is_some();
     device.begin_step();
     let Buffers { rows, attention, members, seqs, tokens, logits, fetches, .. } = buffers;
     fetches.begin_pass(device);
@@ -86,25 +92,43 @@ fn pass(
     rows.resize(config, n_rows);
     tokens.clear();
     tokens.extend(members.iter().zip(&*seqs).flat_map(|(m, s)| m.tokens.into_iter().take(s.n_rows)));
-    linear::embed(device, model, tokens, &mut rows.x);
-    let position = |row: usize| seqs.iter().find_map(|s| s.position_of(row)).expect("a row of the pass");
-    for m in members.iter() {
-        begin_loads(batch[m.index].session);
+    for (m, s) in members.iter().zip(&*seqs) {
+        let session = &mut *batch[m.index].session;
+        session.cache.begin_rows(s.n_rows);
+        begin_loads(session);
     }
+    match &context.gpu {
+        Some(gpu_model) => begin_on_gpu(context, gpu_model, batch, members, seqs, rows)?,
+        None => linear::embed(device, model, tokens, &mut rows.x),
+    }
+    let position = |row: usize| seqs.iter().find_map(|s| s.position_of(row)).expect("a row of the pass");
 
     for (l, layer) in model.weights.layers.iter().enumerate() {
         device.at_layer(Some(l));
-        let not_finite = |row| mark_bad(batch, members, seqs, row, l);
-        dense.norm_qkv_rope(layer, rows, position, not_finite);
-        for (m, s) in members.iter().zip(&*seqs) {
-            append(batch[m.index].session, l, s, rows);
+        // A GPU is given a whole pass in less time than a layer takes the CPU: it is asked before the pass only.
+        if let Err(interrupted) = if l == 0 || device.gpu().is_none() { context.check_interrupt() } else { Ok(()) } {
+            undo(device, config, batch, members, l, kind, rows, fetches);
+            buffers.results.clear(); // a pre-decode's
+            return Err(interrupted);
+        }
+        let written = |uses: &mut Uses| {
+            let caches = members.iter().zip(&*seqs).map(|(m, s)| (&batch[m.index].session.cache, s));
+            caches.for_each(|(cache, s)| cache.declare_rows(l, s.n_rows, uses));
+        };
+        let mut bad_rows = Vec::new();
+        dense.norm_qkv_rope(l, layer, rows, position, |row| bad_rows.push(row), written);
+        bad_rows.iter().for_each(|&row| mark_bad(batch, members, seqs, row, l));
+        if device.gpu().is_none() {
+            for (m, s) in members.iter().zip(&*seqs) {
+                append(batch[m.index].session, l, s, rows);
+            }
         }
         arrive(device, batch, members, l);
         if members.iter().any(|m| batch[m.index].session.kv().mode == KvMode::Fetch) {
             fetch_on_demand(context, batch, members, seqs, l, rows, attention, fetches);
         }
         let view = |i: usize| batch[members[i].index].session.cache.view(l, config.sliding_window);
-        attn_decode::attend(device, config.n_heads, seqs, view, &rows.q, &mut rows.attn, attention);
+        attn_decode::attend(device, config, l, seqs, view, rows, attention, None);
         for (i, (m, s)) in members.iter().zip(&*seqs).enumerate() {
             let session = &mut *batch[m.index].session;
             match session.kv().mode {
@@ -113,17 +137,64 @@ fn pass(
                 KvMode::Full | KvMode::Kivi | KvMode::Fetch => {}
             }
         }
-        fetch(device, batch, members, l, KvMode::SpeCache, kind, fetches);
-        dense.out_residual(layer, rows);
-        dense.norm_gate_up(layer, rows);
-        dense.down_residual(layer, rows);
+        select::launch(device, config, l, rows, KvMode::SpeCache);
+        fetch(device, config, batch, members, l, KvMode::SpeCache, kind, rows, fetches);
+        dense.out_residual(l, layer, rows);
+        dense.norm_gate_up(l, layer, rows);
+        dense.down_residual(l, layer, rows);
     }
 
     fetches.end_pass(config.n_layers);
     device.at_layer(None);
-    logits.resize(n_rows * config.vocab_size, 0.0);
-    linear::norm_logits(device, model, &rows.x, n_rows, &mut rows.normed, logits);
+    match &context.gpu {
+        Some(gpu_model) => end_on_gpu(context, gpu_model, batch, members, kind, rows)?,
+        None => {
+            logits.resize(n_rows * config.vocab_size, 0.0);
+            linear::norm_logits(device, model, &rows.x, n_rows, &mut rows.normed, logits);
+        }
+    }
     finish(batch, buffers, config.vocab_size, kind);
+    Ok(())
+}
+
+/// A pass is given up before `layer`: every session is as before it. Of what the layers so far have changed, two things would
+/// reach the next pass. The rest lies behind the counters: K and V at position n and n + 1, which whoever goes on overwrites.
+///
+/// - `specache` has replaced their selections, by ones that are for the step after this one. The old ones come back, and
+///   their pairs from the host: all of them are there, as only offloaded positions are selected. Another selection would be
+///   as good to go on with, but not the same bits.
+/// - The figures and the trace.
+#[allow(clippy::too_many_arguments)] // One call site, which names them all.
+fn undo(
+    device: &Device,
+    config: &Config,
+    batch: &mut [Next],
+    members: &[Member],
+    layer: usize,
+    kind: Pass,
+    rows: &Rows,
+    fetches: &mut FetchQueue,
+) {
+    for m in members {
+        let session = &mut *batch[m.index].session;
+        session.cache.come_to_rest();
+        if session.kv().mode == KvMode::SpeCache {
+            session.cache.layers[..layer].iter_mut().for_each(|l| l.prefetch.slots_mut().restore());
+        }
+    }
+    for l in 0..layer {
+        device.at_layer(Some(l));
+        fetch(device, config, batch, members, l, KvMode::SpeCache, kind, rows, fetches);
+    }
+    device.at_layer(None);
+    for m in members {
+        let session = &mut *batch[m.index].session;
+        session.undo_figures();
+        if let (Pass::Step, Some(trace)) = (kind, &mut session.trace) {
+            trace.steps.pop();
+            trace.speculative.truncate(trace.speculative.len() - usize::from(session.speculative.is_some()));
+        }
+    }
 }
 
 /// Which sessions take part, with which rows and tokens.
@@ -132,7 +203,7 @@ fn plan_rows(batch: &mut [Next], buffers: &mut Buffers, takes_part: impl Fn(&Ses
     buffers.seqs.clear();
     let mut first_row = 0;
     for (index, Next { session, token }) in batch.iter_mut().enumerate().filter(|(_, n)| takes_part(n.session)) {
-        session.bad_layer = None;
+        session.begin_pass();
         if kind == Pass::PreDecode {
             session.last_guess = None;
             session.trace.iter_mut().for_each(|trace| trace.pre_decode.clear());
@@ -166,7 +237,7 @@ fn mark_bad(batch: &mut [Next], members: &[Member], seqs: &[SeqRows], row: usize
 
 /// K and V of every row, rounded to 16 bits, at its position. What row 1 writes, the next step's row 0 overwrites; what a
 /// pre-decode writes, its step does.
-fn append(session: &mut Session, layer: usize, seq: &SeqRows, rows: &linear::Rows) {
+fn append(session: &mut Session, layer: usize, seq: &SeqRows, rows: &Rows) {
     let width = rows.k.len() / rows.n;
     for r in 0..seq.n_rows {
         let row = (seq.first_row + r) * width..(seq.first_row + r + 1) * width;
@@ -212,6 +283,9 @@ fn select_ahead(
     }
     let candidates = session.candidates(rows.position + row, session.cache.counters.no, config.sliding_window);
     let slots = session.cache.layers[layer].prefetch.slots_mut();
+    if context.gpu.is_none() {
+        slots.keep();
+    }
     let selection = Selection { seq, row, candidates, slots };
     select::select(&context.device, group_heads, n_kv_heads, attention, selection);
 }
@@ -224,7 +298,7 @@ fn fetch_on_demand(
     members: &[Member],
     seqs: &[SeqRows],
     layer: usize,
-    rows: &mut linear::Rows,
+    rows: &mut Rows,
     attention: &mut attn_decode::Scratch,
     fetches: &mut FetchQueue,
 ) {
@@ -232,11 +306,11 @@ fn fetch_on_demand(
     for m in members {
         let session = &mut *batch[m.index].session;
         if session.kv().mode == KvMode::Fetch {
-            session.cache.layers[layer].prefetch.slots_mut().clear(false);
+            session.cache.layers[layer].prefetch.slots_mut().hide();
         }
     }
     let view = |i: usize| batch[members[i].index].session.cache.view(layer, config.sliding_window);
-    attn_decode::attend(device, config.n_heads, seqs, view, &rows.q, &mut rows.attn, attention);
+    attn_decode::attend(device, config, layer, seqs, view, rows, attention, Some(KvMode::Fetch));
     for (seq, (m, s)) in members.iter().zip(seqs).enumerate() {
         let session = &mut *batch[m.index].session;
         if session.kv().mode != KvMode::Fetch {
@@ -247,9 +321,10 @@ fn fetch_on_demand(
         let selection = Selection { seq, row: 0, candidates, slots };
         select::select(device, config.group_heads(), config.n_kv_heads, attention, selection);
     }
+    select::launch(device, config, layer, rows, KvMode::Fetch);
     // Nothing overlaps with these copies: all of their time is exposed, whoever's thread it runs on.
     let start = Instant::now();
-    fetch(device, batch, members, layer, KvMode::Fetch, Pass::Step, fetches);
+    fetch(device, config, batch, members, layer, KvMode::Fetch, Pass::Step, rows, fetches);
     for m in members {
         let session = &mut *batch[m.index].session;
         if session.kv().mode == KvMode::Fetch {
@@ -262,31 +337,36 @@ fn fetch_on_demand(
 
 /// Begins to fetch what the sequences of one mode have selected in a layer: all of them at once, or one by one in the
 /// paper's schedule. Only `serial` waits.
+#[allow(clippy::too_many_arguments)] // Three call sites, which name them all.
 fn fetch(
     device: &Device,
+    config: &Config,
     batch: &mut [Next],
     members: &[Member],
     layer: usize,
     mode: KvMode,
     kind: Pass,
+    rows: &Rows,
     fetches: &mut FetchQueue,
 ) {
     let schedule = device.pipeline();
-    let mut part = 0;
+    let gather = |gpu: &Gpu| rows.gpu.gather(gpu, config, layer, mode);
     for m in members {
         let session = &mut *batch[m.index].session;
         if session.kv().mode != mode {
             continue;
         }
-        session.note_selection(layer, kind == Pass::PreDecode);
-        let fetched = fetches.add(device, &mut session.cache, layer, part);
+        if device.gpu().is_none() {
+            session.note_selection(layer, kind == Pass::PreDecode);
+        }
+        let fetched = fetches.add(device, &mut session.cache, layer);
         session.note_fetch(layer, fetched, kind == Pass::PreDecode);
-        if schedule == Schedule::Stream {
-            fetches.launch(device, layer, part);
-            part += 1;
+        // The paper's copies are one sequence's each. A GPU's kernels serve all sequences that share their launches.
+        if schedule == Schedule::Stream && device.gpu().is_none() {
+            fetches.launch(device, layer, gather);
         }
     }
-    fetches.launch(device, layer, part);
+    fetches.launch(device, layer, gather);
     if schedule == Schedule::Serial && mode == KvMode::SpeCache {
         arrive(device, batch, members, layer);
     }
@@ -308,22 +388,98 @@ fn load_ahead(session: &mut Session, layer: usize) {
     }
 }
 
+/// On a GPU: memory for the passes of this call, before anything has changed.
+fn reserve_on_gpu(context: &Context, batch: &[Next], buffers: &mut Buffers) -> Result<()> {
+    if context.gpu.is_none() {
+        return Ok(());
+    }
+    let places: Vec<Place> = batch.iter().map(|next| place(next.session, [next.token, 0], 2)).collect();
+    buffers.rows.gpu.reserve(&context.device, &context.model.config, &places)
+}
+
+/// What a GPU must know of a session for a pass.
+fn place(session: &Session, tokens: [u32; 2], n_rows: usize) -> Place {
+    let (counters, options, shape) = (&session.cache.counters, *session.kv(), session.cache.shape);
+    let (low_bit, fetches) = (options.mode.low_bit(), options.mode.fetches());
+    Place {
+        n: counters.n,
+        nq: if low_bit { counters.nq } else { 0 },
+        no: if options.mode == KvMode::Fetch { counters.nq } else { counters.no },
+        tokens,
+        n_rows,
+        room: session.cache.capacity() + 2,
+        top_k: if fetches { session.cache.top_k() } else { 0 },
+        shape,
+        options,
+    }
+}
+
+/// On a GPU: tells it what the pass is about, and embeds the tokens.
+fn begin_on_gpu(
+    context: &Context,
+    model: &GpuModel,
+    batch: &mut [Next],
+    members: &[Member],
+    seqs: &[SeqRows],
+    rows: &mut Rows,
+) -> Result<()> {
+    let (config, gpu) = (&context.model.config, context.device.gpu().expect("a model on a GPU"));
+    let places = members.iter().zip(seqs).map(|(m, s)| place(batch[m.index].session, m.tokens, s.n_rows));
+    let places: Vec<Place> = places.collect();
+    rows.gpu.reserve(&context.device, config, &places)?;
+    members.iter().for_each(|m| batch[m.index].session.cache.refresh_tables());
+    let _embed = context.device.operation("embed", |_| {});
+    let cache = |l: usize, i: usize| batch[members[i].index].session.cache.places(l);
+    rows.gpu.begin(gpu, model, config, context.rope.attention_factor, &places, cache);
+    Ok(())
+}
+
+/// On a GPU: the logits, and the end of the pass. What the pass has selected and fetched is known now.
+fn end_on_gpu(
+    context: &Context,
+    model: &GpuModel,
+    batch: &mut [Next],
+    members: &[Member],
+    kind: Pass,
+    rows: &mut Rows,
+) -> Result<()> {
+    let (config, device) = (&context.model.config, &context.device);
+    let gpu = device.gpu().expect("a model on a GPU");
+    let traced = members.iter().any(|m| batch[m.index].session.trace.is_some());
+    let logits = device.operation("norm_logits", |_| {});
+    rows.gpu.end(gpu, model, config, traced);
+    device.finish(device.record(StreamId::Compute));
+    drop(logits);
+    if let Err(failed) = gpu.driver().sound() {
+        members.iter().for_each(|m| batch[m.index].session.fail_device(&failed));
+        return Err(failed);
+    }
+    for (i, m) in members.iter().enumerate() {
+        let session = &mut *batch[m.index].session;
+        session.note_pass(config, i, &rows.gpu, kind == Pass::PreDecode);
+    }
+    Ok(())
+}
+
 /// Row 0's logits are the result; the last row's argmax is the next speculative token.
 fn finish(batch: &mut [Next], buffers: &mut Buffers, vocab: usize, kind: Pass) {
-    let Buffers { members, seqs, logits, results, .. } = buffers;
+    let Buffers { members, seqs, logits, results, rows, .. } = buffers;
     buffers.vocab = vocab;
     results.clear();
+    let on_gpu = buffers.on_gpu;
     for (m, s) in members.iter().zip(seqs) {
         let Next { session, token } = &mut batch[m.index];
         let row = |r: usize| &logits[(s.first_row + r) * vocab..][..vocab];
-        results.push(session.check_finite(row(0)).map(|()| s.first_row));
+        let finite = if on_gpu { rows.gpu.is_finite(s.first_row) } else { row(0).iter().all(|x| x.is_finite()) };
+        results.push(session.check_finite(finite).map(|()| s.first_row));
         if session.kv().mode != KvMode::SpeCache {
             continue;
         }
         if kind == Pass::Step {
             session.stats.compare(session.last_guess.replace(m.tokens[1]), *token);
         }
-        let own = argmax(row(s.n_rows - 1));
+        let last = s.n_rows - 1;
+        let own = if on_gpu { rows.gpu.argmax(s.first_row + last) } else { argmax(row(last)) };
         session.speculative = Some(session.forced.as_mut().and_then(|f| f.pop_front()).unwrap_or(own));
     }
 }

@@ -27,12 +27,16 @@ impl Engine {
     pub fn load(spec: &str, options: &DeviceOptions) -> Result<Engine> {
         let device = Device::cpu(options)?;
         let model = device.run(|| Model::load(spec))?;
-        Ok(Engine::new(model, device))
+        Engine::new(model, device)
     }
 
     /// An engine for a model that is in memory already.
-    pub fn new(model: Model, device: Device) -> Engine {
-        Engine { context: Context::new(model, device) }
+    ///
+    /// # Errors
+    /// On a GPU: [`crate::Error::Usage`] for a shape that no kernel serves, [`crate::Error::OutOfMemory`],
+    /// [`crate::Error::Device`].
+    pub fn new(model: Model, device: Device) -> Result<Engine> {
+        Ok(Engine { context: Context::new(model, device)? })
     }
 
     pub(crate) fn context(&self) -> &Context {
@@ -49,8 +53,9 @@ impl Engine {
         &self.context.device
     }
 
-    /// Setting this flag, from any thread or a signal handler, makes prefill and decode stop before the next layer or
-    /// step with [`crate::Error::Interrupted`]. It stays set until whoever set it clears it.
+    /// Setting this flag, from any thread or a signal handler, makes prefill and decode stop before the next layer (a prefill
+    /// also between two chunks of one) with [`crate::Error::Interrupted`]. Sessions are then as before the call, which can be
+    /// made again with the same result. The flag stays set until whoever set it clears it.
     pub fn interrupt_flag(&self) -> Arc<AtomicBool> {
         self.context.interrupt.clone()
     }

@@ -39,6 +39,7 @@
 
 pub mod context;
 pub mod cpu;
+mod cuda;
 pub mod decode;
 pub mod device;
 pub mod engine;

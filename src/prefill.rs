@@ -5,9 +5,10 @@
 //! pages of only two layers of each prompt: one that is computed, one that the copy stream sends to the host meanwhile.
 
 use crate::context::Context;
+use crate::cuda::PromptStream;
 use crate::device::Device;
 use crate::device::order::Resource;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kv::PAGE;
 use crate::kv::cache::Admission;
 use crate::kv::host::WidePage;
@@ -27,7 +28,8 @@ const PANEL_MIN: usize = 8;
 ///
 /// # Errors
 /// Before anything has changed: a prompt that is empty or has ids beyond the vocabulary, a context that the model or a
-/// memory budget does not allow. Later: [`crate::Error::Interrupted`], which leaves the sessions unusable.
+/// memory budget does not allow. Between two chunks of a layer: [`crate::Error::Interrupted`], which leaves the sessions as
+/// they were, though with room for the prompt.
 pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers) -> Result<Vec<Result<Vec<f32>>>> {
     for prompt in prompts.iter() {
         prompt.session.check_usable(context)?;
@@ -38,29 +40,29 @@ pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers)
     let (device_bytes, host_pages) =
         needs.fold((0u64, 0usize), |sum, needs| (sum.0.saturating_add(needs.0), sum.1.saturating_add(needs.1)));
     let hidden = context.model.config.hidden_size;
-    let stream_bytes = prompts.iter().map(|p| (p.tokens.len() * hidden * 4) as u64).fold(0, u64::saturating_add);
+    let stream_bytes = |p: &Prompt| match context.gpu {
+        Some(_) => PromptStream::bytes(&context.model.config, p.tokens.len(), CHUNK),
+        None => (p.tokens.len() * hidden * 4) as u64,
+    };
+    let stream_bytes = prompts.iter().map(stream_bytes).fold(0, u64::saturating_add);
     let device_bytes = device_bytes.saturating_add(stream_bytes);
     // Held to the end: the residual streams, which nothing else meters, are a part of it.
     let mut admission = Admission::ask(&context.device, &context.slab, device_bytes, host_pages, "a prefill")?;
     context.device.begin_step();
     for prompt in prompts.iter_mut() {
         prompt.session.cache.begin_prefill(prompt.end(), &mut admission)?;
+        prompt.session.begin_pass();
     }
-    let mut streams: Vec<Vec<f32>> = Vec::new(); // the residual stream of every prompt, [tokens, hidden]
-    for prompt in prompts.iter() {
-        let mut x = vec![0.0; prompt.tokens.len() * hidden];
-        linear::embed(&context.device, &context.model, prompt.tokens, &mut x);
-        streams.push(x);
+    let mut streams = Vec::with_capacity(prompts.len());
+    for prompt in prompts.iter_mut() {
+        streams.push(Stream::new(context, prompt, &mut admission)?);
     }
     for layer in 0..context.model.config.n_layers {
         context.device.at_layer(Some(layer));
-        for (prompt, x) in prompts.iter_mut().zip(&mut streams) {
-            if let Err(interrupted) = prefill_layer(context, prompt, layer, x, buffers) {
-                for prompt in prompts.iter_mut() {
-                    prompt.session.fail_interrupted();
-                    prompt.session.cache.free_working_pages();
-                }
-                return Err(interrupted);
+        for (i, x) in streams.iter_mut().enumerate() {
+            if let Err(Stopped { pages, why }) = prefill_layer(context, &mut prompts[i], layer, x, buffers) {
+                undo(context, prompts, layer, i, pages);
+                return Err(why);
             }
         }
     }
@@ -68,8 +70,69 @@ pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers)
     Ok(prompts.iter_mut().zip(&streams).map(|(prompt, x)| finish(context, prompt, x, buffers)).collect())
 }
 
-/// One layer of one prompt, chunk by chunk: every chunk sees the K and V of those before it. Fails only when interrupted.
-fn prefill_layer(context: &Context, prompt: &mut Prompt, l: usize, x: &mut [f32], buffers: &mut Buffers) -> Result<()> {
+/// The residual stream of a prompt.
+enum Stream {
+    /// `[tokens, hidden]`.
+    Cpu(Vec<f32>),
+    Gpu(PromptStream),
+}
+
+impl Stream {
+    /// The prompt's tokens, embedded.
+    fn new(context: &Context, prompt: &mut Prompt, admission: &mut Admission) -> Result<Stream> {
+        let (device, model) = (&context.device, &context.model);
+        let Some(gpu_model) = &context.gpu else {
+            let mut x = vec![0.0; prompt.tokens.len() * model.config.hidden_size];
+            linear::embed(device, model, prompt.tokens, &mut x);
+            return Ok(Stream::Cpu(x));
+        };
+        let _embed = device.operation("embed", |_| {});
+        let cache = &prompt.session.cache;
+        Ok(Stream::Gpu(PromptStream::new(
+            device,
+            admission.device(),
+            gpu_model,
+            &model.config,
+            context.rope.attention_factor,
+            cache.shape,
+            (cache.counters.n, cache.prefill_first_page() * PAGE),
+            prompt.tokens,
+            CHUNK,
+            |l| cache.places(l),
+        )?))
+    }
+}
+
+/// A layer that was given up.
+struct Stopped {
+    /// Its device pages.
+    pages: Vec<WidePage>,
+    why: Error,
+}
+
+/// All sessions are as before, where prompt `i` has stopped in `layer`: those before it had passed it.
+fn undo(context: &Context, prompts: &mut [Prompt], layer: usize, i: usize, pages: Vec<WidePage>) {
+    let mut pages = Some(pages);
+    for (j, prompt) in prompts.iter_mut().enumerate() {
+        let (end, settled) = (prompt.end(), layer + usize::from(j < i));
+        prompt.session.cache.undo_prefill(end, settled, if j == i { pages.take() } else { None });
+        prompt.session.undo_figures();
+    }
+    context.device.at_layer(None);
+}
+
+/// One layer of one prompt, chunk by chunk: every chunk sees the K and V of those before it. Stops only when interrupted.
+fn prefill_layer(
+    context: &Context,
+    prompt: &mut Prompt,
+    l: usize,
+    stream: &mut Stream,
+    buffers: &mut Buffers,
+) -> Result<(), Stopped> {
+    let x = match stream {
+        Stream::Cpu(x) => x,
+        Stream::Gpu(stream) => return prefill_layer_on_gpu(context, prompt, l, stream),
+    };
     let (device, config) = (&context.device, &context.model.config);
     let layer = &context.model.weights.layers[l];
     let (start, end, hidden) = (prompt.session.cache.counters.n, prompt.end(), config.hidden_size);
@@ -77,7 +140,9 @@ fn prefill_layer(context: &Context, prompt: &mut Prompt, l: usize, x: &mut [f32]
     let mut pages = cache.prefill_pages(l, end);
     let first_page = cache.prefill_first_page();
     for (chunk, x) in x.chunks_mut(CHUNK * hidden).enumerate() {
-        context.check_interrupt()?;
+        if let Err(why) = context.check_interrupt() {
+            return Err(Stopped { pages, why });
+        }
         let rows = &mut buffers.rows;
         rows.resize(config, x.len() / hidden);
         rows.x.copy_from_slice(x);
@@ -85,8 +150,8 @@ fn prefill_layer(context: &Context, prompt: &mut Prompt, l: usize, x: &mut [f32]
         let position = start + chunk * CHUNK;
         let bad = &mut prompt.session.bad_layer;
         let not_finite = |_| *bad = bad.or(Some(l));
-        let dense = Dense { device, config, rope: &context.rope, path };
-        dense.norm_qkv_rope(layer, rows, |row| position + row, not_finite);
+        let dense = Dense { device, config, rope: &context.rope, path, gpu: None };
+        dense.norm_qkv_rope(l, layer, rows, |row| position + row, not_finite, |_| {});
         write_chunk(device, &cache.shape, &mut pages, position - first_page * PAGE, rows);
         let view = PrefillView {
             shape: cache.shape,
@@ -96,10 +161,50 @@ fn prefill_layer(context: &Context, prompt: &mut Prompt, l: usize, x: &mut [f32]
             window: config.sliding_window,
         };
         attn_prefill::attend(device, config.n_heads, &view, position, rows.n, &rows.q, &mut rows.attn);
-        dense.out_residual(layer, rows);
-        dense.norm_gate_up(layer, rows);
-        dense.down_residual(layer, rows);
+        dense.out_residual(l, layer, rows);
+        dense.norm_gate_up(l, layer, rows);
+        dense.down_residual(l, layer, rows);
         x.copy_from_slice(&rows.x);
+    }
+    prompt.session.stats.offloaded_bytes += cache.settle_prefill(l, end, pages);
+    Ok(())
+}
+
+/// The same on a GPU, which is told everything and waited for at the end of the prefill.
+fn prefill_layer_on_gpu(
+    context: &Context,
+    prompt: &mut Prompt,
+    l: usize,
+    stream: &mut PromptStream,
+) -> Result<(), Stopped> {
+    let (device, config) = (&context.device, &context.model.config);
+    let (gpu, model) = (device.gpu().expect("a prompt on a GPU"), context.gpu.as_ref().expect("a model on a GPU"));
+    let (start, end) = (prompt.session.cache.counters.n, prompt.end());
+    let cache = &mut prompt.session.cache;
+    let pages = cache.prefill_pages(l, end);
+    let first_page = cache.prefill_first_page();
+    cache.list_pages(l, first_page, &pages);
+    stream.begin_layer(device, l, &pages, first_page);
+    for chunk in 0..stream.n_chunks() {
+        if let Err(why) = context.check_interrupt() {
+            return Err(Stopped { pages, why });
+        }
+        let (from, to) = (start + chunk * CHUNK, end.min(start + (chunk + 1) * CHUNK));
+        let dense = device.operation("norm_qkv_rope", |uses| {
+            let written = &pages[from / PAGE - first_page..to.div_ceil(PAGE) - first_page];
+            uses.writes.extend(written.iter().map(|page| Resource::DevicePage(page.id())));
+        });
+        stream.norm_qkv_rope(gpu, model, config, l, chunk);
+        drop(dense);
+        let attend = device.operation("attend", |uses| {
+            let packed = cache.layers[l].packed.id();
+            uses.reads.extend((0..first_page).map(|page| Resource::PackedPage(packed, page)));
+            uses.reads.extend(pages.iter().map(|page| Resource::DevicePage(page.id())));
+        });
+        stream.attend(gpu, config, l, chunk);
+        drop(attend);
+        let _rest = device.operation("out_residual, norm_gate_up, down_residual", |_| {});
+        stream.rest_of_layer(gpu, model, config, l, chunk);
     }
     prompt.session.stats.offloaded_bytes += cache.settle_prefill(l, end, pages);
     Ok(())
@@ -121,14 +226,28 @@ fn write_chunk(device: &Device, shape: &crate::kv::KvShape, pages: &mut [WidePag
 }
 
 /// The counters move, and the last row's logits are what the first token is taken from.
-fn finish(context: &Context, prompt: &mut Prompt, x: &[f32], buffers: &mut Buffers) -> Result<Vec<f32>> {
-    let config = &context.model.config;
+fn finish(context: &Context, prompt: &mut Prompt, stream: &Stream, buffers: &mut Buffers) -> Result<Vec<f32>> {
+    let (config, device) = (&context.model.config, &context.device);
     let (end, session) = (prompt.end(), &mut *prompt.session);
     session.cache.end_prefill(end);
     session.speculative = None;
-    let last = &x[x.len() - config.hidden_size..];
-    let mut logits = vec![0.0; config.vocab_size];
-    linear::norm_logits(&context.device, &context.model, last, 1, &mut buffers.rows.normed, &mut logits);
-    session.check_finite(&logits)?;
+    let mut logits;
+    match (stream, device.gpu(), &context.gpu) {
+        (Stream::Gpu(stream), Some(gpu), Some(model)) => {
+            let _logits = device.operation("norm_logits", |_| {});
+            (logits, session.bad_layer) = stream.end(gpu, model, config);
+            if let Err(failed) = gpu.driver().sound() {
+                session.fail_device(&failed);
+                return Err(failed);
+            }
+        }
+        (Stream::Cpu(x), ..) => {
+            let last = &x[x.len() - config.hidden_size..];
+            logits = vec![0.0; config.vocab_size];
+            linear::norm_logits(device, &context.model, last, 1, &mut buffers.rows.normed, &mut logits);
+        }
+        _ => unreachable!("a stream of another device"),
+    }
+    session.check_finite(logits.iter().all(|x| x.is_finite()))?;
     Ok(logits)
 }

@@ -4,11 +4,13 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use crate::context::{Context, check_context};
+use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kv::cache::{Cache, CacheBytes};
 use crate::kv::fetch::{FetchQueue, Fetched};
 use crate::kv::view::SeqRows;
 use crate::kv::{KvMode, KvOptions, KvShape};
+use crate::model::Config;
 use crate::ops::attn_decode::Scratch;
 use crate::ops::linear::Rows;
 
@@ -24,6 +26,8 @@ pub struct Session {
     /// What was selected, if it is to be kept.
     pub(crate) trace: Option<Trace>,
     pub(crate) stats: Stats,
+    /// The figures before the pass that is under way, which may be given up.
+    stats_before: Stats,
     /// First layer whose input was not finite in this call.
     pub(crate) bad_layer: Option<usize>,
     /// The speculative token of the step before; this step's real token tells whether it was right.
@@ -35,12 +39,11 @@ pub struct Session {
 enum Failure {
     NotFinite(String),
     Copy(String),
-    Interrupted(String),
 }
 
 impl Failure {
     fn why(&self) -> &str {
-        let (Failure::NotFinite(why) | Failure::Copy(why) | Failure::Interrupted(why)) = self;
+        let (Failure::NotFinite(why) | Failure::Copy(why)) = self;
         why
     }
 
@@ -48,7 +51,6 @@ impl Failure {
         match self {
             Failure::NotFinite(why) => Error::NotFinite(why.clone()),
             Failure::Copy(why) => Error::Device(why.clone()),
-            Failure::Interrupted(_) => Error::Interrupted,
         }
     }
 }
@@ -68,6 +70,7 @@ impl Session {
     fn around(cache: Cache) -> Session {
         Session {
             stats: Stats::new(cache.shape.n_layers),
+            stats_before: Stats::new(cache.shape.n_layers),
             cache,
             max_context: None,
             speculative: None,
@@ -203,13 +206,20 @@ impl Session {
         }
     }
 
-    /// A prefill was given up half way.
-    pub(crate) fn fail_interrupted(&mut self) {
-        self.failure = Some(Failure::Interrupted("its prefill was interrupted".into()));
+    /// A pass begins, which may be given up.
+    pub(crate) fn begin_pass(&mut self) {
+        self.bad_layer = None;
+        self.stats_before.copy_from(&self.stats);
+    }
+
+    /// The pass is given up: the figures count what is complete.
+    pub(crate) fn undo_figures(&mut self) {
+        self.bad_layer = None;
+        self.stats.copy_from(&self.stats_before);
     }
 
     /// Checks this call's logits. A failure is final for the session: its cache holds what it should not.
-    pub(crate) fn check_finite(&mut self, logits: &[f32]) -> Result<()> {
+    pub(crate) fn check_finite(&mut self, finite: bool) -> Result<()> {
         if let Some(failure) = &self.failure {
             // It failed earlier in the same call: in the pre-decode.
             return Err(failure.error());
@@ -218,7 +228,7 @@ impl Session {
             let failure = Failure::Copy(format!("this session's 16-bit pairs are not complete: {why}"));
             return Err(self.failure.insert(failure).error());
         }
-        if logits.iter().all(|x| x.is_finite()) && self.bad_layer.is_none() {
+        if finite && self.bad_layer.is_none() {
             return Ok(());
         }
         let place = match self.bad_layer {
@@ -270,6 +280,8 @@ pub struct Buffers {
     /// Pairs on their way from the host.
     pub(crate) fetches: FetchQueue,
     pub(crate) vocab: usize,
+    /// The last pass was a GPU's: its logits are in `rows`.
+    pub(crate) on_gpu: bool,
 }
 
 /// One sequence of a pass.
@@ -288,6 +300,7 @@ impl Buffers {
     /// [`Error::NotFinite`] or [`Error::Device`] if that sequence failed; [`Error::Usage`] if there was none or the call was refused.
     pub fn logits(&self, i: usize) -> Result<&[f32]> {
         match self.results.get(i) {
+            Some(Ok(row)) if self.on_gpu => Ok(self.rows.gpu.logits(*row)),
             Some(Ok(row)) => Ok(&self.logits[row * self.vocab..][..self.vocab]),
             Some(Err(Error::Device(why))) => Err(Error::Device(why.clone())),
             Some(Err(e)) => Err(Error::NotFinite(e.to_string())),
@@ -329,6 +342,14 @@ impl Stats {
             self.compared += 1;
             self.accepted += u64::from(guess == token);
         }
+    }
+
+    /// As `*self = from.clone()`, without allocating.
+    fn copy_from(&mut self, from: &Stats) {
+        let Stats { mut hits, mut fetched, .. } = std::mem::take(self);
+        hits.clone_from(&from.hits);
+        fetched.clone_from(&from.fetched);
+        *self = Stats { hits, fetched, ..*from };
     }
 
     fn new(n_layers: usize) -> Stats {
@@ -403,6 +424,27 @@ impl Session {
         let selected = (0..self.cache.shape.n_kv_heads).map(|head| slots.selected(head).to_vec()).collect();
         let selections = if pre_decode { Some(&mut trace.pre_decode) } else { trace.steps.last_mut() };
         selections.expect("a step has begun").push(selected);
+    }
+
+    /// On a GPU, at the end of a pass in which this was sequence `seq`: what it met, selected and fetched.
+    pub(crate) fn note_pass(&mut self, config: &Config, seq: usize, pass: &cuda::Workspace, pre_decode: bool) {
+        self.bad_layer = pass.bad_layer(seq);
+        if !self.kv().mode.fetches() {
+            return;
+        }
+        for layer in 0..config.n_layers {
+            let fetched = pass.fetched(config, layer, seq);
+            self.note_fetch(layer, Fetched { fetched, selected: 0 }, pre_decode);
+            let Some(trace) = &mut self.trace else { continue };
+            let selected = |head| pass.selected(config, layer, seq, head).to_vec();
+            let selections = if pre_decode { Some(&mut trace.pre_decode) } else { trace.steps.last_mut() };
+            selections.expect("a step has begun").push((0..config.n_kv_heads).map(selected).collect());
+        }
+    }
+
+    /// The device has failed in the middle of a pass: nobody knows what the cache holds.
+    pub(crate) fn fail_device(&mut self, why: &Error) {
+        self.failure.get_or_insert(Failure::Copy(why.to_string()));
     }
 
     /// Counts a fetch of so many pairs.

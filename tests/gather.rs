@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use specache::cpu::Isa;
-use specache::gather::{Gather, GatherOptions, Node, NodeId, Rows, Staging, Stores, Topology, node_of_address};
+use specache::gather::{
+    Gather, GatherOptions, Node, NodeId, NodeShare, Rows, Staging, Stores, Topology, node_of_address,
+};
 
 fn node(id: u32, cpus: &[usize]) -> Node {
     Node { id: NodeId(id), cpus: cpus.to_vec() }
@@ -200,6 +202,78 @@ fn memory_only_nodes_and_holes() {
     assert_eq!(topology.nodes(), [node(0, &[0, 1]), node(2, &[2, 3])]);
     assert_eq!([0, 2, 4, 7].map(|id| topology.home(NodeId(id))), [0, 1, 1, 0]);
     assert!(topology.describe().contains("node 4 has no usable CPU, served by node 2"), "{}", topology.describe());
+}
+
+/// Gathers rows that lie on these nodes, with as many threads as two a node.
+fn gather_from_nodes(topology: Topology, nodes: &[u32]) {
+    let threads = 2 * topology.nodes().len();
+    let options = GatherOptions { threads: Some(threads), alone_below: 0, ..Default::default() };
+    let gather = Gather::new(topology, options).unwrap();
+    let source = pattern(1000 * 512);
+    let mut block = vec![0; source.len()];
+    let rows = Rows {
+        n_rows: 1000,
+        row_bytes: 512,
+        source: |i: usize| &source[i * 512..][..512],
+        node: |i: usize| NodeId(nodes[i % nodes.len()]),
+    };
+    let shares = std::cell::RefCell::new(vec![]);
+    let watch = |share: NodeShare| shares.borrow_mut().push(share);
+    gather.gather_watched(&rows, Staging { bytes: &mut block, slot: |i| i }, Stores::NonTemporal, Some(&watch));
+    assert!(block == source);
+    // Every node that serves one of these tells what it did.
+    let shares = shares.into_inner();
+    let homes = gather.topology().nodes().iter().filter(|node| {
+        let home = |&id: &u32| gather.topology().nodes()[gather.topology().home(NodeId(id))].id;
+        nodes.iter().any(|id| home(id) == node.id)
+    });
+    assert!(shares.iter().map(|share| share.node).eq(homes.map(|node| node.id)), "{shares:?}");
+    assert_eq!(shares.iter().map(|share| share.bytes).sum::<u64>(), source.len() as u64);
+    assert!(shares.iter().all(|share| share.begin < share.end), "{shares:?}");
+}
+
+/// A node with CPUs and no memory holds no page: its CPUs help the nearest node that has some, be it one without CPUs.
+#[test]
+fn nodes_without_memory() {
+    let files = [
+        ("sys/devices/system/node/online", "0-3\n"),
+        ("sys/devices/system/node/has_memory", "0,2\n"),
+        ("sys/devices/system/node/node0/cpulist", "0-1\n"),
+        ("sys/devices/system/node/node0/distance", "10 20 28 40\n"),
+        ("sys/devices/system/node/node1/cpulist", "2-3\n"),
+        ("sys/devices/system/node/node1/distance", "20 10 30 40\n"),
+        ("sys/devices/system/node/node2/cpulist", "\n"), // memory only
+        ("sys/devices/system/node/node2/distance", "28 30 10 40\n"),
+        ("sys/devices/system/node/node3/cpulist", "\n"), // neither
+    ];
+    let topology = Tree::new("bare", &files).read(None);
+    assert_eq!(topology.nodes(), [node(0, &[0, 1, 2, 3])], "arenas are bound to these");
+    assert_eq!([0, 1, 2].map(|id| topology.home(NodeId(id))), [0, 0, 0]);
+    assert_eq!((topology.node_of_cpu(3), topology.threads()), (Some(0), 4));
+    for said in ["node 1 has no memory, its CPUs are taken with node 0", "node 2 has no usable CPU, served by node 0"] {
+        assert!(topology.describe().contains(said), "{said}: {}", topology.describe());
+    }
+    assert!(!topology.describe().contains("node 3"), "{}", topology.describe());
+    gather_from_nodes(topology, &[0, 1, 2]);
+
+    // Nearest to the memory without CPUs: it has some now.
+    let mut near = files;
+    near[5].1 = "30 10 20 40\n";
+    let topology = Tree::new("near", &near).read(None);
+    assert_eq!(topology.nodes(), [node(0, &[0, 1]), node(2, &[2, 3])]);
+    assert_eq!([0, 2].map(|id| topology.home(NodeId(id))), [0, 1]);
+    assert!(!topology.describe().contains("no usable CPU"), "{}", topology.describe());
+    gather_from_nodes(topology, &[0, 2]);
+
+    // Only the CPUs without memory are allowed.
+    let topology = Tree::new("far", &files).read(Some(&[2]));
+    assert_eq!((topology.nodes(), topology.home(NodeId(2))), (&[node(0, &[2])][..], 0));
+    gather_from_nodes(topology, &[0, 2]);
+
+    // A list that leaves out every node is not believed.
+    let mut none = files;
+    none[1].1 = "\n";
+    assert_eq!(Tree::new("none", &none).read(None).nodes(), [node(0, &[0, 1]), node(1, &[2, 3])]);
 }
 
 #[test]

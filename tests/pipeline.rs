@@ -220,6 +220,39 @@ fn every_wait_is_needed_and_none_is_missing() {
     }
 }
 
+/// Buffers may serve two batches in turns: neither waits for what the other has on its way, and each has its own bits.
+#[test]
+fn buffers_serve_batches_in_turns() {
+    let kv = kv(KvMode::SpeCache, 1, 32, 33, 7);
+    let tokens = ids(8, 300);
+    for pipeline in Schedule::ALL {
+        let order = Arc::new(Mutex::new(Checker::new()));
+        // Slow enough that a copy is still on its way when the other batch comes to its layer.
+        let link = LinkOptions { gbps: None, latency_us: 300.0 };
+        let engine = engine(&TINY, DeviceOptions { pipeline, link, order: Some(order.clone()), ..options(1) });
+        let sessions = || {
+            [0, 70].map(|from| {
+                let mut session = engine.session(kv, 300).unwrap();
+                prefill(&engine, &mut session, &tokens[from..from + 150], &mut vec![]).unwrap();
+                session
+            })
+        };
+        let (mut together, mut buffers) = ([vec![], vec![]], Buffers::default());
+        let mut alone = together.clone();
+        let mut batches = sessions();
+        for at in (0..30).step_by(3) {
+            for (session, rows) in batches.iter_mut().zip(&mut together) {
+                decode(&engine, &mut [session], &tokens[at..at + 3], &mut buffers, rows).unwrap();
+            }
+        }
+        for (session, rows) in sessions().iter_mut().zip(&mut alone) {
+            decode(&engine, &mut [session], &tokens[..30], &mut Buffers::default(), rows).unwrap();
+        }
+        assert!(together == alone, "{}", pipeline.name());
+        assert_eq!(order.lock().unwrap().conflicts(), [], "{}", pipeline.name());
+    }
+}
+
 /// Buffers may serve one engine after the other: events of one device are never waited for on another.
 #[test]
 fn buffers_serve_several_engines() {

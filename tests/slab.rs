@@ -339,6 +339,27 @@ fn memory_is_what_was_asked_for_or_says_so() {
     }
 }
 
+/// Node 900 has no memory, here or anywhere: the arenas that were meant for it lie elsewhere and say so, and their pages are as
+/// good as others.
+#[test]
+fn arenas_for_a_node_without_memory_lie_elsewhere() {
+    let nodes = vec![0, 900];
+    let slab = Slab::new(SlabOptions { nodes, arena_bytes: 2 * MIB, ..SlabOptions::new(65_536, &host(None)) }).unwrap();
+    let mut pages: Vec<PageRef> = (0..128).map(|_| slab.alloc().unwrap()).collect();
+    for (i, page) in pages.iter_mut().enumerate() {
+        page.get_mut().unwrap().fill(i as u8);
+    }
+    assert!(pages.iter().enumerate().all(|(i, page)| page.bytes().iter().all(|&b| b == i as u8)));
+    let arenas = slab.stats().arenas;
+    assert_eq!(arenas.len(), 4, "in turns");
+    for arena in arenas.iter().skip(1).step_by(2) {
+        let placement = arena.placement.to_string();
+        let why = ["the kernel has no NUMA", "the machine has one NUMA node", "mbind to node 900"];
+        assert!(why.iter().any(|why| placement.starts_with(&format!("no NUMA binding: {why}"))), "{placement}");
+    }
+    assert!(pages.iter().all(|page| page.node().is_none_or(|node| node.0 == 0)));
+}
+
 /// Operations of the model test; numbers choose among what is held.
 #[derive(Clone, Debug)]
 enum Op {

@@ -95,8 +95,8 @@ fi
 compile csrc/probe.cu 90a
 report csrc/pack.cu csrc/probe.cu || fail "registers or spills"
 
-# Attention and selection.
-attention=(csrc/attn_decode.cu csrc/select.cu)
+# Attention, selection and the gather.
+attention=(csrc/attn_decode.cu csrc/attn_prefill.cu csrc/select.cu csrc/fetch.cu)
 for source in "${attention[@]}"; do
   for arch in "${architectures[@]}"; do compile "$source" "$arch"; done
   if [ "${1:-}" = --all ]; then compile_ptx "$source"; fi
@@ -104,7 +104,7 @@ done
 report "${attention[@]}" || fail "registers or spills"
 
 # The dense half of a step.
-dense=(csrc/embed.cu csrc/linear.cu csrc/sample.cu)
+dense=(csrc/embed.cu csrc/linear.cu csrc/dense.cu csrc/sample.cu csrc/draw.cu)
 for source in "${dense[@]}"; do
   for arch in "${architectures[@]}"; do compile "$source" "$arch"; done
   if [ "${1:-}" = --all ]; then compile_ptx "$source"; fi
@@ -114,7 +114,7 @@ report "${dense[@]}" || fail "registers or spills"
 if [ "${1:-}" = --all ]; then
   "$nvcc" -std=c++17 -Werror all-warnings -gencode arch=compute_90a,code=sm_90a -c csrc/linear_bench.cu \
     -o "$out/linear_bench.o" || fail "linear_bench does not build"
-  for test in embed linear sample step; do
+  for test in attn_prefill fetch embed linear dense sample draw step; do
     "$nvcc" -std=c++17 -Werror all-warnings -Xcompiler -Wno-unknown-pragmas -gencode arch=compute_90a,code=sm_90a \
       -x cu -c "csrc/tests/${test}_test.cpp" -o "$out/$test.gpu.o" || fail "${test}_test does not build for a GPU"
   done
@@ -145,7 +145,7 @@ build() { # test, suffix, flags...
   "${emulated[@]}" "$@" "csrc/tests/${test}_test.cpp" "${plans[@]}" -o "$out/$test$suffix"
 }
 
-for test in emu layout pack attn_decode select decode_chain embed linear sample step; do
+for test in emu layout pack attn_decode attn_prefill select fetch decode_chain embed linear dense sample draw step; do
   for kind in plain sanitized; do
     flags=()
     [ "$kind" = sanitized ] && flags=("${sanitizers[@]}")
@@ -180,14 +180,22 @@ for bug in 1 2; do expect_bug pack "$bug"; done
 # One kernel of the twelve builds in a third of the time.
 for bug in 1 2 3 4 5 6; do expect_bug attn_decode "$bug" "-DSPECACHE_ATTN_KERNELS(X)=X(64, 2, bf16, Bf16)"; done
 
+# 1: a missing __syncthreads. 2: a wrong fragment. 3: a row that looks ahead.
+for bug in 1 2 3; do expect_bug attn_prefill "$bug"; done
+
 # 1: a missing __syncthreads. 2: a position behind the window. 3: a position that nobody replaces any more.
 for bug in 1 2 3; do expect_bug select "$bug"; done
+
+# 1: a missing __syncthreads. 2: pairs of another sequence.
+for bug in 1 2; do expect_bug fetch "$bug"; done
 
 # 1, 6: a missing __syncthreads. 2: pairs of k out of order. 3: one row too many. 4: a page border in the wrong place.
 # 5: ties that go to the wrong token.
 for bug in 1 2 3 6; do expect_bug linear "$bug"; done
+for bug in 1 2; do expect_bug dense "$bug"; done   # 2: V that is rotated
 expect_bug embed 4
 expect_bug sample 5
+for bug in 1 2; do expect_bug draw "$bug"; done   # 2: tokens in another order
 
 # ---- 4. the emulated driver ---------------------------------------------------------------------------------------
 

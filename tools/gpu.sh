@@ -13,8 +13,9 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 bin=target/gpu
 out=${OUT:-$bin/results}
-programs=(layout_test pack_test attn_decode_test select_test decode_chain_test embed_test linear_test sample_test
-  step_test probe linear_bench)
+tests=(layout_test pack_test attn_decode_test attn_prefill_test select_test fetch_test decode_chain_test embed_test
+  linear_test dense_test sample_test draw_test step_test)
+programs=("${tests[@]}" probe linear_bench)
 
 find_nvcc() {
   local candidate
@@ -92,8 +93,7 @@ fi
 
 status=0
 : >"$out/tests.txt"
-for test in layout_test pack_test attn_decode_test select_test decode_chain_test embed_test linear_test sample_test \
-  step_test; do
+for test in "${tests[@]}"; do
   if timeout 60 "$bin/$test" >>"$out/tests.txt" 2>&1; then
     echo "ok    $test"
   else

@@ -96,6 +96,9 @@ inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 
+// The upper half of a product.
+inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return uint64_t(__extension__ (unsigned __int128)(a) * b >> 64); }
+
 // Bits: the lowest set one, from 1 (0: none), and how many.
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }

@@ -146,7 +146,11 @@ inline float exp2_approx(float x) {
     return y < 1.17549435e-38f ? 0.0f : y;
 }
 
-inline void shared_add(uint32_t* to, uint32_t v) { *to += v; }
+inline uint32_t shared_add(uint32_t* to, uint32_t v) {
+    const uint32_t before = *to;
+    *to += v;
+    return before;
+}
 
 inline void device_or(uint32_t* to, uint32_t v) {
     emu::check_access(to, 4, true);

@@ -10,7 +10,9 @@ static const char *kernel_of(specache_dtype dtype) {
 }
 
 static specache_status check_shape(const specache_embed_params *p, specache_launch *launch) {
-    TRY(check_rows("embed", p->n_rows, launch));
+    const uint32_t most = p->append_stride == 0 ? SPECACHE_MAX_ROWS : p->append_stride;
+    if (p->n_rows > most)
+        return refuse(launch, SPECACHE_UNSUPPORTED_ROWS, "embed: %u rows (1 to append_stride, %u)", p->n_rows, most);
     TRY(check_weights("embed", p->dtype, launch));
     if (p->hidden == 0 || p->hidden % 8 != 0 || p->hidden > 1u << 20)
         return refuse(launch, SPECACHE_UNSUPPORTED_WIDTH, "embed: hidden size %u (multiples of 8 to %u)", p->hidden,

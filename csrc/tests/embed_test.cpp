@@ -112,6 +112,40 @@ static void test(const Case& c) {
               i % SPECACHE_MAX_ROWS);
 }
 
+// A chunk of a prefill: more rows than a decode step has, for two sequences; only their places are looked at.
+static void test_chunk() {
+    constexpr uint32_t kRows = 150 + 37, kStride = 200, kHidden = 8, kDim = 4, kChunkLayers = 2;
+    const std::vector<specache_seq> all = {{100, 64, 64, 150, 0, 0, 3, 0}, {0, 0, 0, 37, 150, 0, 9, 1}};
+    const std::vector<uint16_t> table(kVocab * kHidden, 0);
+    Array<uint16_t> table_in("table", table);
+    Array<uint32_t> tokens("tokens", std::vector<uint32_t>(kRows, 1)), bad("bad_layer", kRows);
+    Array<specache_seq> seqs("seqs", all);
+    Array<float> inv_freq("inv_freq", std::vector<float>{0.01f, 0.001f}), x("x", kRows * kHidden),
+        rope("rope", kRows * kDim);
+    Array<uint64_t> append("append", kChunkLayers * kStride);
+    constexpr uint64_t kWide = 1 << 20, kPage = kHeads * SPECACHE_PAGE * 4 * kDim, kLayer = 20 * kPage;
+    const specache_embed_params p{table_in.address(), tokens.address(),   seqs.address(), kWide,
+                                  0,                  kPage,              kLayer,         inv_freq.address(),
+                                  x.address(),        rope.address(),     append.address(), bad.address(),
+                                  kRows,              2,                  kHidden,        kVocab,
+                                  kChunkLayers,       kHeads,             kDim,           1,
+                                  SPECACHE_FP16,      kStride};
+    specache_launch launch;
+    CHECK(specache_embed_plan(&p, &launch) == SPECACHE_OK, "%s", launch.message);
+    device::launch(specache_embed_fp16, launch.grid, launch.block, launch.shared_bytes, seed++, p);
+    for (device::Buffer* b : std::initializer_list<device::Buffer*>{&rope, &append}) b->download();
+    for (uint32_t i = 0; i < append.size(); i++) {
+        const uint32_t layer = i / kStride, r = i % kStride, s = r < 150 ? 0 : 1;
+        const uint32_t position = all[s].n + r - all[s].first_row;
+        const uint64_t page = all[s].wide_page + (position - all[s].nq) / SPECACHE_PAGE;
+        const uint64_t want = kWide + layer * kLayer + page * kPage + position % SPECACHE_PAGE * 4 * kDim;
+        CHECK(append[i] == (r < kRows ? want : 0xA5A5A5A5A5A5A5A5u), "row %u of layer %u goes to %llu", r, layer,
+              (unsigned long long)append[i]);
+        if (r >= kRows || layer != 0) continue;
+        CHECK(std::fabs(rope[r * kDim] - std::cos(double(position) * 0.01f)) < 3e-7, "cos at %u", position);
+    }
+}
+
 static void expect_status(specache_status want, const char* part, void (*change)(specache_embed_params&)) {
     constexpr uint64_t a = 1 << 20;
     specache_embed_params p{
@@ -128,6 +162,8 @@ static void plans() {
     expect_status(SPECACHE_OK, "", [](P&) {});
     expect_status(SPECACHE_OK, "", [](P& p) { p.n_rows = 0, p.table = 0; });
     expect_status(SPECACHE_UNSUPPORTED_ROWS, "17", [](P& p) { p.n_rows = 17; });
+    expect_status(SPECACHE_OK, "", [](P& p) { p.n_rows = p.append_stride = 4000; });
+    expect_status(SPECACHE_UNSUPPORTED_ROWS, "4000", [](P& p) { p.n_rows = 4001, p.append_stride = 4000; });
     expect_status(SPECACHE_UNSUPPORTED_DTYPE, "3", [](P& p) { p.dtype = 3; });
     expect_status(SPECACHE_UNSUPPORTED_WIDTH, "100", [](P& p) { p.hidden = 100; });
     expect_status(SPECACHE_UNSUPPORTED_WIDTH, "vocabulary", [](P& p) { p.vocab = 0; });
@@ -144,5 +180,6 @@ int main() {
     const Case cases[] = {{b, 1, 8, 2, 1, true},      {h, 2, 40, 64, 1, false},     {b, 3, 2056, 80, 1.25f, true},
                           {h, 6, 4096, 128, 1, true}, {b, 16, 64, 256, 0.5f, true}, {f, 4, 2056, 128, 1, false}};
     for (const Case& c : cases) test(c);
-    std::printf("embed_test: %zu cases equal the twin (%s)\n", std::size(cases), device::kName);
+    test_chunk();
+    std::printf("embed_test: %zu cases equal the twin (%s)\n", std::size(cases) + 1, device::kName);
 }

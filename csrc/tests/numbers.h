@@ -31,7 +31,7 @@ inline const char* dtype_name(specache_dtype dtype) {
 template <class V> class Array : public device::Buffer {
 public:
     Array(const std::string& name, const std::vector<V>& values) : Buffer(name, values.size() * sizeof(V), kRead) {
-        std::memcpy(data(), values.data(), bytes());
+        if (!values.empty()) std::memcpy(data(), values.data(), bytes());
         upload();
     }
     Array(const std::string& name, size_t count) : Buffer(name, count * sizeof(V), kWrite) { upload(); }

@@ -250,7 +250,8 @@ pub struct DeviceArgs {
     /// Lock the 16-bit copies in host memory, so that they are never swapped out
     #[arg(long, env = "SPECACHE_MLOCK", value_parser = FalseyValueParser::new())]
     mlock: bool,
-    /// Write what ran when as a Chrome trace, which Perfetto opens: a row per stream, step and layer on every slice
+    /// Write what ran when as a Chrome trace, which Perfetto opens: a row per stream and per
+    /// NUMA node that was gathered from, step and layer on every slice
     #[arg(long, env = "SPECACHE_TRACE", value_name = "OUT.json")]
     pub trace: Option<PathBuf>,
 }

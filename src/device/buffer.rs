@@ -1,10 +1,14 @@
-//! Metered memory, aligned to a cache line.
+//! Metered memory of the device, aligned to a cache line.
+#![allow(unsafe_code)] // Copies on a GPU's queue.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytemuck::{Pod, Zeroable};
 
+use super::cuda::{Gpu, GpuMemory};
+use super::order::StreamId;
 use crate::error::{Error, Result};
 
 /// Counts the bytes of one kind of memory against a budget. Cheap to clone; clones count together.
@@ -112,12 +116,18 @@ impl Default for Line {
     }
 }
 
-/// A byte range in metered memory, aligned to 64 bytes. Read and written as numbers through [`Buffer::as_slice`].
+/// A byte range in metered device memory, aligned to 64 bytes. On the CPU device it is read and written as numbers through
+/// [`Buffer::as_slice`]; on a GPU kernels know its address.
 pub struct Buffer {
-    lines: Vec<Line>,
+    memory: Memory,
     len: usize,
     meter: Meter,
     id: u64,
+}
+
+enum Memory {
+    Cpu(Vec<Line>),
+    Gpu(GpuMemory, Arc<Gpu>),
 }
 
 /// A number that nothing else has or will have.
@@ -127,19 +137,28 @@ pub(crate) fn unique_id() -> u64 {
 }
 
 impl Buffer {
-    pub(super) fn new(len: usize, grant: &mut Grant, poison: bool, what: &str) -> Result<Buffer> {
+    pub(super) fn new(
+        len: usize,
+        grant: &mut Grant,
+        gpu: Option<&Arc<Gpu>>,
+        poison: bool,
+        what: &str,
+    ) -> Result<Buffer> {
         let n_lines = len.div_ceil(64);
         let bytes = n_lines as u64 * 64;
         grant.draw(bytes, what)?;
-        let meter = &grant.meter;
-        let mut lines = Vec::new();
-        if lines.try_reserve_exact(n_lines).is_err() {
-            meter.give_back(bytes);
-            return Err(meter.refusal(bytes, 0, what));
-        }
         // 0xFF in every byte is NaN as f32, fp16 and bf16, and an absurd position as u32.
-        lines.resize(n_lines, Line([if poison { 0xFF } else { 0 }; 64]));
-        Ok(Buffer { lines, len, meter: meter.clone(), id: unique_id() })
+        let filling = if poison { 0xFF } else { 0 };
+        let memory = match gpu {
+            None => Memory::lines(n_lines, filling).ok_or_else(|| grant.meter.refusal(bytes, 0, what)),
+            Some(gpu) => GpuMemory::new(gpu.driver(), bytes as usize, what).map(|m| Memory::Gpu(m, gpu.clone())),
+        };
+        let memory = memory.inspect_err(|_| grant.meter.give_back(bytes))?;
+        let mut buffer = Buffer { memory, len, meter: grant.meter.clone(), id: unique_id() };
+        if gpu.is_some() {
+            buffer.fill(filling);
+        }
+        Ok(buffer)
     }
 
     /// Its number: no other buffer has it, before or after.
@@ -159,27 +178,106 @@ impl Buffer {
 
     /// Bytes that the meter counts for it: whole cache lines.
     pub fn metered_bytes(&self) -> u64 {
-        self.lines.len() as u64 * 64
+        self.len.div_ceil(64) as u64 * 64
     }
 
-    /// All bytes.
+    /// All bytes, on the CPU device.
+    ///
+    /// # Panics
+    /// On a GPU.
     pub fn bytes(&self) -> &[u8] {
-        &bytemuck::cast_slice(&self.lines)[..self.len]
+        match &self.memory {
+            Memory::Cpu(lines) => &bytemuck::cast_slice(lines)[..self.len],
+            Memory::Gpu(..) => panic!("a GPU's memory is not read by the CPU"),
+        }
     }
 
-    /// All bytes, to write.
+    /// All bytes, to write, on the CPU device.
+    ///
+    /// # Panics
+    /// On a GPU.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
+        match &mut self.memory {
+            Memory::Cpu(lines) => &mut bytemuck::cast_slice_mut(lines)[..self.len],
+            Memory::Gpu(..) => panic!("a GPU's memory is not written by the CPU"),
+        }
     }
 
-    /// The bytes as numbers.
+    /// The bytes as numbers. As [`Buffer::bytes`].
     pub fn as_slice<T: Pod>(&self) -> &[T] {
         bytemuck::cast_slice(self.bytes())
     }
 
-    /// The bytes as numbers, to write.
+    /// The bytes as numbers, to write. As [`Buffer::bytes_mut`].
     pub fn as_mut_slice<T: Pod>(&mut self) -> &mut [T] {
         bytemuck::cast_slice_mut(self.bytes_mut())
+    }
+
+    /// Where it is in a GPU's memory; 0 if it is empty.
+    ///
+    /// # Panics
+    /// On the CPU device.
+    pub(crate) fn address(&self) -> u64 {
+        match &self.memory {
+            Memory::Gpu(memory, _) => memory.address(),
+            Memory::Cpu(_) => panic!("the CPU's memory has no address on a GPU"),
+        }
+    }
+
+    /// Copies bytes `range` of `from` to byte `at` of this, in the order of the compute stream.
+    pub(crate) fn copy(&mut self, at: usize, from: &Buffer, range: Range<usize>) {
+        assert!(range.end <= from.len && at + range.len() <= self.len, "a copy within both buffers");
+        match (&mut self.memory, &from.memory) {
+            (Memory::Cpu(_), Memory::Cpu(_)) => {
+                self.bytes_mut()[at..at + range.len()].copy_from_slice(&from.bytes()[range]);
+            }
+            (Memory::Gpu(to, gpu), Memory::Gpu(from, _)) => {
+                let (to, from) = (to.address() + at as u64, from.address() + range.start as u64);
+                // SAFETY: within both, as was just checked; whoever frees a buffer has waited for the compute stream.
+                unsafe { gpu.queues().copy(StreamId::Compute, to, from, range.len()) };
+            }
+            _ => panic!("buffers of two devices"),
+        }
+    }
+
+    /// Fills it with one byte, in the order of the compute stream.
+    pub(crate) fn fill(&mut self, byte: u8) {
+        match &mut self.memory {
+            Memory::Cpu(_) => self.bytes_mut().fill(byte),
+            // SAFETY: all of it is allocated; whoever frees it has waited for the compute stream.
+            Memory::Gpu(memory, gpu) => unsafe {
+                gpu.driver().enter();
+                gpu.queues().fill(StreamId::Compute, memory.address(), byte, memory.len());
+            },
+        }
+    }
+
+    /// Writes `from` at byte `at`, and waits until it is there: for what is set up once.
+    pub(crate) fn write(&mut self, at: usize, from: &[u8]) {
+        assert!(at + from.len() <= self.len, "a write within the buffer");
+        match &self.memory {
+            Memory::Cpu(_) => self.bytes_mut()[at..at + from.len()].copy_from_slice(from),
+            Memory::Gpu(memory, gpu) => gpu.put(memory.address() + at as u64, from),
+        }
+    }
+
+    /// Reads the bytes from `at` on into `to`, behind everything that the compute stream has been given.
+    pub(crate) fn read(&self, at: usize, to: &mut [u8]) {
+        assert!(at + to.len() <= self.len, "a read within the buffer");
+        match &self.memory {
+            Memory::Cpu(_) => to.copy_from_slice(&self.bytes()[at..at + to.len()]),
+            Memory::Gpu(memory, gpu) => gpu.get(to, memory.address() + at as u64),
+        }
+    }
+}
+
+impl Memory {
+    /// `None` if the system refuses.
+    fn lines(n: usize, filling: u8) -> Option<Memory> {
+        let mut lines = Vec::new();
+        lines.try_reserve_exact(n).ok()?;
+        lines.resize(n, Line([filling; 64]));
+        Some(Memory::Cpu(lines))
     }
 }
 
@@ -196,7 +294,7 @@ mod tests {
     #[test]
     fn budget_is_hard_and_drop_gives_back() {
         let meter = Meter::new("device", Some(256));
-        let alloc = |len, what| Buffer::new(len, &mut meter.grant(0, what)?, false, what);
+        let alloc = |len, what| Buffer::new(len, &mut meter.grant(0, what)?, None, false, what);
         let a = alloc(100, "a").unwrap();
         assert_eq!((meter.used(), a.metered_bytes(), a.len()), (128, 128, 100));
         let refused = alloc(129, "the second").err().unwrap();
@@ -214,9 +312,9 @@ mod tests {
         let mut grant = meter.grant(192, "a request").unwrap();
         assert_eq!(meter.available(), 64);
         assert!(meter.grant(65, "another").is_err());
-        let a = Buffer::new(128, &mut grant, false, "a").unwrap();
+        let a = Buffer::new(128, &mut grant, None, false, "a").unwrap();
         assert_eq!(meter.available(), 64, "drawn from what was set aside");
-        let b = Buffer::new(128, &mut grant, false, "more than is left of it").unwrap();
+        let b = Buffer::new(128, &mut grant, None, false, "more than is left of it").unwrap();
         assert_eq!(meter.available(), 0);
         drop(grant);
         assert_eq!(meter.available(), 0);
@@ -229,7 +327,7 @@ mod tests {
     #[test]
     fn poison_reads_as_nan() {
         let meter = Meter::new("device", None);
-        let b = Buffer::new(64, &mut meter.grant(0, "b").unwrap(), true, "b").unwrap();
+        let b = Buffer::new(64, &mut meter.grant(0, "b").unwrap(), None, true, "b").unwrap();
         assert!(b.as_slice::<f32>().iter().all(|x| x.is_nan()));
         assert!(b.as_slice::<u16>().iter().all(|&x| half::bf16::from_bits(x).is_nan()));
         assert_eq!(b.bytes().as_ptr() as usize % 64, 0);

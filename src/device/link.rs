@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::fault::{Fault, Faults};
-use crate::gather::Gather;
+use super::trace::Trace;
+use crate::gather::{Gather, NodeId, Rows, Staging, Stores};
 
 /// How fast the link is to be.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -30,11 +31,33 @@ pub struct CopyEngine {
     pub gather: Gather,
     link: LinkOptions,
     faults: Option<Arc<Faults>>,
+    trace: Option<Arc<Trace>>,
 }
 
 impl CopyEngine {
-    pub(super) fn new(gather: Gather, link: LinkOptions, faults: Option<Arc<Faults>>) -> CopyEngine {
-        CopyEngine { gather, link, faults }
+    pub(super) fn new(
+        gather: Gather,
+        link: LinkOptions,
+        faults: Option<Arc<Faults>>,
+        trace: Option<Arc<Trace>>,
+    ) -> CopyEngine {
+        CopyEngine { gather, link, faults, trace }
+    }
+
+    /// As [`Gather::gather`], for a job of the gather stream: each node's part is in the trace, if there is one.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn gather<'a, D: Fn(usize) -> usize>(
+        &self,
+        rows: &Rows<impl Fn(usize) -> &'a [u8] + Sync, impl Fn(usize) -> NodeId + Sync>,
+        to: Staging<'_, D>,
+        stores: Stores,
+    ) {
+        match &self.trace {
+            Some(trace) => self.gather.gather_watched(rows, to, stores, Some(&|share| trace.add_share(share))),
+            None => self.gather.gather(rows, to, stores),
+        };
     }
 
     /// Does `copy`, which moves `bytes` bytes over the link, and takes as long as the link would. One thread a direction

@@ -30,6 +30,7 @@ pub use stream::{Event, Job};
 use crate::cpu::Isa;
 use crate::error::{Error, Result};
 use crate::gather::{Gather, GatherOptions, Topology};
+use cuda::Gpu;
 use fault::Faults;
 use link::{CopyEngine, LinkOptions};
 use order::{Checker, EventClock, Site, StreamId, Uses};
@@ -91,9 +92,12 @@ impl Default for DeviceOptions {
 pub struct Device(Arc<Inner>);
 
 struct Inner {
+    /// What computes, if it is not the CPU.
+    gpu: Option<Arc<Gpu>>,
     isa: Isa,
     pool: rayon::ThreadPool,
-    streams: Streams,
+    /// The streams of the CPU device.
+    streams: Option<Streams>,
     copy_engine: Arc<CopyEngine>,
     device_memory: Meter,
     host_memory: Meter,
@@ -112,6 +116,24 @@ impl Device {
     /// # Errors
     /// [`Error::Usage`] for an unknown `SPECACHE_ISA` or zero threads.
     pub fn cpu(options: &DeviceOptions) -> Result<Device> {
+        Device::new(options, None)
+    }
+
+    /// GPU `index`, as the driver counts them. `SPECACHE_LIBCUDA` names another driver library than the usual one.
+    ///
+    /// # Errors
+    /// [`Error::Device`] with the reason why it cannot be used, and as [`Device::cpu`].
+    pub fn cuda(index: usize, options: &DeviceOptions) -> Result<Device> {
+        let library = std::env::var_os("SPECACHE_LIBCUDA").map(std::path::PathBuf::from);
+        let gpu = Arc::new(Gpu::open(library.as_deref(), index)?);
+        let pin: Arc<dyn Pin> = Arc::new(cuda::Register(gpu.driver().clone()));
+        // What others have is not ours; the driver keeps some for itself.
+        let free = gpu.driver().free_memory()?;
+        let device_budget = Some(options.device_budget.unwrap_or(u64::MAX).min(free - free / 32));
+        Device::new(&DeviceOptions { device_budget, pin: Some(pin), ..options.clone() }, Some(gpu))
+    }
+
+    fn new(options: &DeviceOptions, gpu: Option<Arc<Gpu>>) -> Result<Device> {
         let isa = Isa::from_env()?;
         let threads = match options.threads {
             Some(0) => return Err(Error::Usage("--threads 0: at least one thread is needed".into())),
@@ -132,8 +154,9 @@ impl Device {
         Ok(Device(Arc::new(Inner {
             isa,
             pool,
-            streams: Streams::new(trace.clone())?,
-            copy_engine: Arc::new(CopyEngine::new(gather, options.link, options.faults.clone())),
+            streams: gpu.is_none().then(|| Streams::new(trace.clone())).transpose()?,
+            gpu,
+            copy_engine: Arc::new(CopyEngine::new(gather, options.link, options.faults.clone(), trace.clone())),
             device_memory: Meter::new("device", options.device_budget),
             host_memory: Meter::new("host", options.host_budget),
             trace,
@@ -146,7 +169,10 @@ impl Device {
 
     /// One line for people: what this device is.
     pub fn describe(&self) -> String {
-        format!("CPU, {} threads, {}", self.threads(), self.0.isa)
+        match &self.0.gpu {
+            None => format!("CPU, {} threads, {}", self.threads(), self.0.isa),
+            Some(gpu) => gpu.facts().gpu.to_string(),
+        }
     }
 
     /// Compute threads.
@@ -161,7 +187,20 @@ impl Device {
 
     /// Runs `work` with this device's compute threads as the current rayon pool.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
-        self.0.pool.install(work)
+        self.0.pool.install(|| {
+            self.0.gpu.iter().for_each(|gpu| gpu.driver().enter());
+            work()
+        })
+    }
+
+    /// The GPU that computes; `None`: the CPU does.
+    pub(crate) fn gpu(&self) -> Option<&Arc<Gpu>> {
+        self.0.gpu.as_ref()
+    }
+
+    /// The streams of the CPU device.
+    fn streams(&self) -> &Streams {
+        self.0.streams.as_ref().expect("only the CPU device runs jobs")
     }
 
     /// What it was made with.
@@ -211,14 +250,15 @@ impl Device {
         job: Arc<dyn Job>,
     ) -> Event {
         self.declare(stream, name, uses);
-        self.0.streams.launch(stream, job, name, self.clock(stream))
+        self.streams().launch(stream, job, name, self.clock(stream))
     }
 
     /// An event that stands for everything that `stream` has been given so far.
     pub fn record(&self, stream: StreamId) -> Event {
-        match stream {
-            StreamId::Compute => Event::of_compute(self.clock(stream)),
-            _ => self.0.streams.record(stream, self.clock(stream)),
+        match (&self.0.gpu, stream) {
+            (Some(gpu), _) => Event::new(stream, gpu.queues().record(stream), self.clock(stream)),
+            (None, StreamId::Compute) => Event::new(stream, 0, self.clock(stream)),
+            (None, _) => self.streams().record(stream, self.clock(stream)),
         }
     }
 
@@ -227,16 +267,24 @@ impl Device {
         if let Some(mut checker) = self.checker() {
             checker.wait(stream, event.clock(), site);
         }
-        self.0.streams.after(stream, event);
+        match &self.0.gpu {
+            Some(gpu) => gpu.queues().after(stream, event.stream(), event.at()),
+            None => self.streams().after(stream, event),
+        }
     }
 
-    /// The compute stream waits for `event`. Returns the time that this took. `site` names the place in the program.
+    /// The compute stream waits for `event`. Returns the time that this took the calling thread, which on a GPU goes on at
+    /// once. `site` names the place in the program.
     pub fn wait(&self, event: Event, site: Site) -> Duration {
         if let Some(mut checker) = self.checker() {
             checker.wait(StreamId::Compute, event.clock(), site);
         }
+        if let Some(gpu) = &self.0.gpu {
+            gpu.queues().after(StreamId::Compute, event.stream(), event.at());
+            return Duration::ZERO;
+        }
         let start = Instant::now();
-        let waited = self.0.streams.wait(event);
+        let waited = self.streams().wait(event);
         if let (Some(trace), true) = (&self.0.trace, waited > Duration::ZERO) {
             trace.add(StreamId::Compute, site, true, Place::current(), start, 0);
         }
@@ -246,7 +294,18 @@ impl Device {
     /// Blocks until `event` has passed, so that the memory of its job can be used anew. Orders nothing that the checker
     /// would count: on a device with queues of its own, this is the host's business and not the compute stream's.
     pub(crate) fn finish(&self, event: Event) {
-        self.0.streams.wait(event);
+        match &self.0.gpu {
+            Some(gpu) => gpu.queues().finish(event.stream(), event.at()),
+            None => drop(self.streams().wait(event)),
+        }
+    }
+
+    /// Whether `event` has passed. Orders nothing, as [`Device::finish`].
+    pub(crate) fn has_passed(&self, event: Event) -> bool {
+        match &self.0.gpu {
+            Some(gpu) => gpu.queues().has_passed(event.stream(), event.at()),
+            None => self.streams().has_passed(event),
+        }
     }
 
     /// What ran when, if the device was made to keep it.
@@ -258,7 +317,8 @@ impl Device {
         Some(self.0.order.as_ref()?.lock().unwrap_or_else(|e| e.into_inner()))
     }
 
-    fn declare(&self, stream: StreamId, name: &'static str, uses: impl FnOnce(&mut Uses)) {
+    /// Tells the order checker what an operation of `stream` uses that is given to a GPU next.
+    pub(crate) fn declare(&self, stream: StreamId, name: &'static str, uses: impl FnOnce(&mut Uses)) {
         if let Some(mut checker) = self.checker() {
             let mut used = Uses::default();
             uses(&mut used);
@@ -287,7 +347,8 @@ impl Device {
     /// [`Error::OutOfMemory`] naming `what`, the bytes needed and the bytes available; nothing is taken then.
     pub fn grant(&self, device_bytes: u64, host_bytes: u64, what: &str) -> Result<Grants> {
         let device = self.0.device_memory.grant(device_bytes, what)?;
-        let needed = device_bytes.saturating_add(host_bytes);
+        // The CPU device's memory is the system's.
+        let needed = if self.0.gpu.is_some() { host_bytes } else { device_bytes.saturating_add(host_bytes) };
         match ram::available() {
             Some(available) if available < needed => Err(Error::OutOfMemory {
                 memory: "system",
@@ -296,7 +357,7 @@ impl Device {
                 available,
                 fix: "shorten the context, use a smaller KV cache (--kv kivi), or free memory".into(),
             }),
-            _ => Ok(Grants { device, poison: self.0.options.poison }),
+            _ => Ok(Grants { device, poison: self.0.options.poison, gpu: self.0.gpu.clone() }),
         }
     }
 
@@ -340,14 +401,20 @@ impl Drop for Operation<'_> {
 pub struct Grants {
     device: Grant,
     poison: bool,
+    gpu: Option<Arc<Gpu>>,
 }
 
 impl Grants {
+    /// Whether it is a GPU's memory.
+    pub(crate) fn is_gpu(&self) -> bool {
+        self.gpu.is_some()
+    }
+
     /// Device memory of `len` bytes, zeroed (or poisoned). Metered until it is dropped.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] when more is asked for than was granted and the budget does not have it.
     pub fn device(&mut self, len: usize, what: &str) -> Result<Buffer> {
-        Buffer::new(len, &mut self.device, self.poison, what)
+        Buffer::new(len, &mut self.device, self.gpu.as_ref(), self.poison, what)
     }
 }

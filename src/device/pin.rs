@@ -26,7 +26,7 @@ impl Pin for Mlock {
         if unsafe { libc::mlock(start.as_ptr().cast(), bytes) } == 0 {
             return Ok(());
         }
-        Err(refusal(bytes, &io::Error::last_os_error(), memlock_limit()))
+        Err(refusal(bytes as u64, &io::Error::last_os_error(), memlock_limit(), locked_bytes()))
     }
 
     fn unpin(&self, start: NonNull<u8>, bytes: usize) {
@@ -43,12 +43,30 @@ fn memlock_limit() -> Option<u64> {
     (known && limit.rlim_cur != libc::RLIM_INFINITY).then_some(limit.rlim_cur)
 }
 
-fn refusal(bytes: usize, error: &io::Error, limit: Option<u64>) -> String {
-    let limit = limit.map_or("unlimited".to_string(), |l| format!("{} KiB", l >> 10));
+/// What this process has locked, in bytes; `None` where the kernel does not tell.
+fn locked_bytes() -> Option<u64> {
+    parse_locked(&std::fs::read_to_string("/proc/self/status").ok()?)
+}
+
+/// The line `VmLck:      64 kB` of a process's status.
+fn parse_locked(status: &str) -> Option<u64> {
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmLck:"))?.trim().strip_suffix("kB")?;
+    kib.trim().parse::<u64>().ok()?.checked_mul(1 << 10)
+}
+
+/// What is needed, what there is, and what the user can change.
+fn refusal(needed: u64, error: &io::Error, limit: Option<u64>, locked: Option<u64>) -> String {
+    let bytes = |known: Option<u64>, unknown: &str| known.map_or(unknown.to_string(), |n| format!("{n} bytes"));
+    let available = match limit {
+        Some(limit) => bytes(locked.map(|locked| limit.saturating_sub(locked)), "an unknown number"),
+        None => "all".into(),
+    };
     format!(
-        "mlock of {} KiB more was refused ({error}); the limit RLIMIT_MEMLOCK is {limit}: raise it with \
-         `ulimit -l unlimited` (systemd: LimitMEMLOCK=infinity, containers: --ulimit memlock=-1)",
-        bytes >> 10
+        "mlock of {needed} bytes was refused ({error}): the limit RLIMIT_MEMLOCK is {}, {} are locked already (VmLck), {available} \
+         are available; raise the limit with `ulimit -l unlimited` (systemd: LimitMEMLOCK=infinity, containers: --ulimit \
+         memlock=-1)",
+        bytes(limit, "unlimited"),
+        bytes(locked, "an unknown number"),
     )
 }
 
@@ -58,10 +76,27 @@ mod tests {
 
     #[test]
     fn a_refusal_names_the_limit_and_the_fix() {
-        let text = refusal(64 << 20, &io::Error::from_raw_os_error(libc::ENOMEM), Some(8 << 20));
-        for part in ["65536 KiB", "RLIMIT_MEMLOCK is 8192 KiB", "ulimit -l unlimited", "LimitMEMLOCK", "memlock=-1"] {
+        let refused = io::Error::from_raw_os_error(libc::ENOMEM);
+        let text = refusal(64 << 20, &refused, Some(8 << 20), Some(3 << 20));
+        for part in [
+            "mlock of 67108864 bytes",
+            "RLIMIT_MEMLOCK is 8388608 bytes",
+            "3145728 bytes are locked already",
+            "5242880 bytes are available",
+            "ulimit -l unlimited",
+            "LimitMEMLOCK",
+            "memlock=-1",
+        ] {
             assert!(text.contains(part), "{part}: {text}");
         }
-        assert!(refusal(1 << 20, &io::Error::from_raw_os_error(libc::EAGAIN), None).contains("is unlimited"));
+        let text = refusal(1 << 20, &refused, None, None);
+        assert!(text.contains("is unlimited") && text.contains("an unknown number are locked"), "{text}");
+    }
+
+    #[test]
+    fn locked_bytes_are_read_from_the_status() {
+        assert_eq!(parse_locked("VmPin:\t      8 kB\nVmLck:\t     64 kB\nVmHWM:\t 1 kB\n"), Some(64 << 10));
+        assert_eq!(parse_locked("VmPin:\t      8 kB\n"), None);
+        assert_eq!(parse_locked("VmLck:\t   many kB\n"), None);
     }
 }

@@ -22,7 +22,7 @@ pub trait Job: Send + Sync {
 }
 
 /// A point in a stream: everything that it had been given when the event was recorded.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Event {
     stream: StreamId,
     /// Items of the stream.
@@ -32,8 +32,16 @@ pub struct Event {
 }
 
 impl Event {
-    pub(super) fn of_compute(clock: EventClock) -> Event {
-        Event { stream: StreamId::Compute, at: 0, clock }
+    pub(super) fn new(stream: StreamId, at: u64, clock: EventClock) -> Event {
+        Event { stream, at, clock }
+    }
+
+    pub(super) fn stream(&self) -> StreamId {
+        self.stream
+    }
+
+    pub(super) fn at(&self) -> u64 {
+        self.at
     }
 
     pub(super) fn clock(&self) -> EventClock {
@@ -137,6 +145,11 @@ impl Streams {
         self.queues.wait(event)
     }
 
+    /// Whether `event` has passed.
+    pub(super) fn has_passed(&self, event: Event) -> bool {
+        self.queues.of(event.stream).is_none_or(|queue| queue.has_passed(event))
+    }
+
     fn give(&self, stream: StreamId, item: Item) -> u64 {
         let queue = self.queues.of(stream).expect("the compute stream is the calling thread");
         // Waking a thread costs some microseconds, so nobody is woken just to wait.
@@ -177,6 +190,7 @@ impl Queues {
                 Item::Wait(event) => drop(self.wait(event)),
                 Item::Run(job, name, place) => {
                     let begin = Instant::now();
+                    place.enter();
                     // A panic has told its waiter by poisoning what the job worked on.
                     let bytes = catch_unwind(AssertUnwindSafe(|| job.run())).unwrap_or(0);
                     drop(job); // before the event passes: what the job held is its owner's alone from then on
@@ -191,14 +205,14 @@ impl Queues {
 
     fn wait(&self, event: Event) -> Duration {
         let Some(queue) = self.of(event.stream) else { return Duration::ZERO };
-        if queue.done.load(Ordering::Acquire) >= event.at {
+        if queue.has_passed(event) {
             return Duration::ZERO;
         }
         let start = Instant::now();
         queue.given.notify_one(); // it may sleep over a wait that it was given last
         let mut state = queue.lock();
         state.waiters += 1;
-        while queue.done.load(Ordering::Acquire) < event.at {
+        while !queue.has_passed(event) {
             state = queue.finished.wait(state).unwrap_or_else(|e| e.into_inner());
         }
         state.waiters -= 1;
@@ -209,6 +223,10 @@ impl Queues {
 impl Queue {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn has_passed(&self, event: Event) -> bool {
+        self.done.load(Ordering::Acquire) >= event.at
     }
 
     /// The next item; `None` when there will be none.

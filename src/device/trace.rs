@@ -3,11 +3,13 @@
 //! Tracing is off unless the device was made with it; then an operation costs one look at an option.
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::io::{self, Write};
 use std::sync::Mutex;
 use std::time::Instant;
 
 use super::order::StreamId;
+use crate::gather::{NodeId, NodeShare};
 
 /// Where in the program an operation belongs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -44,6 +46,8 @@ impl Place {
 pub struct Slice {
     /// Whose row it is in.
     pub stream: StreamId,
+    /// The part of a gather that the threads of one NUMA node did, on a row of its own; the whole gather has none.
+    pub node: Option<NodeId>,
     /// The operation, or what the compute stream waited for.
     pub name: &'static str,
     /// A wait, not work.
@@ -86,9 +90,23 @@ impl Trace {
         from: Instant,
         bytes: u64,
     ) {
-        let us = |at: Instant| (at - self.begin).as_secs_f64() * 1e6;
-        let (begin_us, end_us) = (us(from), us(Instant::now()));
-        let slice = Slice { stream, name, waits, place, begin_us, end_us, bytes };
+        let (begin_us, end_us) = (self.us(from), self.us(Instant::now()));
+        self.push(Slice { stream, node: None, name, waits, place, begin_us, end_us, bytes });
+    }
+
+    /// A node's part of the gather that the calling thread does.
+    pub(super) fn add_share(&self, share: NodeShare) {
+        let NodeShare { node, begin, end, bytes } = share;
+        let (begin_us, end_us, place) = (self.us(begin), self.us(end), Place::current());
+        let (stream, node) = (StreamId::Gather, Some(node));
+        self.push(Slice { stream, node, name: "gather", waits: false, place, begin_us, end_us, bytes });
+    }
+
+    fn us(&self, at: Instant) -> f64 {
+        (at - self.begin).as_secs_f64() * 1e6
+    }
+
+    fn push(&self, slice: Slice) {
         self.slices.lock().unwrap_or_else(|e| e.into_inner()).push(slice);
     }
 
@@ -98,24 +116,43 @@ impl Trace {
     }
 }
 
-/// Writes slices in the Chrome trace format, which Perfetto and chrome://tracing open: one row per stream, step, layer and
-/// bytes on every slice.
+/// A row of the picture: a stream, or the threads of a node in a gather.
+type Row = (StreamId, Option<NodeId>);
+
+/// Its number, which is its place from the top too: the nodes come behind the gather stream. The kernel has less than 2^16.
+fn row_number((stream, node): Row) -> u32 {
+    (stream as u32) << 17 | node.map_or(0, |node| node.0 + 1)
+}
+
+/// Its name.
+fn row_name((stream, node): Row) -> String {
+    match node {
+        Some(node) => format!("{}, node {}", stream.name(), node.0),
+        None => stream.name().into(),
+    }
+}
+
+/// Writes slices in the Chrome trace format, which Perfetto and chrome://tracing open: one row per stream and one per NUMA
+/// node that pairs were gathered from; step, layer and bytes on every slice.
 ///
 /// # Errors
 /// What writing gives.
 pub fn write_chrome(slices: &[Slice], mut out: impl Write) -> io::Result<()> {
     write!(out, "{{\"displayTimeUnit\":\"ns\",\"traceEvents\":[")?;
-    for (i, stream) in StreamId::ALL.into_iter().enumerate() {
+    let streams = StreamId::ALL.into_iter().map(|stream| (stream, None));
+    let nodes: BTreeSet<Row> = slices.iter().filter(|s| s.node.is_some()).map(|s| (s.stream, s.node)).collect();
+    for (i, row) in streams.chain(nodes).enumerate() {
         let comma = if i == 0 { "" } else { "," };
-        let (row, name) = (stream as usize, stream.name());
+        let (name, row) = (row_name(row), row_number(row));
         write!(
             out,
             "{comma}\n{{\"ph\":\"M\",\"pid\":1,\"tid\":{row},\"name\":\"thread_name\",\"args\":{{\"name\":\"{name}\"}}}},\
              \n{{\"ph\":\"M\",\"pid\":1,\"tid\":{row},\"name\":\"thread_sort_index\",\"args\":{{\"sort_index\":{row}}}}}"
         )?;
     }
-    for Slice { stream, name, waits, place, begin_us, end_us, bytes } in slices {
-        let (row, us, category) = (*stream as usize, end_us - begin_us, if *waits { "wait" } else { "work" });
+    for Slice { stream, node, name, waits, place, begin_us, end_us, bytes } in slices {
+        let row = row_number((*stream, *node));
+        let (us, category) = (end_us - begin_us, if *waits { "wait" } else { "work" });
         let wait = if *waits { "wait: " } else { "" };
         write!(
             out,
@@ -137,16 +174,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_chrome_format_is_json_with_a_row_per_stream() {
+    fn the_chrome_format_is_json_with_a_row_per_stream_and_node() {
         let place = Place { step: 3, layer: Some(1) };
-        let slice =
-            |stream, waits, bytes| Slice { stream, name: "gather", waits, place, begin_us: 1.5, end_us: 4.0, bytes };
-        let slices = [slice(StreamId::Gather, false, 512), slice(StreamId::Compute, true, 0)];
+        let slice = |stream, node: Option<u32>, waits, bytes| {
+            let (node, name, begin_us, end_us) = (node.map(NodeId), "gather", 1.5, 4.0);
+            Slice { stream, node, name, waits, place, begin_us, end_us, bytes }
+        };
+        let share = |node| slice(StreamId::Gather, Some(node), false, 256);
+        let slices =
+            [share(1), share(0), slice(StreamId::Gather, None, false, 512), slice(StreamId::Compute, None, true, 0)];
         let mut text = Vec::new();
         write_chrome(&slices, &mut text).unwrap();
         let json: serde_json::Value = serde_json::from_slice(&text).unwrap();
         let events = json["traceEvents"].as_array().unwrap();
-        assert_eq!(events.len(), 2 * StreamId::ALL.len() + 2);
+        assert_eq!(events.len(), 2 * (StreamId::ALL.len() + 2) + slices.len());
+        let mut rows: Vec<(u64, &str)> = events
+            .iter()
+            .filter(|event| event["name"] == "thread_name")
+            .map(|event| (event["tid"].as_u64().unwrap(), event["args"]["name"].as_str().unwrap()))
+            .collect();
+        rows.sort_unstable();
+        let names = ["compute", "gather", "gather, node 0", "gather, node 1", "copy-in", "copy-out"];
+        assert_eq!(rows.iter().map(|row| row.1).collect::<Vec<_>>(), names);
+        let of_node_1 = &events[events.len() - 4];
+        assert_eq!((of_node_1["tid"].as_u64(), of_node_1["args"]["bytes"].as_u64()), (Some(rows[3].0), Some(256)));
         let gather = &events[events.len() - 2];
         assert_eq!((gather["dur"].as_f64(), gather["args"]["bytes"].as_u64()), (Some(2.5), Some(512)));
         assert_eq!((gather["args"]["step"].as_u64(), gather["args"]["layer"].as_u64()), (Some(3), Some(1)));

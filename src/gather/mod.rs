@@ -22,9 +22,9 @@ mod quota;
 mod slots;
 mod topology;
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, TryLockError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub use affinity::node_of_address;
 pub use copy::Stores;
@@ -97,6 +97,19 @@ pub struct GatherStats {
     pub nanos: u64,
 }
 
+/// What was gathered from one node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeShare {
+    /// Which node.
+    pub node: NodeId,
+    /// When the first of its threads began.
+    pub begin: Instant,
+    /// When the last of its threads was done.
+    pub end: Instant,
+    /// Bytes copied.
+    pub bytes: u64,
+}
+
 /// Gathers rows with the threads of all nodes. Nothing is allocated per call once the largest number of rows has been
 /// seen ([`Gather::reserve`] sees it beforehand).
 pub struct Gather {
@@ -111,14 +124,37 @@ pub struct Gather {
 struct Team {
     pool: Pool,
     slots: Slots,
-    /// Per node, the first row that nobody has taken.
+    /// Per node.
     cursors: Vec<Cursor>,
 }
 
-/// On a cache line of its own, as threads of one node change it.
+/// How far a node is. On a cache line of its own, as threads of one node change it.
 #[derive(Default)]
 #[repr(align(64))]
-struct Cursor(AtomicUsize);
+struct Cursor {
+    /// The first row that nobody has taken.
+    next: AtomicUsize,
+    /// The node's share, if somebody watches: nanoseconds since the gather began, rows.
+    begin: AtomicU64,
+    end: AtomicU64,
+    rows: AtomicUsize,
+}
+
+impl Cursor {
+    fn reset(&self) {
+        self.next.store(0, Ordering::Relaxed);
+        self.begin.store(u64::MAX, Ordering::Relaxed);
+        self.end.store(0, Ordering::Relaxed);
+        self.rows.store(0, Ordering::Relaxed);
+    }
+
+    /// A thread has copied so many rows. Relaxed: the pool orders this before whoever reads it.
+    fn note(&self, begin: Duration, end: Duration, rows: usize) {
+        self.begin.fetch_min(begin.as_nanos() as u64, Ordering::Relaxed);
+        self.end.fetch_max(end.as_nanos() as u64, Ordering::Relaxed);
+        self.rows.fetch_add(rows, Ordering::Relaxed);
+    }
+}
 
 impl Gather {
     /// Starts the threads.
@@ -176,9 +212,28 @@ impl Gather {
         N: Fn(usize) -> NodeId + Sync,
         D: Fn(usize) -> usize,
     {
+        self.gather_watched(rows, to, stores, None)
+    }
+
+    /// As [`Gather::gather`]; `watch` hears afterwards what was gathered from each node.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn gather_watched<'a, S, N, D>(
+        &self,
+        rows: &Rows<S, N>,
+        to: Staging<'_, D>,
+        stores: Stores,
+        watch: Option<&dyn Fn(NodeShare)>,
+    ) -> GatherStats
+    where
+        S: Fn(usize) -> &'a [u8] + Sync,
+        N: Fn(usize) -> NodeId + Sync,
+        D: Fn(usize) -> usize,
+    {
         let start = Instant::now();
         let bytes = rows.n_rows * rows.row_bytes;
-        let job = Job::new(self, rows, to.bytes, stores);
+        let job = Job::new(self, rows, to.bytes, stores, watch.map(|watch| Watch { start, watch }));
         if bytes < self.options.alone_below || self.threads == 1 {
             job.alone(&to.slot);
         } else {
@@ -202,9 +257,19 @@ struct Job<'j, S, N> {
     n_slots: usize,
     stores: Stores,
     block_rows: usize,
+    watch: Option<Watch<'j>>,
 }
 
-// SAFETY: the rows may be shared by their bounds; threads write through `to` to distinct slots.
+/// Whoever wants to know what each node did.
+struct Watch<'j> {
+    /// When the gather began.
+    start: Instant,
+    /// Called on the caller's thread only.
+    watch: &'j dyn Fn(NodeShare),
+}
+
+// SAFETY: the rows may be shared by their bounds; threads write through `to` to distinct slots; `Watch::watch` is called by
+// the thread that made the job, the others read `start`.
 unsafe impl<S: Sync, N: Sync> Sync for Job<'_, S, N> {}
 
 impl<'a, 'j, S, N> Job<'j, S, N>
@@ -212,11 +277,17 @@ where
     S: Fn(usize) -> &'a [u8] + Sync,
     N: Fn(usize) -> NodeId + Sync,
 {
-    fn new(gather: &'j Gather, rows: &'j Rows<S, N>, to: &'j mut [u8], stores: Stores) -> Self {
+    fn new(
+        gather: &'j Gather,
+        rows: &'j Rows<S, N>,
+        to: &'j mut [u8],
+        stores: Stores,
+        watch: Option<Watch<'j>>,
+    ) -> Self {
         let row_bytes = rows.row_bytes.max(1);
         let [least, most] = [BLOCK_BYTES.0, BLOCK_BYTES.1].map(|bytes| (bytes / row_bytes).clamp(1, BATCH));
         let block_rows = (rows.n_rows / (TURNS * gather.threads)).clamp(least, most);
-        Job { gather, rows, to: to.as_mut_ptr(), n_slots: to.len() / row_bytes, stores, block_rows }
+        Job { gather, rows, to: to.as_mut_ptr(), n_slots: to.len() / row_bytes, stores, block_rows, watch }
     }
 
     /// All rows, on this thread.
@@ -234,14 +305,18 @@ where
                 rows.len()
             },
         );
+        if let Some(Watch { start, watch }) = &self.watch {
+            let (node, bytes) = (self.gather.topology.nodes()[self.here()].id, self.rows.n_rows * self.rows.row_bytes);
+            watch(NodeShare { node, begin: *start, end: Instant::now(), bytes: bytes as u64 });
+        }
     }
 
     /// All rows, by the threads of the nodes that hold them.
     fn together(&self, team: &mut Team, slot: &impl Fn(usize) -> usize) {
         let ways = team.slots.resolve(self.rows.n_rows, self.n_slots, |i| Way { slot: slot(i), home: self.home(i) });
         let cursors = &team.cursors[..];
-        cursors.iter().for_each(|cursor| cursor.0.store(0, Ordering::Relaxed));
-        let share = |node: usize| self.copy_share(node, &cursors[node].0, ways);
+        cursors.iter().for_each(Cursor::reset);
+        let share = |node: usize| self.copy_share(node, &cursors[node], ways);
         let own = || {
             // First what is near, then what the others have not taken: waiting for them would take longer.
             let here = self.here();
@@ -251,6 +326,20 @@ where
         };
         let blocks = self.rows.n_rows.div_ceil(self.block_rows);
         team.pool.run(blocks.saturating_sub(1), &share, own);
+        if let Some(watched) = &self.watch {
+            self.tell(watched, cursors);
+        }
+    }
+
+    /// Tells the watch of every node that had rows.
+    fn tell(&self, Watch { start, watch }: &Watch, cursors: &[Cursor]) {
+        for (node, cursor) in self.gather.topology.nodes().iter().zip(cursors) {
+            let at = |nanos: &AtomicU64| *start + Duration::from_nanos(nanos.load(Ordering::Relaxed));
+            let bytes = (cursor.rows.load(Ordering::Relaxed) * self.rows.row_bytes) as u64;
+            if bytes > 0 {
+                watch(NodeShare { node: node.id, begin: at(&cursor.begin), end: at(&cursor.end), bytes });
+            }
+        }
     }
 
     /// The node whose threads copy row `i`.
@@ -269,12 +358,14 @@ where
     }
 
     /// Rows of one node, block by block until none is left.
-    fn copy_share(&self, node: usize, cursor: &AtomicUsize, ways: &[Way]) {
+    fn copy_share(&self, node: usize, cursor: &Cursor, ways: &[Way]) {
+        let begin = self.watch.as_ref().map(|watch| watch.start.elapsed());
+        let mut copied = 0;
         self.copy(
             #[inline(always)]
             |found| loop {
                 // Relaxed: which block it is matters, not when; the pool orders the bytes.
-                let first = cursor.fetch_add(self.block_rows, Ordering::Relaxed);
+                let first = cursor.next.fetch_add(self.block_rows, Ordering::Relaxed);
                 let Some(block) = ways.get(first..ways.len().min(first + self.block_rows)) else { return 0 };
                 let near = (first..).zip(block).filter(|(_, way)| way.home == node);
                 let mut n = 0;
@@ -284,10 +375,14 @@ where
                 }
                 // Of a block there may be no row here.
                 if n > 0 || block.is_empty() {
+                    copied += n;
                     return n;
                 }
             },
         );
+        if let (Some(watch), Some(begin), true) = (&self.watch, begin, copied > 0) {
+            cursor.note(begin, watch.start.elapsed(), copied);
+        }
     }
 
     #[inline(always)]

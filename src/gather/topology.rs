@@ -14,12 +14,12 @@ use super::{affinity, cpulist, quota};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NodeId(pub u32);
 
-/// A node whose CPUs this process may use.
+/// A node with memory, and the CPUs next to it that this process may use.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Node {
     /// Its number.
     pub id: NodeId,
-    /// Its usable CPUs, ascending; at least one.
+    /// Its usable CPUs, and those of nodes without memory that are nearest to it, ascending; at least one.
     pub cpus: Vec<usize>,
 }
 
@@ -45,13 +45,16 @@ impl Topology {
     pub fn read(root: &Path, allowed: Option<&[usize]>) -> Topology {
         let mut notes = Vec::new();
         let usable = usable_cpus(root, allowed, &mut notes);
-        let (mut nodes, bare) = read_nodes(&root.join("sys/devices/system/node"), usable.as_deref(), &mut notes);
+        let dir = root.join("sys/devices/system/node");
+        let (mut nodes, mut bare) = read_nodes(&dir, usable.as_deref(), &mut notes);
+        join_to_memory(&dir, &mut nodes, &mut bare, &mut notes);
         if nodes.is_empty() {
             notes.push("no NUMA node with a usable CPU is known; taken as one node".into());
             let cpus = usable.filter(|cpus| !cpus.is_empty()).unwrap_or_else(assumed_cpus);
             nodes.push(Node { id: NodeId(0), cpus });
         }
-        let memory_only = nearest(root, bare, &nodes);
+        let home = |&id: &NodeId| (id, nearest(&dir, id, nodes.iter().map(|node| node.id)).unwrap_or(0));
+        let memory_only = bare.iter().map(home).collect();
         Topology { nodes, memory_only, quota: quota::cpus(root), notes }
     }
 
@@ -65,7 +68,7 @@ impl Topology {
         Topology { nodes, memory_only: Vec::new(), quota: None, notes: Vec::new() }
     }
 
-    /// The nodes with usable CPUs, by ascending number; at least one.
+    /// The nodes with memory and usable CPUs, by ascending number; at least one.
     pub fn nodes(&self) -> &[Node] {
         &self.nodes
     }
@@ -165,16 +168,35 @@ fn node_ids(dir: &Path) -> Vec<NodeId> {
     ids
 }
 
-/// For each bare node the nearest one with CPUs, by the kernel's distance table: one number per online node, in order.
-fn nearest(root: &Path, bare: Vec<NodeId>, nodes: &[Node]) -> Vec<(NodeId, usize)> {
-    let dir = root.join("sys/devices/system/node");
-    let ids = node_ids(&dir);
-    let home = |id: NodeId| {
-        let table = read_to_string(dir.join(format!("node{}/distance", id.0))).unwrap_or_default();
-        let row: Vec<u32> = table.split_whitespace().map_while(|d| d.parse().ok()).collect();
-        let distance = |node: &Node| ids.iter().position(|&i| i == node.id).and_then(|column| row.get(column));
-        // The first of equals; a node that the table lacks comes last.
-        (0..nodes.len()).min_by_key(|&i| distance(&nodes[i]).copied().unwrap_or(u32::MAX)).unwrap_or(0)
-    };
-    bare.into_iter().map(|id| (id, home(id))).collect()
+/// A node without memory holds no pages: its CPUs are taken with those of the nearest node that has some. Nodes without
+/// either are left out. `has_memory` is as old as Linux 2.6.24; where it is missing every node counts as having memory.
+fn join_to_memory(dir: &Path, nodes: &mut Vec<Node>, bare: &mut Vec<NodeId>, notes: &mut Vec<String>) {
+    let list = read_to_string(dir.join("has_memory")).ok().and_then(|list| cpulist::parse(&list));
+    let Some(list) = list.filter(|list| !list.is_empty()) else { return };
+    let has_memory = |id: NodeId| list.contains(&(id.0 as usize));
+    bare.retain(|&id| has_memory(id));
+    let (with, without): (Vec<Node>, Vec<Node>) = nodes.drain(..).partition(|node| has_memory(node.id));
+    let homes: Vec<NodeId> = with.iter().map(|node| node.id).chain(bare.iter().copied()).collect();
+    *nodes = with;
+    for Node { id, cpus } in without {
+        let home = nearest(dir, id, homes.iter().copied()).map_or(id, |i| homes[i]);
+        notes.push(format!("node {} has no memory, its CPUs are taken with node {}", id.0, home.0));
+        match nodes.iter_mut().find(|node| node.id == home) {
+            Some(node) => node.cpus.extend(cpus),
+            None => nodes.push(Node { id: home, cpus }),
+        }
+        bare.retain(|&id| id != home);
+    }
+    nodes.iter_mut().for_each(|node| node.cpus.sort_unstable());
+    nodes.sort_unstable_by_key(|node| node.id);
+}
+
+/// Which of some nodes is nearest to `id`, by the kernel's distance table: one number per online node, in order. The first of
+/// equals; a node that the table lacks comes last.
+fn nearest(dir: &Path, id: NodeId, among: impl Iterator<Item = NodeId>) -> Option<usize> {
+    let ids = node_ids(dir);
+    let table = read_to_string(dir.join(format!("node{}/distance", id.0))).unwrap_or_default();
+    let row: Vec<u32> = table.split_whitespace().map_while(|d| d.parse().ok()).collect();
+    let distance = |id: NodeId| ids.iter().position(|&i| i == id).and_then(|column| row.get(column));
+    among.map(|id| distance(id).copied().unwrap_or(u32::MAX)).enumerate().min_by_key(|&(_, far)| far).map(|(i, _)| i)
 }

@@ -6,15 +6,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::counters::Counters;
-use super::host::{HostLayer, PageIn, PageOut, WidePage};
+use super::host::{Completion, HostLayer, PageIn, PageOut, WidePage};
 use super::layout::KvShape;
 use super::options::{KvMode, KvOptions, PAGE};
 pub use super::plan::CacheBytes;
 use super::plan::{host_pages, page_counts, prefill_pages, slots_per_head, wide_page_bytes};
 use super::prefetch::Prefetch;
 use super::slab::{PageRef, Reservation, Slab, UniquePage};
+use super::tables::{List, Tables};
 use super::view::{Far, KvView, Replaced};
-use crate::device::order::{Resource, Site, Uses};
+use crate::device::cuda::bindings::abi::specache_layer_cache;
+use crate::device::order::{Resource, Site, StreamId, Uses};
 use crate::device::{Buffer, Device, Event, Grants, InFlight};
 use crate::error::{Error, Result};
 use crate::ops;
@@ -32,6 +34,8 @@ pub struct LayerCache {
     pub packed: Buffer,
     /// The 16-bit copy, in modes that have one.
     pub host: Option<Arc<HostLayer>>,
+    /// When its pages are there.
+    completion: Completion,
     /// Prefetched pairs; no slots in modes that do not fetch.
     pub prefetch: Prefetch,
 }
@@ -53,6 +57,10 @@ pub struct Cache {
     host: HostPages,
     /// `offload` only: two sets of pages that whole layers come back into, by turns.
     loads: Vec<Load>,
+    /// What the kernels of a GPU know of it.
+    tables: Option<Tables>,
+    /// `[layer]`: pages of the tail that a prefill has packed, kept until it cannot be given up any more.
+    packed_tail: Vec<Vec<WidePage>>,
     /// What waiting for the copy stream has cost since [`Cache::take_waited`].
     waited: Duration,
     /// Why copies have failed, if one has.
@@ -83,6 +91,8 @@ struct HostPages {
 /// A set of device pages that a layer's host pages are loaded into.
 struct Load {
     pages: InFlight<Vec<WidePage>>,
+    /// On a GPU: where they are, at rest or not.
+    addresses: Vec<u64>,
     job: Arc<PageIn>,
 }
 
@@ -107,6 +117,11 @@ impl Admission {
     pub fn ask(device: &Device, slab: &Slab, bytes: u64, host_pages: usize, what: &str) -> Result<Admission> {
         let granted = device.grant(bytes, slab.missing_bytes(host_pages), what)?;
         Ok(Admission { device: granted, host: slab.reserve(host_pages)? })
+    }
+
+    /// What was granted on the device.
+    pub(crate) fn device(&mut self) -> &mut Grants {
+        &mut self.device
     }
 }
 
@@ -143,11 +158,13 @@ impl Cache {
                 tail: Vec::new(),
                 packed: grants.device(0, "")?,
                 host: options.mode.on_host().then(|| Arc::new(HostLayer::new(slab, 0, [].into_iter()))),
+                completion: Completion::default(),
                 prefetch: Prefetch::new(grants, &shape)?,
             });
         }
-        let load = || Load { pages: InFlight::new(Vec::new()), job: PageIn::new(device) };
+        let load = || Load { pages: InFlight::new(Vec::new()), addresses: Vec::new(), job: PageIn::new(device) };
         Ok(Cache {
+            packed_tail: vec![Vec::new(); shape.n_layers],
             shape,
             options,
             counters: Counters::new(&options),
@@ -164,6 +181,7 @@ impl Cache {
                 paged_out: None,
             },
             loads: if options.mode == KvMode::Offload { vec![load(), load()] } else { Vec::new() },
+            tables: None,
             waited: Duration::default(),
             failure: None,
         })
@@ -195,12 +213,11 @@ impl Cache {
         for (l, from) in self.layers.iter().enumerate() {
             for page in &from.tail {
                 let mut copy = fork.take_spare();
-                let to = Arc::get_mut(&mut copy).expect("a new page has one owner");
-                to.bytes_mut().copy_from_slice(page.bytes());
+                Arc::get_mut(&mut copy).expect("a new page has one owner").copy(0, page, 0..page.len());
                 fork.layers[l].tail.push(copy);
             }
             let to = &mut fork.layers[l];
-            to.packed.bytes_mut().copy_from_slice(from.packed.bytes());
+            to.packed.copy(0, &from.packed, 0..from.packed.len());
             to.prefetch.copy_from(&from.prefetch, &shape);
         }
         Ok(fork)
@@ -282,6 +299,12 @@ impl Cache {
         if let Some(event) = self.host.paged_out {
             self.waited += self.device.wait(event, SITE.expect("above"));
         }
+        self.layers.iter_mut().for_each(|layer| layer.completion = Completion::default());
+        if self.device.gpu().is_some() {
+            // The calling thread has not waited yet, and what is freed next must not be in use.
+            self.device.finish(self.device.record(StreamId::Compute));
+        }
+        self.tables.iter_mut().for_each(Tables::outdate);
     }
 
     /// All that lies on the device and in the tables of host pages, as an operation that reads it.
@@ -343,14 +366,15 @@ impl Cache {
             let packed_bytes = offloadable * shape.packed_page_bytes();
             if self.options.mode.low_bit() && layer.packed.len() < packed_bytes {
                 let mut grown = grants.device(packed_bytes, "packed KV pages")?;
-                grown.bytes_mut()[..layer.packed.len()].copy_from_slice(layer.packed.bytes());
+                grown.copy(0, &layer.packed, 0..layer.packed.len());
                 layer.packed = grown;
             }
             if let Some(host) = layer.host.as_mut().filter(|host| host.room() < offloadable) {
                 *host = Arc::new(HostLayer::new(&self.host.slab, offloadable, host.pages().cloned()));
             }
             if self.options.mode.fetches() {
-                layer.prefetch.reserve(grants, &shape, slots_per_head(&self.options, offloadable))?;
+                let top_k = slots_per_head(&self.options, offloadable);
+                layer.prefetch.reserve(grants, &shape, top_k, offloadable)?;
             }
         }
         self.top_up_spare(tail * shape.n_layers, grants)?;
@@ -359,6 +383,13 @@ impl Cache {
             while pages.len() < offloadable {
                 pages.push(Arc::new(grants.device(shape.wide_page_bytes(), "layers that come back")?));
             }
+            if grants.is_gpu() {
+                load.addresses = pages.iter().map(|page| page.address()).collect();
+            }
+        }
+        if let Some(gpu) = device.gpu() {
+            let room = (capacity + 2).div_ceil(PAGE);
+            self.tables = Some(Tables::new(gpu, grants, shape.n_layers, room)?);
         }
         let total = host_pages(&shape, &self.options, capacity);
         self.host.promised.take_from(&mut admission.host, total - self.host.total);
@@ -402,16 +433,36 @@ impl Cache {
         page
     }
 
-    /// Rounds K and V of one row to 16 bits and writes them at `position` of `layer`. The counters do not move: a
-    /// speculative row's pair lies one position behind the real one's and is overwritten in the next step.
+    /// Sees to it that every layer has the pages that the pairs of the next `n_rows` positions go to.
+    pub fn begin_rows(&mut self, n_rows: usize) {
+        let wanted = (self.counters.n + n_rows).div_ceil(PAGE) - self.counters.nq / PAGE;
+        for layer in 0..self.layers.len() {
+            while self.layers[layer].tail.len() < wanted {
+                let fresh = self.take_spare();
+                self.layers[layer].tail.push(fresh);
+                self.tables.iter_mut().for_each(Tables::outdate);
+            }
+        }
+    }
+
+    /// The pages that the pairs of the next `n_rows` positions go to, as an operation that writes them.
+    pub(crate) fn declare_rows(&self, layer: usize, n_rows: usize, uses: &mut Uses) {
+        let page = |position: usize| position / PAGE - self.counters.nq / PAGE;
+        let pages = &self.layers[layer].tail[page(self.counters.n)..=page(self.counters.n + n_rows - 1)];
+        uses.writes.extend(pages.iter().map(|page| Resource::DevicePage(page.id())));
+    }
+
+    /// Slots of a KV head.
+    pub(crate) fn top_k(&self) -> usize {
+        slots_per_head(&self.options, page_counts(&self.options, self.capacity).0)
+    }
+
+    /// Rounds K and V of one row to 16 bits and writes them at `position` of `layer`, on the CPU device. The counters do not
+    /// move: a speculative row's pair lies one position behind the real one's and is overwritten in the next step.
     ///
     /// `k`, `v`: `[n_kv_heads, head_dim]`, K after RoPE.
     pub fn write(&mut self, layer: usize, position: usize, k: &[f32], v: &[f32]) {
         let page = position / PAGE - self.counters.nq / PAGE;
-        while self.layers[layer].tail.len() <= page {
-            let fresh = self.take_spare();
-            self.layers[layer].tail.push(fresh);
-        }
         let page = Arc::get_mut(&mut self.layers[layer].tail[page]).expect("an incomplete page has one owner");
         let _append = self.device.operation("append", |uses| uses.writes.push(Resource::DevicePage(page.id())));
         ops::kv::write_pairs(&self.device, &self.shape, page, position % PAGE, k, v);
@@ -422,6 +473,9 @@ impl Cache {
     pub fn advance(&mut self) -> u64 {
         let before = self.counters;
         let offloaded = self.counters.advance();
+        if offloaded.is_some() || self.counters.nq > before.nq {
+            self.tables.iter_mut().for_each(Tables::outdate);
+        }
         if self.counters.nq > before.nq {
             for layer in &mut self.layers {
                 let page = layer.tail.remove(0);
@@ -434,7 +488,7 @@ impl Cache {
             let wide = self.layers[l].tail[in_tail].clone();
             self.pack_and_stage(l, page, std::slice::from_ref(&wide));
         }
-        self.page_out()
+        self.page_out(0..self.layers.len(), page)
     }
 
     /// Packs complete wide pages, beginning with page `first`, and gives them to the next page-out.
@@ -451,20 +505,28 @@ impl Cache {
         }
     }
 
-    /// Sends to the host what was staged for it. Returns the bytes sent.
-    fn page_out(&mut self) -> u64 {
+    /// Sends to the host what was staged for it: pages of these layers, from page `first` on. Returns the bytes sent.
+    fn page_out(&mut self, layers: Range<usize>, first: usize) -> u64 {
         if !self.options.mode.on_host() {
             return 0;
         }
         let (event, bytes) = self.host.page_out.launch(&self.device);
         self.host.paged_out = Some(event);
+        self.layers[layers].iter_mut().for_each(|layer| layer.completion.sent(first, event));
         bytes
     }
 
     /// Wide pages of a prefill up to `n` tokens: those of a cache with room for `capacity`, and those that two layers need
-    /// while they are computed (one is written while the copy stream still reads the other).
+    /// while they are computed (one is written while the copy stream still reads the other), and what is kept of the tails.
     fn prefill_wide_pages(&self, n: usize, capacity: usize) -> usize {
-        self.layers.len() * page_counts(&self.options, capacity).1 + prefill_pages(&self.options, n)
+        self.layers.len() * (page_counts(&self.options, capacity).1 + self.packed_tail_pages(n))
+            + prefill_pages(&self.options, n)
+    }
+
+    /// Pages of a layer's tail that a prefill up to `n` tokens packs, and keeps until it is over.
+    fn packed_tail_pages(&self, n: usize) -> usize {
+        let Counters { n: has, nq, .. } = self.counters;
+        if n <= has { 0 } else { (self.counters.offloaded_after_prefill(n) / PAGE).min(has.div_ceil(PAGE)) - nq / PAGE }
     }
 
     /// Bytes on the device and pages on the host, beyond those held now, that room for `capacity` tokens takes, and the
@@ -505,12 +567,18 @@ impl Cache {
         self.top_up_spare(self.prefill_wide_pages(n, self.capacity), &mut admission.device)
     }
 
+    /// When the first `n_pages` host pages of a layer are complete.
+    fn complete(&self, layer: usize, n_pages: usize) -> Option<Event> {
+        n_pages.checked_sub(1).and_then(|last| self.layers[layer].completion.of(last))
+    }
+
     /// Brings host pages of a layer back into device pages, and waits for them.
     fn load(&mut self, layer: usize, from: Range<usize>) -> Vec<WidePage> {
         let pages = from.clone().map(|_| self.take_spare()).collect();
         let Some(host) = self.layers[layer].host.clone() else { return pages };
         let mut pages = InFlight::new(pages);
-        PageIn::new(&self.device).launch(&self.device, &host, from, &mut pages, self.host.paged_out);
+        let complete = self.complete(layer, from.end);
+        PageIn::new(&self.device).launch(&self.device, &host, from, &mut pages, complete);
         let arrived = pages.arrive(&self.device, Some(LOADED), &mut Duration::default());
         self.note(arrived);
         pages.into_inner()
@@ -547,25 +615,60 @@ impl Cache {
         let mut sent = 0;
         if new > old {
             self.pack_and_stage(layer, old, &pages[old - first..]);
-            sent = self.page_out();
+            sent = self.page_out(layer..layer + 1, old);
         }
+        let tail = self.counters.nq / PAGE - first;
+        let packed_tail = tail..tail + self.packed_tail_pages(n);
+        self.packed_tail[layer].extend(pages.drain(packed_tail));
+        self.add_spare(pages);
+        sent
+    }
+
+    /// These pages are not in use any more, but the copy stream may still read them.
+    fn add_spare(&mut self, pages: Vec<WidePage>) {
         let free_after = self.host.paged_out;
         self.spare.extend(pages.into_iter().map(|page| Spare { page, free_after }));
-        sent
+    }
+
+    /// A prefill up to `n` tokens is given up: the cache is as before it. Its first `settled` layers were settled; `pages` are
+    /// those of the layer that was being computed, if one was.
+    ///
+    /// What it has written lies behind the counters and means nothing to anybody: the places of the tail behind token `n`, and
+    /// packed pages. It has put new pages into the tables of the host, which leave them, and has taken pages from the tails,
+    /// which come back.
+    pub fn undo_prefill(&mut self, n: usize, settled: usize, pages: Option<Vec<WidePage>>) {
+        self.come_to_rest();
+        let Counters { n: has, no, nq, .. } = self.counters;
+        let (tail_pages, packed) = (has.div_ceil(PAGE) - nq / PAGE, self.packed_tail_pages(n));
+        for l in 0..settled {
+            let mut rest = std::mem::take(&mut self.layers[l].tail);
+            self.layers[l].tail = std::mem::take(&mut self.packed_tail[l]);
+            self.layers[l].tail.extend(rest.drain(..tail_pages - packed));
+            self.add_spare(rest);
+            self.truncate_table(l, no / PAGE);
+        }
+        if let Some(mut pages) = pages {
+            let first = nq / PAGE - self.prefill_first_page();
+            self.layers[settled].tail = pages.drain(first..first + tail_pages).collect();
+            self.add_spare(pages);
+        }
+        self.free_working_pages();
     }
 
     /// The end of a prefill that brought the cache to `n` tokens: counters, and no selection is valid any more. Pages
     /// that only the prefill needed are freed.
     pub fn end_prefill(&mut self, n: usize) {
         self.counters.after_prefill(n);
-        for layer in &mut self.layers {
-            layer.prefetch.slots_mut().clear(false);
+        for l in 0..self.layers.len() {
+            self.layers[l].prefetch.slots_mut().clear(false);
+            let packed = std::mem::take(&mut self.packed_tail[l]);
+            self.add_spare(packed);
         }
         self.free_working_pages();
     }
 
-    /// Frees the pages that only a prefill needs: at its end, or where it was given up.
-    pub fn free_working_pages(&mut self) {
+    /// Frees the pages that only a prefill needs.
+    fn free_working_pages(&mut self) {
         let keep = self.prefill_wide_pages(0, self.capacity);
         while self.wide_pages() > keep && self.spare.pop_front().is_some() {}
     }
@@ -578,8 +681,9 @@ impl Cache {
     /// `offload`: begins to bring `layer` back. Returns the bytes that this moves.
     pub fn begin_load(&mut self, layer: usize) -> u64 {
         let (Some(host), n_pages) = (&self.layers[layer].host, self.counters.nq / PAGE) else { return 0 };
-        let Load { pages, job } = &mut self.loads[layer % 2];
-        job.launch(&self.device, host, 0..n_pages, pages, self.host.paged_out);
+        let complete = self.complete(layer, n_pages);
+        let Load { pages, job, .. } = &mut self.loads[layer % 2];
+        job.launch(&self.device, host, 0..n_pages, pages, complete);
         n_pages as u64 * self.shape.wide_page_bytes() as u64
     }
 
@@ -596,13 +700,60 @@ impl Cache {
         }
     }
 
-    /// The slots of `layer`, the host pages that fill them, and when those are complete.
+    /// The slots of `layer`, the host pages that fill them, and when each of those is complete.
     ///
     /// # Panics
     /// In modes that do not fetch.
-    pub fn fetching(&mut self, layer: usize) -> (&mut Prefetch, &Arc<HostLayer>, Option<Event>) {
-        let LayerCache { prefetch, host, .. } = &mut self.layers[layer];
-        (prefetch, host.as_ref().expect("a mode that fetches has a host copy"), self.host.paged_out)
+    pub fn fetching(&mut self, layer: usize) -> (&mut Prefetch, &Arc<HostLayer>, Completion) {
+        let LayerCache { prefetch, host, completion, .. } = &mut self.layers[layer];
+        (prefetch, host.as_ref().expect("a mode that fetches has a host copy"), *completion)
+    }
+
+    /// On a GPU: brings the lists of pages up to date, if they are not.
+    pub(crate) fn refresh_tables(&mut self) {
+        let Some(tables) = self.tables.as_mut().filter(|tables| tables.is_outdated()) else { return };
+        let split = self.counters.nq / PAGE;
+        for (l, layer) in self.layers.iter().enumerate() {
+            let wide = tables.list_mut(l, List::Wide);
+            wide.fill(0);
+            if let Some(load) = self.loads.get(l % 2) {
+                wide[..split].copy_from_slice(&load.addresses[..split]);
+            }
+            wide[split..].iter_mut().zip(&layer.tail).for_each(|(to, page)| *to = page.address());
+            let host = tables.list_mut(l, List::Host);
+            host.fill(0);
+            let pages = layer.host.iter().flat_map(|table| table.pages());
+            host.iter_mut().zip(pages).for_each(|(to, page)| *to = page.bytes().as_ptr() as u64);
+        }
+        tables.send();
+    }
+
+    /// On a GPU: the kernels are to find these pages in `layer`, from page number `first` on.
+    pub(crate) fn list_pages(&mut self, layer: usize, first: usize, pages: &[WidePage]) {
+        let Some(tables) = &mut self.tables else { return };
+        let list = tables.list_mut(layer, List::Wide);
+        list[first..].iter_mut().zip(pages).for_each(|(to, page)| *to = page.address());
+        tables.send_list(layer, List::Wide);
+        tables.outdate();
+    }
+
+    /// On a GPU: where everything of `layer` lies.
+    ///
+    /// # Panics
+    /// On the CPU device.
+    pub(crate) fn places(&self, layer: usize) -> specache_layer_cache {
+        let tables = self.tables.as_ref().expect("a cache on a GPU has lists");
+        let slots = self.layers[layer].prefetch.places();
+        specache_layer_cache {
+            packed: self.layers[layer].packed.address(),
+            wide: tables.address(layer, List::Wide),
+            host: tables.address(layer, List::Host),
+            slots: slots.map_or(0, |s| s.table),
+            pairs: slots.map_or(0, |s| s.pairs),
+            skip: slots.map_or(0, |s| s.skip),
+            skip_stride: slots.map_or(0, |s| s.skip_stride as u32),
+            reserved: [0; 3],
+        }
     }
 
     /// What attention reads of `layer`.

@@ -21,6 +21,7 @@ use super::options::PAGE;
 use super::prefetch::Slots;
 use super::slab::PageRef;
 use crate::device::buffer::{Line, unique_id};
+use crate::device::cuda::Gpu;
 use crate::device::link::CopyEngine;
 use crate::device::order::{Resource, StreamId, Uses};
 use crate::device::{Carried, Device, Event, Job, Schedule};
@@ -45,8 +46,11 @@ pub struct FetchQueue {
     /// Of the device that the rest belongs to.
     engine: Option<Arc<CopyEngine>>,
     delta: Delta,
-    /// `[layer]`, and beside it the other sequences of the batch where each has a fetch of its own.
+    /// `[layer]`: as many as were ever under way there at once. One, or one a sequence where each has a fetch of its own; more
+    /// where several batches take turns.
     fetches: Vec<Vec<Fetch>>,
+    /// Which one of its layer is being put together.
+    open: Option<usize>,
     blocks: Vec<Block>,
     /// Launches so far: the next one takes block `turn % depth`.
     turn: usize,
@@ -56,6 +60,8 @@ pub struct FetchQueue {
     begin: Option<Instant>,
     /// What a layer took in the pass before; zero before the first.
     layer: Duration,
+    /// What is being put together for a GPU.
+    on_gpu: GpuFetch,
 }
 
 /// A block of host memory that pairs are gathered into and copied from, and after what it is free again.
@@ -90,7 +96,7 @@ struct Work {
     room: usize,
     memory: Arc<Mutex<Vec<Line>>>,
     block: u64,
-    /// When the last page that may be read is on the host.
+    /// When the last page that is read is on the host.
     paged_out: Option<Event>,
     failure: Option<Cow<'static, str>>,
 }
@@ -174,15 +180,15 @@ impl FetchQueue {
         }
     }
 
-    /// Adds what `cache` has newly selected in `layer` to the fetch that is being put together there; `part` counts the
-    /// fetches of the layer in this pass. If no pair has to be fetched, the slots stay where they are.
-    pub fn add(&mut self, device: &Device, cache: &mut Cache, layer: usize, part: usize) -> Fetched {
+    /// Adds what `cache` has newly selected in `layer` to the fetch that is being put together there. If no pair has to be
+    /// fetched, the slots stay where they are.
+    pub fn add(&mut self, device: &Device, cache: &mut Cache, layer: usize) -> Fetched {
+        if device.gpu().is_some() {
+            return self.on_gpu.add(cache, layer);
+        }
         let (shape, keep) = (cache.shape, device.options().delta);
-        let (prefetch, host, paged_out) = cache.fetching(layer);
-        let fetch = fetch_of(&mut self.fetches, device, &self.times, layer, part);
-        let done = fetch.done.take();
-        // Long past, unless the sequences of that pass are not among those of this one.
-        done.into_iter().for_each(|event| device.finish(event));
+        let (prefetch, host, completion) = cache.fetching(layer);
+        let fetch = open_fetch(&mut self.fetches, &mut self.open, device, &self.times, layer);
         let mut work = lock(&fetch.work);
         let Work { sequences, rows, .. } = &mut *work;
         let (sequence, first) = (sequences.len() as u32, rows.len());
@@ -203,16 +209,21 @@ impl FetchQueue {
             sequences.push(Sequence { host: host.clone(), slots: prefetch.send(), rows: rows.clone(), failure: None });
             work.pair_bytes = shape.pair_bytes();
             work.room += shape.n_kv_heads * top_k;
-            work.paged_out = paged_out.map(|event| event.later(work.paged_out)).or(work.paged_out);
+            let last = work.rows[rows].iter().map(|row| row.page).max().expect("there are rows");
+            let complete = completion.of(last as usize);
+            work.paged_out = complete.map(|event| event.later(work.paged_out)).or(work.paged_out);
         }
         fetched
     }
 
-    /// Launches what was added, if anything was.
-    pub fn launch(&mut self, device: &Device, layer: usize, part: usize) {
-        let fetch = self.fetches.get_mut(layer).and_then(|fetches| fetches.get_mut(part));
-        // One that was launched before has its jobs to wait for, and they have its memory.
-        let Some(fetch) = fetch.filter(|fetch| fetch.done.is_none()) else { return };
+    /// Launches what was added to `layer`, if anything was. `gather` is the launch on a GPU, where kernels have selected and
+    /// know what is missing.
+    pub(crate) fn launch(&mut self, device: &Device, layer: usize, gather: impl FnOnce(&Gpu)) {
+        if let Some(gpu) = device.gpu() {
+            return self.on_gpu.launch(device, || gather(gpu));
+        }
+        let Some(open) = self.open.take() else { return };
+        let fetch = &mut self.fetches[layer][open];
         let mut work = lock(&fetch.work);
         if work.sequences.is_empty() {
             return;
@@ -236,18 +247,76 @@ impl FetchQueue {
     }
 }
 
-/// The memory of a fetch, made where it is missing.
-fn fetch_of<'q>(
+/// What a GPU fetches next. Its kernel reads the pairs from pinned pages by itself: no staging block, no second copy, and the
+/// host learns what was fetched when the pass is over.
+#[derive(Default)]
+struct GpuFetch {
+    slots: Vec<Carried<Slots>>,
+    /// Host pages that may be read: a table, and how many of its first pages.
+    pages: Vec<(Arc<HostLayer>, usize)>,
+    /// When the last of them is complete.
+    complete: Option<Event>,
+}
+
+impl GpuFetch {
+    fn add(&mut self, cache: &mut Cache, layer: usize) -> Fetched {
+        let (n_kv_heads, n_pages) = (cache.shape.n_kv_heads, cache.counters.no / PAGE);
+        let (prefetch, host, completion) = cache.fetching(layer);
+        let count = prefetch.slots().count;
+        if count > 0 {
+            self.pages.push((host.clone(), n_pages));
+            self.slots.push(prefetch.send());
+            let complete = completion.of(n_pages - 1);
+            self.complete = complete.map(|event| event.later(self.complete)).or(self.complete);
+        }
+        Fetched { fetched: 0, selected: (n_kv_heads * count) as u64 }
+    }
+
+    fn launch(&mut self, device: &Device, gather: impl FnOnce()) {
+        if self.slots.is_empty() {
+            return;
+        }
+        device.after(StreamId::CopyIn, device.record(StreamId::Compute), "a selection is complete before its gather");
+        if let Some(event) = self.complete.take() {
+            device.after(StreamId::CopyIn, event, "host pages are complete before a gather");
+        }
+        device.declare(StreamId::CopyIn, "gather", |uses| {
+            uses.reads.extend(self.pages.iter().flat_map(|(host, n)| (0..*n).map(|page| host.resource(page))));
+            for slots in &self.slots {
+                slots.look(|slots| {
+                    uses.reads.push(Resource::Selection(slots.positions.id()));
+                    uses.writes.push(Resource::Slots(slots.pairs.id()));
+                });
+            }
+        });
+        gather();
+        let event = device.record(StreamId::CopyIn);
+        for slots in self.slots.drain(..) {
+            slots.work(|_| Ok(())); // what fails on the GPU, its driver tells at the end of the pass
+            slots.depart(event);
+        }
+        self.pages.clear();
+    }
+}
+
+/// The fetch that is being put together in a layer: the first that is not under way, made where all are.
+fn open_fetch<'q>(
     fetches: &'q mut Vec<Vec<Fetch>>,
+    open: &mut Option<usize>,
     device: &Device,
     times: &Arc<Times>,
     layer: usize,
-    part: usize,
 ) -> &'q mut Fetch {
     fetches.resize_with(fetches.len().max(layer + 1), Vec::new);
-    let parts = &mut fetches[layer];
-    parts.resize_with(parts.len().max(part + 1), || Fetch::new(device, times));
-    &mut parts[part]
+    let fetches = &mut fetches[layer];
+    let open = *open.get_or_insert_with(|| {
+        let free = fetches.iter().position(|fetch| fetch.done.is_none_or(|event| device.has_passed(event)));
+        free.unwrap_or_else(|| {
+            fetches.push(Fetch::new(device, times));
+            fetches.len() - 1
+        })
+    });
+    &mut fetches[open]
 }
 
 impl Fetch {
@@ -304,7 +373,7 @@ impl Work {
         let gathered = Rows { n_rows: rows.len(), row_bytes: *pair_bytes, source, node };
         engine.gather.reserve(self.room);
         // The copy comes right afterwards, and on this device it reads the block through the caches.
-        engine.gather.gather(&gathered, Staging { bytes, slot: |i| i }, Stores::Temporal);
+        engine.gather(&gathered, Staging { bytes, slot: |i| i }, Stores::Temporal);
         Ok(())
     }
 

@@ -60,6 +60,31 @@ impl Drop for HostLayer {
     }
 }
 
+/// When the pages of a table are complete: those of its last page-out, and all before them. Pages go out in order, so a later
+/// one is complete no sooner.
+#[derive(Clone, Copy, Default)]
+pub struct Completion {
+    /// The first page of the last page-out, and its event.
+    last: Option<(usize, Event)>,
+    /// The event of the page-out before it.
+    before: Option<Event>,
+}
+
+impl Completion {
+    /// Pages from `first` on were sent; they are complete after `event`.
+    pub fn sent(&mut self, first: usize, event: Event) {
+        *self = Completion { last: Some((first, event)), before: self.last.map(|(_, event)| event) };
+    }
+
+    /// After which event pages up to `page` are complete; `None` if they are.
+    pub fn of(&self, page: usize) -> Option<Event> {
+        match self.last {
+            Some((first, event)) if page >= first => Some(event),
+            _ => self.before,
+        }
+    }
+}
+
 /// Copies complete device pages to the host: one job for each cache, launched again and again. A run does what one launch
 /// was given, in order.
 pub struct PageOut {
@@ -114,15 +139,28 @@ impl PageOut {
         launches.counts.push_back(0);
         let first = launches.pages.len() - count;
         let bytes = launches.pages.range(first..).map(|page| page.from.len() as u64).sum();
-        let event = device.launch(
-            StreamId::CopyOut,
-            "page out",
-            |uses| {
-                uses.reads.extend(launches.pages.range(first..).map(|p| Resource::DevicePage(p.from.id())));
-                uses.writes.extend(launches.pages.range(first..).map(|p| p.host.resource(p.index)));
-            },
-            self.clone(),
-        );
+        let uses = |uses: &mut Uses| {
+            uses.reads.extend(launches.pages.range(first..).map(|p| Resource::DevicePage(p.from.id())));
+            uses.writes.extend(launches.pages.range(first..).map(|p| p.host.resource(p.index)));
+        };
+        let Some(gpu) = device.gpu() else {
+            return (device.launch(StreamId::CopyOut, "page out", uses, self.clone()), bytes);
+        };
+        device.declare(StreamId::CopyOut, "page out", uses);
+        // A GPU's driver is given the copies at once. The tables name the pages from now on: whoever reads them is ordered
+        // behind the event, as is whoever frees them.
+        launches.counts.pop_front();
+        if let Err(why) = self.engine.check() {
+            self.fail(&why);
+        }
+        let mut read = Vec::with_capacity(count);
+        for Out { from, mut to, host, index } in launches.pages.drain(..) {
+            gpu.page_out(to.bytes_mut(), from.address());
+            assert!(host.pages[index].set(to.share()).is_ok(), "a page is paged out once");
+            read.push(from);
+        }
+        let event = device.record(StreamId::CopyOut);
+        gpu.retain(event, read);
         (event, bytes)
     }
 
@@ -215,7 +253,21 @@ impl PageIn {
                 uses.writes.extend(pages.iter().take(from.len()).map(|page| Resource::DevicePage(page.id())));
             });
         };
-        away.depart(device.launch(StreamId::CopyIn, "load", uses, self.clone()));
+        let Some(gpu) = device.gpu() else {
+            away.depart(device.launch(StreamId::CopyIn, "load", uses, self.clone()));
+            return;
+        };
+        device.declare(StreamId::CopyIn, "load", uses);
+        let In { pages, host, from } = self.lock().take().expect("just set");
+        pages.work(|pages| {
+            self.engine.check()?;
+            for (page, from) in pages.iter().zip(&host.pages[from]) {
+                let from = from.get().ok_or("a page is not on the host")?;
+                gpu.page_in(page.address(), from.bytes());
+            }
+            Ok(())
+        });
+        away.depart(device.record(StreamId::CopyIn));
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<In>> {
@@ -243,5 +295,35 @@ impl Job for PageIn {
             Ok(())
         });
         bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::DeviceOptions;
+
+    struct Nothing;
+
+    impl Job for Nothing {
+        fn run(&self) -> u64 {
+            0
+        }
+    }
+
+    /// A page waits for the page-out that it was in, and older ones for the last of theirs.
+    #[test]
+    fn pages_wait_for_no_later_page_out() {
+        let device = Device::cpu(&DeviceOptions { threads: Some(1), ..DeviceOptions::default() }).unwrap();
+        let [first, second, third] =
+            [(); 3].map(|()| device.launch(StreamId::CopyOut, "test", |_| {}, Arc::new(Nothing)));
+        let mut completion = Completion::default();
+        assert_eq!(completion.of(0), None);
+        completion.sent(0, first);
+        assert_eq!([0, 7].map(|page| completion.of(page)), [Some(first); 2]);
+        completion.sent(2, second);
+        assert_eq!([0, 1, 2, 3].map(|page| completion.of(page)), [first, first, second, second].map(Some));
+        completion.sent(4, third);
+        assert_eq!([0, 3, 4].map(|page| completion.of(page)), [second, second, third].map(Some));
     }
 }

@@ -10,6 +10,7 @@ pub mod plan;
 pub mod prefetch;
 pub mod slab;
 mod synthetic;
+mod tables;
 pub mod view;
 
 pub use cache::{Cache, LayerCache};

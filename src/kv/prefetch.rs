@@ -8,6 +8,9 @@ use crate::device::{Buffer, Carried, Device, Grants, InFlight};
 use crate::error::Result;
 use crate::gather::delta::{Delta, EMPTY, Miss};
 
+/// Each byte of [`EMPTY`].
+const EMPTY_BYTE: u8 = 0xFF;
+
 /// Prefetched pairs of one layer. Every KV head has the same number of them.
 pub struct Slots {
     /// Pairs per KV head that are valid, at most `top_k`.
@@ -20,6 +23,10 @@ pub struct Slots {
     pub pairs: Buffer,
     /// `[n_kv_heads, top_k]` u32: the position that each slot holds, or [`EMPTY`].
     table: Buffer,
+    /// On a GPU `[n_kv_heads, pages]` u64, a bit for each position that a slot holds; else empty.
+    skip: Buffer,
+    /// `count` and `positions` as [`Slots::keep`] found them.
+    kept: (usize, Buffer),
     /// k, or as many as can be selected at all if that is less.
     pub top_k: usize,
 }
@@ -30,21 +37,24 @@ impl Slots {
         let line = |bytes: u64| bytes.saturating_add(63) / 64 * 64;
         let pairs = (shape.n_kv_heads as u64).saturating_mul(top_k as u64);
         line(pairs.saturating_mul(4))
-            .saturating_mul(3)
+            .saturating_mul(4)
             .saturating_add(line(pairs.saturating_mul(shape.pair_bytes() as u64)))
     }
 
-    /// Empty slots.
+    /// Empty slots, for positions in the first `pages` pages.
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`] if that is more than was granted.
-    pub fn new(grants: &mut Grants, shape: &KvShape, top_k: usize) -> Result<Slots> {
+    pub fn new(grants: &mut Grants, shape: &KvShape, top_k: usize, pages: usize) -> Result<Slots> {
         let n = shape.n_kv_heads * top_k;
         let mut numbers = || grants.device(n * 4, "the prefetched positions");
-        let (positions, slot_of, mut table) = (numbers()?, numbers()?, numbers()?);
-        table.as_mut_slice::<u32>().fill(EMPTY);
+        let (positions, slot_of, mut table, kept) = (numbers()?, numbers()?, numbers()?, (0, numbers()?));
+        table.fill(EMPTY_BYTE);
         let pairs = grants.device(n * shape.pair_bytes(), "the prefetched pairs")?;
-        Ok(Slots { count: 0, positions, slot_of, pairs, table, top_k })
+        let skip_bytes = if grants.is_gpu() { shape.n_kv_heads * pages * 8 } else { 0 };
+        let mut skip = grants.device(skip_bytes, "the positions that are not read low-bit")?;
+        skip.fill(0);
+        Ok(Slots { count: 0, positions, slot_of, pairs, table, skip, kept, top_k })
     }
 
     /// The same selection in slots that have room for at least as many.
@@ -52,14 +62,22 @@ impl Slots {
         to.count = self.count;
         for head in 0..shape.n_kv_heads {
             let copy = |from: &Buffer, to_buffer: &mut Buffer, bytes: usize| {
-                let from = &from.bytes()[head * self.top_k * bytes..][..self.top_k * bytes];
-                to_buffer.bytes_mut()[head * to.top_k * bytes..][..from.len()].copy_from_slice(from);
+                let start = head * self.top_k * bytes;
+                to_buffer.copy(head * to.top_k * bytes, from, start..start + self.top_k * bytes);
             };
             copy(&self.positions, &mut to.positions, 4);
             copy(&self.slot_of, &mut to.slot_of, 4);
             copy(&self.table, &mut to.table, 4);
             copy(&self.pairs, &mut to.pairs, shape.pair_bytes());
+            let (old, new) = (self.skip.len() / shape.n_kv_heads, to.skip.len() / shape.n_kv_heads);
+            to.skip.copy(head * new, &self.skip, head * old..(head + 1) * old);
         }
+    }
+
+    fn places(&self, shape: &KvShape) -> SlotPlaces {
+        let Slots { table, pairs, skip, .. } = self;
+        let skip_stride = skip.len() / 8 / shape.n_kv_heads;
+        SlotPlaces { table: table.address(), pairs: pairs.address(), skip: skip.address(), skip_stride }
     }
 
     /// The selected positions of one KV head.
@@ -71,9 +89,34 @@ impl Slots {
     /// forgotten: then what they were read from has changed.
     pub fn clear(&mut self, forget: bool) {
         self.count = 0;
-        if forget {
-            self.table.as_mut_slice::<u32>().fill(EMPTY);
+        // A GPU's kernels read whatever the table holds.
+        if forget || !self.skip.is_empty() {
+            self.table.fill(EMPTY_BYTE);
+            self.skip.fill(0);
         }
+    }
+
+    /// Nothing is read from the slots until the next selection.
+    pub fn hide(&mut self) {
+        self.count = 0;
+    }
+
+    /// Remembers the selection, which is about to be replaced by one that a step may have to give up.
+    pub fn keep(&mut self) {
+        self.kept.0 = self.count;
+        self.kept.1.bytes_mut().copy_from_slice(self.positions.bytes());
+    }
+
+    /// On a GPU: `count` pairs per KV head are selected by a kernel, which knows the slots by [`Prefetch::places`].
+    pub(crate) fn select_on_gpu(&mut self, count: usize) {
+        self.count = count;
+    }
+
+    /// The selection of the last [`Slots::keep`] again. Its pairs have to be fetched as those of a new one have: all of them
+    /// are on the host.
+    pub fn restore(&mut self) {
+        self.count = self.kept.0;
+        self.positions.bytes_mut().copy_from_slice(self.kept.1.bytes());
     }
 
     /// Finds a slot for each selected pair of one KV head. `miss` hears of those that have to be fetched.
@@ -93,6 +136,21 @@ impl Slots {
 pub struct Prefetch {
     slots: InFlight<Slots>,
     metered_bytes: u64,
+    /// On a GPU: where the slots are, at rest or not.
+    places: Option<SlotPlaces>,
+}
+
+/// Addresses of slots in a GPU's memory.
+#[derive(Clone, Copy)]
+pub(crate) struct SlotPlaces {
+    /// Of the position that each slot holds.
+    pub table: u64,
+    /// Of the pairs.
+    pub pairs: u64,
+    /// Of the bits of positions that a slot holds.
+    pub skip: u64,
+    /// Words of those bits per KV head.
+    pub skip_stride: usize,
 }
 
 impl Prefetch {
@@ -101,23 +159,25 @@ impl Prefetch {
     /// # Errors
     /// [`crate::Error::OutOfMemory`] if that is more than was granted.
     pub fn new(grants: &mut Grants, shape: &KvShape) -> Result<Prefetch> {
-        Ok(Prefetch { slots: InFlight::new(Slots::new(grants, shape, 0)?), metered_bytes: 0 })
+        Ok(Prefetch { slots: InFlight::new(Slots::new(grants, shape, 0, 0)?), metered_bytes: 0, places: None })
     }
 
-    /// Grows to room for `top_k` pairs per KV head. A selection that is there stays.
+    /// Grows to room for `top_k` pairs per KV head, out of `pages` pages. A selection that is there stays.
     ///
     /// # Errors
     /// As [`Prefetch::new`].
     ///
     /// # Panics
     /// While a prefetch is under way.
-    pub fn reserve(&mut self, grants: &mut Grants, shape: &KvShape, top_k: usize) -> Result<()> {
-        if self.slots().top_k >= top_k {
+    pub fn reserve(&mut self, grants: &mut Grants, shape: &KvShape, top_k: usize, pages: usize) -> Result<()> {
+        let skip_bytes = if grants.is_gpu() { shape.n_kv_heads * pages * 8 } else { 0 };
+        if self.slots().top_k >= top_k && self.slots().skip.len() >= skip_bytes {
             return Ok(());
         }
-        let mut slots = Slots::new(grants, shape, top_k)?;
+        let mut slots = Slots::new(grants, shape, top_k, pages)?;
         self.slots().copy_to(&mut slots, shape);
         self.metered_bytes = Slots::bytes(shape, top_k);
+        self.places = grants.is_gpu().then(|| slots.places(shape));
         *self.slots.get_mut() = slots;
         Ok(())
     }
@@ -128,6 +188,11 @@ impl Prefetch {
     /// If there is less room, or while a prefetch is under way.
     pub fn copy_from(&mut self, from: &Prefetch, shape: &KvShape) {
         from.slots().copy_to(self.slots.get_mut(), shape);
+    }
+
+    /// Where the slots are on a GPU; `None` if there are none.
+    pub(crate) fn places(&self) -> Option<SlotPlaces> {
+        self.places
     }
 
     /// Device bytes that the slots take, wherever they are.

@@ -4,28 +4,40 @@ use crate::cpu;
 pub use crate::cpu::attn_decode::Scratch;
 use crate::device::Device;
 use crate::device::order::{Resource, Uses};
-use crate::kv::options::PAGE;
+use crate::kv::options::{KvMode, PAGE};
 use crate::kv::view::{Far, KvView, SeqRows};
+use crate::model::Config;
+use crate::ops::linear::Rows;
 
 /// Softmax attention of all rows, scaled by `1 / sqrt(D)`.
 ///
-/// `q`: `[rows, n_heads, head_dim]` after RoPE; `out`: same shape. `view(i)` is what sequence `i` reads; its cache must
-/// hold the pairs of all its rows. `scratch` keeps the probabilities for [`super::select`].
+/// q and the result are those of `rows`, `[rows, n_heads, head_dim]`. `view(i)` is what sequence `i` reads of layer `l`; its
+/// cache must hold the pairs of all its rows. `scratch` keeps the probabilities for [`super::select`].
+///
+/// `scoring`: the sequences of this mode attend to choose what they fetch, without what they fetched before. (A GPU leaves
+/// the others out; on the CPU device they attend too, and again when the result counts.)
+#[allow(clippy::too_many_arguments)] // Two call sites, which name them all.
 pub fn attend<'a>(
     device: &Device,
-    n_heads: usize,
+    config: &Config,
+    l: usize,
     seqs: &[SeqRows],
     view: impl Fn(usize) -> KvView<'a> + Sync,
-    q: &[f32],
-    out: &mut [f32],
+    rows: &mut Rows,
     scratch: &mut Scratch,
+    scoring: Option<KvMode>,
 ) {
-    let rows: usize = seqs.iter().map(|s| s.n_rows).sum();
+    if let Some(gpu) = device.gpu() {
+        let _attend = device.operation("attend", |uses| (0..seqs.len()).for_each(|i| declare(&view(i), uses)));
+        return rows.gpu.attend(gpu, config, l, scoring);
+    }
+    let (n_heads, q, out) = (config.n_heads, &rows.q[..], &mut rows.attn[..]);
+    let n_rows: usize = seqs.iter().map(|s| s.n_rows).sum();
     assert_eq!(q.len(), out.len(), "attend: q and out");
     for (i, s) in seqs.iter().enumerate() {
         let v = view(i);
         let width = n_heads * v.shape.head_dim;
-        assert_eq!(q.len(), rows * width, "attend: rows of q");
+        assert_eq!(q.len(), n_rows * width, "attend: rows of q");
         assert!(n_heads.is_multiple_of(v.shape.n_kv_heads), "attend: heads");
         assert!(v.split.is_multiple_of(PAGE) && v.split <= s.position, "attend: split {} at {}", v.split, s.position);
         assert!(v.tail.len() >= (s.padded_tokens() - v.split) / PAGE, "attend: pages of the tail");

@@ -3,7 +3,9 @@
 pub use crate::cpu::linear::Path;
 use crate::cpu::linear::{Part, project, project_add, swiglu};
 use crate::cpu::{embed as embedding, norm};
+use crate::cuda::{self, GpuModel};
 use crate::device::Device;
+use crate::device::order::Uses;
 use crate::model::rope::RopeTable;
 use crate::model::{Config, Layer, Model};
 
@@ -29,6 +31,8 @@ pub struct Rows {
     /// `[head_dim / 2]` of the position at hand.
     cos: Vec<f32>,
     sin: Vec<f32>,
+    /// On a GPU: all of the above, and what attention needs beside it.
+    pub(crate) gpu: cuda::Workspace,
 }
 
 impl Rows {
@@ -69,21 +73,30 @@ pub struct Dense<'a> {
     pub rope: &'a RopeTable,
     /// How products are computed: row by row in decode, by panels in prefill.
     pub path: Path,
+    /// The model on a GPU, if that computes.
+    pub(crate) gpu: Option<&'a GpuModel>,
 }
 
 impl Dense<'_> {
     /// RMS norm, q, k, v (with the per-head norms of Qwen3), RoPE at `position(row)`. `not_finite(row)` is called for
-    /// rows whose input is no longer a number.
+    /// rows whose input is no longer a number; a GPU tells of them at the end of the pass. On a GPU the caches have K and V
+    /// afterwards, which `uses` declares.
     pub fn norm_qkv_rope(
         &self,
+        l: usize,
         layer: &Layer,
         rows: &mut Rows,
         position: impl Fn(usize) -> usize,
         mut not_finite: impl FnMut(usize),
+        uses: impl FnOnce(&mut Uses),
     ) {
+        if let (Some(gpu), Some(model)) = (self.device.gpu(), self.gpu) {
+            let _operation = self.device.operation("norm_qkv_rope", uses);
+            return rows.gpu.norm_qkv_rope(gpu, model, self.config, l);
+        }
         let _operation = self.device.operation("norm_qkv_rope", |_| {});
         let Rows { n, x, normed, q, k, v, cos, sin, .. } = rows;
-        let Dense { device, config, rope, path } = *self;
+        let Dense { device, config, rope, path, .. } = *self;
         if let Some(first) = norm::rms_norm(device.isa(), x, *n, &layer.input_norm, config.rms_norm_eps, normed) {
             // Rare: which of the rows from there on are bad?
             let row = |row: usize| &x[row * config.hidden_size..][..config.hidden_size];
@@ -111,22 +124,31 @@ impl Dense<'_> {
     }
 
     /// `x += W_o attn`.
-    pub fn out_residual(&self, layer: &Layer, rows: &mut Rows) {
+    pub fn out_residual(&self, l: usize, layer: &Layer, rows: &mut Rows) {
         let _operation = self.device.operation("out_residual", |_| {});
+        if let (Some(gpu), Some(model)) = (self.device.gpu(), self.gpu) {
+            return rows.gpu.out_residual(gpu, model, self.config, l);
+        }
         project_add(self.device.isa(), self.path, &rows.attn, rows.n, &layer.o, &mut rows.x);
     }
 
     /// RMS norm, then `silu(W_gate x) * W_up x`.
-    pub fn norm_gate_up(&self, layer: &Layer, rows: &mut Rows) {
+    pub fn norm_gate_up(&self, l: usize, layer: &Layer, rows: &mut Rows) {
         let _operation = self.device.operation("norm_gate_up", |_| {});
+        if let (Some(gpu), Some(model)) = (self.device.gpu(), self.gpu) {
+            return rows.gpu.norm_gate_up(gpu, model, self.config, l);
+        }
         let Rows { n, x, normed, mlp, .. } = rows;
         norm::rms_norm(self.device.isa(), x, *n, &layer.post_norm, self.config.rms_norm_eps, normed);
         swiglu(self.device.isa(), self.path, normed, *n, &layer.gate, &layer.up, mlp);
     }
 
     /// `x += W_down mlp`.
-    pub fn down_residual(&self, layer: &Layer, rows: &mut Rows) {
+    pub fn down_residual(&self, l: usize, layer: &Layer, rows: &mut Rows) {
         let _operation = self.device.operation("down_residual", |_| {});
+        if let (Some(gpu), Some(model)) = (self.device.gpu(), self.gpu) {
+            return rows.gpu.down_residual(gpu, model, self.config, l);
+        }
         project_add(self.device.isa(), self.path, &rows.mlp, rows.n, &layer.down, &mut rows.x);
     }
 }
@@ -146,7 +168,7 @@ fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
     }
 }
 
-/// Final norm and LM head of `n` rows of x: `logits` is `[n, vocab]`.
+/// Final norm and LM head of `n` rows of x on the CPU device: `logits` is `[n, vocab]`.
 pub fn norm_logits(device: &Device, model: &Model, x: &[f32], n: usize, normed: &mut Vec<f32>, logits: &mut [f32]) {
     let _operation = device.operation("norm_logits", |_| {});
     normed.resize(n * model.config.hidden_size, 0.0);

@@ -5,7 +5,10 @@ use std::ops::Range;
 use crate::cpu;
 use crate::device::Device;
 use crate::device::order::Resource;
+use crate::kv::KvMode;
 use crate::kv::prefetch::Slots;
+use crate::model::Config;
+use crate::ops::linear::Rows;
 
 /// One sequence's part of a selection.
 pub struct Selection<'a> {
@@ -29,6 +32,10 @@ pub fn select(
 ) {
     let Selection { seq, row, candidates, slots } = selection;
     let _select = device.operation("select", |uses| uses.writes.push(Resource::Selection(slots.positions.id())));
+    if device.gpu().is_some() {
+        // For all sequences at once: `launch`.
+        return slots.select_on_gpu(slots.top_k.min(candidates.len()));
+    }
     slots.count = slots.top_k.min(candidates.len());
     let (top_k, count) = (slots.top_k, slots.count);
     if count == 0 {
@@ -38,6 +45,13 @@ pub fn select(
     assert_eq!(positions.len(), n_kv_heads * top_k, "select: room for the positions");
     let queries = row * group_heads..(row + 1) * group_heads;
     cpu::select::select(device.isa(), scratch, seq, queries, candidates, positions, top_k, count);
+}
+
+/// On a GPU: begins the selections of all sequences of one mode, which [`select`] has prepared.
+pub(crate) fn launch(device: &Device, config: &Config, l: usize, rows: &Rows, mode: KvMode) {
+    if let Some(gpu) = device.gpu() {
+        rows.gpu.select(gpu, config, l, mode);
+    }
 }
 
 /// How many of a row's own top-k among `candidates` are in `slots`, and how many there are, over all KV heads: the live
@@ -52,8 +66,8 @@ pub fn hits(
     slots: &Slots,
 ) -> (u64, u64) {
     let count = slots.top_k.min(candidates.len());
-    if count == 0 {
-        return (0, 0);
+    if count == 0 || device.gpu().is_some() {
+        return (0, 0); // a GPU tells at the end of the pass
     }
     let _hits = device.operation("hit rate", |uses| uses.reads.push(Resource::Selection(slots.positions.id())));
     let selected = |head: usize| slots.selected(head);

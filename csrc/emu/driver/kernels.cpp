@@ -16,6 +16,11 @@
     KERNEL("linear.cu", specache_residual_##dtype##_n##N, specache_linear_params) \
     KERNEL("linear.cu", specache_gate_up_##dtype##_n##N, specache_gate_up_params) \
     KERNEL("linear.cu", specache_logits_##dtype##_n##N, specache_linear_params)
+#define DENSE(dtype, T)                                                   \
+    KERNEL("dense.cu", specache_norm16_##dtype, specache_norm16_params)   \
+    KERNEL("dense.cu", specache_round16_##dtype, specache_round16_params) \
+    KERNEL("dense.cu", specache_swiglu16_##dtype, specache_swiglu16_params)
+#define PREFILL(D, dtype, T) KERNEL("attn_prefill.cu", specache_prefill_d##D##_##dtype, specache_prefill_params)
 
 SPECACHE_PACK_KERNELS(PACK)
 SPECACHE_ATTN_KERNELS(ATTN)
@@ -25,5 +30,10 @@ KERNEL("select.cu", specache_select_merge, specache_select_params)
 SPECACHE_EMBED_KERNELS(EMBED)
 SPECACHE_LINEAR_KERNELS(LINEAR)
 KERNEL("linear.cu", specache_head_norm, specache_qkv_params)
+SPECACHE_DENSE_KERNELS(DENSE)
+KERNEL("dense.cu", specache_finish_qkv, specache_finish_qkv_params)
+SPECACHE_PREFILL_KERNELS(PREFILL)
+KERNEL("fetch.cu", specache_fetch_pairs, specache_fetch_params)
+KERNEL("draw.cu", specache_draw_tokens, specache_draw_params)
 KERNEL("sample.cu", specache_argmax_slices, specache_argmax_params)
 KERNEL("sample.cu", specache_argmax_merge, specache_argmax_params)

@@ -223,7 +223,7 @@ impl<'a> Bench<'a> {
             let own = || self.slices[step.slices.clone()].iter().filter(compute);
             let begin_us = own().map(|s| s.begin_us).fold(f64::INFINITY, f64::min);
             let end_us = own().map(|s| s.end_us).fold(0.0, f64::max);
-            let overlaps = |slice: &&Slice| slice.end_us > begin_us && slice.begin_us < end_us;
+            let overlaps = |s: &&Slice| s.node.is_none() && s.end_us > begin_us && s.begin_us < end_us;
             let title = format!(
                 "{}: this step, of median length, took {:.2} ms and waited {:.2} ms of it for copies",
                 schedule.name(),
@@ -251,6 +251,7 @@ struct LayerRun {
 impl LayerRun {
     fn add(&mut self, slice: &Slice) {
         let sum = match (slice.stream, slice.name) {
+            _ if slice.node.is_some() => return, // a part of a gather that is counted
             (StreamId::Compute, _) if slice.waits => &mut self.exposed_us,
             (StreamId::Compute, "out_residual" | "norm_gate_up" | "down_residual") => &mut self.rest_us,
             (StreamId::Compute, _) => &mut self.attention_us,

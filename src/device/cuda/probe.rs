@@ -123,7 +123,7 @@ pub fn probe(library: Option<&Path>) -> Result<Vec<Gpu>, NoGpu> {
     }
 }
 
-fn open(library: Option<&Path>) -> Result<(String, Library), NoGpu> {
+pub(super) fn open(library: Option<&Path>) -> Result<(String, Library), NoGpu> {
     let usual = LIBRARIES.map(Path::new);
     let mut why = String::new();
     for path in library.as_ref().map_or(&usual[..], std::slice::from_ref) {

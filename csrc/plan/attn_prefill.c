@@ -1,0 +1,48 @@
+/* The launch plan of attn_prefill.cu. */
+#include "../prefill_work.h"
+#include "plan.h"
+
+static const char *kernel_of(uint32_t head_dim, specache_dtype dtype) {
+#define NAME(D, type, T) \
+    if (head_dim == D && dtype == SPECACHE_DTYPE(type)) return "specache_prefill_d" #D "_" #type;
+    SPECACHE_PREFILL_KERNELS(NAME)
+#undef NAME
+    return NULL;
+}
+
+static specache_status check_shape(const specache_prefill_params *p, specache_launch *launch) {
+    TRY(check_packing("prefill", p->head_dim, p->bits, p->group_size, p->dtype, launch));
+    TRY(check_heads("prefill", p->n_heads, p->n_kv_heads, 16, launch));
+    if (p->n_rows > MOST_TOKENS || p->n_seqs > MOST_SEQS || p->n_heads > MOST_HEADS)
+        return refuse(launch, SPECACHE_TOO_LARGE, "prefill: %u rows of %u sequences", p->n_rows, p->n_seqs);
+    return SPECACHE_OK;
+}
+
+static specache_status check_memory(const specache_prefill_params *p, specache_launch *launch) {
+    const Address all[] = {{"seqs", p->seqs, 16, REQUIRED},         {"q", p->q, 16, REQUIRED},
+                           {"out", p->out, 8, REQUIRED},            {"packed", p->packed, 128, OPTIONAL},
+                           {"packed_ids", p->packed_ids, 4, OPTIONAL}, {"wide", p->wide, 16, REQUIRED},
+                           {"wide_ids", p->wide_ids, 4, OPTIONAL}};
+    CHECK_ADDRESSES("prefill", all, launch);
+    if (p->packed != 0)
+        TRY(check_packed_strides("prefill", p->packed_page_stride, p->packed_head_stride,
+                                 packed_head_bytes(p->head_dim, p->bits, p->group_size), launch));
+    return check_wide_stride("prefill", "wide_page_stride", p->wide_page_stride,
+                             wide_page_bytes(p->n_kv_heads, p->head_dim), launch);
+}
+
+specache_status specache_prefill_plan(const specache_prefill_params *p, specache_launch *launch) {
+    clear(launch);
+    TRY(check_shape(p, launch));
+    if (p->n_seqs == 0 || p->n_rows == 0) return SPECACHE_OK;
+    TRY(check_memory(p, launch));
+    const PrefillShape shape = prefill_shape(p->head_dim, p->shared_limit);
+    if (shape.warps == 0)
+        return refuse(launch, SPECACHE_TOO_MUCH_SHARED, "prefill: %u bytes of shared memory where %u are",
+                      prefill_shared_bytes(p->head_dim, (PrefillShape){4, 2}), p->shared_limit);
+    launch->shared_bytes = prefill_shared_bytes(p->head_dim, shape);
+    /* Each entry may leave a tile that is not full. */
+    const uint64_t queries = (uint64_t)p->n_rows * (p->n_heads / p->n_kv_heads);
+    const uint64_t tiles = queries / (shape.warps * kWarpQueries) + (p->n_seqs < queries ? p->n_seqs : queries);
+    return planned(launch, kernel_of(p->head_dim, p->dtype), tiles * p->n_kv_heads, shape.warps * 32);
+}

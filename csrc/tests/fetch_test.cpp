@@ -1,0 +1,129 @@
+// fetch.cu against a plain twin: counts from nothing to k, more heads than a CTA has threads, caches in another order
+// than sequences, any number of CTAs; pairs that nobody fetched must stay as they were.
+#include "../fetch.cu"
+
+#include <algorithm>
+#include <numeric>
+
+#include "numbers.h"
+
+using namespace specache;
+
+struct Case {
+    uint32_t seqs, kv_heads, head_dim, top_k, pages, ctas;
+    uint32_t fill;   // of 100 heads, how many want any
+};
+
+static uint64_t seed = 0;
+
+// What the selection leaves: distinct slots and positions, and poison behind the count.
+struct Lists {
+    std::vector<specache_fetch> fetches;
+    std::vector<uint32_t> counts;
+
+    Lists(Random& random, const Case& c) {
+        for (uint32_t head = 0; head < c.seqs * c.kv_heads; head++) {
+            std::vector<uint32_t> slots(c.top_k), positions(c.pages * SPECACHE_PAGE);
+            std::iota(slots.begin(), slots.end(), 0);
+            std::iota(positions.begin(), positions.end(), 0);
+            std::shuffle(slots.begin(), slots.end(), random);
+            std::shuffle(positions.begin(), positions.end(), random);
+            const uint32_t most = random() % 100 < c.fill ? std::min(c.top_k, c.pages * SPECACHE_PAGE) : 0;
+            const uint32_t count = most == 0 ? 0 : random() % 3 == 0 ? most : random() % (most + 1);
+            for (uint32_t i = 0; i < c.top_k; i++)
+                fetches.push_back(i < count ? specache_fetch{slots[i], positions[i]} : specache_fetch{~0u, ~0u});
+            counts.push_back(count);
+        }
+    }
+};
+
+static void test(const Case& c) {
+    Random random(unsigned(c.seqs * 7 + c.top_k + c.pages));
+    const Lists lists(random, c);
+    const uint32_t caches = c.seqs + 1, pair = 4 * c.head_dim, stride = c.pages + 2;
+    const uint64_t page_bytes = uint64_t(c.kv_heads) * SPECACHE_PAGE * pair;
+    std::vector<uint8_t> host(caches * c.pages * page_bytes);
+    for (uint8_t& byte : host) byte = uint8_t(random());
+    std::vector<specache_seq> seqs;
+    for (uint32_t s = 0; s < c.seqs; s++) seqs.push_back({0, 0, 0, 2, 0, 0, 0, caches - 1 - s});
+    Array<uint8_t> host_in("host pages", host), pairs("pairs", size_t(caches) * c.kv_heads * c.top_k * pair);
+    // Pages of a sequence lie anywhere: here from the last to the first.
+    std::vector<uint64_t> addresses(caches * stride, ~uint64_t(0));
+    for (uint32_t cache = 0; cache < caches; cache++)
+        for (uint32_t i = 0; i < c.pages; i++)
+            addresses[cache * stride + i] =
+                host_in.address() + (caches * c.pages - 1 - cache * c.pages - i) * page_bytes;
+    Array<uint64_t> addresses_in("host_pages", addresses), fetched("fetched", 1);
+    Array<uint64_t>::fill(fetched, {1ull << 40});
+    Array<specache_seq> seqs_in("seqs", seqs);
+    Array<specache_fetch> fetches_in("fetches", lists.fetches);
+    Array<uint32_t> counts_in("fetch_counts", lists.counts);
+    const specache_fetch_params p{seqs_in.address(),
+                                  fetches_in.address(),
+                                  counts_in.address(),
+                                  addresses_in.address(),
+                                  pairs.address(),
+                                  c.ctas % 2 == 1 ? fetched.address() : 0,
+                                  stride,
+                                  c.seqs,
+                                  c.kv_heads,
+                                  c.head_dim,
+                                  c.top_k,
+                                  c.ctas};
+    specache_launch launch;
+    CHECK(specache_fetch_plan(&p, &launch) == SPECACHE_OK, "%s", launch.message);
+    CHECK(launch.grid == (c.ctas == 0 ? SPECACHE_FETCH_CTAS : c.ctas), "%u CTAs", launch.grid);
+    device::launch(specache_fetch_pairs, launch.grid, launch.block, launch.shared_bytes, seed++, p);
+    pairs.download();
+    fetched.download();
+
+    std::vector<uint8_t> want(pairs.bytes(), 0xA5);
+    uint64_t total = 0;
+    for (uint32_t head = 0; head < c.seqs * c.kv_heads; head++)
+        for (uint32_t i = 0; i < lists.counts[head]; i++, total++) {
+            const specache_fetch fetch = lists.fetches[head * c.top_k + i];
+            const uint32_t cache = seqs[head / c.kv_heads].cache, kv_head = head % c.kv_heads;
+            const uint64_t page = addresses[cache * stride + fetch.position / SPECACHE_PAGE] - host_in.address();
+            const uint8_t* from = &host[page + (kv_head * SPECACHE_PAGE + fetch.position % SPECACHE_PAGE) * pair];
+            std::copy_n(from, pair, &want[((cache * c.kv_heads + kv_head) * size_t(c.top_k) + fetch.slot) * pair]);
+        }
+    for (size_t i = 0; i < want.size(); i++)
+        CHECK(pairs[i] == want[i], "byte %zu of slot %zu: B %u, Hkv %u, D %u, k %u, %u CTAs", i % pair, i / pair,
+              c.seqs, c.kv_heads, c.head_dim, c.top_k, c.ctas);
+    CHECK(fetched[0] == (1ull << 40) + (c.ctas % 2 == 1 ? total : 0), "%llu counted, not %llu",
+          (unsigned long long)(fetched[0] - (1ull << 40)), (unsigned long long)total);
+}
+
+static void expect_status(specache_status want, const char* part, void (*change)(specache_fetch_params&)) {
+    constexpr uint64_t a = 1 << 20;
+    specache_fetch_params p{a, a, a, a, a, a, 512, 3, 8, 128, 64, 4};
+    change(p);
+    specache_launch launch;
+    const specache_status got = specache_fetch_plan(&p, &launch);
+    CHECK(got == want, "status %d, not %d: %s", got, want, launch.message);
+    CHECK(std::strstr(launch.message, part), "'%s' does not name '%s'", launch.message, part);
+}
+
+static void plans() {
+    using P = specache_fetch_params;
+    expect_status(SPECACHE_OK, "", [](P&) {});
+    expect_status(SPECACHE_OK, "", [](P& p) { p.n_ctas = 0, p.fetched = 0; });
+    expect_status(SPECACHE_OK, "", [](P& p) { p.top_k = 0, p.seqs = 0; });
+    expect_status(SPECACHE_OK, "", [](P& p) { p.n_seqs = 0, p.pairs = 0; });
+    expect_status(SPECACHE_UNSUPPORTED_HEAD_DIM, "96", [](P& p) { p.head_dim = 96; });
+    expect_status(SPECACHE_UNSUPPORTED_TOP_K, "2049", [](P& p) { p.top_k = 2049; });
+    expect_status(SPECACHE_UNSUPPORTED_HEADS, "0 KV heads", [](P& p) { p.n_kv_heads = 0; });
+    expect_status(SPECACHE_TOO_LARGE, "sequences", [](P& p) { p.n_seqs = 1u << 20, p.n_kv_heads = 1u << 16; });
+    expect_status(SPECACHE_BAD_ADDRESS, "host_pages", [](P& p) { p.host_pages += 4; });
+    expect_status(SPECACHE_BAD_ADDRESS, "pairs", [](P& p) { p.pairs += 8; });
+    expect_status(SPECACHE_BAD_ADDRESS, "fetch_counts", [](P& p) { p.fetch_counts = 0; });
+}
+
+int main() {
+    plans();
+    const Case cases[] = {{1, 1, 64, 1, 1, 1, 100},   {1, 8, 128, 64, 4, 0, 90},  {3, 2, 64, 64, 2, 3, 70},
+                          {5, 4, 128, 33, 1, 5, 50},  {1, 3, 128, 200, 5, 2, 100}, {90, 8, 64, 3, 1, 4, 30},
+                          {140, 8, 64, 2, 1, 7, 100}, {2, 2, 128, 7, 3, 61, 0}};
+    for (const Case& c : cases) test(c);
+    std::printf("fetch_test: %zu cases equal the twin (%s)\n", std::size(cases), device::kName);
+}

@@ -1,0 +1,695 @@
+//! A decode pass on the GPU: its memory, what each group of sequences is told, and the launches.
+//!
+//! A **group** is up to eight neighbouring sequences of a batch with the same KV options: sixteen rows, which is what the
+//! dense kernels take, and one launch per operation and layer. Which sequences share a group changes no number: no row's
+//! sums depend on the rows beside it.
+
+use std::ops::Range;
+
+use bytemuck::{Pod, bytes_of, cast_slice};
+
+use super::dtype_code;
+use super::rows::{Dense, MAX_ROWS, Rows};
+use super::weights::GpuModel;
+use crate::device::cuda::bindings::abi::{
+    SPECACHE_ARGMAX_SLICE, SPECACHE_NONE, specache_argmax_merge_plan, specache_argmax_params,
+    specache_argmax_slices_plan, specache_attn_combine_plan, specache_attn_params, specache_attn_part_bytes,
+    specache_attn_plan, specache_choice, specache_embed_params, specache_embed_plan, specache_fetch,
+    specache_fetch_params, specache_fetch_plan, specache_layer_cache, specache_select_merge_plan,
+    specache_select_params, specache_select_plan, specache_select_scratch_bytes, specache_seq,
+};
+use crate::device::cuda::{Gpu, PinnedMemory};
+use crate::device::order::StreamId;
+use crate::device::{Buffer, Device};
+use crate::error::Result;
+use crate::kv::{KvMode, KvOptions, KvShape};
+use crate::model::Config;
+
+/// Sequences of a group: two rows each.
+const GROUP: usize = MAX_ROWS / 2;
+
+/// One sequence of a pass, as the GPU must know it.
+pub(crate) struct Place {
+    /// Tokens in its cache: the position of its first row.
+    pub n: usize,
+    /// Positions that are read low-bit.
+    pub nq: usize,
+    /// Positions that may be selected.
+    pub no: usize,
+    /// Its tokens: the real one and the speculative one.
+    pub tokens: [u32; 2],
+    /// 1 or 2.
+    pub n_rows: usize,
+    /// Tokens that it has room for, speculative row included.
+    pub room: usize,
+    /// Slots of a KV head.
+    pub top_k: usize,
+    /// Shape of its pages.
+    pub shape: KvShape,
+    /// How its cache is kept.
+    pub options: KvOptions,
+}
+
+impl Place {
+    fn shares_launches(&self, other: &Place) -> bool {
+        let key = |p: &Place| (p.options.mode, p.top_k, p.shape);
+        key(self) == key(other)
+    }
+}
+
+/// Sequences that share launches, and where what they are told begins.
+struct Group {
+    seqs: Range<usize>,
+    rows: Range<usize>,
+    mode: KvMode,
+    shape: KvShape,
+    top_k: u32,
+}
+
+impl Group {
+    fn n_seqs(&self) -> usize {
+        self.seqs.len()
+    }
+}
+
+/// What decides the size of everything.
+#[derive(Clone, Copy, Default, PartialEq)]
+struct Sizes {
+    rows: usize,
+    seqs: usize,
+    groups: usize,
+    /// Tokens of the longest sequence, rounded up so that it changes rarely.
+    capacity: usize,
+    top_k: usize,
+}
+
+impl Sizes {
+    fn covers(&self, other: &Sizes) -> bool {
+        self.rows >= other.rows
+            && self.seqs >= other.seqs
+            && self.groups >= other.groups
+            && self.capacity >= other.capacity
+            && self.top_k >= other.top_k
+    }
+
+    fn max(&self, other: &Sizes) -> Sizes {
+        Sizes {
+            rows: self.rows.max(other.rows),
+            seqs: self.seqs.max(other.seqs),
+            groups: self.groups.max(other.groups),
+            capacity: self.capacity.max(other.capacity),
+            top_k: self.top_k.max(other.top_k),
+        }
+    }
+}
+
+/// The parts of a block of memory, one after the other at multiples of 256 bytes.
+#[derive(Default)]
+pub(super) struct Parts(usize);
+
+impl Parts {
+    pub(super) fn next(&mut self, bytes: usize) -> usize {
+        let at = self.0;
+        self.0 = (at + bytes).next_multiple_of(256);
+        at
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.0
+    }
+}
+
+/// Offsets in the block of memory that a pass works in.
+#[derive(Clone, Copy, Default)]
+struct Scratch {
+    x: usize,
+    q: usize,
+    k: usize,
+    attn: usize,
+    inner: usize,
+    rope: usize,
+    append: usize,
+    scores: usize,
+    lse: usize,
+    attn_parts: usize,
+    candidates: usize,
+    argmax: usize,
+    fetches: usize,
+    bytes: usize,
+}
+
+/// Offsets in what the host tells the GPU before a pass; the same on both sides.
+#[derive(Clone, Copy, Default)]
+struct Told {
+    tokens: usize,
+    seqs: usize,
+    caches: usize,
+    bytes: usize,
+}
+
+/// Offsets in what the GPU tells the host after a pass; the same on both sides.
+#[derive(Clone, Copy, Default)]
+struct Results {
+    logits: usize,
+    choices: usize,
+    bad_layer: usize,
+    fetch_counts: usize,
+    select_counts: usize,
+    selected: usize,
+    bytes: usize,
+}
+
+/// Memory of passes, kept between calls.
+#[derive(Default)]
+pub(crate) struct Workspace {
+    memory: Option<Memory>,
+    groups: Vec<Group>,
+    /// First row of each sequence.
+    real_rows: Vec<usize>,
+    vocab: usize,
+}
+
+struct Memory {
+    sizes: Sizes,
+    scratch: Buffer,
+    scratch_at: Scratch,
+    told: Buffer,
+    told_host: PinnedMemory,
+    told_at: Told,
+    results: Buffer,
+    results_host: PinnedMemory,
+    results_at: Results,
+}
+
+impl Workspace {
+    /// Plans a pass over these sequences and makes room for it.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`], [`crate::Error::Device`]; nothing has changed then that matters.
+    pub(crate) fn reserve(&mut self, device: &Device, config: &Config, places: &[Place]) -> Result<()> {
+        self.groups.clear();
+        self.real_rows.clear();
+        let mut row = 0;
+        for (i, place) in places.iter().enumerate() {
+            let rows = row..row + place.n_rows;
+            self.real_rows.push(row);
+            row = rows.end;
+            match self.groups.last_mut() {
+                Some(group) if group.n_seqs() < GROUP && places[group.seqs.start].shares_launches(place) => {
+                    group.seqs.end += 1;
+                    group.rows.end = rows.end;
+                }
+                _ => self.groups.push(Group {
+                    seqs: i..i + 1,
+                    rows,
+                    mode: place.options.mode,
+                    shape: place.shape,
+                    top_k: place.top_k as u32,
+                }),
+            }
+        }
+        self.vocab = config.vocab_size;
+        let needed = Sizes {
+            rows: row,
+            seqs: places.len(),
+            groups: self.groups.len(),
+            capacity: places.iter().map(|p| p.room).max().unwrap_or(0).next_multiple_of(1024),
+            top_k: places.iter().map(|p| p.top_k).max().unwrap_or(0),
+        };
+        if self.memory.as_ref().is_some_and(|memory| memory.sizes.covers(&needed)) {
+            return Ok(());
+        }
+        let sizes = self.memory.take().map_or(needed, |memory| memory.sizes.max(&needed));
+        self.memory = Some(Memory::new(device, config, sizes)?);
+        Ok(())
+    }
+
+    fn memory(&self) -> &Memory {
+        self.memory.as_ref().expect("reserved before the pass")
+    }
+
+    /// Tells the GPU what the pass is about, and embeds its tokens. `cache(l, i)`: where layer l of sequence i lies.
+    pub(crate) fn begin(
+        &mut self,
+        gpu: &Gpu,
+        model: &GpuModel,
+        config: &Config,
+        attention_factor: f32,
+        places: &[Place],
+        cache: impl Fn(usize, usize) -> specache_layer_cache,
+    ) {
+        let Workspace { memory, groups, .. } = self;
+        let memory = memory.as_mut().expect("reserved before the pass");
+        for group in groups.iter() {
+            memory.tell(group, places, config.n_layers, &cache);
+        }
+        gpu.send(StreamId::Compute, memory.told.address(), &memory.told_host, 0..memory.told_at.bytes);
+        for (number, group) in groups.iter().enumerate() {
+            let rows = memory.rows(config, number, group);
+            let params = specache_embed_params {
+                table: model.embed.weight,
+                tokens: memory.told.address() + (memory.told_at.tokens + group.rows.start * 4) as u64,
+                seqs: memory.seqs(group),
+                caches: memory.caches(config.n_layers, group, 0),
+                inv_freq: model.inv_freq,
+                x: rows.x,
+                rope: rows.rope,
+                append: memory.append(config, number, 0),
+                bad_layer: rows.bad_layer,
+                n_rows: rows.n,
+                n_seqs: group.n_seqs() as u32,
+                hidden: config.hidden_size as u32,
+                vocab: config.vocab_size as u32,
+                n_layers: config.n_layers as u32,
+                n_kv_heads: config.n_kv_heads as u32,
+                head_dim: config.head_dim as u32,
+                attention_factor,
+                dtype: model.embed.dtype,
+                append_stride: MAX_ROWS as u32,
+            };
+            gpu.launch(specache_embed_plan, &params);
+        }
+    }
+
+    /// RMS norm, q, k, v, RoPE; K and V go to the caches.
+    pub(crate) fn norm_qkv_rope(&self, gpu: &Gpu, model: &GpuModel, config: &Config, l: usize) {
+        let dense = Dense { gpu, model, config };
+        for (number, group) in self.groups.iter().enumerate() {
+            let memory = self.memory();
+            let rows = Rows { append: memory.append(config, number, l), ..memory.rows(config, number, group) };
+            dense.norm_qkv_rope(l, &rows, &group.shape);
+        }
+    }
+
+    /// `x += W_o attn`.
+    pub(crate) fn out_residual(&self, gpu: &Gpu, model: &GpuModel, config: &Config, l: usize) {
+        self.each_rows(config, |rows| Dense { gpu, model, config }.out_residual(l, rows));
+    }
+
+    /// RMS norm, then `silu(W_gate x) * W_up x`.
+    pub(crate) fn norm_gate_up(&self, gpu: &Gpu, model: &GpuModel, config: &Config, l: usize) {
+        self.each_rows(config, |rows| Dense { gpu, model, config }.norm_gate_up(l, rows));
+    }
+
+    /// `x += W_down inner`.
+    pub(crate) fn down_residual(&self, gpu: &Gpu, model: &GpuModel, config: &Config, l: usize) {
+        self.each_rows(config, |rows| Dense { gpu, model, config }.down_residual(l, rows));
+    }
+
+    fn each_rows(&self, config: &Config, mut launch: impl FnMut(&Rows)) {
+        let memory = self.memory();
+        self.groups.iter().enumerate().for_each(|(number, group)| launch(&memory.rows(config, number, group)));
+    }
+
+    /// Attention of all sequences over layer `l`; or only of those of one mode, without their prefetched pairs.
+    pub(crate) fn attend(&self, gpu: &Gpu, config: &Config, l: usize, low_bit_only: Option<KvMode>) {
+        for (number, group) in self.groups.iter().enumerate() {
+            if low_bit_only.is_some_and(|mode| mode != group.mode) {
+                continue;
+            }
+            let params = self.memory().attention(gpu, config, number, group, l, low_bit_only.is_none());
+            gpu.launch(specache_attn_plan, &params);
+            gpu.launch(specache_attn_combine_plan, &params);
+        }
+    }
+
+    /// Selection of the sequences of one mode, by their last rows' attention just computed, and the slots for it.
+    pub(crate) fn select(&self, gpu: &Gpu, config: &Config, l: usize, mode: KvMode) {
+        for (number, group) in self.groups.iter().enumerate().filter(|(_, g)| g.mode == mode && g.top_k > 0) {
+            let params = self.memory().selection(gpu, config, number, group, l);
+            gpu.launch(specache_select_plan, &params);
+            gpu.launch(specache_select_merge_plan, &params);
+        }
+    }
+
+    /// The selected pairs of the sequences of one mode begin to come from the host.
+    pub(crate) fn gather(&self, gpu: &Gpu, config: &Config, l: usize, mode: KvMode) {
+        for group in self.groups.iter().filter(|g| g.mode == mode && g.top_k > 0) {
+            let memory = self.memory();
+            let (fetches, fetch_counts) = memory.fetches(config, group, l);
+            let params = specache_fetch_params {
+                seqs: memory.seqs(group),
+                caches: memory.caches(config.n_layers, group, l),
+                fetches,
+                fetch_counts,
+                fetched: 0,
+                n_seqs: group.n_seqs() as u32,
+                n_kv_heads: config.n_kv_heads as u32,
+                head_dim: config.head_dim as u32,
+                top_k: group.top_k,
+                n_ctas: 0,
+                reserved: 0,
+            };
+            gpu.launch_on(StreamId::CopyIn, specache_fetch_plan, &params);
+        }
+    }
+
+    /// Logits and their argmax; then everything that the host asks for is on its way there: the logits of real rows, and
+    /// what was selected if that is wanted.
+    pub(crate) fn end(&mut self, gpu: &Gpu, model: &GpuModel, config: &Config, with_selections: bool) {
+        let dense = Dense { gpu, model, config };
+        for (number, group) in self.groups.iter().enumerate() {
+            let memory = self.memory();
+            let rows = memory.rows(config, number, group);
+            let logits = memory.result(memory.results_at.logits, group.rows.start * config.vocab_size * 4);
+            dense.norm_logits(rows.n, rows.x, logits);
+            let params = specache_argmax_params {
+                logits,
+                scratch: memory.scratch.address() + memory.scratch_at.argmax as u64,
+                choices: memory.result(memory.results_at.choices, group.rows.start * size_of::<specache_choice>()),
+                tokens: 0,
+                n_rows: rows.n,
+                vocab: config.vocab_size as u32,
+            };
+            gpu.launch(specache_argmax_slices_plan, &params);
+            gpu.launch(specache_argmax_merge_plan, &params);
+        }
+        let Memory { results, results_host, results_at, .. } = self.memory.as_mut().expect("reserved before the pass");
+        let mut fetch = |part: Range<usize>| {
+            let from = results.address() + part.start as u64;
+            gpu.fetch(StreamId::Compute, results_host, part.start, from, part.len());
+        };
+        let row_bytes = config.vocab_size * 4;
+        for &row in &self.real_rows {
+            let at = results_at.logits + row * row_bytes;
+            fetch(at..at + row_bytes);
+        }
+        fetch(results_at.choices..results_at.selected);
+        if with_selections {
+            fetch(results_at.selected..results_at.bytes);
+        }
+    }
+
+    /// Logits `[vocab]` of a row, once the pass is over.
+    pub(crate) fn logits(&self, row: usize) -> &[f32] {
+        &self.memory().told_back(|r| r.logits)[row * self.vocab..][..self.vocab]
+    }
+
+    /// The token of a row's highest logit, once the pass is over.
+    pub(crate) fn argmax(&self, row: usize) -> u32 {
+        self.choice(row).token
+    }
+
+    /// Whether all logits of a row are numbers, once the pass is over.
+    pub(crate) fn is_finite(&self, row: usize) -> bool {
+        let choice = self.choice(row);
+        choice.first_bad == SPECACHE_NONE && choice.logit.is_finite()
+    }
+
+    fn choice(&self, row: usize) -> specache_choice {
+        self.memory().told_back(|r| r.choices)[row]
+    }
+
+    /// First layer whose input was not finite in the real row of sequence `seq`, once the pass is over.
+    pub(crate) fn bad_layer(&self, seq: usize) -> Option<usize> {
+        let row = self.real_rows[seq];
+        let layer: u32 = self.memory().told_back(|r| r.bad_layer)[row];
+        (layer != SPECACHE_NONE).then_some(layer as usize)
+    }
+
+    /// Pairs that sequence `seq` fetched in layer `l`, once the pass is over.
+    pub(crate) fn fetched(&self, config: &Config, l: usize, seq: usize) -> u64 {
+        let memory = self.memory();
+        let counts: &[u32] = memory.told_back(|r| r.fetch_counts);
+        let heads = config.n_kv_heads;
+        counts[(l * memory.sizes.seqs + seq) * heads..][..heads].iter().map(|&n| u64::from(n)).sum()
+    }
+
+    /// Positions that sequence `seq` selected for a KV head in layer `l`, once the pass is over.
+    pub(crate) fn selected(&self, config: &Config, l: usize, seq: usize, head: usize) -> &[u32] {
+        let memory = self.memory();
+        let at = (l * memory.sizes.seqs + seq) * config.n_kv_heads + head;
+        let count: u32 = memory.told_back(|r| r.select_counts)[at];
+        let group = self.groups.iter().find(|group| group.seqs.contains(&seq)).expect("a sequence of the pass");
+        // Lists of a group are as long as its own top-k.
+        let first = memory.first_list(config, l, group.seqs.start);
+        let list = first + ((seq - group.seqs.start) * config.n_kv_heads + head) * group.top_k as usize;
+        &memory.told_back(|r| r.selected)[list..][..count as usize]
+    }
+}
+
+impl Memory {
+    fn new(device: &Device, config: &Config, sizes: Sizes) -> Result<Memory> {
+        let gpu = device.gpu().expect("a GPU's workspace");
+        let scratch_at = Scratch::new(gpu, config, &sizes);
+        let (told_at, results_at) = (Told::new(config, &sizes), Results::new(config, &sizes));
+        let total = scratch_at.bytes + told_at.bytes + results_at.bytes;
+        let mut grants = device.grant(total as u64, 0, "the workspace of decode steps")?;
+        Ok(Memory {
+            sizes,
+            scratch: grants.device(scratch_at.bytes, "the workspace of decode steps")?,
+            scratch_at,
+            told: grants.device(told_at.bytes, "the state of decode steps")?,
+            told_host: PinnedMemory::new(gpu.driver(), told_at.bytes)?,
+            told_at,
+            results: grants.device(results_at.bytes, "the results of decode steps")?,
+            results_host: PinnedMemory::new(gpu.driver(), results_at.bytes)?,
+            results_at,
+        })
+    }
+
+    /// Writes what the GPU must know of a group.
+    fn tell(
+        &mut self,
+        group: &Group,
+        places: &[Place],
+        n_layers: usize,
+        cache: &impl Fn(usize, usize) -> specache_layer_cache,
+    ) {
+        let Told { tokens, seqs, caches, .. } = self.told_at;
+        let told = self.told_host.bytes_mut();
+        let mut row = group.rows.start;
+        for i in group.seqs.clone() {
+            let Place { n, nq, no, n_rows, .. } = places[i];
+            let seq = specache_seq {
+                n: n as u32,
+                nq: nq as u32,
+                no: no as u32,
+                n_rows: n_rows as u32,
+                first_row: (row - group.rows.start) as u32,
+                reserved: [0; 3],
+            };
+            put(told, seqs + i * size_of::<specache_seq>(), &seq);
+            told[tokens + row * 4..][..n_rows * 4].copy_from_slice(cast_slice(&places[i].tokens[..n_rows]));
+            row += n_rows;
+            for l in 0..n_layers {
+                let entry = group.seqs.start * n_layers + l * group.n_seqs() + i - group.seqs.start;
+                put(told, caches + entry * size_of::<specache_layer_cache>(), &cache(l, i));
+            }
+        }
+    }
+
+    /// Places of a group's sequences.
+    fn seqs(&self, group: &Group) -> u64 {
+        self.told.address() + (self.told_at.seqs + group.seqs.start * size_of::<specache_seq>()) as u64
+    }
+
+    /// Caches of a group's sequences in layer `l`.
+    fn caches(&self, n_layers: usize, group: &Group, l: usize) -> u64 {
+        let entry = group.seqs.start * n_layers + l * group.n_seqs();
+        self.told.address() + (self.told_at.caches + entry * size_of::<specache_layer_cache>()) as u64
+    }
+
+    fn append(&self, config: &Config, group: usize, l: usize) -> u64 {
+        self.scratch.address() + (self.scratch_at.append + (group * config.n_layers + l) * MAX_ROWS * 8) as u64
+    }
+
+    fn rows(&self, config: &Config, number: usize, group: &Group) -> Rows {
+        let first = group.rows.start;
+        let at = |part: usize, width: usize| self.scratch.address() + (part + first * width * 4) as u64;
+        let (at_, heads) = (self.scratch_at, config.n_heads * config.head_dim);
+        Rows {
+            n: group.rows.len() as u32,
+            x: at(at_.x, config.hidden_size),
+            q: at(at_.q, heads),
+            k: at(at_.k, config.n_kv_heads * config.head_dim),
+            attn: at(at_.attn, heads),
+            inner: at(at_.inner, config.intermediate_size),
+            rope: at(at_.rope, config.head_dim),
+            append: self.append(config, number, 0),
+            bad_layer: self.result(self.results_at.bad_layer, first * 4),
+        }
+    }
+
+    fn result(&self, part: usize, at: usize) -> u64 {
+        self.results.address() + (part + at) as u64
+    }
+
+    /// A part of what the GPU told, as numbers.
+    fn told_back<T: Pod>(&self, part: impl FnOnce(&Results) -> usize) -> &[T] {
+        let bytes = &self.results_host.bytes()[part(&self.results_at)..];
+        cast_slice(&bytes[..bytes.len() / size_of::<T>() * size_of::<T>()])
+    }
+
+    fn attention(
+        &self,
+        gpu: &Gpu,
+        config: &Config,
+        number: usize,
+        group: &Group,
+        l: usize,
+        replace: bool,
+    ) -> specache_attn_params {
+        let (rows, at) = (self.rows(config, number, group), |part: usize| self.scratch.address() + part as u64);
+        let selects = group.top_k > 0;
+        specache_attn_params {
+            seqs: self.seqs(group),
+            caches: self.caches(config.n_layers, group, l),
+            q: rows.q,
+            out: rows.attn,
+            scores: if selects { at(self.scratch_at.scores) } else { 0 },
+            lse: at(self.scratch_at.lse),
+            parts: at(self.scratch_at.attn_parts),
+            top_k: if replace { group.top_k } else { 0 },
+            ..attention_shape(gpu, config, &group.shape, group.n_seqs(), self.sizes.capacity)
+        }
+    }
+
+    fn selection(&self, gpu: &Gpu, config: &Config, number: usize, group: &Group, l: usize) -> specache_select_params {
+        let attention = self.attention(gpu, config, number, group, l, true);
+        let (fetches, fetch_counts) = self.fetches(config, group, l);
+        let lists = (l * self.sizes.seqs + group.seqs.start) * config.n_kv_heads;
+        specache_select_params {
+            seqs: attention.seqs,
+            caches: attention.caches,
+            scores: attention.scores,
+            lse: attention.lse,
+            selected: self.result(self.results_at.selected, self.first_list(config, l, group.seqs.start) * 4),
+            fetches,
+            fetch_counts,
+            select_counts: self.result(self.results_at.select_counts, lists * 4),
+            candidates: self.scratch.address() + self.scratch_at.candidates as u64,
+            score_stride: attention.score_stride,
+            n_seqs: attention.n_seqs,
+            n_heads: attention.n_heads,
+            n_kv_heads: attention.n_kv_heads,
+            top_k: group.top_k,
+            window: attention.window,
+            capacity: attention.capacity,
+        }
+    }
+
+    /// Of a layer and the sequences from `seq` on: where their lists of positions begin, in numbers.
+    fn first_list(&self, config: &Config, l: usize, seq: usize) -> usize {
+        (l * self.sizes.seqs + seq) * config.n_kv_heads * self.sizes.top_k
+    }
+
+    /// A group's fetches of a layer, and their counts: a layer's own, because its gather reads them while the next one
+    /// selects.
+    fn fetches(&self, config: &Config, group: &Group, l: usize) -> (u64, u64) {
+        let list = self.first_list(config, l, group.seqs.start) * size_of::<specache_fetch>();
+        let counts = (l * self.sizes.seqs + group.seqs.start) * config.n_kv_heads * 4;
+        let fetches = self.scratch.address() + (self.scratch_at.fetches + list) as u64;
+        (fetches, self.result(self.results_at.fetch_counts, counts))
+    }
+}
+
+/// The parts of the attention's parameters that say how large everything is.
+fn attention_shape(
+    gpu: &Gpu,
+    config: &Config,
+    shape: &KvShape,
+    n_seqs: usize,
+    capacity: usize,
+) -> specache_attn_params {
+    specache_attn_params {
+        score_stride: capacity as u64,
+        n_seqs: n_seqs as u32,
+        n_heads: config.n_heads as u32,
+        n_kv_heads: config.n_kv_heads as u32,
+        head_dim: config.head_dim as u32,
+        bits: shape.packed.bits as u32,
+        group_size: shape.packed.group_size as u32,
+        dtype: dtype_code(shape.dtype),
+        window: config.sliding_window.unwrap_or(0) as u32,
+        capacity: capacity as u32,
+        n_sms: gpu.facts().n_sms,
+        shared_limit: gpu.facts().shared_limit,
+        ..Default::default()
+    }
+}
+
+impl Scratch {
+    fn new(gpu: &Gpu, config: &Config, sizes: &Sizes) -> Scratch {
+        let (mut parts, rows) = (Parts::default(), sizes.rows);
+        let (heads, kv) = (config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim);
+        let group = sizes.seqs.min(GROUP);
+        let shape = KvShape::new(config, &KvOptions::default());
+        let attention = specache_attn_params {
+            top_k: sizes.top_k as u32,
+            ..attention_shape(gpu, config, &shape, group, sizes.capacity)
+        };
+        let selection = specache_select_params {
+            n_seqs: group as u32,
+            n_heads: attention.n_heads,
+            n_kv_heads: attention.n_kv_heads,
+            top_k: attention.top_k,
+            capacity: attention.capacity,
+            ..Default::default()
+        };
+        let lists = config.n_layers * sizes.seqs * config.n_kv_heads * sizes.top_k;
+        let slices = config.vocab_size.div_ceil(SPECACHE_ARGMAX_SLICE as usize);
+        let select_rows = if sizes.top_k > 0 { group * config.n_heads * sizes.capacity } else { 0 };
+        Scratch {
+            x: parts.next(rows * config.hidden_size * 4),
+            q: parts.next(rows * heads * 4),
+            k: parts.next(rows * kv * 4),
+            attn: parts.next(rows * heads * 4),
+            inner: parts.next(rows * config.intermediate_size * 4),
+            rope: parts.next(rows * config.head_dim * 4),
+            append: parts.next(sizes.groups * config.n_layers * MAX_ROWS * 8),
+            scores: parts.next(select_rows * 4),
+            lse: parts.next(group * config.n_heads * 4),
+            attn_parts: parts.next(part_bytes(&attention)),
+            candidates: parts.next(candidate_bytes(&selection)),
+            argmax: parts.next(MAX_ROWS * slices * size_of::<specache_choice>()),
+            fetches: parts.next(lists * size_of::<specache_fetch>()),
+            bytes: parts.bytes(),
+        }
+    }
+}
+
+#[allow(unsafe_code)]
+fn part_bytes(params: &specache_attn_params) -> usize {
+    // SAFETY: reads the struct.
+    unsafe { specache_attn_part_bytes(params) as usize }
+}
+
+#[allow(unsafe_code)]
+fn candidate_bytes(params: &specache_select_params) -> usize {
+    // SAFETY: reads the struct.
+    unsafe { specache_select_scratch_bytes(params) as usize }
+}
+
+impl Told {
+    fn new(config: &Config, sizes: &Sizes) -> Told {
+        let mut parts = Parts::default();
+        Told {
+            tokens: parts.next(sizes.rows * 4),
+            seqs: parts.next(sizes.seqs * size_of::<specache_seq>()),
+            caches: parts.next(sizes.seqs * config.n_layers * size_of::<specache_layer_cache>()),
+            bytes: parts.bytes(),
+        }
+    }
+}
+
+impl Results {
+    fn new(config: &Config, sizes: &Sizes) -> Results {
+        let mut parts = Parts::default();
+        let lists = config.n_layers * sizes.seqs * config.n_kv_heads;
+        Results {
+            logits: parts.next(sizes.rows * config.vocab_size * 4),
+            choices: parts.next(sizes.rows * size_of::<specache_choice>()),
+            bad_layer: parts.next(sizes.rows * 4),
+            fetch_counts: parts.next(lists * 4),
+            select_counts: parts.next(lists * 4),
+            selected: parts.next(lists * sizes.top_k * 4),
+            bytes: parts.bytes(),
+        }
+    }
+}
+
+/// Writes a struct of the kernels into bytes.
+fn put<T: Pod>(to: &mut [u8], at: usize, value: &T) {
+    to[at..at + size_of::<T>()].copy_from_slice(bytes_of(value));
+}

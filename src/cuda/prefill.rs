@@ -1,0 +1,275 @@
+//! A prefill on the GPU: one prompt's residual stream, and the launches that take it through a layer chunk by chunk.
+
+use bytemuck::{Pod, bytes_of, cast_slice, cast_slice_mut};
+
+use super::decode::Parts;
+use super::dtype_code;
+use super::rows::{Dense, MAX_ROWS, Rows};
+use super::weights::GpuModel;
+use crate::device::cuda::bindings::abi::{
+    SPECACHE_NONE, specache_embed_params, specache_embed_plan, specache_layer_cache, specache_prefill_params,
+    specache_prefill_plan, specache_seq,
+};
+use crate::device::cuda::{Gpu, PinnedMemory};
+use crate::device::order::StreamId;
+use crate::device::{Buffer, Device, Event, Grants};
+use crate::error::Result;
+use crate::kv::host::WidePage;
+use crate::kv::{KvShape, PAGE};
+use crate::model::Config;
+
+/// A prompt on its way through the layers.
+pub(crate) struct PromptStream {
+    memory: Buffer,
+    at: Layout,
+    host: PinnedMemory,
+    shape: KvShape,
+    /// Position of the first token.
+    start: usize,
+    /// Tokens.
+    n: usize,
+    /// Rows of a chunk.
+    chunk: usize,
+    /// When the lists of places of the layers before may be overwritten, by layer mod 2.
+    sent: [Option<Event>; 2],
+}
+
+/// Offsets on the device, and from `tokens` to `told_end` on the host too, relative to `tokens`.
+#[derive(Clone, Copy, Default)]
+struct Layout {
+    x: usize,
+    rope: usize,
+    bad_layer: usize,
+    q: usize,
+    k: usize,
+    attn: usize,
+    inner: usize,
+    logits: usize,
+    tokens: usize,
+    seqs: usize,
+    caches: usize,
+    append: [usize; 2],
+    bytes: usize,
+}
+
+impl Layout {
+    fn new(config: &Config, n: usize, chunk: usize) -> Layout {
+        let (mut parts, heads) = (Parts::default(), config.n_heads * config.head_dim);
+        let rows = n.min(chunk);
+        Layout {
+            x: parts.next(n * config.hidden_size * 4),
+            rope: parts.next(n * config.head_dim * 4),
+            bad_layer: parts.next(n * 4),
+            q: parts.next(rows * heads * 4),
+            k: parts.next(MAX_ROWS * config.n_kv_heads * config.head_dim * 4),
+            attn: parts.next(rows * heads * 4),
+            inner: parts.next(MAX_ROWS * config.intermediate_size * 4),
+            logits: parts.next(config.vocab_size * 4),
+            tokens: parts.next(n * 4),
+            seqs: parts.next(n.div_ceil(chunk) * size_of::<specache_seq>()),
+            caches: parts.next(config.n_layers * size_of::<specache_layer_cache>()),
+            append: [parts.next(n * 8), parts.next(n * 8)],
+            bytes: parts.bytes(),
+        }
+    }
+
+    /// Bytes that the host tells.
+    fn told(&self) -> usize {
+        self.bytes - self.tokens
+    }
+}
+
+impl PromptStream {
+    /// Bytes on the device that a prompt of `n` tokens takes beside its cache.
+    pub(crate) fn bytes(config: &Config, n: usize, chunk: usize) -> u64 {
+        Layout::new(config, n, chunk).bytes as u64
+    }
+
+    /// A prompt of `tokens` behind `start` tokens that are there, embedded. `nq`: positions that are read low-bit;
+    /// `cache(l)`: where layer l of its cache lies.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`], [`crate::Error::Device`].
+    #[allow(clippy::too_many_arguments)] // One call site, which names them all.
+    pub(crate) fn new(
+        device: &Device,
+        grants: &mut Grants,
+        model: &GpuModel,
+        config: &Config,
+        attention_factor: f32,
+        shape: KvShape,
+        (start, nq): (usize, usize),
+        tokens: &[u32],
+        chunk: usize,
+        cache: impl Fn(usize) -> specache_layer_cache,
+    ) -> Result<PromptStream> {
+        let gpu = device.gpu().expect("a prompt on a GPU");
+        let n = tokens.len();
+        let at = Layout::new(config, n, chunk);
+        let memory = grants.device(at.bytes, "the rows of a prompt")?;
+        let mut host = PinnedMemory::new(gpu.driver(), at.told())?;
+        let told = host.bytes_mut();
+        told[..n * 4].copy_from_slice(cast_slice(tokens));
+        for i in 0..n.div_ceil(chunk) {
+            let seq = specache_seq {
+                n: (start + i * chunk) as u32,
+                nq: nq as u32,
+                no: nq as u32,
+                n_rows: chunk.min(n - i * chunk) as u32,
+                first_row: 0,
+                reserved: [0; 3],
+            };
+            put(told, at.seqs - at.tokens, i, &seq);
+        }
+        (0..config.n_layers).for_each(|l| put(told, at.caches - at.tokens, l, &cache(l)));
+        let stream = PromptStream { memory, at, host, shape, start, n, chunk, sent: [None; 2] };
+        let address = |part: usize| stream.memory.address() + part as u64;
+        // The lists of places follow layer by layer.
+        gpu.send(StreamId::Compute, address(at.tokens), &stream.host, 0..at.append[0] - at.tokens);
+        // One sequence as long as the prompt, and nowhere to append to: each layer has pages of its own.
+        let params = specache_embed_params {
+            table: model.embed.weight,
+            tokens: address(at.tokens),
+            seqs: address(at.seqs),
+            caches: address(at.caches),
+            inv_freq: model.inv_freq,
+            x: address(at.x),
+            rope: address(at.rope),
+            append: address(at.append[0]),
+            bad_layer: address(at.bad_layer),
+            n_rows: 0,
+            n_seqs: 1,
+            hidden: config.hidden_size as u32,
+            vocab: config.vocab_size as u32,
+            n_layers: 0,
+            n_kv_heads: config.n_kv_heads as u32,
+            head_dim: config.head_dim as u32,
+            attention_factor,
+            dtype: model.embed.dtype,
+            append_stride: chunk as u32,
+        };
+        for (i, first) in (0..n).step_by(chunk).enumerate() {
+            let of_rows = |part: u64, width: usize| part + (first * width * 4) as u64;
+            gpu.launch(
+                specache_embed_plan,
+                &specache_embed_params {
+                    tokens: of_rows(params.tokens, 1),
+                    seqs: params.seqs + (i * size_of::<specache_seq>()) as u64,
+                    x: of_rows(params.x, config.hidden_size),
+                    rope: of_rows(params.rope, config.head_dim),
+                    bad_layer: of_rows(params.bad_layer, 1),
+                    n_rows: chunk.min(n - first) as u32,
+                    ..params
+                },
+            );
+        }
+        Ok(stream)
+    }
+
+    /// Rows of chunk `i`: where they begin among the prompt's, and how many.
+    fn chunk_rows(&self, i: usize) -> (usize, usize) {
+        (i * self.chunk, self.chunk.min(self.n - i * self.chunk))
+    }
+
+    /// Chunks of the prompt.
+    pub(crate) fn n_chunks(&self) -> usize {
+        self.n.div_ceil(self.chunk)
+    }
+
+    /// Tells the GPU where layer `l` has its K and V: `pages` begin with page number `first_page`.
+    pub(crate) fn begin_layer(&mut self, device: &Device, l: usize, pages: &[WidePage], first_page: usize) {
+        let gpu = device.gpu().expect("a prompt on a GPU");
+        // The layer before the last has read its list.
+        self.sent[l % 2].take().into_iter().for_each(|event| device.finish(event));
+        let part = self.at.append[l % 2] - self.at.tokens;
+        let list: &mut [u64] = cast_slice_mut(&mut self.host.bytes_mut()[part..part + self.n * 8]);
+        for (row, place) in list.iter_mut().enumerate() {
+            let position = self.start + row;
+            let offset = position % PAGE * self.shape.pair_bytes();
+            *place = pages[position / PAGE - first_page].address() + offset as u64;
+        }
+        let to = self.memory.address() + self.at.append[l % 2] as u64;
+        gpu.send(StreamId::Compute, to, &self.host, part..part + self.n * 8);
+        self.sent[l % 2] = Some(device.record(StreamId::Compute));
+    }
+
+    /// Rows `first ..` of the prompt, at most [`MAX_ROWS`], the `in_chunk`-th of their chunk.
+    fn rows(&self, config: &Config, l: usize, first: usize, in_chunk: usize, n: usize) -> Rows {
+        let at = |part: usize, row: usize, width: usize| self.memory.address() + (part + row * width * 4) as u64;
+        let heads = config.n_heads * config.head_dim;
+        Rows {
+            n: n as u32,
+            x: at(self.at.x, first, config.hidden_size),
+            q: at(self.at.q, in_chunk, heads),
+            k: at(self.at.k, 0, 0),
+            attn: at(self.at.attn, in_chunk, heads),
+            inner: at(self.at.inner, 0, 0),
+            rope: at(self.at.rope, first, config.head_dim),
+            append: at(self.at.append[l % 2], first, 2),
+            bad_layer: at(self.at.bad_layer, first, 1),
+        }
+    }
+
+    fn each_rows(&self, config: &Config, l: usize, chunk: usize, mut launch: impl FnMut(&Rows)) {
+        let (first, n) = self.chunk_rows(chunk);
+        for row in (0..n).step_by(MAX_ROWS) {
+            launch(&self.rows(config, l, first + row, row, MAX_ROWS.min(n - row)));
+        }
+    }
+
+    /// RMS norm, q, k, v, RoPE of a chunk; K and V go to the pages.
+    pub(crate) fn norm_qkv_rope(&self, gpu: &Gpu, model: &GpuModel, config: &Config, l: usize, chunk: usize) {
+        let dense = Dense { gpu, model, config };
+        self.each_rows(config, l, chunk, |rows| dense.norm_qkv_rope(l, rows, &self.shape));
+    }
+
+    /// Causal attention of a chunk.
+    pub(crate) fn attend(&self, gpu: &Gpu, config: &Config, l: usize, chunk: usize) {
+        let at = |part: usize| self.memory.address() + part as u64;
+        let params = specache_prefill_params {
+            seqs: at(self.at.seqs + chunk * size_of::<specache_seq>()),
+            caches: at(self.at.caches + l * size_of::<specache_layer_cache>()),
+            q: at(self.at.q),
+            out: at(self.at.attn),
+            n_seqs: 1,
+            n_rows: self.chunk_rows(chunk).1 as u32,
+            n_heads: config.n_heads as u32,
+            n_kv_heads: config.n_kv_heads as u32,
+            head_dim: config.head_dim as u32,
+            bits: self.shape.packed.bits as u32,
+            group_size: self.shape.packed.group_size as u32,
+            dtype: dtype_code(self.shape.dtype),
+            window: config.sliding_window.unwrap_or(0) as u32,
+            shared_limit: gpu.facts().shared_limit,
+        };
+        gpu.launch(specache_prefill_plan, &params);
+    }
+
+    /// Output projection and MLP of a chunk.
+    pub(crate) fn rest_of_layer(&self, gpu: &Gpu, model: &GpuModel, config: &Config, l: usize, chunk: usize) {
+        let dense = Dense { gpu, model, config };
+        self.each_rows(config, l, chunk, |rows| {
+            dense.out_residual(l, rows);
+            dense.norm_gate_up(l, rows);
+            dense.down_residual(l, rows);
+        });
+    }
+
+    /// The logits of the last row, and the first layer whose input was not finite in some row. Waits for them.
+    pub(crate) fn end(&self, gpu: &Gpu, model: &GpuModel, config: &Config) -> (Vec<f32>, Option<usize>) {
+        let at = |part: usize| self.memory.address() + part as u64;
+        let last = at(self.at.x + (self.n - 1) * config.hidden_size * 4);
+        Dense { gpu, model, config }.norm_logits(1, last, at(self.at.logits));
+        let mut logits = vec![0.0; config.vocab_size];
+        self.memory.read(self.at.logits, cast_slice_mut(&mut logits));
+        let mut bad_layers = vec![SPECACHE_NONE; self.n];
+        self.memory.read(self.at.bad_layer, cast_slice_mut(&mut bad_layers));
+        let first = bad_layers.into_iter().min().filter(|&layer| layer != SPECACHE_NONE);
+        (logits, first.map(|layer| layer as usize))
+    }
+}
+
+/// Writes entry `i` of a list of the kernels' structs that begins at `list`.
+fn put<T: Pod>(to: &mut [u8], list: usize, i: usize, value: &T) {
+    to[list + i * size_of::<T>()..][..size_of::<T>()].copy_from_slice(bytes_of(value));
+}

@@ -1,0 +1,155 @@
+//! A model in the GPU's memory: one allocation, filled once.
+
+use bytemuck::cast_slice;
+
+use super::dtype_code;
+use crate::device::{Buffer, Device};
+use crate::error::{Error, Result};
+use crate::model::rope::RopeTable;
+use crate::model::{Config, Linear, Matrix, Model};
+
+/// Addresses of a model's tensors, and the memory that they are in.
+pub(crate) struct GpuModel {
+    _memory: Buffer,
+    pub embed: Projection,
+    pub layers: Vec<GpuLayer>,
+    /// `[hidden]` f32.
+    pub final_norm: u64,
+    pub lm_head: Projection,
+    /// `[head_dim / 2]` f32.
+    pub inv_freq: u64,
+}
+
+/// `y = W x + b` on the GPU.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Projection {
+    /// `[n, k]` of `dtype`.
+    pub weight: u64,
+    /// `[n]` f32, or 0.
+    pub bias: u64,
+    pub dtype: u32,
+    /// Outputs.
+    pub n: u32,
+    /// Inputs.
+    pub k: u32,
+}
+
+/// One decoder layer. Norms are f32, 0 where there is none.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct GpuLayer {
+    pub input_norm: u64,
+    pub q: Projection,
+    pub k: Projection,
+    pub v: Projection,
+    pub q_norm: u64,
+    pub k_norm: u64,
+    pub o: Projection,
+    pub post_norm: u64,
+    pub gate: Projection,
+    pub up: Projection,
+    pub down: Projection,
+}
+
+/// Tensors begin at multiples of this, for 16-byte loads and whole memory sectors.
+const ALIGN: usize = 256;
+
+/// What goes where, before there is memory for it.
+#[derive(Default)]
+struct Layout<'a> {
+    parts: Vec<(usize, &'a [u8])>,
+    bytes: usize,
+}
+
+impl<'a> Layout<'a> {
+    /// The offset of `bytes`, plus 1: 0 is nowhere.
+    fn place(&mut self, bytes: &'a [u8]) -> u64 {
+        let at = self.bytes;
+        self.parts.push((at, bytes));
+        self.bytes = (at + bytes.len()).next_multiple_of(ALIGN);
+        at as u64 + 1
+    }
+
+    fn numbers(&mut self, numbers: Option<&'a Vec<f32>>) -> u64 {
+        numbers.map_or(0, |n| self.place(cast_slice(n)))
+    }
+
+    fn matrix(&mut self, m: &'a Matrix) -> Projection {
+        let (n, k) = (m.rows() as u32, m.cols() as u32);
+        Projection { weight: self.place(m.bytes()), bias: 0, dtype: dtype_code(m.dtype()), n, k }
+    }
+
+    fn linear(&mut self, linear: &'a Linear) -> Projection {
+        let bias = self.numbers(linear.bias.as_ref());
+        Projection { bias, ..self.matrix(&linear.weight) }
+    }
+}
+
+impl GpuModel {
+    /// Copies a model to the device's GPU.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a shape that no kernel serves, [`Error::OutOfMemory`], [`Error::Device`].
+    pub(crate) fn new(device: &Device, model: &Model, rope: &RopeTable) -> Result<GpuModel> {
+        check_shape(&model.config)?;
+        let (weights, mut layout) = (&model.weights, Layout::default());
+        let embed = layout.matrix(&weights.embed);
+        let tied = weights.embed.bytes().as_ptr() == weights.lm_head.weight.bytes().as_ptr();
+        let lm_head = if tied { embed } else { layout.linear(&weights.lm_head) };
+        let (final_norm, inv_freq) =
+            (layout.place(cast_slice(&weights.final_norm)), layout.place(cast_slice(&rope.inv_freq)));
+        let mut layers: Vec<GpuLayer> = Vec::with_capacity(weights.layers.len());
+        for layer in &weights.layers {
+            layers.push(GpuLayer {
+                input_norm: layout.place(cast_slice(&layer.input_norm)),
+                q: layout.linear(&layer.q),
+                k: layout.linear(&layer.k),
+                v: layout.linear(&layer.v),
+                q_norm: layout.numbers(layer.q_norm.as_ref()),
+                k_norm: layout.numbers(layer.k_norm.as_ref()),
+                o: layout.linear(&layer.o),
+                post_norm: layout.place(cast_slice(&layer.post_norm)),
+                gate: layout.linear(&layer.gate),
+                up: layout.linear(&layer.up),
+                down: layout.linear(&layer.down),
+            });
+        }
+        let mut memory = device.grant(layout.bytes as u64, 0, "the weights")?.device(layout.bytes, "the weights")?;
+        layout.parts.iter().for_each(|(at, bytes)| memory.write(*at, bytes));
+        let base = memory.address();
+        let mut placed = GpuModel { _memory: memory, embed, layers, final_norm, lm_head, inv_freq };
+        placed.addresses().into_iter().filter(|at| **at != 0).for_each(|at| *at += base - 1);
+        Ok(placed)
+    }
+
+    /// Every address, as [`Layout::place`] gave it.
+    fn addresses(&mut self) -> Vec<&mut u64> {
+        let GpuModel { _memory, embed, layers, final_norm, lm_head, inv_freq } = self;
+        let mut all = vec![final_norm, inv_freq];
+        let mut projections = vec![embed, lm_head];
+        for GpuLayer { input_norm, q, k, v, q_norm, k_norm, o, post_norm, gate, up, down } in layers {
+            all.extend([input_norm, q_norm, k_norm, post_norm]);
+            projections.extend([q, k, v, o, gate, up, down]);
+        }
+        for Projection { weight, bias, .. } in projections {
+            all.extend([weight, bias]);
+        }
+        all
+    }
+}
+
+/// What the kernels serve. Their plans refuse the rest too, but only once something runs.
+fn check_shape(config: &Config) -> Result<()> {
+    let refuse = |what: String| Err(Error::Usage(format!("{what}; --device cpu serves this model")));
+    if !matches!(config.head_dim, 64 | 128) {
+        return refuse(format!("head_dim {}: the GPU kernels are made for 64 and 128", config.head_dim));
+    }
+    if config.group_heads() > 16 {
+        return refuse(format!("{} query heads per KV head: the GPU kernels take up to 16", config.group_heads()));
+    }
+    for (name, width) in [("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)] {
+        if width % 8 != 0 || width < 32 {
+            return refuse(format!("{name} {width}: the GPU kernels need a multiple of 8, at least 32"));
+        }
+    }
+    Ok(())
+}

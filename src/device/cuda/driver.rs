@@ -1,0 +1,187 @@
+//! The driver of one GPU: every call is checked, and the first failure of work in a queue is kept until somebody asks.
+#![allow(unsafe_code)] // Calls into the driver.
+
+use std::ffi::CStr;
+use std::path::Path;
+use std::ptr;
+use std::sync::{Mutex, MutexGuard};
+
+use super::bindings::driver::{CUcontext, CUdevice, CUdevice_attribute_enum as Attribute, CUresult, Cuda};
+use super::probe::{self, Gpu};
+use crate::error::{Error, Result};
+
+/// What is known about a GPU.
+#[derive(Clone, Debug)]
+pub(crate) struct Facts {
+    /// Name, number, memory.
+    pub gpu: Gpu,
+    /// Multiprocessors.
+    pub n_sms: u32,
+    /// The most dynamic shared memory of a block, bytes.
+    pub shared_limit: u32,
+    /// `CUDA 13.0`'s 13000.
+    pub driver_version: i32,
+}
+
+/// The driver of one GPU, with its primary context. Shared by everything that lives on that GPU.
+pub(crate) struct Driver {
+    pub(super) api: Cuda,
+    context: CUcontext,
+    device: CUdevice,
+    /// What is known about the GPU.
+    pub facts: Facts,
+    failure: Mutex<Option<String>>,
+}
+
+// SAFETY: the driver's functions may be called from any thread, and a context is a handle that any thread may use.
+unsafe impl Send for Driver {}
+// SAFETY: as above; what is of our own is behind a mutex or does not change.
+unsafe impl Sync for Driver {}
+
+impl Driver {
+    /// Opens the driver for GPU `index`. `library`: the driver's library to open instead of the usual ones.
+    ///
+    /// # Errors
+    /// [`Error::Device`] with the reason why that GPU cannot be used, [`Error::Usage`] for a number that no GPU has.
+    pub(crate) fn open(library: Option<&Path>, index: usize) -> Result<Driver> {
+        let gpus = probe::probe(library).map_err(|why| Error::Device(format!("--device cuda: {why}")))?;
+        let gpu = gpus.get(index).cloned().ok_or_else(|| {
+            Error::Usage(format!("--device cuda:{index}: there are {} GPUs, counted from 0", gpus.len()))
+        })?;
+        if !gpu.is_supported() {
+            return Err(Error::Device(format!("--device cuda:{index}: {gpu}")));
+        }
+        let (name, library) = probe::open(library).map_err(|why| Error::Device(why.to_string()))?;
+        // SAFETY: the probe has called this library; the symbols have the types of cuda.h.
+        let api = unsafe { Cuda::from_library(library) }
+            .map_err(|e| Error::Device(format!("{name}: {e}; install a newer NVIDIA driver")))?;
+        let mut driver = Driver {
+            api,
+            context: ptr::null_mut(),
+            device: 0,
+            facts: Facts { gpu, n_sms: 0, shared_limit: 0, driver_version: 0 },
+            failure: Mutex::new(None),
+        };
+        driver.begin(index)?;
+        Ok(driver)
+    }
+
+    fn begin(&mut self, index: usize) -> Result<()> {
+        let (mut device, mut context, mut version) = (0, ptr::null_mut(), 0);
+        // SAFETY: initialises the library; flags must be 0.
+        self.check("cuInit", unsafe { self.api.cuInit(0) })?;
+        // SAFETY: writes one int.
+        self.check("cuDriverGetVersion", unsafe { self.api.cuDriverGetVersion(&mut version) })?;
+        // SAFETY: writes one int.
+        self.check("cuDeviceGet", unsafe { self.api.cuDeviceGet(&mut device, index as i32) })?;
+        // SAFETY: writes one handle, which `drop` gives back.
+        let retained = unsafe { self.api.cuDevicePrimaryCtxRetain(&mut context, device) };
+        self.check("cuDevicePrimaryCtxRetain", retained)?;
+        (self.device, self.context) = (device, context);
+        self.facts.driver_version = version;
+        self.facts.n_sms = self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        self.facts.shared_limit = self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        if self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM)? == 0 {
+            return Err(Error::Device(
+                "this GPU gives pinned host memory another address than the host does, which is not supported".into(),
+            ));
+        }
+        self.enter();
+        self.sound()
+    }
+
+    fn attribute(&self, attribute: Attribute) -> Result<u32> {
+        let mut value = 0;
+        // SAFETY: writes one int.
+        let result = unsafe { self.api.cuDeviceGetAttribute(&mut value, attribute, self.device) };
+        self.check("cuDeviceGetAttribute", result)?;
+        Ok(value.max(0) as u32)
+    }
+
+    /// Makes this GPU the calling thread's. Whoever embeds the engine may have made another one current, so this stands at
+    /// every entry: 20 to 50 ns.
+    pub(crate) fn enter(&self) {
+        // SAFETY: the context lives as long as `self`.
+        self.note("cuCtxSetCurrent", unsafe { self.api.cuCtxSetCurrent(self.context) });
+    }
+
+    /// `Err` for any code but success.
+    pub(super) fn check(&self, call: &'static str, result: CUresult) -> Result<()> {
+        if result == CUresult::CUDA_SUCCESS { Ok(()) } else { Err(Error::Device(self.explain(call, result))) }
+    }
+
+    /// Keeps the first failure for [`Driver::sound`]: of calls in the middle of a pass, which goes on and comes to
+    /// nothing.
+    pub(super) fn note(&self, call: &'static str, result: CUresult) {
+        if result != CUresult::CUDA_SUCCESS {
+            self.fail(self.explain(call, result));
+        }
+    }
+
+    /// Keeps the first failure.
+    pub(crate) fn fail(&self, why: String) {
+        self.lock().get_or_insert(why);
+    }
+
+    /// Whether everything since the last time has gone well. A failure is told once.
+    ///
+    /// # Errors
+    /// [`Error::Device`] with the first failure.
+    pub(crate) fn sound(&self) -> Result<()> {
+        self.lock().take().map_or(Ok(()), |why| Err(Error::Device(why)))
+    }
+
+    /// Whether something has failed that nobody has asked for yet: then there is no point in launching more.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.lock().is_some()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<String>> {
+        self.failure.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn explain(&self, call: &str, result: CUresult) -> String {
+        let (mut name, mut text) = (ptr::null(), ptr::null());
+        // SAFETY: both write a pointer to a static string, or leave null for a code that they do not know.
+        unsafe {
+            self.api.cuGetErrorName(result, &mut name);
+            self.api.cuGetErrorString(result, &mut text);
+        }
+        // SAFETY: null or a zero-terminated static string.
+        let read = |p| if ptr::null() == p { None } else { Some(unsafe { CStr::from_ptr(p) }.to_string_lossy()) };
+        let name = read(name).unwrap_or_else(|| format!("error {}", result.0).into());
+        let text = read(text).unwrap_or("unknown to this driver".into());
+        format!("{}: {call} failed: {name} ({text})", self.facts.gpu.name)
+    }
+
+    /// Free bytes of the GPU's memory.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    pub(crate) fn free_memory(&self) -> Result<u64> {
+        self.enter();
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: writes two sizes.
+        self.check("cuMemGetInfo", unsafe { self.api.cuMemGetInfo_v2(&mut free, &mut total) })?;
+        Ok(free as u64)
+    }
+
+    /// Waits until the GPU has done everything.
+    ///
+    /// # Errors
+    /// [`Error::Device`]: then nothing more will work.
+    pub(crate) fn synchronize(&self) -> Result<()> {
+        self.enter();
+        // SAFETY: takes nothing.
+        self.check("cuCtxSynchronize", unsafe { self.api.cuCtxSynchronize() })
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        if !self.context.is_null() {
+            // SAFETY: retained once, in `begin`. A failure leaves the context to the end of the process.
+            unsafe { self.api.cuDevicePrimaryCtxRelease_v2(self.device) };
+        }
+    }
+}

@@ -1,0 +1,25 @@
+//! What the kernels are loaded from: images that nvcc made when the program was built, or the sources themselves.
+
+include!(concat!(env!("OUT_DIR"), "/images.rs"));
+
+/// A file of csrc/ as the compiler sees it.
+pub(crate) struct Source {
+    /// As `#include` names it.
+    pub name: &'static str,
+    /// Its text.
+    pub text: &'static str,
+}
+
+macro_rules! sources {
+    ($($name:literal),* $(,)?) => {
+        &[$(Source { name: $name, text: include_str!(concat!("../../../csrc/", $name)) }),*]
+    };
+}
+
+/// Each is a program of its own.
+pub(crate) const KERNELS: &[Source] =
+    sources!["attn_decode.cu", "embed.cu", "linear.cu", "pack.cu", "sample.cu", "select.cu"];
+
+/// What they include.
+pub(crate) const HEADERS: &[Source] =
+    sources!["abi.h", "attn_work.h", "common.cuh", "kv_layout.cuh", "product.cuh", "ptx.cuh"];
