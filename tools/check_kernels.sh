@@ -3,6 +3,7 @@
 #   1. nvcc builds every kernel with warnings as errors; no spills; registers within the limit written beside it
 #   2. the same sources run on the CPU emulation (csrc/emu), plainly and under sanitizers, against plain twins
 #   3. builds with an injected bug must fail their test
+#   4. the emulated driver (csrc/emu/driver) builds, and sees every mistake that it promises to see
 # usage: tools/check_kernels.sh [--all]     --all: every architecture that is shipped, not only sm_86 and sm_90a
 set -euo pipefail
 
@@ -13,7 +14,7 @@ architectures=(86 90a)
 case "${1:-}" in
   '') ;;
   --all) architectures=(80 86 89 90a 100 120) ;;
-  *) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; [ "$1" = -h ] || [ "$1" = --help ]; exit ;;
+  *) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; [ "$1" = -h ] || [ "$1" = --help ]; exit ;;
 esac
 
 nvcc=$(tools/cuda-toolkit.sh)
@@ -196,6 +197,23 @@ for bug in 1 2; do expect_bug dense "$bug"; done   # 2: V that is rotated
 expect_bug embed 4
 expect_bug sample 5
 for bug in 1 2; do expect_bug draw "$bug"; done   # 2: tokens in another order
+
+# ---- 4. the emulated driver ---------------------------------------------------------------------------------------
+
+if ! library=$(tools/emulated_driver.sh); then
+  fail "the emulated driver does not build"
+elif ! "${emulated[@]}" -DSPECACHE_EMU_DRIVER csrc/tests/driver_test.cpp target/emulated/objects/*.o -pthread \
+  -o "$out/driver"; then
+  fail "driver does not build"
+elif ! "$out/driver" >"$out/driver.log" 2>&1; then
+  cat "$out/driver.log"
+  fail "driver"
+else
+  echo "ok    $(cat "$out/driver.log")"
+fi
+# As the host program opens it.
+python3 -c 'import ctypes, sys; sys.exit(ctypes.CDLL(sys.argv[1]).cuInit(0))' "$PWD/$library" ||
+  fail "the emulated driver cannot be opened"
 
 if [ "$failures" -ne 0 ]; then
   echo "$failures checks failed"

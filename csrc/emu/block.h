@@ -9,12 +9,15 @@
 #include <vector_types.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <deque>
 #include <functional>
 #include <memory>
 #include <numeric>
 #include <random>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "fail.h"
@@ -29,6 +32,7 @@ constexpr int kOperands = 8;   // 32-bit operands that one lane may give to a co
 // a slower one still reads this one; it cannot be two ahead.
 struct Warp {
     uint32_t operands[2][kLanes][kOperands];
+    float sums[2][kLanes][4];   // what a matrix product of the operands gives each lane
     const char* operation = nullptr;
     unsigned generation = 0;
     int arrived = 0;
@@ -53,6 +57,7 @@ struct Thread {
     Fiber fiber;
     uint3 index{};
     std::deque<AsyncCopy> copies;
+    bool after_previous = true;        // whether the kernel before this one is known to be complete
     const char* waits_for = nullptr;   // null: it can run
 };
 
@@ -61,7 +66,8 @@ public:
     static Block& current() { return *current_; }
 
     // Runs one block of `body`. `shared_bytes` of dynamic shared memory.
-    void run(dim3 grid, dim3 block, uint3 block_index, size_t shared_bytes, uint64_t seed,
+    // `early`: the kernel before it may still run until a thread waits for it.
+    void run(dim3 grid, dim3 block, uint3 block_index, size_t shared_bytes, uint64_t seed, bool early,
              const std::function<void()>& body) {
         current_ = this;
         grid_dim = grid;
@@ -72,7 +78,7 @@ public:
         poison_ = seed % 2 == 0 ? 0xC5 : 0x45;   // as a float, large and negative or positive: it wins a min or a max
         dynamic_shared.assign(shared_bytes, char(poison_));
         static_shared_.clear();
-        start_threads(int(block.x * block.y * block.z));
+        start_threads(int(block.x * block.y * block.z), early);
         while (run_to_barrier()) {
         }
         for (const Thread& t : threads_)
@@ -93,19 +99,13 @@ public:
     // Gives this lane's operands to the warp, waits for all lanes; the answer holds all lanes' operands.
     using Operands = uint32_t[kLanes][kOperands];
     const Operands& exchange(const char* operation, const uint32_t* operands, int count) {
-        Warp& warp = warps_[running_ / kLanes];
-        const unsigned generation = warp.generation % 2;
-        std::memcpy(warp.operands[generation][lane()], operands, count * sizeof(uint32_t));
-        if (warp.arrived > 0 && std::strcmp(warp.operation, operation) != 0)
-            fail("lanes of one warp meet in %s and %s (thread %d)", warp.operation, operation, running_);
-        warp.operation = operation;
-        if (++warp.arrived == kLanes) {
-            release(warp, running_ / kLanes);
-        } else {
-            thread().waits_for = operation;
-            Fiber::yield();
-        }
-        return warp.operands[generation];
+        return meet(operation, operands, count, nullptr).operands[answered_];
+    }
+
+    // As exchange(), but the last lane to arrive multiplies for all: the answer is this lane's four sums.
+    using Multiply = void (*)(const Operands&, float (&sums)[kLanes][4]);
+    const float* product(const char* operation, const uint32_t* operands, int count, Multiply multiply) {
+        return meet(operation, operands, count, multiply).sums[answered_][lane()];
     }
 
     // The shared struct named by the type: one per block and type, poisoned, from the heap so that a sanitizer sees
@@ -138,7 +138,25 @@ private:
         void* bytes;
     };
 
-    void start_threads(int count) {
+    Warp& meet(const char* operation, const uint32_t* operands, int count, Multiply multiply) {
+        Warp& warp = warps_[running_ / kLanes];
+        const unsigned generation = warp.generation % 2;
+        std::memcpy(warp.operands[generation][lane()], operands, count * sizeof(uint32_t));
+        if (warp.arrived > 0 && warp.operation != operation && std::strcmp(warp.operation, operation) != 0)
+            fail("lanes of one warp meet in %s and %s (thread %d)", warp.operation, operation, running_);
+        warp.operation = operation;
+        if (++warp.arrived == kLanes) {
+            if (multiply) multiply(warp.operands[generation], warp.sums[generation]);
+            release(warp, running_ / kLanes);
+        } else {
+            thread().waits_for = operation;
+            Fiber::yield();
+        }
+        answered_ = generation;
+        return warp;
+    }
+
+    void start_threads(int count, bool early) {
         if (count % kLanes != 0) fail("a block of %d threads is not whole warps", count);
         threads_.resize(count);
         warps_.assign(count / kLanes, Warp{});
@@ -150,8 +168,18 @@ private:
             t.index = uint3{u % block_dim.x, u / block_dim.x % block_dim.y, u / (block_dim.x * block_dim.y)};
             t.waits_for = nullptr;
             t.copies.clear();
-            t.fiber.start([](void* body) { (*static_cast<const std::function<void()>*>(body))(); },
-                          const_cast<std::function<void()>*>(body_));
+            t.after_previous = !early;
+            t.fiber.start(run_thread, this);
+        }
+    }
+
+    // A failure must not leave the fiber's stack: the owner throws it again.
+    static void run_thread(void* block) {
+        Block& self = *static_cast<Block*>(block);
+        try {
+            (*self.body_)();
+        } catch (const Failure& failure) {
+            self.failure_ = failure.text;
         }
     }
 
@@ -167,17 +195,33 @@ private:
 
     // Lets every lane that can run do so once, in any order; false when none can.
     bool run_lanes(int warp) {
-        int lanes[kLanes];
-        std::iota(lanes, lanes + kLanes, warp * kLanes);
-        std::shuffle(lanes, lanes + kLanes, random_);
+        const auto& lanes = lane_orders()[random_() % kLaneOrders];
         bool progress = false;
-        for (int i : lanes) {
+        for (int lane : lanes) {
+            const int i = warp * kLanes + lane;
             if (threads_[i].fiber.finished() || threads_[i].waits_for) continue;
             running_ = i;
             threads_[i].fiber.resume();
             progress = true;
+            if (!failure_.empty()) throw Failure{std::exchange(failure_, {})};
         }
         return progress;
+    }
+
+    // Shuffling anew each time would take longer than what the lanes do.
+    static constexpr int kLaneOrders = 256;
+    using LaneOrders = std::array<std::array<uint8_t, kLanes>, kLaneOrders>;
+    static const LaneOrders& lane_orders() {
+        static const LaneOrders orders = [] {
+            LaneOrders all;
+            std::mt19937_64 random(1);
+            for (auto& order : all) {
+                std::iota(order.begin(), order.end(), uint8_t(0));
+                std::shuffle(order.begin(), order.end(), random);
+            }
+            return all;
+        }();
+        return orders;
     }
 
     // Nobody can run: either all stand at the barrier, or all have ended, or the kernel would hang or is undefined.
@@ -216,7 +260,9 @@ private:
     std::vector<Shared> static_shared_;
     std::vector<int> order_;   // of the warps
     std::mt19937_64 random_;
+    std::string failure_;   // of the thread that just ran
     int running_ = 0;
+    unsigned answered_ = 0;   // the generation that meet() answers with
     int poison_ = 0;
 };
 

@@ -105,15 +105,20 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 namespace emu {
 
-// Runs a kernel over a grid, block after block, every block with an order of its own drawn from the seed.
+// Runs a grid, block after block, every block with an order of its own drawn from the seed.
+inline void run_grid(dim3 grid, dim3 block, size_t shared_bytes, uint64_t seed, bool early,
+                     const std::function<void()>& body) {
+    static Block runner;   // keeps the fibers' stacks
+    for (unsigned z = 0; z < grid.z; z++)
+        for (unsigned y = 0; y < grid.y; y++)
+            for (unsigned x = 0; x < grid.x; x++)
+                runner.run(grid, block, uint3{x, y, z}, shared_bytes, seed++, early, body);
+}
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, uint64_t seed,
             Arguments... arguments) {
-    static Block runner;   // keeps the fibers' stacks
-    const std::function<void()> body = [&] { kernel(arguments...); };
-    for (unsigned z = 0; z < grid.z; z++)
-        for (unsigned y = 0; y < grid.y; y++)
-            for (unsigned x = 0; x < grid.x; x++) runner.run(grid, block, uint3{x, y, z}, shared_bytes, seed++, body);
+    run_grid(grid, block, shared_bytes, seed, false, [&] { kernel(arguments...); });
 }
 
 }   // namespace emu

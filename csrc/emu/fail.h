@@ -1,22 +1,35 @@
-// How the emulation stops: one line on stderr and an exit code that tests can tell from a crash.
+// How the emulation stops: one line on stderr and an exit code that tests can tell from a crash; or an exception, where
+// the emulated driver goes on and reports it.
 #pragma once
 
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <string>
 
 namespace emu {
 
 constexpr int kExitCode = 3;
 
+struct Failure {
+    std::string text;
+};
+
+#ifdef SPECACHE_EMU_DRIVER
+constexpr bool kThrows = true;
+#else
+constexpr bool kThrows = false;
+#endif
+
 [[noreturn]] inline void fail(const char* format, ...) {
-    std::fflush(stdout);
-    std::fputs("emulation: ", stderr);
+    char text[512];
     va_list args;
     va_start(args, format);
-    std::vfprintf(stderr, format, args);
+    std::vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    std::fputc('\n', stderr);
+    if (kThrows) throw Failure{text};
+    std::fflush(stdout);
+    std::fprintf(stderr, "emulation: %s\n", text);
     std::fflush(stderr);
     // Not exit(): this may run on a fiber's stack, where no destructor should.
     std::_Exit(kExitCode);

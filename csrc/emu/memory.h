@@ -11,6 +11,11 @@
 
 namespace emu {
 
+#ifdef SPECACHE_EMU_DRIVER
+// The emulated driver knows all memory, and who touches it (driver/memory.cpp).
+void check_access(const void* address, size_t bytes, bool write);
+#else
+
 struct Region {
     size_t bytes;
     bool writable;
@@ -69,5 +74,7 @@ private:
     std::vector<uint8_t> storage_;
     uint8_t* data_;
 };
+
+#endif
 
 }   // namespace emu

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "cuda.h"
 #include "memory.h"
@@ -27,30 +28,47 @@ inline void store_16(void* to, uint4 v) {
     std::memcpy(to, &v, 16);
 }
 
+// Widening by the headers' function takes longer than all the rest of a product.
 inline float emu_half(uint32_t pair, int element) {
-    return __half2float(bit_cast<__half>(uint16_t(pair >> (16 * element))));
+    static const std::vector<float> widened = [] {
+        std::vector<float> all(1 << 16);
+        for (uint32_t bits = 0; bits < all.size(); bits++) all[bits] = __half2float(bit_cast<__half>(uint16_t(bits)));
+        return all;
+    }();
+    return widened[pair >> (16 * element) & 0xFFFF];
 }
 
-// Each lane computes its four sums from what all lanes gave: row g = lane / 4 (and g + 8), columns 2j, 2j + 1.
-template <class Widen>
-void emu_mma(const char* operation, Widen widen, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+inline float emu_bf16(uint32_t pair, int element) {
+    return bit_cast<float>(element == 0 ? pair << 16 : pair & 0xFFFF0000u);
+}
+
+// A warp's product from what its lanes i, j (lane = 4i + j) gave: rows i and i + 8 of A, column i of B.
+template <float (*kWiden)(uint32_t, int)>
+void emu_multiply(const emu::Block::Operands& all, float (&sums)[emu::kLanes][4]) {
+    float a[16][16], b[16][8], d[16][8] = {};
+    for (int lane = 0; lane < emu::kLanes; lane++)
+        for (int octet = 0; octet < 2; octet++)
+            for (int e = 0; e < 2; e++) {
+                const int i = lane / 4, k = 8 * octet + lane % 4 * 2 + e;
+                for (int half = 0; half < 2; half++) a[i + 8 * half][k] = kWiden(all[lane][2 * octet + half], e);
+                b[k][i] = kWiden(all[lane][4 + octet], e);
+            }
+    for (int row = 0; row < 16; row++)
+        for (int k = 0; k < 16; k++)
+            for (int column = 0; column < 8; column++) d[row][column] += a[row][k] * b[k][column];
+    for (int lane = 0; lane < emu::kLanes; lane++)
+        for (int i = 0; i < 4; i++) sums[lane][i] = d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+}
+
+template <float (*kWiden)(uint32_t, int)>
+void emu_mma(const char* operation, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
-    const auto& all = emu::Block::current().exchange(operation, mine, 6);
-    const int lane = emu::Block::current().lane();
-    for (int i = 0; i < 4; i++) {
-        const int row = lane / 4, row_half = i / 2, column = lane % 4 * 2 + i % 2;
-        float sum = 0;
-        for (int k = 0; k < 16; k++) {
-            const int octet = k / 8, pair = k % 8 / 2, element = k % 2;
-            sum += widen(all[row * 4 + pair][2 * octet + row_half], element) *
-                   widen(all[column * 4 + pair][4 + octet], element);
-        }
-        d[i] += sum;
-    }
+    const float* sums = emu::Block::current().product(operation, mine, 6, emu_multiply<kWiden>);
+    for (int i = 0; i < 4; i++) d[i] += sums[i];
 }
 
 inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    emu_mma("mma.m16n8k16", emu_half, d, a, b0, b1);
+    emu_mma<emu_half>("mma.m16n8k16", d, a, b0, b1);
 }
 
 inline uint32_t transpose_8x8(uint32_t row) {
@@ -119,12 +137,8 @@ inline void load_tiles_transposed(uint32_t (&tiles)[4], const void* row) {
     emu_load_tiles("ldmatrix.trans", tiles, row, true);
 }
 
-inline float emu_bf16(uint32_t pair, int element) {
-    return bit_cast<float>(element == 0 ? pair << 16 : pair & 0xFFFF0000u);
-}
-
 inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    emu_mma("mma.m16n8k16.bf16", emu_bf16, d, a, b0, b1);
+    emu_mma<emu_bf16>("mma.m16n8k16.bf16", d, a, b0, b1);
 }
 
 inline float exp2_approx(float x) {
@@ -154,8 +168,8 @@ inline uint4 load_weight(const void* from) { return load_streaming(from); }
 
 inline uint32_t block_index() { return blockIdx.x; }
 
-// Kernels of the emulation run one after the other.
+// Kernels of the emulation run one after the other; the emulated driver asks who has waited.
 inline void let_next_kernel_start() {}
-inline void wait_for_previous_kernel() {}
+inline void wait_for_previous_kernel() { emu::Block::current().thread().after_previous = true; }
 
 }   // namespace specache
