@@ -80,7 +80,7 @@ fn pass(
     let config = &model.config;
     let dense = Dense { device, config, rope: &context.rope, path: Path::Rows };
     plan_rows(batch, buffers, takes_part, kind);
-    device.begin_step();
+    let _step = device.begin_step();
     let Buffers { rows, attention, members, seqs, tokens, logits, fetches, .. } = buffers;
     fetches.begin_pass(device);
     let n_rows = seqs.iter().map(|s| s.n_rows).sum();

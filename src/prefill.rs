@@ -43,7 +43,7 @@ pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers)
     let device_bytes = device_bytes.saturating_add(stream_bytes);
     // Held to the end: the residual streams, which nothing else meters, are a part of it.
     let mut admission = Admission::ask(&context.device, &context.slab, device_bytes, host_pages, "a prefill")?;
-    context.device.begin_step();
+    let _step = context.device.begin_step();
     for prompt in prompts.iter_mut() {
         prompt.session.cache.begin_prefill(prompt.end(), &mut admission)?;
         prompt.session.begin_pass();
@@ -58,7 +58,7 @@ pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers)
         context.device.at_layer(Some(layer));
         for (i, x) in streams.iter_mut().enumerate() {
             if let Err(Stopped { pages, why }) = prefill_layer(context, &mut prompts[i], layer, x, buffers) {
-                undo(context, prompts, layer, i, pages);
+                undo(prompts, layer, i, pages);
                 return Err(why);
             }
         }
@@ -75,14 +75,13 @@ struct Stopped {
 }
 
 /// All sessions are as before, where prompt `i` has stopped in `layer`: those before it had passed it.
-fn undo(context: &Context, prompts: &mut [Prompt], layer: usize, i: usize, pages: Vec<WidePage>) {
+fn undo(prompts: &mut [Prompt], layer: usize, i: usize, pages: Vec<WidePage>) {
     let mut pages = Some(pages);
     for (j, prompt) in prompts.iter_mut().enumerate() {
         let (end, settled) = (prompt.end(), layer + usize::from(j < i));
         prompt.session.cache.undo_prefill(end, settled, if j == i { pages.take() } else { None });
         prompt.session.undo_figures();
     }
-    context.device.at_layer(None);
 }
 
 /// One layer of one prompt, chunk by chunk: every chunk sees the K and V of those before it. Stops only when interrupted.

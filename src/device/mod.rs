@@ -35,7 +35,7 @@ use link::{CopyEngine, LinkOptions};
 use order::{Checker, EventClock, Site, StreamId, Uses};
 use pin::Pin;
 use stream::Streams;
-use trace::{Place, Trace};
+use trace::{Place, Trace, Visit};
 
 /// What a device is to be like.
 #[derive(Clone)]
@@ -185,10 +185,10 @@ impl Device {
         self.0.copy_engine.clone()
     }
 
-    /// A new pass begins on the calling thread: what it launches from now on belongs to it.
-    pub(crate) fn begin_step(&self) {
+    /// A new pass begins on the calling thread: what it launches belongs to it, until what is returned is dropped.
+    pub(crate) fn begin_step(&self) -> Visit {
         let step = self.0.steps.fetch_add(1, Ordering::Relaxed) + 1;
-        Place { step, layer: None }.enter();
+        Place { step, layer: None }.visit()
     }
 
     /// The calling thread comes to a layer, or leaves the layers.

@@ -35,9 +35,25 @@ impl Place {
         PLACE.set(self);
     }
 
+    /// The calling thread goes there until what is returned is dropped.
+    pub(super) fn visit(self) -> Visit {
+        Visit(PLACE.replace(self))
+    }
+
     /// The layer's number for people: 0 where there is none.
     pub fn layer_or_0(self) -> usize {
         self.layer.unwrap_or(0) as usize
+    }
+}
+
+/// The calling thread is elsewhere. Dropped, it is where it was before: a thread that waits for others in the middle of a step
+/// may be given a whole step of another session to do.
+#[must_use = "the thread goes back when this is dropped"]
+pub(crate) struct Visit(Place);
+
+impl Drop for Visit {
+    fn drop(&mut self) {
+        self.0.enter();
     }
 }
 
@@ -172,6 +188,21 @@ pub fn write_chrome(slices: &[Slice], mut out: impl Write) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_visit_ends_where_it_began() {
+        let place = |step, layer| Place { step, layer };
+        let before = Place::current();
+        let outer = place(1, None).visit();
+        place(1, Some(3)).enter();
+        {
+            let _inner = place(2, None).visit();
+            place(2, Some(0)).enter();
+        }
+        assert_eq!(Place::current(), place(1, Some(3)));
+        drop(outer);
+        assert_eq!(Place::current(), before);
+    }
 
     #[test]
     fn the_chrome_format_is_json_with_a_row_per_stream_and_node() {

@@ -295,7 +295,8 @@ impl Cache {
     fn declare(&self, uses: &mut Uses) {
         for layer in &self.layers {
             uses.reads.extend(layer.tail.iter().map(|page| Resource::DevicePage(page.id())));
-            let pages = layer.host.iter().flat_map(|table| (0..table.pages().count()).map(|page| table.resource(page)));
+            let pages =
+                layer.host.iter().flat_map(|table| (0..table.pages().count()).flat_map(|page| table.resource(page)));
             uses.reads.extend(pages);
             let slots = layer.prefetch.slots();
             uses.reads.extend([Resource::Selection(slots.positions.id()), Resource::Slots(slots.pairs.id())]);

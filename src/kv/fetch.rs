@@ -273,7 +273,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Work {
     fn gather_uses(&self, uses: &mut Uses) {
         let row = |row: &Row| self.sequences[row.sequence as usize].host.resource(row.page as usize);
-        uses.reads.extend(self.rows.iter().map(row));
+        uses.reads.extend(self.rows.iter().flat_map(row));
         self.for_each_slots(|slots| uses.reads.push(Resource::Selection(slots.positions.id())));
         uses.writes.push(Resource::Staging(self.block));
     }
