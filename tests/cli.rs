@@ -374,11 +374,21 @@ fn memory_is_refused_before_it_is_taken() {
 // Ends from outside.
 
 /// Starts a generation that would go on for a minute, and waits for its first text.
-fn endless() -> Child {
+fn endless(options: &[&str]) -> Child {
     let args = ["generate", "-m", &recall(), "-p", PROMPT, "-n", "200000", "--ignore-eos"];
-    let mut child = command(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    child.stdout.as_mut().unwrap().read_exact(&mut [0; 5]).unwrap();
+    let mut child = command(&args).args(options).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let begun = child.stdout.as_mut().unwrap().read_exact(&mut [0; 5]);
+    assert!(begun.is_ok(), "{begun:?}: {}", stderr(&mut child));
     child
+}
+
+/// The slices of a Chrome trace, and the names of its rows.
+fn slices_and_rows(file: &str) -> (Vec<Value>, Vec<String>) {
+    let trace: Value = json(file);
+    let events = trace["traceEvents"].as_array().unwrap();
+    let of = |ph: &str| events.iter().filter(|event| event["ph"] == ph).cloned().collect::<Vec<_>>();
+    let rows = of("M").into_iter().filter_map(|event| event["args"]["name"].as_str().map(str::to_string));
+    (of("X"), rows.collect())
 }
 
 fn stderr(child: &mut Child) -> String {
@@ -393,7 +403,7 @@ fn interrupt(child: &Child) {
 
 #[test]
 fn a_closed_pipe_ends_it_quietly() {
-    let mut child = endless();
+    let mut child = endless(&[]);
     let start = Instant::now();
     drop(child.stdout.take());
     assert_eq!(child.wait().unwrap().code(), Some(0));
@@ -403,7 +413,7 @@ fn a_closed_pipe_ends_it_quietly() {
 
 #[test]
 fn ctrl_c_stops_a_generation() {
-    let mut child = endless();
+    let mut child = endless(&[]);
     let start = Instant::now();
     interrupt(&child);
     let mut rest = String::new();
@@ -411,6 +421,54 @@ fn ctrl_c_stops_a_generation() {
     assert_eq!(child.wait().unwrap().code(), Some(130));
     assert!(start.elapsed() < Duration::from_secs(5));
     assert!(stderr(&mut child).contains("error: interrupted"));
+}
+
+/// A trace is there to see why a run failed, so it is written all the same.
+#[test]
+fn a_run_that_ends_early_leaves_its_trace() {
+    let folder = folder("early-trace");
+    let file = path(folder.join("trace.json"));
+    let mut child = endless(&["--trace", &file]);
+    interrupt(&child);
+    drop(child.stdout.take());
+    let code = child.wait().unwrap().code();
+    let (slices, rows) = slices_and_rows(&file);
+    assert!(slices.iter().any(|slice| slice["name"] == "attend" && slice["args"]["schedule"] == "event"), "{code:?}");
+    assert!(rows.iter().any(|row| row == "compute"), "{rows:?}");
+    assert_eq!(names(&folder), ["trace.json"]);
+}
+
+/// The table, the picture and the trace of `bench --overlap` call things by the same names; picture and trace are written though
+/// nobody reads the table.
+#[test]
+fn overlap_is_told_in_three_ways() {
+    let folder = folder("overlap");
+    let (plot, trace) = (path(folder.join("plot.svg")), path(folder.join("trace.json")));
+    let args = ["bench", "--overlap", "-m", "synthetic:tiny", "-d", "300", "-n", "3", "-r", "1", "-b", "2"];
+    let args = [&args[..], &["--sim-pcie-gbps", "0.05", "--plot", &plot, "--trace", &trace]].concat();
+    let text = stdout(&args);
+    let picture = fs::read_to_string(&plot).unwrap();
+    for name in ["attention", "projections and MLP", "exposed wait", "gather", "copy-in"] {
+        assert!(text.contains(&format!(" {name} |")), "no column {name}: {text}");
+        assert!(picture.contains(&format!(">{name}</text>")), "no legend {name}");
+    }
+    let (slices, rows) = slices_and_rows(&trace);
+    for row in ["compute", "gather", "copy-in", "copy-out"] {
+        assert!(rows.iter().any(|name| name == row), "{rows:?}");
+        assert!(picture.contains(&format!(">{row}</text>")), "no row {row}");
+    }
+    assert!(rows.iter().any(|name| name.starts_with("gather, node ")), "{rows:?}");
+    for schedule in ["serial", "stream", "event"] {
+        assert!(slices.iter().any(|slice| slice["args"]["schedule"] == schedule), "{schedule}");
+        assert!(picture.contains(&format!(">{schedule}: ")));
+    }
+
+    fs::remove_file(&plot).unwrap();
+    fs::remove_file(&trace).unwrap();
+    let mut child = command(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    assert_eq!(child.wait().unwrap().code(), Some(0), "{}", stderr(&mut child));
+    assert_eq!(names(&folder), ["plot.svg", "trace.json"]);
 }
 
 #[test]

@@ -11,7 +11,7 @@ use specache::session::{Selections, Session, Trace};
 use specache::teacher::{Forced, forced};
 
 use super::args::LogitsArgs;
-use super::output::{AtomicFile, npy_header, write_trace};
+use super::output::{AtomicFile, npy_header, traced};
 use super::progress::{Progress, say};
 use super::{generate, input};
 
@@ -44,12 +44,13 @@ pub fn run(args: LogitsArgs) -> Result<()> {
         row += 1;
         progress.show(format_args!("row {row} of {n_rows}"));
         npy.write(bytemuck::cast_slice(&little_endian(logits)))
-    })?;
+    });
     progress.clear();
+    let session = traced(timeline, engine.device(), Vec::new(), session)?;
     write_all(npy, &mut trace, &session)?;
     say(format_args!("{n_rows} rows of {vocab_size} logits in {}", args.output.display()));
     generate::say_cache(&engine, &session);
-    write_trace(timeline, engine.device())
+    Ok(())
 }
 
 /// Options that need a mode, and files that need a place each.

@@ -5,7 +5,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use specache::device::Device;
-use specache::device::trace::write_chrome;
+use specache::device::trace::{Slice, write_chrome};
 use specache::error::{Error, Result};
 
 /// What stdout is called in an [`Error::Io`].
@@ -95,16 +95,21 @@ impl Drop for AtomicFile {
     }
 }
 
-/// Writes what an engine's streams did into the file of `--trace`.
+/// Writes what an engine's streams did into the file of `--trace`, whatever the outcome of the run: of one that failed it shows
+/// how far it came. `slices`: what has been taken from the trace already.
 ///
 /// # Errors
-/// As [`AtomicFile::write`].
-pub fn write_trace(file: Option<AtomicFile>, device: &Device) -> Result<()> {
-    let (Some(mut file), Some(trace)) = (file, device.trace()) else { return Ok(()) };
-    let mut text = Vec::new();
-    write_chrome(&trace.take(), &mut text).expect("memory takes everything");
-    file.write(&text)?;
-    file.commit()
+/// The run's own; else as [`AtomicFile::write`].
+pub fn traced<T>(file: Option<AtomicFile>, device: &Device, mut slices: Vec<Slice>, outcome: Result<T>) -> Result<T> {
+    let written = file.zip(device.trace()).map_or(Ok(()), |(mut file, trace)| {
+        slices.extend(trace.take());
+        let mut text = Vec::new();
+        write_chrome(&slices, &mut text).expect("memory takes everything");
+        file.write(&text)?;
+        file.commit()
+    });
+    let outcome = outcome?;
+    written.map(|()| outcome)
 }
 
 /// A target and a temporary name in its folder, so that renaming never copies.

@@ -188,7 +188,7 @@ impl Device {
     /// A new pass begins on the calling thread: what it launches belongs to it, until what is returned is dropped.
     pub(crate) fn begin_step(&self) -> Visit {
         let step = self.0.steps.fetch_add(1, Ordering::Relaxed) + 1;
-        Place { step, layer: None }.visit()
+        Place { step, layer: None, schedule: self.pipeline() }.visit()
     }
 
     /// The calling thread comes to a layer, or leaves the layers.

@@ -24,26 +24,56 @@ pub struct Panel {
     pub end_us: f64,
 }
 
-/// What a colour stands for.
-const KINDS: [(&str, &str); 7] = [
-    ("attention and selection", "#3f6ea3"),
-    ("projections and MLP", "#9db8d4"),
-    ("embedding and LM head", "#c9c9c9"),
-    ("waiting for a copy", "#d2302f"),
-    ("gather", "#e6a532"),
-    ("host to device", "#4f9a4a"),
-    ("device to host", "#8a66ad"),
-];
+/// What a time is spent on: a colour of the picture, a column of the table. The streams' are called as their rows are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Attention,
+    Dense,
+    Ends,
+    Exposed,
+    Gather,
+    CopyIn,
+    CopyOut,
+}
 
-fn kind(slice: &Slice) -> usize {
-    match (slice.stream, slice.name) {
-        _ if slice.waits => 3,
-        (StreamId::Gather, _) => 4,
-        (StreamId::CopyIn, _) => 5,
-        (StreamId::CopyOut, _) => 6,
-        (_, "out_residual" | "norm_gate_up" | "down_residual") => 1,
-        (_, "embed" | "norm_logits") => 2,
-        _ => 0,
+impl Kind {
+    pub const ALL: [Kind; 7] =
+        [Kind::Attention, Kind::Dense, Kind::Ends, Kind::Exposed, Kind::Gather, Kind::CopyIn, Kind::CopyOut];
+
+    pub fn of(slice: &Slice) -> Kind {
+        match (slice.stream, slice.name) {
+            _ if slice.waits => Kind::Exposed,
+            (StreamId::Gather, _) => Kind::Gather,
+            (StreamId::CopyIn, _) => Kind::CopyIn,
+            (StreamId::CopyOut, _) => Kind::CopyOut,
+            (_, "out_residual" | "norm_gate_up" | "down_residual") => Kind::Dense,
+            (_, "embed" | "norm_logits") => Kind::Ends,
+            _ => Kind::Attention,
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Attention => "attention",
+            Kind::Dense => "projections and MLP",
+            Kind::Ends => "embedding and LM head",
+            Kind::Exposed => "exposed wait",
+            Kind::Gather => StreamId::Gather.name(),
+            Kind::CopyIn => StreamId::CopyIn.name(),
+            Kind::CopyOut => StreamId::CopyOut.name(),
+        }
+    }
+
+    fn colour(self) -> &'static str {
+        match self {
+            Kind::Attention => "#3f6ea3",
+            Kind::Dense => "#9db8d4",
+            Kind::Ends => "#c9c9c9",
+            Kind::Exposed => "#d2302f",
+            Kind::Gather => "#e6a532",
+            Kind::CopyIn => "#4f9a4a",
+            Kind::CopyOut => "#8a66ad",
+        }
     }
 }
 
@@ -66,7 +96,7 @@ pub fn svg(heading: &str, panels: &[Panel]) -> String {
 
 fn legend(out: &mut String, y: f64) {
     let mut x = 8.0;
-    for (name, colour) in KINDS {
+    for (name, colour) in Kind::ALL.map(|kind| (kind.name(), kind.colour())) {
         let _ = writeln!(
             out,
             "<rect x=\"{x}\" y=\"{}\" width=\"12\" height=\"12\" fill=\"{colour}\"/><text x=\"{}\" y=\"{}\">{name}</text>",
@@ -102,7 +132,7 @@ fn draw(out: &mut String, panel: &Panel, top: f64, longest: f64) {
             out,
             "<rect x=\"{from:.2}\" y=\"{y}\" width=\"{width:.2}\" height=\"{ROW}\" fill=\"{}\"><title>{wait}{}, step {}, {layer}: \
              {:.1} us</title></rect>",
-            KINDS[kind(slice)].1,
+            Kind::of(slice).colour(),
             slice.name,
             slice.place.step,
             slice.us()
