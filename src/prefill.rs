@@ -27,7 +27,7 @@ const PANEL_MIN: usize = 8;
 ///
 /// # Errors
 /// Before anything has changed: a prompt that is empty or has ids beyond the vocabulary, a context that the model or a
-/// memory budget does not allow. Between two chunks of a layer: [`crate::Error::Interrupted`], which leaves the sessions as
+/// memory budget does not allow, or the system's memory (then sessions may have more room). Between two chunks of a layer: [`crate::Error::Interrupted`], which leaves the sessions as
 /// they were, though with room for the prompt.
 pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers) -> Result<Vec<Result<Vec<f32>>>> {
     for prompt in prompts.iter() {
@@ -44,10 +44,12 @@ pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers)
     // Held to the end: the residual streams, which nothing else meters, are a part of it.
     let mut admission = Admission::ask(&context.device, &context.slab, device_bytes, host_pages, "a prefill")?;
     let _step = context.device.begin_step();
-    for prompt in prompts.iter_mut() {
-        prompt.session.cache.begin_prefill(prompt.end(), &mut admission)?;
-        prompt.session.begin_pass();
+    let mut begin = |prompt: &mut Prompt| prompt.session.cache.begin_prefill(prompt.end(), &mut admission);
+    if let Some(refused) = prompts.iter_mut().find_map(|prompt| begin(prompt).err()) {
+        prompts.iter_mut().for_each(|prompt| prompt.session.cache.free_working_pages());
+        return Err(refused);
     }
+    prompts.iter_mut().for_each(|prompt| prompt.session.begin_pass());
     let mut streams: Vec<Vec<f32>> = Vec::new(); // the residual stream of every prompt, [tokens, hidden]
     for prompt in prompts.iter() {
         let mut x = vec![0.0; prompt.tokens.len() * hidden];

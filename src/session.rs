@@ -124,7 +124,7 @@ impl Session {
     /// Makes room for at least `max_tokens` tokens: for a conversation that outgrows what it was begun with.
     ///
     /// # Errors
-    /// [`Error::Usage`] beyond what the model supports, [`Error::OutOfMemory`]; nothing has changed then.
+    /// [`Error::Usage`] beyond what the model supports, [`Error::OutOfMemory`]; tokens and room are as before then.
     pub fn reserve(&mut self, max_tokens: usize) -> Result<()> {
         check_context(max_tokens, self.max_context)?;
         self.cache.reserve(max_tokens)

@@ -30,7 +30,7 @@ pub use stream::{Event, Job};
 use crate::cpu::Isa;
 use crate::error::{Error, Result};
 use crate::gather::{Gather, GatherOptions, Topology};
-use fault::Faults;
+use fault::{Fault, Faults};
 use link::{CopyEngine, LinkOptions};
 use order::{Checker, EventClock, Site, StreamId, Uses};
 use pin::Pin;
@@ -301,7 +301,7 @@ impl Device {
                 available,
                 fix: "shorten the context, use a smaller KV cache (--kv kivi), or free memory".into(),
             }),
-            _ => Ok(Grants { device, poison: self.0.options.poison }),
+            _ => Ok(Grants { device, poison: self.0.options.poison, faults: self.0.options.faults.clone() }),
         }
     }
 
@@ -345,14 +345,19 @@ impl Drop for Operation<'_> {
 pub struct Grants {
     device: Grant,
     poison: bool,
+    faults: Option<Arc<Faults>>,
 }
 
 impl Grants {
     /// Device memory of `len` bytes, zeroed (or poisoned). Metered until it is dropped.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] when more is asked for than was granted and the budget does not have it.
+    /// [`Error::OutOfMemory`] when more is asked for than was granted and the budget does not have it, or when the system does
+    /// not.
     pub fn device(&mut self, len: usize, what: &str) -> Result<Buffer> {
+        if len > 0 && self.faults.as_ref().is_some_and(|faults| faults.strikes(Fault::Buffer)) {
+            return Err(self.device.refusal(len as u64, what));
+        }
         Buffer::new(len, &mut self.device, self.poison, what)
     }
 }

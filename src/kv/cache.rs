@@ -206,7 +206,9 @@ impl Cache {
                 fork.layers[l].tail.push(copy);
             }
             let to = &mut fork.layers[l];
-            to.packed.bytes_mut().copy_from_slice(from.packed.bytes());
+            // The same length, unless this cache was refused more room half way.
+            let packed = to.packed.len().min(from.packed.len());
+            to.packed.bytes_mut()[..packed].copy_from_slice(&from.packed.bytes()[..packed]);
             to.prefetch.copy_from(&from.prefetch, &shape);
         }
         Ok(fork)
@@ -329,7 +331,8 @@ impl Cache {
     /// Makes room for at least `capacity` tokens.
     ///
     /// # Errors
-    /// [`crate::Error::OutOfMemory`]; nothing has changed then.
+    /// [`crate::Error::OutOfMemory`]: tokens and room are as before then. Where the budgets had room and the system had no
+    /// memory, the cache keeps what it was given before that, for the next attempt.
     pub fn reserve(&mut self, capacity: usize) -> Result<()> {
         let (device_bytes, host_pages) = self.needs(capacity, 0);
         let mut admission =
@@ -511,7 +514,8 @@ impl Cache {
     /// Starts the prefill of more tokens, up to `n` in all: makes room, and takes working pages.
     ///
     /// # Errors
-    /// [`crate::Error::OutOfMemory`]; never if [`Cache::prefill_needs`] was granted.
+    /// [`crate::Error::OutOfMemory`] as [`Cache::reserve`]; if [`Cache::prefill_needs`] was granted, only where the system has no
+    /// memory. [`Cache::free_working_pages`] gives back what is not room then.
     pub fn begin_prefill(&mut self, n: usize, admission: &mut Admission) -> Result<()> {
         for l in 0..self.layers.len() {
             let arrived = self.layers[l].prefetch.arrive(&self.device, Some(ARRIVAL), &mut self.waited);
@@ -622,7 +626,7 @@ impl Cache {
     }
 
     /// Frees the pages that only a prefill needs.
-    fn free_working_pages(&mut self) {
+    pub fn free_working_pages(&mut self) {
         let keep = self.prefill_wide_pages(0, self.capacity);
         while self.wide_pages() > keep && self.spare.pop_front().is_some() {}
     }

@@ -49,12 +49,15 @@ impl Slots {
         Ok(Slots { count: 0, positions, slot_of, pairs, table, kept, top_k })
     }
 
-    /// The same selection in slots that have room for at least as many.
+    /// The same selection in slots that have room for it. A selection lies in the first slots, so what one side has beyond the
+    /// other's room is empty or of no use.
     fn copy_to(&self, to: &mut Slots, shape: &KvShape) {
         to.count = self.count;
+        let top_k = self.top_k.min(to.top_k);
+        assert!(self.count <= top_k, "room for {top_k} pairs, {} are selected", self.count);
         for head in 0..shape.n_kv_heads {
             let copy = |from: &Buffer, to_buffer: &mut Buffer, bytes: usize| {
-                let from = &from.bytes()[head * self.top_k * bytes..][..self.top_k * bytes];
+                let from = &from.bytes()[head * self.top_k * bytes..][..top_k * bytes];
                 to_buffer.bytes_mut()[head * to.top_k * bytes..][..from.len()].copy_from_slice(from);
             };
             copy(&self.positions, &mut to.positions, 4);
