@@ -265,7 +265,8 @@ fn output_files_appear_whole_or_not_at_all() {
     let full = logits("398", &[], "/dev/full");
     let text = String::from_utf8_lossy(&full.stderr);
     assert!(full.status.code() == Some(1) && text.contains("/dev/full"), "{full:?}");
-    assert_eq!(logits("398", &[], "/nowhere/o.npy").status.code(), Some(1));
+    let nowhere = logits("398", &[], "/nowhere/o.npy");
+    assert_eq!(nowhere.status.code(), Some(2), "{nowhere:?}");
     assert_eq!(logits("398", &[], &path(&folder)).status.code(), Some(2), "a folder");
     fs::write(&out, "older").unwrap();
     assert_eq!(logits("0", &[], &out).status.code(), Some(2));
@@ -297,6 +298,10 @@ fn bad_arguments_are_usage_errors() {
     bad(&["-p", "x", "-t", "0"], &["--threads"]);
     bad(&["-p", "x", "--vram-budget", "much"], &["--vram-budget", "GiB"]);
     bad(&["-p", "x", "--wat"], &["--wat"]);
+    bad(&["-p", "x", "--trace", "/nowhere/t.json"], &["--trace /nowhere/t.json", "no folder /nowhere"]);
+    bad(&["-p", "x", "--trace", "/"], &["--trace /", "is a folder"]);
+    let plot = ["bench", "--overlap", "-m", "synthetic:tiny", "--plot", "/nowhere/p.svg"];
+    assert_fails(&plot, 2, &["--plot /nowhere/p.svg", "no folder /nowhere"]);
     assert_fails(&["generate", "-p", "x", "-n", "1"], 2, &["--model"]);
     assert_fails(&["generate", "-m", &model, "-p", "x"], 2, &["--n-predict"]);
     for n in ["0", "-1", "99999999999999999999", "18446744073709551615", "9999999999"] {
@@ -368,6 +373,8 @@ fn memory_is_refused_before_it_is_taken() {
     // 550 GB: more than any machine that runs this has left.
     let absurd = ["-n", "268000000", "--kv", "full"];
     assert_fails(&[&generate[..], &absurd].concat(), 4, &["out of", "bytes are available"]);
+    let batch = ["bench", "--overlap", "-m", "synthetic:tiny", "-b", "40", "-d", "500", "--vram-budget", "1MiB"];
+    assert_fails(&batch, 4, &["a batch of 40 KV caches", "-b, -d", "1048576 bytes are available", "--vram-budget"]);
     assert!(start.elapsed() < Duration::from_secs(5));
 }
 
@@ -482,7 +489,9 @@ fn ctrl_c_leaves_no_half_written_file() {
     let mut child = command(&args).args(["--trace-selections", &trace_file]).stderr(Stdio::piped()).spawn().unwrap();
     let start = Instant::now();
     while names(&outputs).len() < 2 {
-        assert!(start.elapsed() < Duration::from_secs(20) && child.try_wait().unwrap().is_none());
+        let ended = child.try_wait().unwrap();
+        assert!(ended.is_none(), "{ended:?}: {}", stderr(&mut child));
+        assert!(start.elapsed() < Duration::from_secs(20), "no files");
         std::thread::sleep(Duration::from_millis(5));
     }
     assert!(!names(&outputs).contains(&"o.npy".to_string()), "no name before it is complete");
@@ -521,7 +530,11 @@ fn bench_json_has_every_repetition() {
 #[test]
 fn help_and_version() {
     assert!(stdout(&["--version"]).starts_with("specache-engine 0."));
-    assert!(stdout(&["--help"]).contains("--bench"));
+    let help = stdout(&["--help"]);
+    assert!(
+        help.contains("--bench") && help.contains("SPECACHE_CHECK_ORDER") && help.contains("SPECACHE_ISA"),
+        "{help}"
+    );
     for (command, option) in [("generate", "--kv-top-k"), ("logits", "--trace-selections"), ("bench", "--repetitions")]
     {
         let help = stdout(&[command, "--help"]);

@@ -30,9 +30,10 @@ pub fn run(args: LogitsArgs) -> Result<()> {
     let vocab_size = engine.model().config.vocab_size;
     input::check_ids("--tokens", &ids, vocab_size)?;
     input::check_ids("--spec-tokens", speculative.as_deref().unwrap_or_default(), vocab_size)?;
-    let mut npy = AtomicFile::create(&args.output)?;
+    let mut npy = AtomicFile::create("-o", &args.output)?;
     let timeline = args.model.device.trace_file()?;
-    let mut trace = args.trace_selections.as_deref().map(AtomicFile::create).transpose()?;
+    let trace = args.trace_selections.as_deref().map(|file| AtomicFile::create("--trace-selections", file));
+    let mut trace = trace.transpose()?;
 
     let _ctrl_c = interrupt::forward(engine.interrupt_flag());
     let n_rows = ids.len().saturating_sub(args.prefill);

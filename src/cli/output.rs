@@ -30,15 +30,19 @@ pub struct AtomicFile {
 }
 
 impl AtomicFile {
-    /// Begins the file, so that a place where it cannot be is known before any work is done.
+    /// Begins the file that `option` names, so that a place where it cannot be is known before any work is done.
     ///
     /// # Errors
-    /// [`Error::Usage`] for a folder, [`Error::Io`] naming the target.
-    pub fn create(target: &Path) -> Result<AtomicFile> {
+    /// [`Error::Usage`] for a folder, and for a folder that is not there; [`Error::Io`] naming the target.
+    pub fn create(option: &str, target: &Path) -> Result<AtomicFile> {
         let failed = |e| Error::io(target, e);
+        let usage = |what: String| Err(Error::Usage(format!("{option} {}: {what}", target.display())));
+        let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty());
         let (path, temporary) = match fs::metadata(target) {
-            Ok(meta) if meta.is_dir() => {
-                return Err(Error::Usage(format!("{}: is a folder, not a file", target.display())));
+            Ok(meta) if meta.is_dir() => return usage("is a folder, not a file".into()),
+            Err(_) if folder.is_some_and(|folder| !folder.is_dir()) => {
+                let folder = folder.expect("just looked at").display();
+                return usage(format!("there is no folder {folder}; make it, or name a file elsewhere"));
             }
             Ok(meta) if !meta.is_file() => (target.to_owned(), None),
             // Through a link to what it names, which then stays a link.

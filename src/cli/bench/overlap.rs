@@ -34,7 +34,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         _ => return Err(Error::Usage("--overlap: one model at a time; give one with -m".into())),
     };
     let kv = args.tuning.options(KvMode::SpeCache);
-    let plot = args.plot.as_deref().map(AtomicFile::create).transpose()?;
+    let plot = args.plot.as_deref().map(|file| AtomicFile::create("--plot", file)).transpose()?;
     let trace = args.device.trace_file()?;
     let mut progress = Progress::new();
     progress.show(format_args!("loading {model}"));
@@ -118,7 +118,9 @@ impl<'a> Bench<'a> {
         let capacity = fill.depth().saturating_add(steps).saturating_add(1);
         let plan = engine.plan(&kv, capacity)?;
         let all = |bytes: u64| bytes.saturating_mul(batch as u64);
-        let what = format!("{batch} KV caches of {capacity} tokens");
+        let what = format!(
+            "a batch of {batch} KV caches of {capacity} tokens each (-b, -d, and {steps} steps from -n and -r)"
+        );
         drop(engine.device().grant(all(plan.device()), all(plan.host), &what)?);
         for i in 0..batch {
             progress.show(format_args!("{} tokens into cache {} of {batch}", fill.depth(), i + 1));

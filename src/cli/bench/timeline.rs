@@ -13,6 +13,8 @@ const GAP: f64 = 6.0;
 const TITLE: f64 = 30.0;
 const AXIS: f64 = 34.0;
 const LEGEND: f64 = 28.0;
+/// What a character of the heading takes, on the wide side.
+const WIDEST: f64 = 9.0;
 
 /// One schedule's step.
 pub struct Panel {
@@ -86,7 +88,15 @@ pub fn svg(heading: &str, panels: &[Panel]) -> String {
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height:.0}\" viewBox=\"0 0 {WIDTH} {height:.0}\" \
          font-family=\"sans-serif\" font-size=\"12\">\n<rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n"
     );
-    let _ = writeln!(out, "<text x=\"8\" y=\"20\" font-size=\"14\" font-weight=\"bold\">{}</text>", escaped(heading));
+    // A heading that is too long is written narrower, rather than over the edge.
+    let room = WIDTH - 16.0;
+    let fit = if heading.chars().count() as f64 * WIDEST > room {
+        format!(" textLength=\"{room}\" lengthAdjust=\"spacingAndGlyphs\"")
+    } else {
+        String::new()
+    };
+    let _ =
+        writeln!(out, "<text x=\"8\" y=\"20\" font-size=\"14\" font-weight=\"bold\"{fit}>{}</text>", escaped(heading));
     legend(&mut out, TITLE);
     for (i, panel) in panels.iter().enumerate() {
         draw(&mut out, panel, LEGEND + TITLE + i as f64 * panel_height, longest);
@@ -158,11 +168,13 @@ fn axis(out: &mut String, panel: &Panel, y: f64, scale: f64) {
     let mut at = 0.0;
     while at <= length {
         let x = MARGIN + at * scale;
+        // At the right edge to the left of its tick.
+        let anchor = if x > WIDTH - 60.0 { "end" } else { "start" };
         let label = if step >= 1000.0 { format!("{} ms", at / 1e3) } else { format!("{at} us") };
         let _ = writeln!(
             out,
             "<line x1=\"{x:.1}\" y1=\"{y}\" x2=\"{x:.1}\" y2=\"{}\" stroke=\"#888\"/><text x=\"{x:.1}\" y=\"{}\" font-size=\"10\" \
-             fill=\"#555\">{label}</text>",
+             text-anchor=\"{anchor}\" fill=\"#555\">{label}</text>",
             y + 4.0,
             y + 15.0
         );
@@ -183,6 +195,12 @@ fn escaped(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_long_heading_stays_inside() {
+        assert!(svg(&"a long name ".repeat(20), &[]).contains("textLength=\"1184\""));
+        assert!(!svg("a short one", &[]).contains("textLength"));
+    }
 
     #[test]
     fn ticks_are_round() {
