@@ -85,7 +85,7 @@ fn pass(
     let dense = Dense { device, config, rope: &context.rope, path: Path::Rows, gpu: context.gpu.as_ref() };
     plan_rows(batch, buffers, takes_part, kind);
     buffers.on_gpu = context.gpu.is_some();
-    device.begin_step();
+    let _step = device.begin_step();
     let Buffers { rows, attention, members, seqs, tokens, logits, fetches, .. } = buffers;
     fetches.begin_pass(device);
     let n_rows = seqs.iter().map(|s| s.n_rows).sum();

@@ -28,7 +28,7 @@ const PANEL_MIN: usize = 8;
 ///
 /// # Errors
 /// Before anything has changed: a prompt that is empty or has ids beyond the vocabulary, a context that the model or a
-/// memory budget does not allow. Between two chunks of a layer: [`crate::Error::Interrupted`], which leaves the sessions as
+/// memory budget does not allow, or the system's memory (then sessions may have more room). Between two chunks of a layer: [`crate::Error::Interrupted`], which leaves the sessions as
 /// they were, though with room for the prompt.
 pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers) -> Result<Vec<Result<Vec<f32>>>> {
     for prompt in prompts.iter() {
@@ -48,20 +48,26 @@ pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers)
     let device_bytes = device_bytes.saturating_add(stream_bytes);
     // Held to the end: the residual streams, which nothing else meters, are a part of it.
     let mut admission = Admission::ask(&context.device, &context.slab, device_bytes, host_pages, "a prefill")?;
-    context.device.begin_step();
-    for prompt in prompts.iter_mut() {
-        prompt.session.cache.begin_prefill(prompt.end(), &mut admission)?;
-        prompt.session.begin_pass();
+    let _step = context.device.begin_step();
+    let mut begin = |prompt: &mut Prompt| prompt.session.cache.begin_prefill(prompt.end(), &mut admission);
+    if let Some(refused) = prompts.iter_mut().find_map(|prompt| begin(prompt).err()) {
+        prompts.iter_mut().for_each(|prompt| prompt.session.cache.free_working_pages());
+        return Err(refused);
     }
-    let mut streams = Vec::with_capacity(prompts.len());
-    for prompt in prompts.iter_mut() {
-        streams.push(Stream::new(context, prompt, &mut admission)?);
-    }
+    prompts.iter_mut().for_each(|prompt| prompt.session.begin_pass());
+    let streams = prompts.iter_mut().map(|prompt| Stream::new(context, prompt, &mut admission));
+    let mut streams = match streams.collect::<Result<Vec<Stream>>>() {
+        Ok(streams) => streams,
+        Err(refused) => {
+            prompts.iter_mut().for_each(|prompt| prompt.session.cache.free_working_pages());
+            return Err(refused);
+        }
+    };
     for layer in 0..context.model.config.n_layers {
         context.device.at_layer(Some(layer));
         for (i, x) in streams.iter_mut().enumerate() {
             if let Err(Stopped { pages, why }) = prefill_layer(context, &mut prompts[i], layer, x, buffers) {
-                undo(context, prompts, layer, i, pages);
+                undo(prompts, layer, i, pages);
                 return Err(why);
             }
         }
@@ -111,14 +117,13 @@ struct Stopped {
 }
 
 /// All sessions are as before, where prompt `i` has stopped in `layer`: those before it had passed it.
-fn undo(context: &Context, prompts: &mut [Prompt], layer: usize, i: usize, pages: Vec<WidePage>) {
+fn undo(prompts: &mut [Prompt], layer: usize, i: usize, pages: Vec<WidePage>) {
     let mut pages = Some(pages);
     for (j, prompt) in prompts.iter_mut().enumerate() {
         let (end, settled) = (prompt.end(), layer + usize::from(j < i));
         prompt.session.cache.undo_prefill(end, settled, if j == i { pages.take() } else { None });
         prompt.session.undo_figures();
     }
-    context.device.at_layer(None);
 }
 
 /// One layer of one prompt, chunk by chunk: every chunk sees the K and V of those before it. Stops only when interrupted.

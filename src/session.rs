@@ -126,7 +126,7 @@ impl Session {
     /// Makes room for at least `max_tokens` tokens: for a conversation that outgrows what it was begun with.
     ///
     /// # Errors
-    /// [`Error::Usage`] beyond what the model supports, [`Error::OutOfMemory`]; nothing has changed then.
+    /// [`Error::Usage`] beyond what the model supports, [`Error::OutOfMemory`]; tokens and room are as before then.
     pub fn reserve(&mut self, max_tokens: usize) -> Result<()> {
         check_context(max_tokens, self.max_context)?;
         self.cache.reserve(max_tokens)
@@ -432,7 +432,15 @@ impl Session {
         if !self.kv().mode.fetches() {
             return;
         }
+        let (counters, shape) = (&self.cache.counters, &self.cache.shape);
+        let seen = self.candidates(counters.n, counters.nq, config.sliding_window).len();
+        let of = (shape.n_kv_heads * self.cache.top_k().min(seen)) as u64;
+        let is_step = self.kv().mode == KvMode::SpeCache && !pre_decode;
         for layer in 0..config.n_layers {
+            if is_step {
+                let sum = &mut self.stats.hits[layer];
+                *sum = (sum.0 + pass.hits(config, layer, seq), sum.1 + of);
+            }
             let fetched = pass.fetched(config, layer, seq);
             self.note_fetch(layer, Fetched { fetched, selected: 0 }, pre_decode);
             let Some(trace) = &mut self.trace else { continue };

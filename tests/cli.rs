@@ -265,7 +265,8 @@ fn output_files_appear_whole_or_not_at_all() {
     let full = logits("398", &[], "/dev/full");
     let text = String::from_utf8_lossy(&full.stderr);
     assert!(full.status.code() == Some(1) && text.contains("/dev/full"), "{full:?}");
-    assert_eq!(logits("398", &[], "/nowhere/o.npy").status.code(), Some(1));
+    let nowhere = logits("398", &[], "/nowhere/o.npy");
+    assert_eq!(nowhere.status.code(), Some(2), "{nowhere:?}");
     assert_eq!(logits("398", &[], &path(&folder)).status.code(), Some(2), "a folder");
     fs::write(&out, "older").unwrap();
     assert_eq!(logits("0", &[], &out).status.code(), Some(2));
@@ -297,6 +298,10 @@ fn bad_arguments_are_usage_errors() {
     bad(&["-p", "x", "-t", "0"], &["--threads"]);
     bad(&["-p", "x", "--vram-budget", "much"], &["--vram-budget", "GiB"]);
     bad(&["-p", "x", "--wat"], &["--wat"]);
+    bad(&["-p", "x", "--trace", "/nowhere/t.json"], &["--trace /nowhere/t.json", "no folder /nowhere"]);
+    bad(&["-p", "x", "--trace", "/"], &["--trace /", "is a folder"]);
+    let plot = ["bench", "--overlap", "-m", "synthetic:tiny", "--plot", "/nowhere/p.svg"];
+    assert_fails(&plot, 2, &["--plot /nowhere/p.svg", "no folder /nowhere"]);
     assert_fails(&["generate", "-p", "x", "-n", "1"], 2, &["--model"]);
     assert_fails(&["generate", "-m", &model, "-p", "x"], 2, &["--n-predict"]);
     for n in ["0", "-1", "99999999999999999999", "18446744073709551615", "9999999999"] {
@@ -368,17 +373,29 @@ fn memory_is_refused_before_it_is_taken() {
     // 550 GB: more than any machine that runs this has left.
     let absurd = ["-n", "268000000", "--kv", "full"];
     assert_fails(&[&generate[..], &absurd].concat(), 4, &["out of", "bytes are available"]);
+    let batch = ["bench", "--overlap", "-m", "synthetic:tiny", "-b", "40", "-d", "500", "--vram-budget", "1MiB"];
+    assert_fails(&batch, 4, &["a batch of 40 KV caches", "-b, -d", "1048576 bytes are available", "--vram-budget"]);
     assert!(start.elapsed() < Duration::from_secs(5));
 }
 
 // Ends from outside.
 
 /// Starts a generation that would go on for a minute, and waits for its first text.
-fn endless() -> Child {
+fn endless(options: &[&str]) -> Child {
     let args = ["generate", "-m", &recall(), "-p", PROMPT, "-n", "200000", "--ignore-eos"];
-    let mut child = command(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    child.stdout.as_mut().unwrap().read_exact(&mut [0; 5]).unwrap();
+    let mut child = command(&args).args(options).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let begun = child.stdout.as_mut().unwrap().read_exact(&mut [0; 5]);
+    assert!(begun.is_ok(), "{begun:?}: {}", stderr(&mut child));
     child
+}
+
+/// The slices of a Chrome trace, and the names of its rows.
+fn slices_and_rows(file: &str) -> (Vec<Value>, Vec<String>) {
+    let trace: Value = json(file);
+    let events = trace["traceEvents"].as_array().unwrap();
+    let of = |ph: &str| events.iter().filter(|event| event["ph"] == ph).cloned().collect::<Vec<_>>();
+    let rows = of("M").into_iter().filter_map(|event| event["args"]["name"].as_str().map(str::to_string));
+    (of("X"), rows.collect())
 }
 
 fn stderr(child: &mut Child) -> String {
@@ -393,7 +410,7 @@ fn interrupt(child: &Child) {
 
 #[test]
 fn a_closed_pipe_ends_it_quietly() {
-    let mut child = endless();
+    let mut child = endless(&[]);
     let start = Instant::now();
     drop(child.stdout.take());
     assert_eq!(child.wait().unwrap().code(), Some(0));
@@ -403,7 +420,7 @@ fn a_closed_pipe_ends_it_quietly() {
 
 #[test]
 fn ctrl_c_stops_a_generation() {
-    let mut child = endless();
+    let mut child = endless(&[]);
     let start = Instant::now();
     interrupt(&child);
     let mut rest = String::new();
@@ -411,6 +428,54 @@ fn ctrl_c_stops_a_generation() {
     assert_eq!(child.wait().unwrap().code(), Some(130));
     assert!(start.elapsed() < Duration::from_secs(5));
     assert!(stderr(&mut child).contains("error: interrupted"));
+}
+
+/// A trace is there to see why a run failed, so it is written all the same.
+#[test]
+fn a_run_that_ends_early_leaves_its_trace() {
+    let folder = folder("early-trace");
+    let file = path(folder.join("trace.json"));
+    let mut child = endless(&["--trace", &file]);
+    interrupt(&child);
+    drop(child.stdout.take());
+    let code = child.wait().unwrap().code();
+    let (slices, rows) = slices_and_rows(&file);
+    assert!(slices.iter().any(|slice| slice["name"] == "attend" && slice["args"]["schedule"] == "event"), "{code:?}");
+    assert!(rows.iter().any(|row| row == "compute"), "{rows:?}");
+    assert_eq!(names(&folder), ["trace.json"]);
+}
+
+/// The table, the picture and the trace of `bench --overlap` call things by the same names; picture and trace are written though
+/// nobody reads the table.
+#[test]
+fn overlap_is_told_in_three_ways() {
+    let folder = folder("overlap");
+    let (plot, trace) = (path(folder.join("plot.svg")), path(folder.join("trace.json")));
+    let args = ["bench", "--overlap", "-m", "synthetic:tiny", "-d", "300", "-n", "3", "-r", "1", "-b", "2"];
+    let args = [&args[..], &["--sim-pcie-gbps", "0.05", "--plot", &plot, "--trace", &trace]].concat();
+    let text = stdout(&args);
+    let picture = fs::read_to_string(&plot).unwrap();
+    for name in ["attention", "projections and MLP", "exposed wait", "gather", "copy-in"] {
+        assert!(text.contains(&format!(" {name} |")), "no column {name}: {text}");
+        assert!(picture.contains(&format!(">{name}</text>")), "no legend {name}");
+    }
+    let (slices, rows) = slices_and_rows(&trace);
+    for row in ["compute", "gather", "copy-in", "copy-out"] {
+        assert!(rows.iter().any(|name| name == row), "{rows:?}");
+        assert!(picture.contains(&format!(">{row}</text>")), "no row {row}");
+    }
+    assert!(rows.iter().any(|name| name.starts_with("gather, node ")), "{rows:?}");
+    for schedule in ["serial", "stream", "event"] {
+        assert!(slices.iter().any(|slice| slice["args"]["schedule"] == schedule), "{schedule}");
+        assert!(picture.contains(&format!(">{schedule}: ")));
+    }
+
+    fs::remove_file(&plot).unwrap();
+    fs::remove_file(&trace).unwrap();
+    let mut child = command(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    assert_eq!(child.wait().unwrap().code(), Some(0), "{}", stderr(&mut child));
+    assert_eq!(names(&folder), ["plot.svg", "trace.json"]);
 }
 
 #[test]
@@ -424,7 +489,9 @@ fn ctrl_c_leaves_no_half_written_file() {
     let mut child = command(&args).args(["--trace-selections", &trace_file]).stderr(Stdio::piped()).spawn().unwrap();
     let start = Instant::now();
     while names(&outputs).len() < 2 {
-        assert!(start.elapsed() < Duration::from_secs(20) && child.try_wait().unwrap().is_none());
+        let ended = child.try_wait().unwrap();
+        assert!(ended.is_none(), "{ended:?}: {}", stderr(&mut child));
+        assert!(start.elapsed() < Duration::from_secs(20), "no files");
         std::thread::sleep(Duration::from_millis(5));
     }
     assert!(!names(&outputs).contains(&"o.npy".to_string()), "no name before it is complete");
@@ -463,7 +530,11 @@ fn bench_json_has_every_repetition() {
 #[test]
 fn help_and_version() {
     assert!(stdout(&["--version"]).starts_with("specache-engine 0."));
-    assert!(stdout(&["--help"]).contains("--bench"));
+    let help = stdout(&["--help"]);
+    assert!(
+        help.contains("--bench") && help.contains("SPECACHE_CHECK_ORDER") && help.contains("SPECACHE_ISA"),
+        "{help}"
+    );
     for (command, option) in [("generate", "--kv-top-k"), ("logits", "--trace-selections"), ("bench", "--repetitions")]
     {
         let help = stdout(&[command, "--help"]);

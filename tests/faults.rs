@@ -127,6 +127,64 @@ fn each_copy_thread_may_panic() {
     }
 }
 
+/// The system refuses memory that was granted, at each buffer in turn: whatever was refused is as before, can be asked for again
+/// or left, and everything goes on with the same bits.
+#[test]
+fn each_buffer_may_be_refused() {
+    /// Makes a call again if it is refused for want of memory.
+    fn insist<T>(mut call: impl FnMut() -> Result<T>) -> T {
+        match call() {
+            Err(Error::OutOfMemory { needed, available, .. }) => {
+                assert!(needed > available);
+                call().unwrap()
+            }
+            outcome => outcome.unwrap(),
+        }
+    }
+    let tokens = ids(7, 400);
+    for mode in KvMode::ALL {
+        let kv = kv(mode, 1, 32, 33, 70);
+        let run = |engine: &Engine| {
+            let mut session = insist(|| engine.session(kv, 110));
+            let mut rows = vec![insist(|| prefill(engine, &mut session, &tokens[..105]))];
+            let mut buffers = Buffers::default();
+            rows.push(insist(|| step(engine, &mut session, 3, &mut buffers)));
+            // Room that is not asked for again: some layers may have grown.
+            let grown = session.reserve(250).is_ok();
+            let mut fork = insist(|| session.fork());
+            for session in [&mut session, &mut fork] {
+                rows.push(insist(|| step(engine, session, 4, &mut buffers)));
+            }
+            // Two prompts at once, of which the second may be refused.
+            let both = insist(|| {
+                let prompts = [&mut session, &mut fork].map(|session| Prompt { session, tokens: &tokens[110..300] });
+                engine.prefill(&mut { prompts }, &mut Buffers::default())
+            });
+            rows.extend(both.into_iter().map(Result::unwrap));
+            for session in [&mut session, &mut fork] {
+                insist(|| session.reserve(320));
+                rows.push(insist(|| step(engine, session, 5, &mut buffers)));
+            }
+            (rows, grown)
+        };
+        let (sound, grown) = run(&engine(options(1)));
+        assert!(grown);
+        let mut refused = 0;
+        for index in 0.. {
+            let faults = Arc::new(Faults::at(Fault::Buffer, index));
+            let engine = engine(DeviceOptions { faults: Some(faults.clone()), ..options(1) });
+            let (rows, grown) = run(&engine);
+            refused += u32::from(!grown);
+            assert!(rows == sound, "{mode:?}, buffer {index}");
+            assert_balanced(&engine, "after a refusal");
+            if !faults.has_struck() {
+                break;
+            }
+        }
+        assert!(refused > 0, "{mode:?}: growing takes buffers");
+    }
+}
+
 /// A copy that fails fails the sequences that it was for; others in the batch go on.
 #[test]
 fn others_in_the_batch_go_on() {

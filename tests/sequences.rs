@@ -24,23 +24,34 @@ fn decode(engine: &Engine, session: &mut Session, tokens: &[u32]) -> Vec<Vec<f32
 }
 
 /// However many tokens are forgotten, what is left has the same bits: those of a session that never went further. At every
-/// length around the borders of pages and residual; tokens are fed one by one, as prompts of other lengths round
-/// differently.
+/// length around the borders of pages and residual.
 #[test]
 fn truncation_is_as_if_the_rest_had_never_been() {
-    let tokens = ids(2, 400);
+    let lengths = [299, 226, 225, 224, 200, 161, 160, 128, 98, 97, 96, 65, 64, 63, 33, 32, 21];
+    truncations(33, 300, &lengths);
+}
+
+/// The same where the residual is several pages long, so that as many come back from the host.
+#[test]
+fn deep_truncations_bring_pages_back() {
+    truncations(200, 560, &[559, 521, 520, 519, 448, 393, 392, 329, 264, 200, 130, 21]);
+}
+
+/// Tokens are fed one by one, as prompts of other lengths round differently.
+fn truncations(residual_len: usize, most: usize, lengths: &[usize]) {
+    let tokens = ids(2, most);
     for model in [TINY, WINDOW] {
         let engine = Engine::new(model.model(), device(2)).unwrap();
         for mode in [KvMode::Full, KvMode::Offload, KvMode::Fetch, KvMode::SpeCache] {
-            let kv = kv(mode, 1, 32, 33, 7);
+            let kv = kv(mode, 1, 32, residual_len, 7);
             let fed = |n: usize| {
-                let mut session = engine.session(kv, 400).unwrap();
+                let mut session = engine.session(kv, most + 60).unwrap();
                 prefill(&engine, &mut session, &tokens[..20]);
                 decode(&engine, &mut session, &tokens[20..n]);
                 session
             };
-            let mut long = fed(300);
-            for n in [299, 226, 225, 224, 200, 161, 160, 128, 98, 97, 96, 65, 64, 63, 33, 32, 21] {
+            let mut long = fed(most);
+            for &n in lengths {
                 // From the end of the long one, and from that of the truncation before.
                 let mut fork = long.fork().unwrap();
                 long.truncate(n).unwrap();
@@ -48,8 +59,8 @@ fn truncation_is_as_if_the_rest_had_never_been() {
                 assert_eq!(fork.n_tokens(), n);
                 let mut short = fed(n);
                 short.truncate(n).unwrap();
-                let what = format!("{mode:?}, window {:?}, {n} tokens", model.window);
-                let steps = [&mut fork, &mut short].map(|session| decode(&engine, session, &tokens[300..340]));
+                let what = format!("{mode:?}, R = {residual_len}, window {:?}, {n} tokens", model.window);
+                let steps = [&mut fork, &mut short].map(|session| decode(&engine, session, &tokens[most - 40..]));
                 assert!(steps[0] == steps[1], "{what}");
                 // And a prompt behind them.
                 let prompts = [&mut fork, &mut short].map(|session| prefill(&engine, session, &tokens[100..120]));

@@ -39,7 +39,8 @@ Examples:
   specache-engine --list-devices   the same as `specache-engine devices`
 
 Every option can also be set by the environment variable named beside it; the command
-line wins.
+line wins. SPECACHE_CHECK_ORDER=1 checks that waits order all copies and computation, and
+says at the end what it found; SPECACHE_ISA names the instruction set to use.
 
 Exit codes: 0 success (also when the reader of stdout goes away), 1 failure, 2 usage,
 3 invalid model, 4 out of memory, 5 a copy or the device failed, 130 interrupted.";
@@ -310,7 +311,7 @@ impl DeviceArgs {
     /// # Errors
     /// As [`AtomicFile::create`].
     pub fn trace_file(&self) -> Result<Option<AtomicFile>, Error> {
-        self.trace.as_deref().map(AtomicFile::create).transpose()
+        self.trace.as_deref().map(|file| AtomicFile::create("--trace", file)).transpose()
     }
 }
 

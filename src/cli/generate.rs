@@ -13,7 +13,7 @@ use specache::{Buffers, Engine, Next, Prompt, Session};
 
 use super::args::GenerateArgs;
 use super::input::{self, Source};
-use super::output::{print, write_trace};
+use super::output::{print, traced};
 use super::progress::{Progress, say};
 use super::size;
 
@@ -42,10 +42,10 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     let _ctrl_c = interrupt::forward(engine.interrupt_flag());
     let emitter = Emitter::new(tokenizer.as_ref(), &prompt, args.json);
     let mut run = Run { args: &args, engine: &engine, prompt, session, sampler, emitter, progress };
-    let outcome = run.generate()?;
+    let outcome = run.generate();
     run.progress.clear();
-    run.report(&outcome)?;
-    write_trace(trace, engine.device())
+    let outcome = traced(trace, engine.device(), Vec::new(), outcome)?;
+    run.report(&outcome)
 }
 
 /// The prompt's ids: those of a file as they are, those of a text with the special tokens of the tokenizer.

@@ -11,7 +11,7 @@ use specache::session::{Selections, Session, Trace};
 use specache::teacher::{Forced, forced};
 
 use super::args::LogitsArgs;
-use super::output::{AtomicFile, npy_header, write_trace};
+use super::output::{AtomicFile, npy_header, traced};
 use super::progress::{Progress, say};
 use super::{generate, input};
 
@@ -30,9 +30,10 @@ pub fn run(args: LogitsArgs) -> Result<()> {
     let vocab_size = engine.model().config.vocab_size;
     input::check_ids("--tokens", &ids, vocab_size)?;
     input::check_ids("--spec-tokens", speculative.as_deref().unwrap_or_default(), vocab_size)?;
-    let mut npy = AtomicFile::create(&args.output)?;
+    let mut npy = AtomicFile::create("-o", &args.output)?;
     let timeline = args.model.device.trace_file()?;
-    let mut trace = args.trace_selections.as_deref().map(AtomicFile::create).transpose()?;
+    let trace = args.trace_selections.as_deref().map(|file| AtomicFile::create("--trace-selections", file));
+    let mut trace = trace.transpose()?;
 
     let _ctrl_c = interrupt::forward(engine.interrupt_flag());
     let n_rows = ids.len().saturating_sub(args.prefill);
@@ -44,12 +45,13 @@ pub fn run(args: LogitsArgs) -> Result<()> {
         row += 1;
         progress.show(format_args!("row {row} of {n_rows}"));
         npy.write(bytemuck::cast_slice(&little_endian(logits)))
-    })?;
+    });
     progress.clear();
+    let session = traced(timeline, engine.device(), Vec::new(), session)?;
     write_all(npy, &mut trace, &session)?;
     say(format_args!("{n_rows} rows of {vocab_size} logits in {}", args.output.display()));
     generate::say_cache(&engine, &session);
-    write_trace(timeline, engine.device())
+    Ok(())
 }
 
 /// Options that need a mode, and files that need a place each.

@@ -5,7 +5,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use specache::device::Device;
-use specache::device::trace::write_chrome;
+use specache::device::trace::{Slice, write_chrome};
 use specache::error::{Error, Result};
 
 /// What stdout is called in an [`Error::Io`].
@@ -30,15 +30,19 @@ pub struct AtomicFile {
 }
 
 impl AtomicFile {
-    /// Begins the file, so that a place where it cannot be is known before any work is done.
+    /// Begins the file that `option` names, so that a place where it cannot be is known before any work is done.
     ///
     /// # Errors
-    /// [`Error::Usage`] for a folder, [`Error::Io`] naming the target.
-    pub fn create(target: &Path) -> Result<AtomicFile> {
+    /// [`Error::Usage`] for a folder, and for a folder that is not there; [`Error::Io`] naming the target.
+    pub fn create(option: &str, target: &Path) -> Result<AtomicFile> {
         let failed = |e| Error::io(target, e);
+        let usage = |what: String| Err(Error::Usage(format!("{option} {}: {what}", target.display())));
+        let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty());
         let (path, temporary) = match fs::metadata(target) {
-            Ok(meta) if meta.is_dir() => {
-                return Err(Error::Usage(format!("{}: is a folder, not a file", target.display())));
+            Ok(meta) if meta.is_dir() => return usage("is a folder, not a file".into()),
+            Err(_) if folder.is_some_and(|folder| !folder.is_dir()) => {
+                let folder = folder.expect("just looked at").display();
+                return usage(format!("there is no folder {folder}; make it, or name a file elsewhere"));
             }
             Ok(meta) if !meta.is_file() => (target.to_owned(), None),
             // Through a link to what it names, which then stays a link.
@@ -95,16 +99,21 @@ impl Drop for AtomicFile {
     }
 }
 
-/// Writes what an engine's streams did into the file of `--trace`.
+/// Writes what an engine's streams did into the file of `--trace`, whatever the outcome of the run: of one that failed it shows
+/// how far it came. `slices`: what has been taken from the trace already.
 ///
 /// # Errors
-/// As [`AtomicFile::write`].
-pub fn write_trace(file: Option<AtomicFile>, device: &Device) -> Result<()> {
-    let (Some(mut file), Some(trace)) = (file, device.trace()) else { return Ok(()) };
-    let mut text = Vec::new();
-    write_chrome(&trace.take(), &mut text).expect("memory takes everything");
-    file.write(&text)?;
-    file.commit()
+/// The run's own; else as [`AtomicFile::write`].
+pub fn traced<T>(file: Option<AtomicFile>, device: &Device, mut slices: Vec<Slice>, outcome: Result<T>) -> Result<T> {
+    let written = file.zip(device.trace()).map_or(Ok(()), |(mut file, trace)| {
+        slices.extend(trace.take());
+        let mut text = Vec::new();
+        write_chrome(&slices, &mut text).expect("memory takes everything");
+        file.write(&text)?;
+        file.commit()
+    });
+    let outcome = outcome?;
+    written.map(|()| outcome)
 }
 
 /// A target and a temporary name in its folder, so that renaming never copies.

@@ -118,7 +118,7 @@ impl Scratch {
     /// Lays the scratch out for these sequences. Allocates only where sequences have more room than any before.
     fn lay_out(&mut self, seqs: &[SeqRows], group_heads: usize, n_kv_heads: usize, head_dim: usize) {
         let (mut probs, mut partial, mut weight) = (0, 0, 0);
-        let (mut room, mut chunks_of_room) = (0, 0);
+        let (mut room, mut chunks_of_room, mut tasks_of_room) = (0, 0, 0);
         self.parts.clear();
         self.tasks.clear();
         for (i, s) in seqs.iter().enumerate() {
@@ -129,10 +129,11 @@ impl Scratch {
             partial += n_kv_heads * chunks * queries * head_dim;
             weight += n_kv_heads * chunks * queries;
             room += n_kv_heads * queries * s.padded_room();
+            tasks_of_room += n_kv_heads * s.padded_room().div_ceil(CHUNK_TOKENS);
             chunks_of_room += n_kv_heads * queries * s.padded_room().div_ceil(CHUNK_TOKENS);
             self.tasks.extend((0..n_kv_heads).flat_map(|h| (0..chunks).map(move |c| (i, h, c))));
         }
-        self.tasks.reserve(chunks_of_room.saturating_sub(self.tasks.len()));
+        self.tasks.reserve(tasks_of_room.saturating_sub(self.tasks.len()));
         for (buffer, len) in [
             (&mut self.probs, room),
             (&mut self.partial, chunks_of_room * head_dim),

@@ -131,6 +131,8 @@ struct Scratch {
     append: usize,
     scores: usize,
     lse: usize,
+    first_scores: usize,
+    first_lse: usize,
     attn_parts: usize,
     candidates: usize,
     argmax: usize,
@@ -155,6 +157,7 @@ struct Results {
     bad_layer: usize,
     fetch_counts: usize,
     select_counts: usize,
+    hits: usize,
     selected: usize,
     bytes: usize,
 }
@@ -409,9 +412,17 @@ impl Workspace {
 
     /// Pairs that sequence `seq` fetched in layer `l`, once the pass is over.
     pub(crate) fn fetched(&self, config: &Config, l: usize, seq: usize) -> u64 {
-        let memory = self.memory();
-        let counts: &[u32] = memory.told_back(|r| r.fetch_counts);
-        let heads = config.n_kv_heads;
+        self.sum_of_heads(config, l, seq, |r| r.fetch_counts)
+    }
+
+    /// Pairs of row 0's own top-k that sequence `seq` had prefetched in layer `l`, once a `specache` step is over.
+    pub(crate) fn hits(&self, config: &Config, l: usize, seq: usize) -> u64 {
+        self.sum_of_heads(config, l, seq, |r| r.hits)
+    }
+
+    fn sum_of_heads(&self, config: &Config, l: usize, seq: usize, part: impl FnOnce(&Results) -> usize) -> u64 {
+        let (memory, heads) = (self.memory(), config.n_kv_heads);
+        let counts: &[u32] = memory.told_back(part);
         counts[(l * memory.sizes.seqs + seq) * heads..][..heads].iter().map(|&n| u64::from(n)).sum()
     }
 
@@ -539,6 +550,8 @@ impl Memory {
             out: rows.attn,
             scores: if selects { at(self.scratch_at.scores) } else { 0 },
             lse: at(self.scratch_at.lse),
+            first_scores: if group.mode == KvMode::SpeCache { at(self.scratch_at.first_scores) } else { 0 },
+            first_lse: at(self.scratch_at.first_lse),
             parts: at(self.scratch_at.attn_parts),
             top_k: if replace { group.top_k } else { 0 },
             ..attention_shape(gpu, config, &group.shape, group.n_seqs(), self.sizes.capacity)
@@ -558,6 +571,9 @@ impl Memory {
             fetches,
             fetch_counts,
             select_counts: self.result(self.results_at.select_counts, lists * 4),
+            hits: if attention.first_scores == 0 { 0 } else { self.result(self.results_at.hits, lists * 4) },
+            first_scores: attention.first_scores,
+            first_lse: attention.first_lse,
             candidates: self.scratch.address() + self.scratch_at.candidates as u64,
             score_stride: attention.score_stride,
             n_seqs: attention.n_seqs,
@@ -640,6 +656,8 @@ impl Scratch {
             append: parts.next(sizes.groups * config.n_layers * MAX_ROWS * 8),
             scores: parts.next(select_rows * 4),
             lse: parts.next(group * config.n_heads * 4),
+            first_scores: parts.next(select_rows * 4),
+            first_lse: parts.next(group * config.n_heads * 4),
             attn_parts: parts.next(part_bytes(&attention)),
             candidates: parts.next(candidate_bytes(&selection)),
             argmax: parts.next(MAX_ROWS * slices * size_of::<specache_choice>()),
@@ -683,6 +701,7 @@ impl Results {
             bad_layer: parts.next(sizes.rows * 4),
             fetch_counts: parts.next(lists * 4),
             select_counts: parts.next(lists * 4),
+            hits: parts.next(lists * 4),
             selected: parts.next(lists * sizes.top_k * 4),
             bytes: parts.bytes(),
         }

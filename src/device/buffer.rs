@@ -91,6 +91,11 @@ pub struct Grant {
 }
 
 impl Grant {
+    /// The system has no `bytes` bytes for `what`, though they were granted.
+    pub(super) fn refusal(&self, bytes: u64, what: &str) -> Error {
+        self.meter.refusal(bytes, 0, what)
+    }
+
     /// Draws bytes, from the budget itself where the grant falls short.
     fn draw(&mut self, bytes: u64, what: &str) -> Result<()> {
         self.meter.take(bytes.saturating_sub(self.left), what)?;

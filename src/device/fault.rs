@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicI64, Ordering};
 pub enum Fault {
     /// Pages are promised to a sequence.
     Lease,
+    /// Device memory is allocated that was granted.
+    Buffer,
     /// A copy between host and device, or the gather before it.
     Copy,
     /// The thread of a copy, or of the gather before it, panics.

@@ -31,12 +31,12 @@ use crate::cpu::Isa;
 use crate::error::{Error, Result};
 use crate::gather::{Gather, GatherOptions, Topology};
 use cuda::Gpu;
-use fault::Faults;
+use fault::{Fault, Faults};
 use link::{CopyEngine, LinkOptions};
 use order::{Checker, EventClock, Site, StreamId, Uses};
 use pin::Pin;
 use stream::Streams;
-use trace::{Place, Trace};
+use trace::{Place, Trace, Visit};
 
 /// Which device computes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -267,10 +267,10 @@ impl Device {
         self.0.copy_engine.clone()
     }
 
-    /// A new pass begins on the calling thread: what it launches from now on belongs to it.
-    pub(crate) fn begin_step(&self) {
+    /// A new pass begins on the calling thread: what it launches belongs to it, until what is returned is dropped.
+    pub(crate) fn begin_step(&self) -> Visit {
         let step = self.0.steps.fetch_add(1, Ordering::Relaxed) + 1;
-        Place { step, layer: None }.enter();
+        Place { step, layer: None, schedule: self.pipeline() }.visit()
     }
 
     /// The calling thread comes to a layer, or leaves the layers.
@@ -400,7 +400,10 @@ impl Device {
                 available,
                 fix: "shorten the context, use a smaller KV cache (--kv kivi), or free memory".into(),
             }),
-            _ => Ok(Grants { device, poison: self.0.options.poison, gpu: self.0.gpu.clone() }),
+            _ => {
+                let Inner { options, gpu, .. } = &*self.0;
+                Ok(Grants { device, poison: options.poison, faults: options.faults.clone(), gpu: gpu.clone() })
+            }
         }
     }
 
@@ -445,6 +448,7 @@ pub struct Grants {
     device: Grant,
     poison: bool,
     gpu: Option<Arc<Gpu>>,
+    faults: Option<Arc<Faults>>,
 }
 
 impl Grants {
@@ -456,8 +460,12 @@ impl Grants {
     /// Device memory of `len` bytes, zeroed (or poisoned). Metered until it is dropped.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] when more is asked for than was granted and the budget does not have it.
+    /// [`Error::OutOfMemory`] when more is asked for than was granted and the budget does not have it, or when the system does
+    /// not.
     pub fn device(&mut self, len: usize, what: &str) -> Result<Buffer> {
+        if len > 0 && self.faults.as_ref().is_some_and(|faults| faults.strikes(Fault::Buffer)) {
+            return Err(self.device.refusal(len as u64, what));
+        }
         Buffer::new(len, &mut self.device, self.gpu.as_ref(), self.poison, what)
     }
 }

@@ -9,6 +9,7 @@ use std::sync::Mutex;
 use std::time::Instant;
 
 use super::order::StreamId;
+use super::schedule::Schedule;
 use crate::gather::{NodeId, NodeShare};
 
 /// Where in the program an operation belongs.
@@ -18,10 +19,12 @@ pub struct Place {
     pub step: u32,
     /// Model layer; `None` before and behind the layers.
     pub layer: Option<u32>,
+    /// How the pass waits for copies.
+    pub schedule: Schedule,
 }
 
 thread_local! {
-    static PLACE: Cell<Place> = const { Cell::new(Place { step: 0, layer: None }) };
+    static PLACE: Cell<Place> = const { Cell::new(Place { step: 0, layer: None, schedule: Schedule::Event }) };
 }
 
 impl Place {
@@ -35,9 +38,25 @@ impl Place {
         PLACE.set(self);
     }
 
+    /// The calling thread goes there until what is returned is dropped.
+    pub(super) fn visit(self) -> Visit {
+        Visit(PLACE.replace(self))
+    }
+
     /// The layer's number for people: 0 where there is none.
     pub fn layer_or_0(self) -> usize {
         self.layer.unwrap_or(0) as usize
+    }
+}
+
+/// The calling thread is elsewhere. Dropped, it is where it was before: a thread that waits for others in the middle of a step
+/// may be given a whole step of another session to do.
+#[must_use = "the thread goes back when this is dropped"]
+pub(crate) struct Visit(Place);
+
+impl Drop for Visit {
+    fn drop(&mut self) {
+        self.0.enter();
     }
 }
 
@@ -52,7 +71,7 @@ pub struct Slice {
     pub name: &'static str,
     /// A wait, not work.
     pub waits: bool,
-    /// Step and layer.
+    /// Step, layer, schedule.
     pub place: Place,
     /// Microseconds since the trace began.
     pub begin_us: f64,
@@ -133,7 +152,7 @@ fn row_name((stream, node): Row) -> String {
 }
 
 /// Writes slices in the Chrome trace format, which Perfetto and chrome://tracing open: one row per stream and one per NUMA
-/// node that pairs were gathered from; step, layer and bytes on every slice.
+/// node that pairs were gathered from; step, layer, schedule and bytes on every slice.
 ///
 /// # Errors
 /// What writing gives.
@@ -157,9 +176,10 @@ pub fn write_chrome(slices: &[Slice], mut out: impl Write) -> io::Result<()> {
         write!(
             out,
             ",\n{{\"ph\":\"X\",\"pid\":1,\"tid\":{row},\"name\":\"{wait}{name}\",\"cat\":\"{category}\",\"ts\":{begin_us:.3},\
-             \"dur\":{us:.3},\"args\":{{\"step\":{},\"layer\":{}",
+             \"dur\":{us:.3},\"args\":{{\"step\":{},\"layer\":{},\"schedule\":\"{}\"",
             place.step,
-            place.layer.map_or("null".to_string(), |l| l.to_string())
+            place.layer.map_or("null".to_string(), |l| l.to_string()),
+            place.schedule.name()
         )?;
         if *bytes > 0 {
             write!(out, ",\"bytes\":{bytes}")?;
@@ -174,8 +194,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_visit_ends_where_it_began() {
+        let place = |step, layer| Place { step, layer, ..Place::default() };
+        let before = Place::current();
+        let outer = place(1, None).visit();
+        place(1, Some(3)).enter();
+        {
+            let _inner = place(2, None).visit();
+            place(2, Some(0)).enter();
+        }
+        assert_eq!(Place::current(), place(1, Some(3)));
+        drop(outer);
+        assert_eq!(Place::current(), before);
+    }
+
+    #[test]
     fn the_chrome_format_is_json_with_a_row_per_stream_and_node() {
-        let place = Place { step: 3, layer: Some(1) };
+        let place = Place { step: 3, layer: Some(1), schedule: Schedule::Stream };
         let slice = |stream, node: Option<u32>, waits, bytes| {
             let (node, name, begin_us, end_us) = (node.map(NodeId), "gather", 1.5, 4.0);
             Slice { stream, node, name, waits, place, begin_us, end_us, bytes }
@@ -201,6 +236,9 @@ mod tests {
         let gather = &events[events.len() - 2];
         assert_eq!((gather["dur"].as_f64(), gather["args"]["bytes"].as_u64()), (Some(2.5), Some(512)));
         assert_eq!((gather["args"]["step"].as_u64(), gather["args"]["layer"].as_u64()), (Some(3), Some(1)));
-        assert_eq!(events[events.len() - 1]["name"], "wait: gather");
+        assert_eq!(
+            (&gather["args"]["schedule"], &events[events.len() - 1]["name"]),
+            (&"stream".into(), &"wait: gather".into())
+        );
     }
 }

@@ -217,7 +217,8 @@ impl Cache {
                 fork.layers[l].tail.push(copy);
             }
             let to = &mut fork.layers[l];
-            to.packed.copy(0, &from.packed, 0..from.packed.len());
+            // The same length, unless this cache was refused more room half way.
+            to.packed.copy(0, &from.packed, 0..to.packed.len().min(from.packed.len()));
             to.prefetch.copy_from(&from.prefetch, &shape);
         }
         Ok(fork)
@@ -311,7 +312,8 @@ impl Cache {
     fn declare(&self, uses: &mut Uses) {
         for layer in &self.layers {
             uses.reads.extend(layer.tail.iter().map(|page| Resource::DevicePage(page.id())));
-            let pages = layer.host.iter().flat_map(|table| (0..table.pages().count()).map(|page| table.resource(page)));
+            let pages =
+                layer.host.iter().flat_map(|table| (0..table.pages().count()).flat_map(|page| table.resource(page)));
             uses.reads.extend(pages);
             let slots = layer.prefetch.slots();
             uses.reads.extend([Resource::Selection(slots.positions.id()), Resource::Slots(slots.pairs.id())]);
@@ -344,7 +346,8 @@ impl Cache {
     /// Makes room for at least `capacity` tokens.
     ///
     /// # Errors
-    /// [`crate::Error::OutOfMemory`]; nothing has changed then.
+    /// [`crate::Error::OutOfMemory`]: tokens and room are as before then. Where the budgets had room and the system had no
+    /// memory, the cache keeps what it was given before that, for the next attempt.
     pub fn reserve(&mut self, capacity: usize) -> Result<()> {
         let (device_bytes, host_pages) = self.needs(capacity, 0);
         let mut admission =
@@ -557,7 +560,8 @@ impl Cache {
     /// Starts the prefill of more tokens, up to `n` in all: makes room, and takes working pages.
     ///
     /// # Errors
-    /// [`crate::Error::OutOfMemory`]; never if [`Cache::prefill_needs`] was granted.
+    /// [`crate::Error::OutOfMemory`] as [`Cache::reserve`]; if [`Cache::prefill_needs`] was granted, only where the system has no
+    /// memory. [`Cache::free_working_pages`] gives back what is not room then.
     pub fn begin_prefill(&mut self, n: usize, admission: &mut Admission) -> Result<()> {
         for l in 0..self.layers.len() {
             let arrived = self.layers[l].prefetch.arrive(&self.device, Some(ARRIVAL), &mut self.waited);
@@ -668,7 +672,7 @@ impl Cache {
     }
 
     /// Frees the pages that only a prefill needs.
-    fn free_working_pages(&mut self) {
+    pub fn free_working_pages(&mut self) {
         let keep = self.prefill_wide_pages(0, self.capacity);
         while self.wide_pages() > keep && self.spare.pop_front().is_some() {}
     }

@@ -281,7 +281,7 @@ impl GpuFetch {
             device.after(StreamId::CopyIn, event, "host pages are complete before a gather");
         }
         device.declare(StreamId::CopyIn, "gather", |uses| {
-            uses.reads.extend(self.pages.iter().flat_map(|(host, n)| (0..*n).map(|page| host.resource(page))));
+            uses.reads.extend(self.pages.iter().flat_map(|(host, n)| (0..*n).filter_map(|page| host.resource(page))));
             for slots in &self.slots {
                 slots.look(|slots| {
                     uses.reads.push(Resource::Selection(slots.positions.id()));
@@ -335,7 +335,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Work {
     fn gather_uses(&self, uses: &mut Uses) {
         let row = |row: &Row| self.sequences[row.sequence as usize].host.resource(row.page as usize);
-        uses.reads.extend(self.rows.iter().map(row));
+        uses.reads.extend(self.rows.iter().flat_map(row));
         self.for_each_slots(|slots| uses.reads.push(Resource::Selection(slots.positions.id())));
         uses.writes.push(Resource::Staging(self.block));
     }

@@ -4,8 +4,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
-use super::slab::{PageRef, Slab, UniquePage};
-use crate::device::buffer::unique_id;
+use super::slab::{PageId, PageRef, Slab, UniquePage};
 use crate::device::link::CopyEngine;
 use crate::device::order::{Resource, StreamId, Uses};
 use crate::device::{Buffer, Carried, Device, Event, InFlight, Job};
@@ -16,10 +15,11 @@ pub type WidePage = Arc<Buffer>;
 /// The host pages of one layer, from position 0 on. Each entry is written once, when its page is complete: a page that is
 /// still on its way cannot be read, because it is not here.
 pub struct HostLayer {
-    id: u64,
     slab: Slab,
     /// `[room]`.
     pages: Box<[OnceLock<PageRef>]>,
+    /// `[room]`: which page of the slab each is, or will be when its copy is complete.
+    ids: Box<[OnceLock<PageId>]>,
 }
 
 impl HostLayer {
@@ -28,7 +28,8 @@ impl HostLayer {
         let mut pages: Vec<OnceLock<PageRef>> = pages.map(OnceLock::from).collect();
         assert!(pages.len() <= room, "{} pages in a table for {room}", pages.len());
         pages.resize_with(room, OnceLock::new);
-        HostLayer { id: unique_id(), slab: slab.clone(), pages: pages.into() }
+        let id = |page: &OnceLock<PageRef>| page.get().map_or(OnceLock::new(), |page| page.id().into());
+        HostLayer { slab: slab.clone(), ids: pages.iter().map(id).collect(), pages: pages.into() }
     }
 
     /// Pages that it has room for.
@@ -46,9 +47,9 @@ impl HostLayer {
         self.pages.iter().map_while(OnceLock::get)
     }
 
-    /// What the order checker calls page `index`.
-    pub fn resource(&self, index: usize) -> Resource {
-        Resource::HostPage(self.id, index)
+    /// What the order checker calls page `index`; `None` if it is neither here nor on its way.
+    pub fn resource(&self, index: usize) -> Option<Resource> {
+        Some(Resource::HostPage(self.slab.id(), self.ids.get(index)?.get()?.index()))
     }
 }
 
@@ -126,6 +127,7 @@ impl PageOut {
 
     /// Gives the next launch a page: to be page `index` of `host`, by way of the leased page `to`.
     pub fn add(&self, from: WidePage, to: UniquePage, host: &Arc<HostLayer>, index: usize) {
+        host.ids[index].set(to.id()).expect("a page is paged out once");
         let mut launches = self.lock();
         launches.pages.push_back(Out { from, to, host: host.clone(), index });
         *launches.counts.back_mut().expect("the next launch's count") += 1;
@@ -141,7 +143,7 @@ impl PageOut {
         let bytes = launches.pages.range(first..).map(|page| page.from.len() as u64).sum();
         let uses = |uses: &mut Uses| {
             uses.reads.extend(launches.pages.range(first..).map(|p| Resource::DevicePage(p.from.id())));
-            uses.writes.extend(launches.pages.range(first..).map(|p| p.host.resource(p.index)));
+            uses.writes.extend(launches.pages.range(first..).flat_map(|p| p.host.resource(p.index)));
         };
         let Some(gpu) = device.gpu() else {
             return (device.launch(StreamId::CopyOut, "page out", uses, self.clone()), bytes);
@@ -248,7 +250,7 @@ impl PageIn {
         let away = carried.clone();
         *self.lock() = Some(In { pages: carried, host: host.clone(), from: from.clone() });
         let uses = |uses: &mut Uses| {
-            uses.reads.extend(from.clone().map(|index| host.resource(index)));
+            uses.reads.extend(from.clone().flat_map(|index| host.resource(index)));
             away.look(|pages| {
                 uses.writes.extend(pages.iter().take(from.len()).map(|page| Resource::DevicePage(page.id())));
             });

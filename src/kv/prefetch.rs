@@ -57,13 +57,16 @@ impl Slots {
         Ok(Slots { count: 0, positions, slot_of, pairs, table, skip, kept, top_k })
     }
 
-    /// The same selection in slots that have room for at least as many.
+    /// The same selection in slots that have room for it. A selection lies in the first slots, so what one side has beyond the
+    /// other's room is empty or of no use.
     fn copy_to(&self, to: &mut Slots, shape: &KvShape) {
         to.count = self.count;
+        let top_k = self.top_k.min(to.top_k);
+        assert!(self.count <= top_k, "room for {top_k} pairs, {} are selected", self.count);
         for head in 0..shape.n_kv_heads {
             let copy = |from: &Buffer, to_buffer: &mut Buffer, bytes: usize| {
                 let start = head * self.top_k * bytes;
-                to_buffer.copy(head * to.top_k * bytes, from, start..start + self.top_k * bytes);
+                to_buffer.copy(head * to.top_k * bytes, from, start..start + top_k * bytes);
             };
             copy(&self.positions, &mut to.positions, 4);
             copy(&self.slot_of, &mut to.slot_of, 4);

@@ -43,6 +43,7 @@ use state::{Entry, Region, State};
 
 use crate::device::Meter;
 use crate::device::arena::{Arena, ArenaOptions, ArenaPlan, ArenaStats};
+use crate::device::buffer::unique_id;
 use crate::device::fault::{Fault, Faults};
 use crate::error::{Error, Result};
 
@@ -109,6 +110,8 @@ pub struct SlabStats {
 pub struct Slab(Arc<Inner>);
 
 struct Inner {
+    /// No other slab has it, before or after.
+    id: u64,
     /// Bytes that a page shows.
     page_bytes: usize,
     /// Bytes from one page to the next: `page_bytes` in whole cache lines.
@@ -137,6 +140,7 @@ impl Slab {
             return Err(Error::Usage(format!("KV pages of {page_bytes} bytes: from 1 byte to 1 GiB is possible")));
         }
         Ok(Slab(Arc::new(Inner {
+            id: unique_id(),
             page_bytes,
             stride: page_bytes.next_multiple_of(64),
             options,
@@ -144,6 +148,11 @@ impl Slab {
             prepared: Condvar::new(),
             growth: Mutex::new(()),
         })))
+    }
+
+    /// Its number: no other slab has it, before or after.
+    pub fn id(&self) -> u64 {
+        self.0.id
     }
 
     /// Bytes of a page.

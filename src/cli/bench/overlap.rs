@@ -13,10 +13,10 @@ use specache::sim::{Costs, Schedule};
 use specache::{Buffers, Engine, Next, Session};
 
 use super::models::{self, Fill};
-use super::timeline::{Panel, svg};
+use super::timeline::{Kind, Panel, svg};
 use super::{SEED, prefill};
 use crate::cli::args::BenchArgs;
-use crate::cli::output::{AtomicFile, print, table};
+use crate::cli::output::{AtomicFile, print, table, traced};
 use crate::cli::progress::Progress;
 use crate::cli::size;
 
@@ -34,7 +34,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         _ => return Err(Error::Usage("--overlap: one model at a time; give one with -m".into())),
     };
     let kv = args.tuning.options(KvMode::SpeCache);
-    let plot = args.plot.as_deref().map(AtomicFile::create).transpose()?;
+    let plot = args.plot.as_deref().map(|file| AtomicFile::create("--plot", file)).transpose()?;
     let trace = args.device.trace_file()?;
     let mut progress = Progress::new();
     progress.show(format_args!("loading {model}"));
@@ -44,17 +44,10 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let _ctrl_c = interrupt::forward(engine.interrupt_flag());
     let n = args.n_predict.unwrap_or(if engine.model().weights.bytes(true) < 1_000_000_000 { 64 } else { 6 });
     let fill = models::fill(&engine, &model, args.depth)?;
-    let mut bench = Bench::new(&engine, kv, args.batch, &fill, WARM_UP + n * args.repetitions * 3, &mut progress)?;
-    for repetition in 1..=args.repetitions {
-        for schedule in Schedule::ALL {
-            progress.show(format_args!("repetition {repetition} of {}, {}", args.repetitions, schedule.name()));
-            engine.device().set_pipeline(schedule);
-            for _ in 0..n {
-                bench.step(Some(schedule))?;
-            }
-        }
-    }
+    let mut bench = Bench::new(&engine);
+    let outcome = bench.run(kv, args, &fill, n, &mut progress);
     progress.clear();
+    traced(trace, engine.device(), bench.slices.clone(), outcome)?;
     let title = format!(
         "{}: {} tokens in the cache, batch {}, {} steps a schedule in turns, {}",
         engine.model().name,
@@ -63,18 +56,12 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         n * args.repetitions,
         engine.device().describe()
     );
-    report(&title, &bench)?;
+    // Before the table, whose reader may go away.
     if let Some(mut file) = plot {
         file.write(svg(&title, &bench.panels()).as_bytes())?;
         file.commit()?;
     }
-    if let Some(mut file) = trace {
-        let mut text = Vec::new();
-        specache::device::trace::write_chrome(&bench.slices, &mut text).expect("memory takes everything");
-        file.write(&text)?;
-        file.commit()?;
-    }
-    Ok(())
+    report(&title, &bench)
 }
 
 /// One step as it was.
@@ -95,45 +82,60 @@ struct Bench<'a> {
 }
 
 impl<'a> Bench<'a> {
-    fn new(
-        engine: &'a Engine,
-        kv: KvOptions,
-        batch: usize,
-        fill: &Fill,
-        steps: usize,
-        progress: &mut Progress,
-    ) -> Result<Bench<'a>> {
-        let mut bench = Bench {
+    fn new(engine: &'a Engine) -> Bench<'a> {
+        Bench {
             engine,
             sessions: Vec::new(),
             tokens: Vec::new(),
             buffers: Buffers::default(),
             steps: Vec::new(),
             slices: Vec::new(),
-        };
+        }
+    }
+
+    /// All schedules in turns, `n` steps a turn.
+    fn run(&mut self, kv: KvOptions, args: &BenchArgs, fill: &Fill, n: usize, progress: &mut Progress) -> Result<()> {
+        self.fill(kv, args.batch, fill, WARM_UP + n * args.repetitions * Schedule::ALL.len(), progress)?;
+        for _ in 0..WARM_UP {
+            self.step(None)?;
+        }
+        for repetition in 1..=args.repetitions {
+            for schedule in Schedule::ALL {
+                progress.show(format_args!("repetition {repetition} of {}, {}", args.repetitions, schedule.name()));
+                self.engine.device().set_pipeline(schedule);
+                for _ in 0..n {
+                    self.step(Some(schedule))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Sessions with full caches and room for so many steps.
+    fn fill(&mut self, kv: KvOptions, batch: usize, fill: &Fill, steps: usize, progress: &mut Progress) -> Result<()> {
+        let engine = self.engine;
         // All of them or none: what the first ones have been granted shows in free memory only when it is written.
         let capacity = fill.depth().saturating_add(steps).saturating_add(1);
         let plan = engine.plan(&kv, capacity)?;
         let all = |bytes: u64| bytes.saturating_mul(batch as u64);
-        let what = format!("{batch} KV caches of {capacity} tokens");
+        let what = format!(
+            "a batch of {batch} KV caches of {capacity} tokens each (-b, -d, and {steps} steps from -n and -r)"
+        );
         drop(engine.device().grant(all(plan.device()), all(plan.host), &what)?);
         for i in 0..batch {
             progress.show(format_args!("{} tokens into cache {} of {batch}", fill.depth(), i + 1));
-            let mut session = engine.session(kv, fill.depth() + steps + 1)?;
+            let mut session = engine.session(kv, capacity)?;
             let token = match fill {
                 Fill::Random { tokens, first } => {
                     engine.device().run(|| session.fill_synthetic(*tokens, SEED + i as u64))?;
                     *first
                 }
-                Fill::Prompt(tokens) => argmax(&prefill(engine, &mut session, tokens, &mut bench.buffers)?.0),
+                Fill::Prompt(tokens) => argmax(&prefill(engine, &mut session, tokens, &mut self.buffers)?.0),
             };
-            bench.sessions.push(session);
-            bench.tokens.push(token);
+            self.sessions.push(session);
+            self.tokens.push(token);
         }
-        for _ in 0..WARM_UP {
-            bench.step(None)?;
-        }
-        Ok(bench)
+        Ok(())
     }
 
     fn step(&mut self, schedule: Option<Schedule>) -> Result<()> {
@@ -196,20 +198,20 @@ impl<'a> Bench<'a> {
     /// What the simulation needs, as it was measured under `event`.
     fn costs(&self) -> Costs {
         let layers = self.layers(Schedule::Event);
-        let sum = |of: fn(&LayerRun) -> f64| layers.iter().map(of).sum::<f64>();
-        let per_layer = |of| sum(of) / layers.len() as f64;
-        let bytes = sum(|l| l.bytes);
+        let sum = |kind: Kind| layers.iter().map(|layer| layer.of(kind)).sum::<f64>();
+        let per_layer = |kind| sum(kind) / layers.len() as f64;
+        let bytes = layers.iter().map(|layer| layer.bytes).sum::<f64>();
         let rate = |us: f64| if us > 0.0 { bytes / us } else { f64::INFINITY };
         Costs {
             n_layers: layers.len(),
-            attention_us: per_layer(|l| l.attention_us),
-            rest_us: per_layer(|l| l.rest_us),
+            attention_us: per_layer(Kind::Attention),
+            rest_us: per_layer(Kind::Dense),
             head_us: self.head_us(Schedule::Event),
             fetch_bytes: bytes / layers.len() as f64,
             sequences: self.sessions.len(),
             copy_latency_us: 0.0,
-            gather_bytes_per_us: rate(sum(|l| l.gather_us)),
-            link_bytes_per_us: rate(sum(|l| l.copy_us)),
+            gather_bytes_per_us: rate(sum(Kind::Gather)),
+            link_bytes_per_us: rate(sum(Kind::CopyIn)),
         }
     }
 
@@ -240,34 +242,30 @@ impl<'a> Bench<'a> {
 /// Means of one layer.
 #[derive(Clone, Default)]
 struct LayerRun {
-    attention_us: f64,
-    rest_us: f64,
-    gather_us: f64,
-    copy_us: f64,
+    /// Microseconds of each [`Kind`].
+    us: [f64; Kind::ALL.len()],
+    /// Bytes that came from the host.
     bytes: f64,
-    exposed_us: f64,
 }
 
 impl LayerRun {
     fn add(&mut self, slice: &Slice) {
-        let sum = match (slice.stream, slice.name) {
-            _ if slice.node.is_some() => return, // a part of a gather that is counted
-            (StreamId::Compute, _) if slice.waits => &mut self.exposed_us,
-            (StreamId::Compute, "out_residual" | "norm_gate_up" | "down_residual") => &mut self.rest_us,
-            (StreamId::Compute, _) => &mut self.attention_us,
-            (StreamId::Gather, _) => &mut self.gather_us,
-            (StreamId::CopyIn, _) => {
-                self.bytes += slice.bytes as f64;
-                &mut self.copy_us
-            }
-            (StreamId::CopyOut, _) => return,
-        };
-        *sum += slice.us();
+        if slice.node.is_some() {
+            return; // a part of a gather that is counted
+        }
+        let kind = Kind::of(slice);
+        self.us[kind as usize] += slice.us();
+        if kind == Kind::CopyIn {
+            self.bytes += slice.bytes as f64;
+        }
     }
 
     fn divide(&mut self, count: f64) {
-        let LayerRun { attention_us, rest_us, gather_us, copy_us, bytes, exposed_us } = self;
-        [attention_us, rest_us, gather_us, copy_us, bytes, exposed_us].into_iter().for_each(|x| *x /= count);
+        self.us.iter_mut().chain([&mut self.bytes]).for_each(|x| *x /= count);
+    }
+
+    fn of(&self, kind: Kind) -> f64 {
+        self.us[kind as usize]
     }
 }
 
@@ -298,7 +296,8 @@ fn report(title: &str, bench: &Bench) -> Result<()> {
         costs.compute_us() / 1e3
     ))?;
     let rows: Vec<_> = bench.layers(Schedule::Event).into_iter().enumerate().map(layer_row).collect();
-    print(&table(&["layer", "attention", "rest", "gather", "copy", "fetched", "exposed"], &rows))?;
+    let header: Vec<&str> = ["layer"].into_iter().chain(COLUMNS.map(Kind::name)).chain(["fetched"]).collect();
+    print(&table(&header, &rows))?;
     let saved = bench.sessions.iter().filter_map(|session| session.stats().saved()).fold(0.0, |a, b| a + b);
     if bench.engine.device().options().delta {
         print(&format!(
@@ -309,15 +308,10 @@ fn report(title: &str, bench: &Bench) -> Result<()> {
     Ok(())
 }
 
+/// What a layer's time goes to, and that of its fetch.
+const COLUMNS: [Kind; 5] = [Kind::Attention, Kind::Dense, Kind::Exposed, Kind::Gather, Kind::CopyIn];
+
 fn layer_row((layer, run): (usize, LayerRun)) -> Vec<String> {
-    let us = |x: f64| format!("{x:.1}");
-    vec![
-        layer.to_string(),
-        us(run.attention_us),
-        us(run.rest_us),
-        us(run.gather_us),
-        us(run.copy_us),
-        size::show(run.bytes as u64),
-        us(run.exposed_us),
-    ]
+    let us = COLUMNS.map(|kind| format!("{:.1}", run.of(kind)));
+    [layer.to_string()].into_iter().chain(us).chain([size::show(run.bytes as u64)]).collect()
 }

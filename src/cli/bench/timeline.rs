@@ -13,6 +13,8 @@ const GAP: f64 = 6.0;
 const TITLE: f64 = 30.0;
 const AXIS: f64 = 34.0;
 const LEGEND: f64 = 28.0;
+/// What a character of the heading takes, on the wide side.
+const WIDEST: f64 = 9.0;
 
 /// One schedule's step.
 pub struct Panel {
@@ -24,26 +26,56 @@ pub struct Panel {
     pub end_us: f64,
 }
 
-/// What a colour stands for.
-const KINDS: [(&str, &str); 7] = [
-    ("attention and selection", "#3f6ea3"),
-    ("projections and MLP", "#9db8d4"),
-    ("embedding and LM head", "#c9c9c9"),
-    ("waiting for a copy", "#d2302f"),
-    ("gather", "#e6a532"),
-    ("host to device", "#4f9a4a"),
-    ("device to host", "#8a66ad"),
-];
+/// What a time is spent on: a colour of the picture, a column of the table. The streams' are called as their rows are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Attention,
+    Dense,
+    Ends,
+    Exposed,
+    Gather,
+    CopyIn,
+    CopyOut,
+}
 
-fn kind(slice: &Slice) -> usize {
-    match (slice.stream, slice.name) {
-        _ if slice.waits => 3,
-        (StreamId::Gather, _) => 4,
-        (StreamId::CopyIn, _) => 5,
-        (StreamId::CopyOut, _) => 6,
-        (_, "out_residual" | "norm_gate_up" | "down_residual") => 1,
-        (_, "embed" | "norm_logits") => 2,
-        _ => 0,
+impl Kind {
+    pub const ALL: [Kind; 7] =
+        [Kind::Attention, Kind::Dense, Kind::Ends, Kind::Exposed, Kind::Gather, Kind::CopyIn, Kind::CopyOut];
+
+    pub fn of(slice: &Slice) -> Kind {
+        match (slice.stream, slice.name) {
+            _ if slice.waits => Kind::Exposed,
+            (StreamId::Gather, _) => Kind::Gather,
+            (StreamId::CopyIn, _) => Kind::CopyIn,
+            (StreamId::CopyOut, _) => Kind::CopyOut,
+            (_, "out_residual" | "norm_gate_up" | "down_residual") => Kind::Dense,
+            (_, "embed" | "norm_logits") => Kind::Ends,
+            _ => Kind::Attention,
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Attention => "attention",
+            Kind::Dense => "projections and MLP",
+            Kind::Ends => "embedding and LM head",
+            Kind::Exposed => "exposed wait",
+            Kind::Gather => StreamId::Gather.name(),
+            Kind::CopyIn => StreamId::CopyIn.name(),
+            Kind::CopyOut => StreamId::CopyOut.name(),
+        }
+    }
+
+    fn colour(self) -> &'static str {
+        match self {
+            Kind::Attention => "#3f6ea3",
+            Kind::Dense => "#9db8d4",
+            Kind::Ends => "#c9c9c9",
+            Kind::Exposed => "#d2302f",
+            Kind::Gather => "#e6a532",
+            Kind::CopyIn => "#4f9a4a",
+            Kind::CopyOut => "#8a66ad",
+        }
     }
 }
 
@@ -56,7 +88,15 @@ pub fn svg(heading: &str, panels: &[Panel]) -> String {
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height:.0}\" viewBox=\"0 0 {WIDTH} {height:.0}\" \
          font-family=\"sans-serif\" font-size=\"12\">\n<rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n"
     );
-    let _ = writeln!(out, "<text x=\"8\" y=\"20\" font-size=\"14\" font-weight=\"bold\">{}</text>", escaped(heading));
+    // A heading that is too long is written narrower, rather than over the edge.
+    let room = WIDTH - 16.0;
+    let fit = if heading.chars().count() as f64 * WIDEST > room {
+        format!(" textLength=\"{room}\" lengthAdjust=\"spacingAndGlyphs\"")
+    } else {
+        String::new()
+    };
+    let _ =
+        writeln!(out, "<text x=\"8\" y=\"20\" font-size=\"14\" font-weight=\"bold\"{fit}>{}</text>", escaped(heading));
     legend(&mut out, TITLE);
     for (i, panel) in panels.iter().enumerate() {
         draw(&mut out, panel, LEGEND + TITLE + i as f64 * panel_height, longest);
@@ -66,7 +106,7 @@ pub fn svg(heading: &str, panels: &[Panel]) -> String {
 
 fn legend(out: &mut String, y: f64) {
     let mut x = 8.0;
-    for (name, colour) in KINDS {
+    for (name, colour) in Kind::ALL.map(|kind| (kind.name(), kind.colour())) {
         let _ = writeln!(
             out,
             "<rect x=\"{x}\" y=\"{}\" width=\"12\" height=\"12\" fill=\"{colour}\"/><text x=\"{}\" y=\"{}\">{name}</text>",
@@ -102,7 +142,7 @@ fn draw(out: &mut String, panel: &Panel, top: f64, longest: f64) {
             out,
             "<rect x=\"{from:.2}\" y=\"{y}\" width=\"{width:.2}\" height=\"{ROW}\" fill=\"{}\"><title>{wait}{}, step {}, {layer}: \
              {:.1} us</title></rect>",
-            KINDS[kind(slice)].1,
+            Kind::of(slice).colour(),
             slice.name,
             slice.place.step,
             slice.us()
@@ -128,11 +168,13 @@ fn axis(out: &mut String, panel: &Panel, y: f64, scale: f64) {
     let mut at = 0.0;
     while at <= length {
         let x = MARGIN + at * scale;
+        // At the right edge to the left of its tick.
+        let anchor = if x > WIDTH - 60.0 { "end" } else { "start" };
         let label = if step >= 1000.0 { format!("{} ms", at / 1e3) } else { format!("{at} us") };
         let _ = writeln!(
             out,
             "<line x1=\"{x:.1}\" y1=\"{y}\" x2=\"{x:.1}\" y2=\"{}\" stroke=\"#888\"/><text x=\"{x:.1}\" y=\"{}\" font-size=\"10\" \
-             fill=\"#555\">{label}</text>",
+             text-anchor=\"{anchor}\" fill=\"#555\">{label}</text>",
             y + 4.0,
             y + 15.0
         );
@@ -153,6 +195,12 @@ fn escaped(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_long_heading_stays_inside() {
+        assert!(svg(&"a long name ".repeat(20), &[]).contains("textLength=\"1184\""));
+        assert!(!svg("a short one", &[]).contains("textLength"));
+    }
 
     #[test]
     fn ticks_are_round() {

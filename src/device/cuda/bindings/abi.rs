@@ -22,6 +22,7 @@ pub const SPECACHE_UNSUPPORTED_ROWS: u32 = 20;
 pub const SPECACHE_UNSUPPORTED_WIDTH: u32 = 21;
 pub const SPECACHE_NONE: u32 = 4294967295;
 pub const SPECACHE_ARGMAX_SLICE: u32 = 8192;
+pub const SPECACHE_DRAW_MOST_VOCAB: u32 = 1048576;
 pub type specache_dtype = u32;
 pub type specache_status = i32;
 #[repr(C)]
@@ -89,6 +90,8 @@ pub struct specache_attn_params {
     pub out: u64,
     pub scores: u64,
     pub lse: u64,
+    pub first_scores: u64,
+    pub first_lse: u64,
     pub parts: u64,
     pub score_stride: u64,
     pub n_seqs: u32,
@@ -123,6 +126,9 @@ pub struct specache_select_params {
     pub fetches: u64,
     pub fetch_counts: u64,
     pub select_counts: u64,
+    pub hits: u64,
+    pub first_scores: u64,
+    pub first_lse: u64,
     pub candidates: u64,
     pub score_stride: u64,
     pub n_seqs: u32,
@@ -243,6 +249,89 @@ pub struct specache_argmax_params {
 pub type specache_argmax_params_size = [::std::os::raw::c_char; 1usize];
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
+pub struct specache_draw {
+    pub seen: u64,
+    pub random: u64,
+    pub row: u32,
+    pub top_k: u32,
+    pub temperature: f32,
+    pub top_p: f32,
+    pub min_p: f32,
+    pub penalty: f32,
+}
+pub type specache_draw_size = [::std::os::raw::c_char; 1usize];
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct specache_draw_params {
+    pub draws: u64,
+    pub logits: u64,
+    pub choices: u64,
+    pub tokens: u64,
+    pub n_draws: u32,
+    pub vocab: u32,
+}
+pub type specache_draw_params_size = [::std::os::raw::c_char; 1usize];
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct specache_norm16_params {
+    pub x: u64,
+    pub norm: u64,
+    pub y: u64,
+    pub bad_layer: u64,
+    pub n_rows: u32,
+    pub hidden: u32,
+    pub layer: u32,
+    pub eps: f32,
+    pub dtype: specache_dtype,
+    pub reserved: u32,
+}
+pub type specache_norm16_params_size = [::std::os::raw::c_char; 1usize];
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct specache_finish_qkv_params {
+    pub products: u64,
+    pub q_bias: u64,
+    pub k_bias: u64,
+    pub v_bias: u64,
+    pub q_norm: u64,
+    pub k_norm: u64,
+    pub rope: u64,
+    pub append: u64,
+    pub q: u64,
+    pub n_rows: u32,
+    pub n_heads: u32,
+    pub n_kv_heads: u32,
+    pub head_dim: u32,
+    pub eps: f32,
+    pub kv_dtype: specache_dtype,
+}
+pub type specache_finish_qkv_params_size = [::std::os::raw::c_char; 1usize];
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct specache_round16_params {
+    pub x: u64,
+    pub y: u64,
+    pub count: u64,
+    pub dtype: specache_dtype,
+    pub reserved: u32,
+}
+pub type specache_round16_params_size = [::std::os::raw::c_char; 1usize];
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct specache_swiglu16_params {
+    pub gate: u64,
+    pub up: u64,
+    pub gate_bias: u64,
+    pub up_bias: u64,
+    pub y: u64,
+    pub n_rows: u32,
+    pub intermediate: u32,
+    pub stride: u32,
+    pub dtype: specache_dtype,
+}
+pub type specache_swiglu16_params_size = [::std::os::raw::c_char; 1usize];
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
 pub struct specache_prefill_params {
     pub seqs: u64,
     pub caches: u64,
@@ -311,6 +400,21 @@ unsafe extern "C" {
     ) -> specache_status;
     pub fn specache_argmax_merge_plan(
         params: *const specache_argmax_params,
+        launch: *mut specache_launch,
+    ) -> specache_status;
+    pub fn specache_draw_plan(params: *const specache_draw_params, launch: *mut specache_launch) -> specache_status;
+    pub fn specache_norm16_plan(params: *const specache_norm16_params, launch: *mut specache_launch)
+    -> specache_status;
+    pub fn specache_finish_qkv_plan(
+        params: *const specache_finish_qkv_params,
+        launch: *mut specache_launch,
+    ) -> specache_status;
+    pub fn specache_round16_plan(
+        params: *const specache_round16_params,
+        launch: *mut specache_launch,
+    ) -> specache_status;
+    pub fn specache_swiglu16_plan(
+        params: *const specache_swiglu16_params,
         launch: *mut specache_launch,
     ) -> specache_status;
     pub fn specache_prefill_plan(
