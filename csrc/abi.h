@@ -53,26 +53,20 @@ SPECACHE_ASSERT_SIZE(specache_launch, 128);
 /* pack.cu: quantise n_pages wide pages (all KV heads of one layer) into packed pages.
  *
  * wide page    [n_kv_heads][64][K: head_dim | V: head_dim] of dtype, contiguous: 64 * 2 * head_dim * 2 bytes a head
- * packed page  one block for each KV head in the format of kv_layout.cuh, contiguous, 128-byte aligned
+ * packed page  [n_kv_heads] blocks in the format of kv_layout.cuh, contiguous
  *
- * Page i of the list is read at     wide + wide_ids[i] * wide_page_stride + head * (64 * 4 * head_dim)
- * and written at                    packed + packed_ids[i] * packed_page_stride + head * packed_head_stride. */
+ * Page i is read where wide_pages[i] says, and written as packed page i from `packed` on. */
 typedef struct specache_pack_params {
-    uint64_t wide;               /* device, 16-byte aligned */
-    uint64_t packed;             /* device, 128-byte aligned */
-    uint64_t wide_ids;           /* device, uint32_t [n_pages]; 0: page i is at index i */
-    uint64_t packed_ids;         /* device, uint32_t [n_pages], no duplicates; 0: page i goes to index i */
-    uint64_t wide_page_stride;   /* bytes, multiple of 16 */
-    uint64_t packed_page_stride; /* bytes, multiple of 128 */
-    uint64_t packed_head_stride; /* bytes, multiple of 128 */
-    uint32_t n_pages;            /* pages of this launch */
-    uint32_t n_kv_heads;         /* Hkv */
-    uint32_t head_dim;           /* D: 64, 128 */
-    uint32_t bits;               /* b: 1, 2, 4 */
-    uint32_t group_size;         /* g: 32, 64 */
-    specache_dtype dtype;        /* of the wide pages */
+    uint64_t wide_pages;  /* device, uint64_t [n_pages]: addresses, 16-byte aligned */
+    uint64_t packed;      /* device, 128-byte aligned */
+    uint32_t n_pages;     /* pages of this launch */
+    uint32_t n_kv_heads;  /* Hkv */
+    uint32_t head_dim;    /* D: 64, 128 */
+    uint32_t bits;        /* b: 1, 2, 4 */
+    uint32_t group_size;  /* g: 32, 64 */
+    specache_dtype dtype; /* of the wide pages */
 } specache_pack_params;
-SPECACHE_ASSERT_SIZE(specache_pack_params, 80);
+SPECACHE_ASSERT_SIZE(specache_pack_params, 40);
 
 #ifndef __CUDACC_RTC__
 /* Checks the parameters and names kernel, grid and shared memory. Host only; touches no device. */
@@ -89,66 +83,67 @@ specache_status specache_pack_plan(const specache_pack_params *params, specache_
 #define SPECACHE_EMPTY_SLOT 0xFFFFFFFFu
 
 /* Where one sequence stands in this step. In device memory and read there by every kernel below, so that a captured
- * graph stays valid while sequences grow. The same for all layers: what differs between them is a base address in the
- * parameters. */
+ * graph stays valid while sequences grow. The same for all layers. */
 typedef struct specache_seq {
-    uint32_t n;           /* tokens in the cache: the position of row 0; row 1 stands at n + 1 */
-    uint32_t nq;          /* positions [0, nq) are read packed; a multiple of 64, <= no */
-    uint32_t no;          /* positions [0, no) may be selected; <= n. fetch mode: nq */
-    uint32_t n_rows;      /* 1, 2, in a prefill any number; 0: the entry is not in use */
-    uint32_t first_row;   /* index of row 0 in q and out */
-    uint32_t packed_page; /* index of page 0 in packed_ids */
-    uint32_t wide_page;   /* index of page nq / 64 in wide_ids; the pages up to the last row's pair follow */
-    uint32_t cache;       /* index of the sequence in slots, pairs and skip */
+    uint32_t n;         /* tokens in the cache: the position of row 0; row 1 stands at n + 1 */
+    uint32_t nq;        /* positions [0, nq) are read packed; a multiple of 64, <= no */
+    uint32_t no;        /* positions [0, no) may be selected; <= n. fetch mode: nq */
+    uint32_t n_rows;    /* 1, 2, in a prefill any number; 0: the entry is not in use */
+    uint32_t first_row; /* index of row 0 in q and out */
+    uint32_t reserved[3];
 } specache_seq;
 SPECACHE_ASSERT_SIZE(specache_seq, 32);
+
+/* Where the cache of one sequence lies in one layer. In device memory, [n_layers][n_seqs], sequences in the order of
+ * their specache_seq; what an entry that is not in use says is never looked at. Page i of every kind holds the
+ * positions from 64 i on. Lists name the pages that are needed and change only when one is begun or offloaded: wide
+ * pages from nq / 64 on that a row of this step sees or writes, host pages below no / 64. */
+typedef struct specache_layer_cache {
+    uint64_t packed;      /* packed pages, contiguous, 128-byte aligned; 0 if nq is 0 */
+    uint64_t wide;        /* uint64_t [..]: addresses of wide pages, 16-byte aligned */
+    uint64_t host;        /* uint64_t [..]: host pages as the device addresses them; 0 where nothing is fetched */
+    uint64_t slots;       /* uint32_t [n_kv_heads][top_k]: the position whose pair each holds; 0 if top_k is 0 */
+    uint64_t pairs;       /* [n_kv_heads][top_k][K | V] of dtype, 16-byte aligned; 0 if top_k is 0 */
+    uint64_t skip;        /* uint64_t [n_kv_heads][skip_stride]: bit j % 64 of word j / 64 is set if a slot holds j */
+    uint32_t skip_stride; /* words, at least no / 64 rounded up */
+    uint32_t reserved[3];
+} specache_layer_cache;
+SPECACHE_ASSERT_SIZE(specache_layer_cache, 64);
 
 /* attn_decode.cu: attention of all rows of a step over one layer's mixed cache, then the combine of its parts.
  *
  * Position j of a sequence is read from
  *   its slot        if j < nq and a slot of the KV head holds j (then its skip bit is set as well)
- *   a packed page   if j < nq otherwise                               page j / 64 of the sequence's packed pages
- *   a wide page     if j >= nq, the pairs of this step's rows included page (j - nq) / 64 of its wide pages
+ *   a packed page   if j < nq otherwise
+ *   a wide page     if j >= nq, the pairs of this step's rows included
  * Row r sees j <= n + r, and with a window w > 0 only j > n + r - w. Pages that no row sees are not touched.
- * Modes full and offload: nq = 0 and a wide page for everything.
- *
- * Ids and strides as in specache_pack_params: page i of a list lies at base + id * page_stride, KV head h of a packed
- * page at h * packed_head_stride, of a wide page at h * (64 * 4 * head_dim). Where ids is 0, an index is its own id. */
+ * Modes full and offload: nq = 0 and a wide page for everything. */
 typedef struct specache_attn_params {
-    uint64_t seqs;               /* device, specache_seq [n_seqs], 16-byte aligned */
-    uint64_t q;                  /* device, float [rows][n_heads][head_dim], after RoPE, unscaled; 8-byte aligned */
-    uint64_t out;                /* device, float [rows][n_heads][head_dim] */
-    uint64_t packed;             /* device, 128-byte aligned; 0 if every nq is 0 */
-    uint64_t packed_ids;         /* device, uint32_t, or 0 */
-    uint64_t wide;               /* device, 16-byte aligned */
-    uint64_t wide_ids;           /* device, uint32_t, or 0 */
-    uint64_t slots;              /* device, uint32_t [caches][n_kv_heads][top_k] positions; 0: nothing is replaced */
-    uint64_t pairs;              /* device, [caches][n_kv_heads][top_k][K | V] of dtype, 16-byte aligned */
-    uint64_t skip;               /* device, uint64_t [caches][n_kv_heads][skip_stride], bit j % 64 of word j / 64 */
-    uint64_t scores;             /* device, float [n_seqs][n_heads][score_stride], or 0: the last row's q k log2(e) /
-                                    sqrt(head_dim) at positions below no that it sees */
-    uint64_t lse;                /* device, float [n_seqs][n_heads]: log2 of the last row's sum of 2^score */
-    uint64_t parts;              /* device scratch of specache_attn_part_bytes(), 16-byte aligned */
-    uint64_t packed_page_stride; /* bytes, multiple of 128 */
-    uint64_t packed_head_stride; /* bytes, multiple of 128 */
-    uint64_t wide_page_stride;   /* bytes, multiple of 16 */
-    uint64_t score_stride;       /* floats, >= every no */
-    uint32_t skip_stride;        /* words, >= every nq / 64 */
-    uint32_t n_seqs;             /* B, entries of seqs in use or not */
-    uint32_t n_heads;            /* H: at most 16 Hkv */
-    uint32_t n_kv_heads;         /* Hkv */
-    uint32_t head_dim;           /* D: 64, 128 */
-    uint32_t bits;               /* b: 1, 2, 4 */
-    uint32_t group_size;         /* g: 32, 64 */
-    specache_dtype dtype;        /* of wide pages and pairs */
-    uint32_t top_k;              /* slots per KV head */
-    uint32_t window;             /* w; 0: none */
-    uint32_t capacity;           /* no sequence has n + n_rows above this: bounds grid and scratch */
-    uint32_t n_sms;              /* host: multiprocessors of the GPU; 0 counts as 1 */
-    uint32_t shared_limit;       /* host: the most dynamic shared memory of a block, bytes */
-    uint32_t reserved;           /* 0 */
+    uint64_t seqs;         /* device, specache_seq [n_seqs], 16-byte aligned */
+    uint64_t caches;       /* device, specache_layer_cache [n_seqs] of this layer, 16-byte aligned */
+    uint64_t q;            /* device, float [rows][n_heads][head_dim], after RoPE, unscaled; 8-byte aligned */
+    uint64_t out;          /* device, float [rows][n_heads][head_dim] */
+    uint64_t scores;       /* device, float [n_seqs][n_heads][score_stride], or 0: the last row's q k log2(e) /
+                              sqrt(head_dim) at positions below no that it sees */
+    uint64_t lse;          /* device, float [n_seqs][n_heads]: log2 of the last row's sum of 2^score */
+    uint64_t first_scores; /* device, as scores, of row 0 where it is not the last; or 0 */
+    uint64_t first_lse;    /* device, as lse, of row 0 where it is not the last; or 0 */
+    uint64_t parts;        /* device scratch of specache_attn_part_bytes(), 16-byte aligned */
+    uint64_t score_stride; /* floats, >= every no */
+    uint32_t n_seqs;       /* B, entries of seqs in use or not */
+    uint32_t n_heads;      /* H: at most 16 Hkv */
+    uint32_t n_kv_heads;   /* Hkv */
+    uint32_t head_dim;     /* D: 64, 128 */
+    uint32_t bits;         /* b: 1, 2, 4 */
+    uint32_t group_size;   /* g: 32, 64 */
+    specache_dtype dtype;  /* of wide pages and pairs */
+    uint32_t top_k;        /* slots per KV head; 0: nothing is replaced */
+    uint32_t window;       /* w; 0: none */
+    uint32_t capacity;     /* no sequence has n + n_rows above this: bounds grid and scratch */
+    uint32_t n_sms;        /* host: multiprocessors of the GPU; 0 counts as 1 */
+    uint32_t shared_limit; /* host: the most dynamic shared memory of a block, bytes */
 } specache_attn_params;
-SPECACHE_ASSERT_SIZE(specache_attn_params, 192);
+SPECACHE_ASSERT_SIZE(specache_attn_params, 128);
 
 /* select.cu: the pairs that each sequence's next step wants at 16 bits, and which of them must be fetched. Per KV head
  * the min(top_k, candidates) positions with the highest mean probability of the last row over the head's query heads,
@@ -160,27 +155,29 @@ typedef struct specache_fetch {
 SPECACHE_ASSERT_SIZE(specache_fetch, 8);
 
 typedef struct specache_select_params {
-    uint64_t seqs;           /* device, specache_seq [n_seqs], 16-byte aligned */
-    uint64_t scores;         /* device, as attention wrote them */
-    uint64_t lse;            /* device, as attention wrote them */
-    uint64_t slots;          /* device, uint32_t [caches][n_kv_heads][top_k]: read and updated */
-    uint64_t skip;           /* device, uint64_t [caches][n_kv_heads][skip_stride]: updated */
-    uint64_t selected;       /* device, uint32_t [n_seqs][n_kv_heads][top_k], ascending; 0: not wanted */
-    uint64_t fetches;        /* device, specache_fetch [n_seqs][n_kv_heads][top_k]: by ascending position */
-    uint64_t fetch_counts;   /* device, uint32_t [n_seqs][n_kv_heads] */
-    uint64_t select_counts;  /* device, uint32_t [n_seqs][n_kv_heads]; 0: not wanted */
-    uint64_t candidates;     /* device scratch of specache_select_scratch_bytes(), 8-byte aligned */
-    uint64_t score_stride;   /* floats */
-    uint32_t skip_stride;    /* words, >= every no / 64 */
-    uint32_t n_seqs;         /* B */
-    uint32_t n_heads;        /* H */
-    uint32_t n_kv_heads;     /* Hkv */
-    uint32_t top_k;          /* k: at most 2048; with 0 there is nothing to launch */
-    uint32_t window;         /* w; 0: none */
-    uint32_t capacity;       /* as in attention */
-    uint32_t reserved;       /* 0 */
+    uint64_t seqs;          /* device, specache_seq [n_seqs], 16-byte aligned */
+    uint64_t scores;        /* device, as attention wrote them */
+    uint64_t lse;           /* device, as attention wrote them */
+    uint64_t caches;        /* device, specache_layer_cache [n_seqs], 16-byte aligned: slots and skip are updated */
+    uint64_t selected;      /* device, uint32_t [n_seqs][n_kv_heads][top_k], ascending; 0: not wanted */
+    uint64_t fetches;       /* device, specache_fetch [n_seqs][n_kv_heads][top_k]: by ascending position */
+    uint64_t fetch_counts;  /* device, uint32_t [n_seqs][n_kv_heads] */
+    uint64_t select_counts; /* device, uint32_t [n_seqs][n_kv_heads]; 0: not wanted */
+    uint64_t hits;          /* device, uint32_t [n_seqs][n_kv_heads]: of row 0's own best min(top_k, candidates) among
+                               the positions below nq that it sees, how many the slots held before this launch; 0 where
+                               there is no second row. Address 0: not wanted */
+    uint64_t first_scores;  /* device, as attention wrote them: for hits */
+    uint64_t first_lse;     /* device, as attention wrote them: for hits */
+    uint64_t candidates;    /* device scratch of specache_select_scratch_bytes(), 8-byte aligned */
+    uint64_t score_stride;  /* floats */
+    uint32_t n_seqs;        /* B */
+    uint32_t n_heads;       /* H */
+    uint32_t n_kv_heads;    /* Hkv */
+    uint32_t top_k;         /* k: at most 2048; with 0 there is nothing to launch */
+    uint32_t window;        /* w; 0: none */
+    uint32_t capacity;      /* as in attention */
 } specache_select_params;
-SPECACHE_ASSERT_SIZE(specache_select_params, 120);
+SPECACHE_ASSERT_SIZE(specache_select_params, 128);
 
 #ifndef __CUDACC_RTC__
 /* In this order, on one stream: attention, its combine, then with top_k > 0 the two of the selection. */
@@ -209,33 +206,29 @@ uint64_t specache_select_scratch_bytes(const specache_select_params *params);
 
 /* embed.cu: begins a step, or a chunk of a prefill. Rows of the embedding become the residual stream, and what every
  * layer would otherwise work out again is worked out once: cosines and sines of the positions, and where each layer's K
- * and V of a row go. Page id of layer l is at wide + l * wide_layer_stride + id * wide_page_stride. A row that is no
- * sequence's only fills up a graph: at position 0, and kept nowhere. */
+ * and V of a row go. A row that is no sequence's only fills up a graph: at position 0, and kept nowhere. */
 typedef struct specache_embed_params {
-    uint64_t table;             /* device, dtype [vocab][hidden], 16-byte aligned */
-    uint64_t tokens;            /* device, uint32_t [n_rows]; a token beyond the vocabulary gives NaN */
-    uint64_t seqs;              /* device, specache_seq [n_seqs], 16-byte aligned */
-    uint64_t wide;              /* device, 16-byte aligned */
-    uint64_t wide_ids;          /* device, uint32_t, or 0: an index is its own id */
-    uint64_t wide_page_stride;  /* bytes, multiple of 16 */
-    uint64_t wide_layer_stride; /* bytes, multiple of 16 */
-    uint64_t inv_freq;          /* device, float [head_dim / 2]: RoPE, radians per position */
-    uint64_t x;                 /* out: device, float [n_rows][hidden] */
-    uint64_t rope;              /* out: device, float [n_rows][head_dim / 2][cos, sin] */
-    uint64_t append;            /* out: device, uint64_t [n_layers][append_stride]: address of K of head 0, or 0 */
-    uint64_t bad_layer;         /* out: device, uint32_t [n_rows]: SPECACHE_NONE */
+    uint64_t table;     /* device, dtype [vocab][hidden], 16-byte aligned */
+    uint64_t tokens;    /* device, uint32_t [n_rows]; a token beyond the vocabulary gives NaN */
+    uint64_t seqs;      /* device, specache_seq [n_seqs], 16-byte aligned */
+    uint64_t caches;    /* device, specache_layer_cache [n_layers][n_seqs], 16-byte aligned */
+    uint64_t inv_freq;  /* device, float [head_dim / 2]: RoPE, radians per position */
+    uint64_t x;         /* out: device, float [n_rows][hidden] */
+    uint64_t rope;      /* out: device, float [n_rows][head_dim / 2][cos, sin] */
+    uint64_t append;    /* out: device, uint64_t [n_layers][append_stride]: address of K of head 0, or 0 */
+    uint64_t bad_layer; /* out: device, uint32_t [n_rows]: SPECACHE_NONE */
     uint32_t n_rows;
     uint32_t n_seqs;
-    uint32_t hidden;            /* multiple of 8 */
+    uint32_t hidden; /* multiple of 8 */
     uint32_t vocab;
     uint32_t n_layers;
     uint32_t n_kv_heads;
-    uint32_t head_dim;          /* D */
-    float attention_factor;     /* multiplies cos and sin: 1 but for YaRN */
-    specache_dtype dtype;       /* of the table */
-    uint32_t append_stride;     /* rows, >= n_rows; 0: SPECACHE_MAX_ROWS */
+    uint32_t head_dim;      /* D */
+    float attention_factor; /* multiplies cos and sin: 1 but for YaRN */
+    specache_dtype dtype;   /* of the table */
+    uint32_t append_stride; /* rows, >= n_rows; 0: SPECACHE_MAX_ROWS */
 } specache_embed_params;
-SPECACHE_ASSERT_SIZE(specache_embed_params, 136);
+SPECACHE_ASSERT_SIZE(specache_embed_params, 112);
 
 /* linear.cu: matrices are [out][in] of dtype as safetensors files have them, 16-byte aligned; in a multiple of 8 and at
  * least 32. Everything else is float. An address of 0 says that there is no such bias or norm. */
@@ -453,32 +446,26 @@ specache_status specache_swiglu16_plan(const specache_swiglu16_params *params, s
 /* attn_prefill.cu: causal attention of a chunk of prompt rows of one or more sequences, over one layer.
  *
  * A sequence's rows stand at n, n + 1, .. n + n_rows - 1 of specache_seq; row r sees j <= n + r, and with a window
- * w > 0 only j > n + r - w. Position j is read from packed page j / 64 if j < nq, else from wide page (j - nq) / 64;
- * the chunk's own K and V are in the wide pages already. nq is 0 but for a continued kivi prefill, and at most n; no
- * and cache are not used. Pages lie as in specache_attn_params. */
+ * w > 0 only j > n + r - w. Position j is read from its packed page if j < nq, else from its wide page; the chunk's own
+ * K and V are in the wide pages already. nq is 0 but for a continued kivi prefill, and at most n; no is not used. Pages
+ * that no row sees are not touched. */
 typedef struct specache_prefill_params {
-    uint64_t seqs;               /* device, specache_seq [n_seqs], 16-byte aligned: any n_rows */
-    uint64_t q;                  /* device, float [rows][n_heads][head_dim], after RoPE, unscaled; 16-byte aligned */
-    uint64_t out;                /* device, float [rows][n_heads][head_dim], 8-byte aligned */
-    uint64_t packed;             /* device, 128-byte aligned; 0 if every nq is 0 */
-    uint64_t packed_ids;         /* device, uint32_t, or 0: an index is its own id */
-    uint64_t wide;               /* device, 16-byte aligned */
-    uint64_t wide_ids;           /* device, uint32_t, or 0 */
-    uint64_t packed_page_stride; /* bytes, multiple of 128 */
-    uint64_t packed_head_stride; /* bytes, multiple of 128 */
-    uint64_t wide_page_stride;   /* bytes, multiple of 16 */
-    uint32_t n_seqs;             /* entries of seqs in use or not */
-    uint32_t n_rows;             /* host: at least the sum of n_rows over all entries: bounds the grid */
-    uint32_t n_heads;            /* H: at most 16 Hkv */
-    uint32_t n_kv_heads;         /* Hkv */
-    uint32_t head_dim;           /* D: 64, 128 */
-    uint32_t bits;               /* b: 1, 2, 4 */
-    uint32_t group_size;         /* g: 32, 64 */
-    specache_dtype dtype;        /* of wide pages */
-    uint32_t window;             /* w; 0: none */
-    uint32_t shared_limit;       /* host: the most dynamic shared memory of a block, bytes */
+    uint64_t seqs;         /* device, specache_seq [n_seqs], 16-byte aligned: any n_rows */
+    uint64_t caches;       /* device, specache_layer_cache [n_seqs] of this layer, 16-byte aligned */
+    uint64_t q;            /* device, float [rows][n_heads][head_dim], after RoPE, unscaled; 16-byte aligned */
+    uint64_t out;          /* device, float [rows][n_heads][head_dim], 8-byte aligned */
+    uint32_t n_seqs;       /* entries of seqs in use or not */
+    uint32_t n_rows;       /* host: at least the sum of n_rows over all entries: bounds the grid */
+    uint32_t n_heads;      /* H: at most 16 Hkv */
+    uint32_t n_kv_heads;   /* Hkv */
+    uint32_t head_dim;     /* D: 64, 128 */
+    uint32_t bits;         /* b: 1, 2, 4 */
+    uint32_t group_size;   /* g: 32, 64 */
+    specache_dtype dtype;  /* of wide pages */
+    uint32_t window;       /* w; 0: none */
+    uint32_t shared_limit; /* host: the most dynamic shared memory of a block, bytes */
 } specache_prefill_params;
-SPECACHE_ASSERT_SIZE(specache_prefill_params, 120);
+SPECACHE_ASSERT_SIZE(specache_prefill_params, 72);
 
 #ifndef __CUDACC_RTC__
 specache_status specache_prefill_plan(const specache_prefill_params *params, specache_launch *launch);
@@ -487,23 +474,22 @@ specache_status specache_prefill_plan(const specache_prefill_params *params, spe
 /* ---- the gather on the device: fetch.cu -------------------------------------------------------------------------- */
 
 /* Copies the pairs that the selection left in fetches from pinned host memory into their slots. A page of the host is a
- * wide page: [n_kv_heads][64][K | V]. */
+ * wide page, and all pages below no / 64 are there. */
 typedef struct specache_fetch_params {
-    uint64_t seqs;             /* device, specache_seq [n_seqs], 16-byte aligned */
-    uint64_t fetches;          /* device, specache_fetch [n_seqs][n_kv_heads][top_k], as the selection wrote them */
-    uint64_t fetch_counts;     /* device, uint32_t [n_seqs][n_kv_heads] */
-    uint64_t host_pages;       /* device, uint64_t [caches][host_page_stride]: where the device reads page j / 64 of the
-                                  layer; pages are 16-byte aligned. Those below every sequence's no must be there */
-    uint64_t pairs;            /* out: device, [caches][n_kv_heads][top_k][K | V], 16-byte aligned */
-    uint64_t fetched;          /* in and out: device, uint64_t: how many pairs were copied is added; 0: not wanted */
-    uint32_t host_page_stride; /* pages, >= every no / 64 */
-    uint32_t n_seqs;           /* B, entries of seqs in use or not */
-    uint32_t n_kv_heads;       /* Hkv */
-    uint32_t head_dim;         /* D: 64, 128 */
-    uint32_t top_k;            /* k: at most 2048; with 0 there is nothing to launch */
-    uint32_t n_ctas;           /* host: how many CTAs share the work; 0: SPECACHE_FETCH_CTAS */
+    uint64_t seqs;         /* device, specache_seq [n_seqs], 16-byte aligned */
+    uint64_t caches;       /* device, specache_layer_cache [n_seqs] of this layer, 16-byte aligned: host pages are read,
+                              pairs are written */
+    uint64_t fetches;      /* device, specache_fetch [n_seqs][n_kv_heads][top_k], as the selection wrote them */
+    uint64_t fetch_counts; /* device, uint32_t [n_seqs][n_kv_heads]; of entries that are not in use not looked at */
+    uint64_t fetched;      /* in and out: device, uint64_t: how many pairs were copied is added; 0: not wanted */
+    uint32_t n_seqs;       /* B, entries of seqs in use or not */
+    uint32_t n_kv_heads;   /* Hkv */
+    uint32_t head_dim;     /* D: 64, 128 */
+    uint32_t top_k;        /* k: at most 2048; with 0 there is nothing to launch */
+    uint32_t n_ctas;       /* host: how many CTAs share the work; 0: SPECACHE_FETCH_CTAS */
+    uint32_t reserved;     /* 0 */
 } specache_fetch_params;
-SPECACHE_ASSERT_SIZE(specache_fetch_params, 72);
+SPECACHE_ASSERT_SIZE(specache_fetch_params, 64);
 
 #ifndef __CUDACC_RTC__
 specache_status specache_fetch_plan(const specache_fetch_params *params, specache_launch *launch);

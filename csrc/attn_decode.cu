@@ -6,7 +6,8 @@
 // and at the end the four are merged to one part in device memory. A second kernel combines the parts of each row.
 //
 // Scores are in units of log2: the factor log2(e) / sqrt(D) goes into q, once, so that p = 2^(s - max). For the
-// selection (select.cu) the last row's scores are stored as they are; the combine adds log2 of their sum.
+// selection (select.cu) the last row's scores are stored as they are; the combine adds log2 of their sum. The same of
+// row 0, if somebody wants to know how good the last selection was.
 //
 // Numbers. Sums are fp32, codes exact. Against zeros and 16-bit pairs q is the sum of two 16-bit numbers, 2^-16 or
 // better: a key channel with a large bias, as Qwen2 has, must count the same in packed and in wide pages. Against codes
@@ -52,13 +53,23 @@ SPECACHE_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b) {
 // 2^-e as a pair of fp16 numbers.
 SPECACHE_HOST_DEVICE constexpr uint32_t half_power(int e) { return uint32_t(15 - e) << 10 | uint32_t(15 - e) << 26; }
 
+constexpr uint32_t kNoSeq = ~0u;
+
+// Where the unit's KV head lies in the cache of its sequence.
+struct HeadCache {
+    uint64_t packed;   // its block of page 0
+    uint64_t wide;     // addresses of wide pages
+    uint64_t slots, pairs, skip;
+};
+
 // What a CTA works on.
 struct Unit {
+    HeadCache cache;
     specache_seq seq;
     SeqWork work;
-    uint32_t seq_index, kv_head, column_tile;
+    uint32_t seq_index;   // kNoSeq: there is no such unit, and all else is unset
+    uint32_t kv_head, column_tile;
     uint32_t first_item, end_item;
-    uint32_t found;
 };
 static_assert(sizeof(Unit) <= kUnitBytes, "what attn_fit counts");
 
@@ -87,7 +98,7 @@ struct Ring {
 // What a lane must know of its two columns, 2j and 2j + 1.
 struct LaneColumns {
     uint32_t first[2], last[2];   // positions that the column's row sees
-    float* scores[2];             // of the column's head, if the selection wants them
+    float* scores[2];             // of the column's row and head, if the selection wants them
 };
 
 // Running softmax of a warp over its items. Lane 4i + j: columns 2j, 2j + 1.
@@ -107,25 +118,34 @@ SPECACHE_DEVICE uint32_t units_of(const specache_attn_params& p, uint32_t seq_in
     return seq_units(&work, p.n_kv_heads);
 }
 
+// Without slots (top_k 0) what the sequence says of them is never looked at.
+SPECACHE_DEVICE HeadCache head_cache(const specache_attn_params& p, uint32_t seq_index, uint32_t kv_head) {
+    const specache_layer_cache cache = load_cache(p.caches, seq_index);
+    const uint64_t first_slot = uint64_t(kv_head) * p.top_k;
+    return HeadCache{cache.packed + uint64_t(kv_head) * packed_block_bytes(&p), cache.wide,
+                     cache.slots + first_slot * 4, cache.pairs + first_slot * (4 * p.head_dim),
+                     cache.skip + uint64_t(kv_head) * cache.skip_stride * 8};
+}
+
 // The unit's place in its sequence. Column tiles vary fastest: CTAs that read the same pages run at the same time, and
 // the second finds them in L2.
 SPECACHE_DEVICE void place_unit(const specache_attn_params& p, uint32_t seq_index, uint32_t index, Unit& unit) {
     unit.seq = load_seq(p.seqs, seq_index);
     unit.work = seq_work(&p, &unit.seq);
-    unit.seq_index = seq_index;
     unit.column_tile = index % unit.work.column_tiles;
     const uint32_t part = index / unit.work.column_tiles % unit.work.parts;
     unit.kv_head = index / unit.work.column_tiles / unit.work.parts;
     unit.first_item = part * unit.work.unit_items;
     const uint32_t end = unit.first_item + unit.work.unit_items;
     unit.end_item = end < unit.work.items ? end : unit.work.items;
+    unit.cache = head_cache(p, seq_index, unit.kv_head);
 }
 
 // One warp looks 32 sequences at a time for the one that unit `index` belongs to.
 SPECACHE_DEVICE void find_unit(const specache_attn_params& p, uint32_t index, Unit& unit) {
     const uint32_t lane = threadIdx.x % 32;
-    uint32_t before = 0, owner = ~0u;
-    for (uint32_t first = 0; first < p.n_seqs && owner == ~0u; first += 32) {
+    uint32_t before = 0, owner = kNoSeq;
+    for (uint32_t first = 0; first < p.n_seqs && owner == kNoSeq; first += 32) {
         const uint32_t own = units_of(p, first + lane);
         uint32_t through = own;   // units up to and with this lane's sequence
         for (int distance = 1; distance < 32; distance *= 2) {
@@ -138,8 +158,8 @@ SPECACHE_DEVICE void find_unit(const specache_attn_params& p, uint32_t index, Un
         if (beyond != 0) owner = first + uint32_t(source);
     }
     if (lane != 0) return;
-    unit.found = owner != ~0u;
-    if (unit.found != 0) place_unit(p, owner, index - before, unit);
+    unit.seq_index = owner;
+    if (owner != kNoSeq) place_unit(p, owner, index - before, unit);
 }
 
 // ---- step 2: the queries ----------------------------------------------------------------------------------------
@@ -182,24 +202,14 @@ SPECACHE_DEVICE LaneColumns lane_columns(const specache_attn_params& p, const Un
         const uint32_t head = unit.kv_head * group_heads + column % group_heads;
         columns.last[e] = unit.seq.n + (row < unit.seq.n_rows ? row : unit.seq.n_rows - 1);
         columns.first[e] = first_seen(columns.last[e], p.window);
-        const bool wanted = p.scores != 0 && row == unit.seq.n_rows - 1;
+        const uint64_t scores = row == unit.seq.n_rows - 1 ? p.scores : row == 0 ? p.first_scores : 0;
         const uint64_t start = (uint64_t(unit.seq_index) * p.n_heads + head) * p.score_stride;
-        columns.scores[e] = wanted ? reinterpret_cast<float*>(p.scores) + start : nullptr;
+        columns.scores[e] = scores != 0 ? reinterpret_cast<float*>(scores) + start : nullptr;
     }
     return columns;
 }
 
 // ---- step 3: items into the ring --------------------------------------------------------------------------------
-
-SPECACHE_DEVICE uint64_t page_at(uint64_t base, uint64_t ids, uint32_t index, uint64_t stride) {
-    const uint32_t id = ids == 0 ? index : load_device(reinterpret_cast<const uint32_t*>(ids) + index);
-    return base + id * stride;
-}
-
-// The first of the KV head's slots.
-SPECACHE_DEVICE uint64_t first_slot(const specache_attn_params& p, const Unit& unit) {
-    return (uint64_t(unit.seq.cache) * p.n_kv_heads + unit.kv_head) * p.top_k;
-}
 
 // Which position row `row` of a wide tile holds; SPECACHE_EMPTY_SLOT: none that is read from there.
 SPECACHE_DEVICE uint32_t wide_position(const specache_attn_params& p, const Unit& unit, uint32_t tile, uint32_t row) {
@@ -209,7 +219,7 @@ SPECACHE_DEVICE uint32_t wide_position(const specache_attn_params& p, const Unit
     }
     const uint32_t slot = tile * kWideTile + row;
     if (slot >= p.top_k) return SPECACHE_EMPTY_SLOT;
-    const uint32_t position = load_device(reinterpret_cast<const uint32_t*>(p.slots) + first_slot(p, unit) + slot);
+    const uint32_t position = load_device(reinterpret_cast<const uint32_t*>(unit.cache.slots) + slot);
     return position < unit.seq.nq ? position : SPECACHE_EMPTY_SLOT;
 }
 
@@ -223,11 +233,10 @@ SPECACHE_DEVICE void copy_wide_tile(const specache_attn_params& p, const Unit& u
     const uint32_t rows = __ballot_sync(~0u, wide_position(p, unit, tile, lane % 16) != SPECACHE_EMPTY_SLOT);
     uint64_t from;
     if (tile < unit.work.slot_tiles) {
-        from = p.pairs + (first_slot(p, unit) + tile * kWideTile) * kRow;
+        from = unit.cache.pairs + uint64_t(tile) * (kWideTile * kRow);
     } else {
         const uint32_t position = unit.work.wide_start + (tile - unit.work.slot_tiles) * kWideTile;
-        const uint32_t page = unit.seq.wide_page + (position - unit.seq.nq) / SPECACHE_PAGE;
-        from = page_at(p.wide, p.wide_ids, page, p.wide_page_stride) +
+        from = load_device(reinterpret_cast<const uint64_t*>(unit.cache.wide) + position / SPECACHE_PAGE) +
                (uint64_t(unit.kv_head) * SPECACHE_PAGE + position % SPECACHE_PAGE) * kRow;
     }
 #pragma unroll 4
@@ -240,9 +249,8 @@ SPECACHE_DEVICE void copy_wide_tile(const specache_attn_params& p, const Unit& u
 
 template <int D, int B>
 SPECACHE_DEVICE void copy_page(const specache_attn_params& p, const Unit& unit, uint32_t page, uint8_t* stage) {
-    const uint64_t from = page_at(p.packed, p.packed_ids, unit.seq.packed_page + page, p.packed_page_stride) +
-                          unit.kv_head * p.packed_head_stride;
     const uint32_t bytes = uint32_t(PackedPage<D, B>::bytes(int(p.group_size)));
+    const uint64_t from = unit.cache.packed + uint64_t(page) * (p.n_kv_heads * bytes);
 #pragma unroll 4
     for (uint32_t at = threadIdx.x % 32 * 16; at < bytes; at += 512)
         copy_async_16(stage + at, reinterpret_cast<const uint8_t*>(from) + at, 16);
@@ -486,15 +494,12 @@ SPECACHE_DEVICE void attend_page(const specache_attn_params& p, const Unit& unit
     const uint32_t start = page_index * SPECACHE_PAGE;
     uint64_t skip = 0;
 #if SPECACHE_INJECTED_BUG != 4   // the tests must see a position that counts twice
-    if (unit.work.slot_tiles != 0) {
-        const uint64_t head = (uint64_t(unit.seq.cache) * p.n_kv_heads + unit.kv_head) * p.skip_stride;
-        skip = load_device(reinterpret_cast<const uint64_t*>(p.skip) + head + page_index);
-    }
+    if (unit.work.slot_tiles != 0) skip = load_device(reinterpret_cast<const uint64_t*>(unit.cache.skip) + page_index);
 #endif
     float s[4][4];
     page_scores<D, B>(shared, page, g, s);
     if (skip != 0 || first_seen(unit.seq.n + 1, p.window) > start) hide_tokens(columns, start, skip, s);
-    if (p.scores != 0) store_page_scores(columns, start, s);
+    if (p.scores != 0 || p.first_scores != 0) store_page_scores(columns, start, s);
     softmax(acc, s);
     uint32_t probabilities[8];
     page_probabilities<D, B>(acc, page, g, s, probabilities);
@@ -662,7 +667,7 @@ template <class T, int D, int B> SPECACHE_DEVICE void attend(const specache_attn
     for (uint32_t index = blockIdx.x;; index += gridDim.x) {
         if (threadIdx.x < 32) find_unit(p, index, unit);
         __syncthreads();
-        if (unit.found == 0) return;
+        if (unit.seq_index == kNoSeq) return;
         fill_ring<D, B>(p, unit, ring);   // first, so that the queries hide its latency
         load_queries<T, D, B>(p, unit, shared);
         __syncthreads();
@@ -743,8 +748,9 @@ SPECACHE_DEVICE void combine(const specache_attn_params& p) {
         const uint64_t at = (uint64_t(seq.first_row + row) * p.n_heads + head) * p.head_dim + threadIdx.x;
         store_device(reinterpret_cast<float*>(p.out) + at, sums / total);
     }
-    if (p.lse != 0 && row == seq.n_rows - 1 && threadIdx.x == 0)
-        store_device(reinterpret_cast<float*>(p.lse) + uint64_t(seq_index) * p.n_heads + head, max + log2f(total));
+    const uint64_t lse = row == seq.n_rows - 1 ? p.lse : p.first_lse;
+    if (lse != 0 && threadIdx.x == 0)
+        store_device(reinterpret_cast<float*>(lse) + uint64_t(seq_index) * p.n_heads + head, max + log2f(total));
 }
 
 }   // namespace specache

@@ -47,6 +47,7 @@ constexpr float kPScaleLog2 = 7.0f;    // p is 2^7 times as large: small ones st
 // What a CTA works on.
 struct PrefillTile {
     specache_seq seq;
+    uint64_t packed, wide;   // of the sequence's cache: packed pages, and addresses of wide pages
     uint32_t found;
     uint32_t kv_head, group_heads;
     uint32_t first_query, end_query;   // in the sequence; queries beyond the end are nobody's
@@ -88,6 +89,8 @@ SPECACHE_DEVICE PrefillTile find_prefill_tile(const specache_prefill_params& p) 
             index -= tiles;
             continue;
         }
+        const specache_layer_cache cache = load_cache(p.caches, s);
+        tile.packed = cache.packed, tile.wide = cache.wide;
         tile.found = 1;
         tile.first_query = (tiles - 1 - index) * blockDim.x;   // a warp of 32 threads has 32 queries
         const uint32_t end = tile.first_query + blockDim.x;
@@ -131,19 +134,13 @@ SPECACHE_DEVICE void copy_queries(const specache_prefill_params& p, const Prefil
 
 // ---- step 3: tiles of keys into the ring ------------------------------------------------------------------------
 
-SPECACHE_DEVICE const uint8_t* prefill_page(uint64_t base, uint64_t ids, uint32_t index, uint64_t stride) {
-    const uint32_t id = ids == 0 ? index : load_device(reinterpret_cast<const uint32_t*>(ids) + index);
-    return reinterpret_cast<const uint8_t*>(base + id * stride);
-}
-
 // Keys beyond the last row become zeros: p is 0 there, and 0 times what lies in memory that nobody wrote might not be.
 template <int D>
-SPECACHE_DEVICE void copy_wide_keys(const specache_prefill_params& p, const PrefillTile& tile, uint32_t start,
-                                    uint8_t* stage) {
+SPECACHE_DEVICE void copy_wide_keys(const PrefillTile& tile, uint32_t start, uint8_t* stage) {
     constexpr uint32_t kRow = 4 * D, kPieces = kRow / 16;
     const uint32_t end = tile.seq.n + tile.seq.n_rows;
-    const uint8_t* from = prefill_page(p.wide, p.wide_ids, tile.seq.wide_page + (start - tile.seq.nq) / SPECACHE_PAGE,
-                                       p.wide_page_stride) +
+    const uint64_t page = load_device(reinterpret_cast<const uint64_t*>(tile.wide) + start / SPECACHE_PAGE);
+    const uint8_t* from = reinterpret_cast<const uint8_t*>(page) +
                           (uint64_t(tile.kv_head) * SPECACHE_PAGE + start % SPECACHE_PAGE) * kRow;
 #pragma unroll 4
     for (uint32_t at = threadIdx.x; at < kTileKeys * kPieces; at += blockDim.x) {
@@ -159,6 +156,7 @@ struct PackedParts {
     SPECACHE_DEVICE uint32_t k_scale() const { return code_bytes; }
     SPECACHE_DEVICE uint32_t v_codes() const { return code_bytes + 2 * param_bytes; }
     SPECACHE_DEVICE uint32_t v_scale() const { return 2 * code_bytes + 2 * param_bytes; }
+    SPECACHE_DEVICE uint32_t bytes() const { return 2 * code_bytes + 4 * param_bytes; }
 };
 
 // Two numbers of an octet: code * scale + zero, from the pair of codes that `word` has from bit `bit` on.
@@ -225,12 +223,11 @@ SPECACHE_DEVICE void unpack_values(const specache_prefill_params& p, const uint8
 template <class T, int D>
 SPECACHE_DEVICE void copy_keys(const specache_prefill_params& p, const PrefillTile& tile, uint32_t start,
                                uint8_t* stage) {
-    if (start < tile.end_key && start >= tile.seq.nq) copy_wide_keys<D>(p, tile, start, stage);
+    if (start < tile.end_key && start >= tile.seq.nq) copy_wide_keys<D>(tile, start, stage);
     if (start < tile.end_key && start < tile.seq.nq) {
         const PackedParts parts{8 * D * p.bits, 128 * D / p.group_size};
-        const uint8_t* page = prefill_page(p.packed, p.packed_ids, tile.seq.packed_page + start / SPECACHE_PAGE,
-                                           p.packed_page_stride) +
-                              tile.kv_head * p.packed_head_stride;
+        const uint64_t block = uint64_t(start / SPECACHE_PAGE) * p.n_kv_heads + tile.kv_head;
+        const uint8_t* page = reinterpret_cast<const uint8_t*>(tile.packed) + block * parts.bytes();
         unpack_keys<T, D>(p, page, parts, start % SPECACHE_PAGE, stage);
         unpack_values<T, D>(p, page, parts, start % SPECACHE_PAGE, stage);
     }

@@ -58,7 +58,7 @@ SPECACHE_HOST_DEVICE SeqWork seq_work(const specache_attn_params *p, const speca
     const uint32_t first = first_seen(seq->n, p->window), packed_pages = seq->nq / SPECACHE_PAGE;
     w.first_page = first / SPECACHE_PAGE < packed_pages ? first / SPECACHE_PAGE : packed_pages;
     w.pages = packed_pages - w.first_page;
-    w.slot_tiles = p->slots != 0 && packed_pages != 0 ? divide_up(p->top_k, kWideTile) : 0;
+    w.slot_tiles = packed_pages != 0 ? divide_up(p->top_k, kWideTile) : 0;
     w.wide_start = first > seq->nq ? first / kWideTile * kWideTile : seq->nq;
     w.wide_tiles = divide_up(seq->n + seq->n_rows - w.wide_start, kWideTile);
     w.items = w.pages + w.slot_tiles + w.wide_tiles;
@@ -93,10 +93,14 @@ static const uint32_t kMostStages = 4;
 static const uint32_t kUnitBytes = 128;
 static const uint32_t kCtaBytes = 1024;
 
+/* Bytes of one KV head of a packed page. */
+SPECACHE_HOST_DEVICE uint32_t packed_block_bytes(const specache_attn_params *p) {
+    return SPECACHE_PAGE * (2 * p->head_dim * p->bits / 8 + 8 * p->head_dim / p->group_size);
+}
+
 /* Bytes of one stage: the larger of the two kinds of item. */
 SPECACHE_HOST_DEVICE uint32_t stage_bytes(const specache_attn_params *p) {
-    const uint32_t page = SPECACHE_PAGE * (2 * p->head_dim * p->bits / 8 + 8 * p->head_dim / p->group_size);
-    const uint32_t tile = kWideTile * 4 * p->head_dim;
+    const uint32_t page = packed_block_bytes(p), tile = kWideTile * 4 * p->head_dim;
     return page > tile ? page : tile;
 }
 

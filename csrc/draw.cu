@@ -163,11 +163,20 @@ SPECACHE_DEVICE uint64_t highest_of_block(DrawShared& shared, uint64_t key) {
     return key;
 }
 
-SPECACHE_DEVICE void add_to_bin(DrawShared& shared, uint32_t bin, uint64_t count) {
-    const uint32_t low = uint32_t(count), before = shared_add(&shared.low[bin], low);
-    const uint32_t high = uint32_t(count >> 32) + (before + low < low ? 1 : 0);
-    if (high != 0) shared_add(&shared.high[bin], high);
-}
+// Adds up what keys count by one digit, bits [low, high) of those that begin with the digits found so far.
+struct DigitSums {
+    DrawShared& shared;
+    uint64_t prefix;
+    int low, high;
+
+    SPECACHE_DEVICE void operator()(uint64_t key, uint64_t count) const {
+        if (key >> high != prefix) return;
+        const uint32_t bin = uint32_t(key >> low) & ((1u << (high - low)) - 1);
+        const uint32_t low_half = uint32_t(count), before = shared_add(&shared.low[bin], low_half);
+        const uint32_t high_half = uint32_t(count >> 32) + (before + low_half < low_half ? 1 : 0);
+        if (high_half != 0) shared_add(&shared.high[bin], high_half);
+    }
+};
 
 SPECACHE_DEVICE uint64_t bin_sum(const DrawShared& shared, uint32_t bin) {
     return uint64_t(shared.high[bin]) << 32 | shared.low[bin];
@@ -195,9 +204,7 @@ template <class Each> SPECACHE_DEVICE uint64_t find_key(DrawShared& shared, int 
         const int low = high > kDrawDigit ? high - kDrawDigit : 0;
         for (uint32_t b = threadIdx.x; b < kDrawBins; b += kDrawThreads) shared.low[b] = shared.high[b] = 0;
         __syncthreads();
-        each([&](uint64_t key, uint64_t count) {
-            if (key >> high == prefix) add_to_bin(shared, uint32_t(key >> low) & ((1u << (high - low)) - 1), count);
-        });
+        each(DigitSums{shared, prefix, low, high});
 #if SPECACHE_INJECTED_BUG != 1   // the tests must see a missing barrier
         __syncthreads();
 #endif
@@ -226,7 +233,7 @@ SPECACHE_DEVICE uint64_t best_key(const DrawRow& row, DrawShared& shared, const 
 // The k-th score; tokens that tie with it stay.
 SPECACHE_DEVICE float kth_score(const DrawRow& row, DrawShared& shared) {
     if (row.draw.top_k == 0 || row.draw.top_k >= row.vocab) return draw_minus_infinity();
-    const uint64_t key = find_key(shared, 32, row.draw.top_k - 1, [&](auto count) {
+    const uint64_t key = find_key(shared, 32, row.draw.top_k - 1, [&](const DigitSums& count) {
         each_token(row, shared, [&](uint32_t, float score) { count(score_key(score), 1); });
     });
     return score_of_key(uint32_t(key));
@@ -259,7 +266,7 @@ SPECACHE_DEVICE bool list_candidates(const DrawRow& row, DrawShared& shared, uin
 SPECACHE_DEVICE uint64_t top_p_cut(const DrawRow& row, DrawShared& shared, uint64_t total) {
     const uint64_t reach = uint64_t(ceil(double(row.draw.top_p) * double(total)));
     const uint64_t target = reach == 0 ? 0 : reach < total ? reach - 1 : total - 1;
-    return find_key(shared, 32 + kTokenBits, target, [&](auto count) {
+    return find_key(shared, 32 + kTokenBits, target, [&](const DigitSums& count) {
         each_candidate(row, shared,
                        [&](uint32_t token, float score, uint64_t weight) { count(full_key(score, token), weight); });
     });
@@ -273,7 +280,7 @@ SPECACHE_DEVICE uint32_t drawn_token(const DrawRow& row, DrawShared& shared) {
 #else
     const bool by_score = row.draw.top_p < 1.0f;
 #endif
-    const uint64_t key = find_key(shared, by_score ? 32 + kTokenBits : kTokenBits, target, [&](auto count) {
+    const uint64_t key = find_key(shared, by_score ? 32 + kTokenBits : kTokenBits, target, [&](const DigitSums& count) {
         each_candidate(row, shared, [&](uint32_t token, float score, uint64_t weight) {
             count(by_score ? full_key(score, token) : token_key(token), weight);
         });

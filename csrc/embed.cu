@@ -4,27 +4,24 @@
 // the row's position (fp32 angles, as Hugging Face has them), and for each layer the address at which the row's K and V
 // go into the tail. What a layer reads of all this is one address and a pair of numbers for each thread. Sequences are
 // read from device memory, so a captured graph stays valid from step to step.
-#include "ptx.cuh"
 #include "kernels.h"
+#include "seq.cuh"
 
 namespace specache {
 
 // Where a row stands, if it is a sequence's and does not only fill up a graph.
 struct RowPlace {
     bool known;
-    specache_seq seq;
+    uint32_t seq_index;
     uint32_t position;
 };
 
 SPECACHE_DEVICE RowPlace row_place(const specache_embed_params& p, uint32_t row) {
     RowPlace place{};
     for (uint32_t i = 0; i < p.n_seqs; i++) {
-        const uint4* halves = reinterpret_cast<const uint4*>(p.seqs) + 2 * size_t(i);
-        const uint4 words[2] = {load_device(halves), load_device(halves + 1)};
-        const specache_seq seq{words[0].x, words[0].y, words[0].z, words[0].w,
-                               words[1].x, words[1].y, words[1].z, words[1].w};
+        const specache_seq seq = load_seq(p.seqs, i);
         const uint32_t of_seq = row - seq.first_row;   // beyond every n_rows if the row comes first
-        if (of_seq < seq.n_rows) place = RowPlace{true, seq, seq.n + of_seq};
+        if (of_seq < seq.n_rows) place = RowPlace{true, i, seq.n + of_seq};
     }
     return place;
 }
@@ -74,24 +71,25 @@ SPECACHE_DEVICE void rope_row(const specache_embed_params& p, uint32_t row, uint
     }
 }
 
-// Step 3: where each layer's K of KV head 0 goes: [n_kv_heads][64][K: D | V: D] is a wide page. 0: nowhere.
-SPECACHE_DEVICE void append_places(const specache_embed_params& p, uint32_t row, const RowPlace& place) {
-    uint64_t token = 0;
-    if (place.known) {
+// Where a layer's K of KV head 0 goes: [n_kv_heads][64][K: D | V: D] is a wide page.
+SPECACHE_DEVICE uint64_t append_place(const specache_embed_params& p, uint32_t layer, const RowPlace& place) {
 #if SPECACHE_INJECTED_BUG == 4   // the tests must see a page border in the wrong place
-        const uint32_t page = (place.position - 1) / SPECACHE_PAGE;
+    const uint32_t page = (place.position - 1) / SPECACHE_PAGE;
 #else
-        const uint32_t page = place.position / SPECACHE_PAGE;
+    const uint32_t page = place.position / SPECACHE_PAGE;
 #endif
-        const uint32_t index = place.seq.wide_page + page - place.seq.nq / SPECACHE_PAGE;
-        const uint32_t* ids = reinterpret_cast<const uint32_t*>(p.wide_ids);
-        const uint64_t id = ids == nullptr ? index : load_device(ids + index);
-        token = p.wide + id * p.wide_page_stride + uint64_t(place.position % SPECACHE_PAGE) * 4 * p.head_dim;
-    }
+    const specache_layer_cache* caches = reinterpret_cast<const specache_layer_cache*>(p.caches);
+    const uint64_t pages = load_device(&caches[size_t(layer) * p.n_seqs + place.seq_index].wide);
+    return load_device(reinterpret_cast<const uint64_t*>(pages) + page) +
+           uint64_t(place.position % SPECACHE_PAGE) * 4 * p.head_dim;
+}
+
+// Step 3: that place in every layer. 0: nowhere.
+SPECACHE_DEVICE void append_places(const specache_embed_params& p, uint32_t row, const RowPlace& place) {
     const size_t stride = p.append_stride == 0 ? SPECACHE_MAX_ROWS : p.append_stride;
     for (uint32_t layer = threadIdx.x; layer < p.n_layers; layer += SPECACHE_EMBED_THREADS)
         store_device(reinterpret_cast<uint64_t*>(p.append) + layer * stride + row,
-                     token == 0 ? 0 : token + layer * p.wide_layer_stride);
+                     place.known ? append_place(p, layer, place) : 0);
 }
 
 template <class T> SPECACHE_DEVICE void embed(const specache_embed_params& p) {

@@ -12,7 +12,8 @@
 // is 256 or 512 bytes: whole requests of 128 bytes, by consecutive lanes.
 //
 // The kernel runs beside attention and projections, on a stream of its own: it is ordered behind the selection and
-// before the layer's next attention.
+// before the layer's next attention. Those fill their SMs, so its CTAs find room when a kernel of theirs ends, and then
+// keep it: the stream should have the higher priority.
 #include "seq.cuh"
 #include "kernels.h"
 
@@ -29,10 +30,15 @@ struct FetchShared {
 
 // ---- step 1: how many pairs the heads [first, first + kFetchThreads) want ---------------------------------------
 
+// Of one head; nothing where the sequence's entry is not in use.
+SPECACHE_DEVICE uint32_t count_of(const specache_fetch_params& p, uint32_t head) {
+    if (head >= p.n_seqs * p.n_kv_heads || load_seq(p.seqs, head / p.n_kv_heads).n_rows == 0) return 0;
+    return load_device(reinterpret_cast<const uint32_t*>(p.fetch_counts) + head);
+}
+
 SPECACHE_DEVICE uint32_t sum_counts(const specache_fetch_params& p, uint32_t first, FetchShared& shared) {
-    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = first + threadIdx.x;
-    const bool exists = head < p.n_seqs * p.n_kv_heads;
-    uint32_t through = exists ? load_device(reinterpret_cast<const uint32_t*>(p.fetch_counts) + head) : 0;
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    uint32_t through = count_of(p, first + threadIdx.x);
     for (int distance = 1; distance < 32; distance *= 2) {
         const uint32_t other = __shfl_up_sync(~0u, through, distance);
         through += int(lane) >= distance ? other : 0;
@@ -81,28 +87,31 @@ SPECACHE_DEVICE uint2 load_fetch(const specache_fetch_params& p, const Piece& pi
     return load_device(reinterpret_cast<const uint2*>(p.fetches) + uint64_t(piece.head) * p.top_k + piece.in_head);
 }
 
-SPECACHE_DEVICE uint32_t load_cache(const specache_fetch_params& p, const Piece& piece) {
+// What the piece's sequence says of itself in this layer.
+struct FetchCache {
+    uint64_t host, pairs;
+};
+
+SPECACHE_DEVICE FetchCache fetch_cache(const specache_fetch_params& p, const Piece& piece) {
 #if SPECACHE_INJECTED_BUG == 2   // the tests must see pairs of another sequence
-    return piece.head / p.n_kv_heads;
+    const specache_layer_cache cache = load_cache(p.caches, piece.head / p.n_kv_heads / 2);
 #else
-    return load_seq(p.seqs, piece.head / p.n_kv_heads).cache;
+    const specache_layer_cache cache = load_cache(p.caches, piece.head / p.n_kv_heads);
 #endif
+    return FetchCache{cache.host, cache.pairs};
 }
 
-SPECACHE_DEVICE uint64_t load_page(const specache_fetch_params& p, uint32_t cache, uint32_t position) {
-    const uint64_t* pages = reinterpret_cast<const uint64_t*>(p.host_pages);
-    return load_device(pages + uint64_t(cache) * p.host_page_stride + position / SPECACHE_PAGE);
-}
-
-SPECACHE_DEVICE const void* host_address(const specache_fetch_params& p, const Piece& piece, uint64_t page,
-                                         uint32_t position) {
+SPECACHE_DEVICE uint64_t host_address(const specache_fetch_params& p, const Piece& piece, const FetchCache& cache,
+                                      uint32_t position) {
+    const uint64_t page = load_device(reinterpret_cast<const uint64_t*>(cache.host) + position / SPECACHE_PAGE);
     const uint32_t token = piece.head % p.n_kv_heads * SPECACHE_PAGE + position % SPECACHE_PAGE;
-    return reinterpret_cast<const void*>(page + uint64_t(token) * 4 * p.head_dim + piece.offset);
+    return page + uint64_t(token) * 4 * p.head_dim + piece.offset;
 }
 
-SPECACHE_DEVICE void* slot_address(const specache_fetch_params& p, const Piece& piece, uint32_t cache, uint32_t slot) {
-    const uint64_t place = (uint64_t(cache) * p.n_kv_heads + piece.head % p.n_kv_heads) * p.top_k + slot;
-    return reinterpret_cast<void*>(p.pairs + place * 4 * p.head_dim + piece.offset);
+SPECACHE_DEVICE uint64_t slot_address(const specache_fetch_params& p, const Piece& piece, const FetchCache& cache,
+                                      uint32_t slot) {
+    const uint64_t place = uint64_t(piece.head % p.n_kv_heads) * p.top_k + slot;
+    return cache.pairs + place * 4 * p.head_dim + piece.offset;
 }
 
 // ---- step 3: a few pieces of each thread at a time ---------------------------------------------------------------
@@ -116,24 +125,27 @@ SPECACHE_DEVICE void copy_pieces(const specache_fetch_params& p, uint32_t first,
     for (uint32_t index = blockIdx.x * kFetchThreads + threadIdx.x; index < pieces; index += kFetchLoads * step) {
         Piece piece[kFetchLoads];
         uint2 fetch[kFetchLoads];   // slot, position
-        uint32_t cache[kFetchLoads];
-        uint64_t page[kFetchLoads];
+        FetchCache cache[kFetchLoads];
+        uint64_t from[kFetchLoads], to[kFetchLoads];
         uint4 bytes[kFetchLoads];
 #pragma unroll
         for (uint32_t l = 0; l < kFetchLoads; l++) {
             const uint32_t at = index + l * step;
             piece[l] = find_piece(p, first, shared, at < pieces ? at : pieces - 1);
             fetch[l] = load_fetch(p, piece[l]);
-            cache[l] = load_cache(p, piece[l]);
+            cache[l] = fetch_cache(p, piece[l]);
         }
 #pragma unroll
-        for (uint32_t l = 0; l < kFetchLoads; l++) page[l] = load_page(p, cache[l], fetch[l].y);
+        for (uint32_t l = 0; l < kFetchLoads; l++) {
+            from[l] = host_address(p, piece[l], cache[l], fetch[l].y);
+            to[l] = slot_address(p, piece[l], cache[l], fetch[l].x);
+        }
 #pragma unroll
         for (uint32_t l = 0; l < kFetchLoads; l++)
-            if (index + l * step < pieces) bytes[l] = load_streaming(host_address(p, piece[l], page[l], fetch[l].y));
+            if (index + l * step < pieces) bytes[l] = load_streaming(reinterpret_cast<const void*>(from[l]));
 #pragma unroll
         for (uint32_t l = 0; l < kFetchLoads; l++)
-            if (index + l * step < pieces) store_16(slot_address(p, piece[l], cache[l], fetch[l].x), bytes[l]);
+            if (index + l * step < pieces) store_16(reinterpret_cast<void*>(to[l]), bytes[l]);
     }
 }
 
@@ -154,8 +166,8 @@ SPECACHE_DEVICE void fetch_pairs(const specache_fetch_params& p) {
 
 }   // namespace specache
 
-// registers: <= 64 specache_fetch_pairs   (2 CTAs of 512 threads an SM, so that one finds room beside attention)
-extern "C" __global__ void __launch_bounds__(SPECACHE_FETCH_THREADS, 2)
+// registers: <= 80 specache_fetch_pairs   (a CTA of 512 threads leaves a third of its SM to others)
+extern "C" __global__ void __launch_bounds__(SPECACHE_FETCH_THREADS, 1)
     specache_fetch_pairs(const __grid_constant__ specache_fetch_params p) {
     specache::fetch_pairs(p);
 }

@@ -20,7 +20,6 @@
 #include "sample.cu"
 
 constexpr uint32_t kHidden = 4096, kHeads = 32, kKvHeads = 8, kDim = 128, kInner = 14336, kVocab = 128256;
-constexpr uint64_t kPageBytes = uint64_t(kKvHeads) * SPECACHE_PAGE * 4 * kDim;
 constexpr int kRuns = 20;
 
 static void check(cudaError_t status, const char* what) {
@@ -81,10 +80,7 @@ public:
         launch(specache_embed_plan, specache_embed_params{table_,
                                                           zeros_,
                                                           zeros_,
-                                                          pages_,
-                                                          0,
-                                                          kPageBytes,
-                                                          kPageBytes,
+                                                          zeros_,
                                                           norm_,
                                                           x_,
                                                           rope_,
@@ -228,7 +224,7 @@ private:
     uint64_t table_ = weights(kVocab, kHidden), norm_ = floats(kHidden), x_ = floats(SPECACHE_MAX_ROWS * kHidden),
              q_ = floats(SPECACHE_MAX_ROWS * kHeads * kDim), inner_ = floats(SPECACHE_MAX_ROWS * kInner),
              rope_ = floats(SPECACHE_MAX_ROWS * kDim), logits_ = floats(uint64_t(SPECACHE_MAX_ROWS) * kVocab);
-    uint64_t zeros_ = allocate(4096, false), bad_layer_ = allocate(4096, false), pages_ = allocate(kPageBytes, false);
+    uint64_t zeros_ = allocate(4096, false), bad_layer_ = allocate(4096, false);
     uint64_t append_ = allocate(256 * SPECACHE_MAX_ROWS * 8, false);
     uint64_t scratch_ = allocate(1 << 20, false), choices_ = allocate(4096, false);
 };

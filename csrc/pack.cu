@@ -205,19 +205,14 @@ template <int D, int B> SPECACHE_DEVICE void store_page(const PackShared<D, B>& 
     }
 }
 
-// Index of page `i` of a list: its id, or i itself where there is no list.
-SPECACHE_DEVICE uint64_t page_index(uint64_t ids, uint32_t i) {
-    return ids == 0 ? i : load_u32(reinterpret_cast<const uint32_t*>(ids) + i);
-}
-
 template <class T, int D, int B> SPECACHE_DEVICE void pack_head(const specache_pack_params& p) {
     using Shared = PackShared<D, B>;
     SPECACHE_SHARED(Shared, shared);
     const uint32_t page = blockIdx.x / p.n_kv_heads, head = blockIdx.x % p.n_kv_heads;
     const int g = int(p.group_size);
-    const uint64_t wide = p.wide + page_index(p.wide_ids, page) * p.wide_page_stride + uint64_t(head) * (kPage * 4 * D);
-    const uint64_t packed =
-        p.packed + page_index(p.packed_ids, page) * p.packed_page_stride + head * p.packed_head_stride;
+    const uint64_t wide =
+        load_device(reinterpret_cast<const uint64_t*>(p.wide_pages) + page) + uint64_t(head) * (kPage * 4 * D);
+    const uint64_t packed = p.packed + uint64_t(blockIdx.x) * uint32_t(PackedPage<D, B>::bytes(g));
 
     stage_rows<T>(shared, reinterpret_cast<const uint8_t*>(wide), g);
     __syncthreads();

@@ -9,6 +9,10 @@
 // those, compares them with the slots, and writes which pairs to fetch into which slots. A pair that is there already
 // stays where it is: consecutive selections overlap by more than half. At 1M tokens and k = 64 the second CTA still has
 // only 8192 keys to look at.
+//
+// On request it also says how good the selection before was: of row 0's own best k among what is read low-bit or
+// prefetched, how many are in the slots. That is the same work for another row: the first kernel has twice the CTAs,
+// side by side, and a CTA of the second kernel merges twice, row 0 first, while the slots are still the old ones.
 #include "seq.cuh"
 #include "attn_work.h"
 
@@ -39,8 +43,23 @@ struct Candidates {
     SPECACHE_HOST_DEVICE uint32_t count() const { return end - first; }
 };
 
+// Whose best are looked for: the last row's, for the next step, or row 0's, to judge the step before by.
+enum RankedRow { kLastRow, kFirstRow };
+
+// What row 0 sees of the positions that were candidates before: those that are read low-bit or prefetched. Nothing
+// where it is the last row: there was no selection before.
+SPECACHE_DEVICE Candidates first_row_candidates(const specache_select_params& p, const specache_seq& seq) {
+    if (seq.n_rows < 2) return Candidates{0, 0};
+    const uint32_t first = first_seen(seq.n, p.window);
+#if SPECACHE_INJECTED_BUG == 4   // the tests must see positions that nobody could have selected before
+    return Candidates{first < seq.no ? first : seq.no, seq.no};
+#else
+    return Candidates{first < seq.nq ? first : seq.nq, seq.nq};
+#endif
+}
+
 // Nothing where the entry is not in use.
-SPECACHE_DEVICE Candidates seq_candidates(const specache_select_params& p, const specache_seq& seq) {
+SPECACHE_DEVICE Candidates last_row_candidates(const specache_select_params& p, const specache_seq& seq) {
     if (seq.n_rows == 0) return Candidates{0, 0};
     uint32_t first = first_seen(seq.n + seq.n_rows - 1, p.window);
 #if SPECACHE_INJECTED_BUG == 2   // the tests must see a position that the row does not see
@@ -49,9 +68,15 @@ SPECACHE_DEVICE Candidates seq_candidates(const specache_select_params& p, const
     return Candidates{first < seq.no ? first : seq.no, seq.no};
 }
 
+SPECACHE_DEVICE Candidates row_candidates(const specache_select_params& p, const specache_seq& seq, RankedRow row) {
+    return row == kLastRow ? last_row_candidates(p, seq) : first_row_candidates(p, seq);
+}
+
 // The list of one chunk; lists of a head lie one after the other, and all but the last are full.
-SPECACHE_DEVICE Candidate* candidate_list(const specache_select_params& p, uint32_t seq_and_head, uint32_t chunk) {
-    return reinterpret_cast<Candidate*>(p.candidates) + (uint64_t(seq_and_head) * most_chunks(&p) + chunk) * p.top_k;
+SPECACHE_DEVICE Candidate* candidate_list(const specache_select_params& p, RankedRow row, uint32_t seq_and_head,
+                                          uint32_t chunk) {
+    const uint64_t head = uint64_t(row) * p.n_seqs * p.n_kv_heads + seq_and_head;
+    return reinterpret_cast<Candidate*>(p.candidates) + (head * most_chunks(&p) + chunk) * p.top_k;
 }
 
 SPECACHE_DEVICE uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
@@ -149,17 +174,18 @@ struct ChunkShared {
 };
 
 // Keys of the chunk's positions, `start` the first.
-SPECACHE_DEVICE void write_keys(const specache_select_params& p, uint32_t seq_and_head, uint32_t start, uint32_t n,
-                                uint32_t* keys) {
+SPECACHE_DEVICE void write_keys(const specache_select_params& p, RankedRow row, uint32_t seq_and_head, uint32_t start,
+                                uint32_t n, uint32_t* keys) {
+    const float* lse_of_row = reinterpret_cast<const float*>(row == kLastRow ? p.lse : p.first_lse);
+    const float* scores = reinterpret_cast<const float*>(row == kLastRow ? p.scores : p.first_scores);
     const uint32_t group_heads = p.n_heads / p.n_kv_heads;
     const uint64_t first_head = uint64_t(seq_and_head) * group_heads;
     for (uint32_t i = threadIdx.x; i < n; i += kSelectThreads) {
         float sum = 0.0f;
 #pragma unroll 4
         for (uint32_t h = 0; h < group_heads; h++) {
-            const float lse = load_device(reinterpret_cast<const float*>(p.lse) + first_head + h);
-            const float score =
-                load_device(reinterpret_cast<const float*>(p.scores) + (first_head + h) * p.score_stride + start + i);
+            const float lse = load_device(lse_of_row + first_head + h);
+            const float score = load_device(scores + (first_head + h) * p.score_stride + start + i);
             sum += exp2_approx(score - lse);
         }
         keys[i] = bit_cast<uint32_t>(sum);
@@ -168,13 +194,15 @@ SPECACHE_DEVICE void write_keys(const specache_select_params& p, uint32_t seq_an
 
 SPECACHE_DEVICE void select_chunk(const specache_select_params& p) {
     SPECACHE_SHARED(ChunkShared, shared);
-    const uint32_t chunk = blockIdx.x % most_chunks(&p), seq_and_head = blockIdx.x / most_chunks(&p);
-    const Candidates range = seq_candidates(p, load_seq(p.seqs, seq_and_head / p.n_kv_heads));
+    const uint32_t chunk = blockIdx.x % most_chunks(&p), head = blockIdx.x / most_chunks(&p);
+    const uint32_t heads = p.n_seqs * p.n_kv_heads, seq_and_head = head % heads;
+    const RankedRow row = head < heads ? kLastRow : kFirstRow;
+    const Candidates range = row_candidates(p, load_seq(p.seqs, seq_and_head / p.n_kv_heads), row);
     if (chunk * kSelectChunk >= range.count()) return;
     const uint32_t start = range.first + chunk * kSelectChunk, n = smaller(kSelectChunk, range.end - start);
-    write_keys(p, seq_and_head, start, n, shared.keys);
+    write_keys(p, row, seq_and_head, start, n, shared.keys);
     __syncthreads();
-    Candidate* list = candidate_list(p, seq_and_head, chunk);
+    Candidate* list = candidate_list(p, row, seq_and_head, chunk);
     const auto key = [&](uint32_t i) { return shared.keys[i]; };
     const Threshold threshold = find_threshold(shared.scan, n, smaller(p.top_k, n), key);
     take_best(shared.scan, n, threshold, key,
@@ -196,20 +224,21 @@ struct HeadTables {
     specache_fetch* fetches;
 };
 
-SPECACHE_DEVICE HeadTables head_tables(const specache_select_params& p, const specache_seq& seq,
-                                       uint32_t seq_and_head) {
-    const uint64_t cache_head = uint64_t(seq.cache) * p.n_kv_heads + seq_and_head % p.n_kv_heads;
-    return HeadTables{reinterpret_cast<uint32_t*>(p.slots) + cache_head * p.top_k,
-                      reinterpret_cast<uint32_t*>(p.skip) + cache_head * p.skip_stride * 2,
+SPECACHE_DEVICE HeadTables head_tables(const specache_select_params& p, uint32_t seq_and_head) {
+    const specache_layer_cache cache = load_cache(p.caches, seq_and_head / p.n_kv_heads);
+    const uint64_t head = seq_and_head % p.n_kv_heads;
+    return HeadTables{reinterpret_cast<uint32_t*>(cache.slots) + head * p.top_k,
+                      reinterpret_cast<uint32_t*>(cache.skip) + head * cache.skip_stride * 2,
                       reinterpret_cast<specache_fetch*>(p.fetches) + uint64_t(seq_and_head) * p.top_k};
 }
 
 // Step 1: the best of all chunks, to shared memory. Returns how many.
-SPECACHE_DEVICE uint32_t merge_chunks(const specache_select_params& p, const Candidates& range, uint32_t seq_and_head,
-                                      HeadShared& shared) {
+SPECACHE_DEVICE uint32_t merge_chunks(const specache_select_params& p, RankedRow row, const specache_seq& seq,
+                                      uint32_t seq_and_head, HeadShared& shared) {
+    const Candidates range = row_candidates(p, seq, row);
     const uint32_t full = range.count() / kSelectChunk, rest = range.count() % kSelectChunk;
     const uint32_t n = full * p.top_k + smaller(p.top_k, rest), count = smaller(p.top_k, n);
-    const Candidate* list = candidate_list(p, seq_and_head, 0);
+    const Candidate* list = candidate_list(p, row, seq_and_head, 0);
     const auto key = [&](uint32_t i) { return load_device(&list[i].key); };
     const Threshold threshold = find_threshold(shared.scan, n, count, key);
     take_best(shared.scan, n, threshold, key,
@@ -273,19 +302,37 @@ SPECACHE_DEVICE uint32_t fill_slots(const HeadTables& tables, uint32_t count, He
     return filled;
 }
 
+// Before all that: how many of row 0's best are in slots.
+SPECACHE_DEVICE void count_hits(const specache_select_params& p, const specache_seq& seq, const HeadTables& tables,
+                                uint32_t seq_and_head, HeadShared& shared) {
+    const uint32_t count = merge_chunks(p, kFirstRow, seq, seq_and_head, shared);
+    __syncthreads();
+    uint32_t own = 0, hits;
+    for (uint32_t slot = threadIdx.x; slot < p.top_k; slot += kSelectThreads) {
+        const uint32_t position = load_device(tables.slots + slot);
+        const uint32_t index = lower_bound(shared.positions, count, position);
+        own += index < count && shared.positions[index] == position;
+    }
+    block_scan(shared.scan, own, hits);
+    if (threadIdx.x == 0) store_device(reinterpret_cast<uint32_t*>(p.hits) + seq_and_head, hits);
+}
+
 SPECACHE_DEVICE void select_merge(const specache_select_params& p) {
     SPECACHE_SHARED(HeadShared, shared);
     const uint32_t seq_and_head = blockIdx.x;
     const specache_seq seq = load_seq(p.seqs, seq_and_head / p.n_kv_heads);
     uint32_t count = 0, fetches = 0;
     if (seq.n_rows != 0) {
-        const HeadTables tables = head_tables(p, seq, seq_and_head);
-        count = merge_chunks(p, seq_candidates(p, seq), seq_and_head, shared);
+        const HeadTables tables = head_tables(p, seq_and_head);
+        if (p.hits != 0) count_hits(p, seq, tables, seq_and_head, shared);
+        count = merge_chunks(p, kLastRow, seq, seq_and_head, shared);
         for (uint32_t i = threadIdx.x; i < count; i += kSelectThreads) shared.kept[i] = 0;
         __syncthreads();
         empty_slots(p, tables, count, shared);
         __syncthreads();
         fetches = fill_slots(tables, count, shared);
+    } else if (p.hits != 0 && threadIdx.x == 0) {
+        store_device(reinterpret_cast<uint32_t*>(p.hits) + seq_and_head, 0u);
     }
     for (uint32_t i = threadIdx.x; i < count && p.selected != 0; i += kSelectThreads)
         store_device(reinterpret_cast<uint32_t*>(p.selected) + uint64_t(seq_and_head) * p.top_k + i,

@@ -128,7 +128,7 @@ fn pass(
             fetch_on_demand(context, batch, members, seqs, l, rows, attention, fetches);
         }
         let view = |i: usize| batch[members[i].index].session.cache.view(l, config.sliding_window);
-        attn_decode::attend(device, config, l, seqs, view, rows, attention, None);
+        attn_decode::attend_rows(device, config, l, seqs, view, rows, attention, None);
         for (i, (m, s)) in members.iter().zip(&*seqs).enumerate() {
             let session = &mut *batch[m.index].session;
             match session.kv().mode {
@@ -310,7 +310,7 @@ fn fetch_on_demand(
         }
     }
     let view = |i: usize| batch[members[i].index].session.cache.view(layer, config.sliding_window);
-    attn_decode::attend(device, config, layer, seqs, view, rows, attention, Some(KvMode::Fetch));
+    attn_decode::attend_rows(device, config, layer, seqs, view, rows, attention, Some(KvMode::Fetch));
     for (seq, (m, s)) in members.iter().zip(seqs).enumerate() {
         let session = &mut *batch[m.index].session;
         if session.kv().mode != KvMode::Fetch {

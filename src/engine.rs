@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use crate::context::Context;
-use crate::device::{Device, DeviceOptions};
+use crate::cuda;
+use crate::device::{Device, DeviceChoice, DeviceOptions};
 use crate::error::Result;
 use crate::kv::cache::CacheBytes;
 use crate::kv::slab::SlabStats;
@@ -25,8 +26,14 @@ impl Engine {
     /// [`crate::Error::Model`] for a folder that cannot be used, [`crate::Error::Usage`] for device options that cannot
     /// be.
     pub fn load(spec: &str, options: &DeviceOptions) -> Result<Engine> {
-        let device = Device::cpu(options)?;
+        let mut device = Device::open(options)?;
         let model = device.run(|| Model::load(spec))?;
+        if options.choice == DeviceChoice::Auto
+            && device.gpu().is_some()
+            && let Err(why) = cuda::check_shape(&model)
+        {
+            device = Device::cpu_because(options, why.to_string())?;
+        }
         Engine::new(model, device)
     }
 

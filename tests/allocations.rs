@@ -96,7 +96,7 @@ fn a_step_allocates_nothing() {
         for pipeline in Schedule::ALL {
             for threads in [1, 2] {
                 let device = Device::cpu(&DeviceOptions { pipeline, poison: false, ..options(threads) }).unwrap();
-                let engine = Engine::new(TINY.model(), device);
+                let engine = Engine::new(TINY.model(), device).unwrap();
                 let mut buffers = Buffers::default();
                 let mut sessions: Vec<Session> = (0..2)
                     .map(|i| {

@@ -19,7 +19,7 @@ use specache::{Buffers, Engine, Error, Next, Prompt, Result, Session};
 const TINY: Tiny = Tiny { head_dim: 32, n_kv_heads: 2, group_heads: 3, n_layers: 2, window: None };
 
 fn engine(options: DeviceOptions) -> Engine {
-    Engine::new(TINY.model(), Device::cpu(&options).unwrap())
+    Engine::new(TINY.model(), Device::cpu(&options).unwrap()).unwrap()
 }
 
 /// Makes a call again for as long as it is interrupted.

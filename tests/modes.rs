@@ -227,7 +227,7 @@ fn compare(case: &Case, engine: &Engine, mode: KvMode, seed: u64) -> Compared {
 
 /// Runs a case in all five modes.
 fn check(case: &Case) -> Selected {
-    let engine = Engine::new(case.model.model(), device(2));
+    let engine = Engine::new(case.model.model(), device(2)).unwrap();
     let bounds = if case.dtype == Dtype::F16 { F16 } else { BF16 };
     let mut selected = Selected::default();
     let (mut full, mut kivi_costs) = (None::<(u64, Vec<Vec<f32>>)>, 0.0);
@@ -394,7 +394,7 @@ fn invariants() {
     for model in [BASE.model, model(64, 2, 1, Some(150)), model(128, 1, 8, None), model(96, 1, 4, Some(40))] {
         for bits in [1, 2, 4] {
             let case = Case { model, bits, script: &[Prefill(200), Decode(80)], ..BASE };
-            let engine = Engine::new(case.model.model(), device(2));
+            let engine = Engine::new(case.model.model(), device(2)).unwrap();
             let [full, offload, kivi] =
                 [KvMode::Full, KvMode::Offload, KvMode::Kivi].map(|mode| rows(&engine, &case, mode, 0));
             assert_eq!(full, offload, "the same pairs in the same order: the same bits");

@@ -138,7 +138,7 @@ impl Cache {
     fn empty_slots(&self, top_k: usize) -> Slots {
         let bytes = Slots::bytes(&self.shape, top_k);
         let mut grants = self.device.grant(bytes, 0, "test").unwrap();
-        Slots::new(&mut grants, &self.shape, top_k).unwrap()
+        Slots::new(&mut grants, &self.shape, top_k, 0).unwrap()
     }
 }
 

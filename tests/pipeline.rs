@@ -22,7 +22,7 @@ fn modes() -> Vec<KvOptions> {
 }
 
 fn engine(model: &Tiny, options: DeviceOptions) -> Engine {
-    Engine::new(model.model(), Device::cpu(&options).unwrap())
+    Engine::new(model.model(), Device::cpu(&options).unwrap()).unwrap()
 }
 
 /// Prefills one session behind what it holds.

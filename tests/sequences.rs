@@ -30,7 +30,7 @@ fn decode(engine: &Engine, session: &mut Session, tokens: &[u32]) -> Vec<Vec<f32
 fn truncation_is_as_if_the_rest_had_never_been() {
     let tokens = ids(2, 400);
     for model in [TINY, WINDOW] {
-        let engine = Engine::new(model.model(), device(2));
+        let engine = Engine::new(model.model(), device(2)).unwrap();
         for mode in [KvMode::Full, KvMode::Offload, KvMode::Fetch, KvMode::SpeCache] {
             let kv = kv(mode, 1, 32, 33, 7);
             let fed = |n: usize| {
@@ -63,7 +63,7 @@ fn truncation_is_as_if_the_rest_had_never_been() {
 #[test]
 fn a_truncated_session_is_as_after_a_prefill() {
     let tokens = ids(2, 400);
-    let engine = Engine::new(TINY.model(), device(2));
+    let engine = Engine::new(TINY.model(), device(2)).unwrap();
     for (mode, top_k) in [(KvMode::Full, 0), (KvMode::Offload, 0), (KvMode::SpeCache, 400), (KvMode::Fetch, 400)] {
         let kv = kv(mode, 2, 32, 33, top_k);
         for n in [33, 97, 128, 225] {
@@ -85,7 +85,7 @@ fn a_truncated_session_is_as_after_a_prefill() {
 #[test]
 fn truncations_that_cannot_be() {
     let tokens = ids(2, 400);
-    let engine = Engine::new(TINY.model(), device(1));
+    let engine = Engine::new(TINY.model(), device(1)).unwrap();
     let mut session = engine.session(kv(KvMode::Kivi, 1, 32, 33, 0), 400).unwrap();
     prefill(&engine, &mut session, &tokens[..300]);
     for (n, words) in [(0, "from 1 to the 300"), (301, "from 1 to the 300"), (288, "keep at least 289")] {
@@ -101,7 +101,7 @@ fn truncations_that_cannot_be() {
 #[test]
 fn branches_do_not_disturb_each_other() {
     let tokens = ids(4, 500);
-    let engine = Engine::new(TINY.model(), device(2));
+    let engine = Engine::new(TINY.model(), device(2)).unwrap();
     let page_bytes = engine.host_pages().page_bytes;
     assert!(page_bytes > 0);
     for mode in KvMode::ALL {

@@ -74,7 +74,7 @@ fn a_batch_gives_the_bits_of_each_alone() {
     let n = sequences().len();
     let mut alone: Option<Vec<Vec<Vec<f32>>>> = None;
     for threads in [1, 2] {
-        let engine = Engine::new(TINY.model(), device(threads));
+        let engine = Engine::new(TINY.model(), device(threads)).unwrap();
         let now: Vec<_> = (0..n).map(|i| good(decode(&engine, &[i], 70).remove(0))).collect();
         let before = alone.get_or_insert_with(|| now.clone());
         assert!(*before == now, "{threads} threads");
@@ -100,7 +100,7 @@ fn a_nan_weight_is_named_by_its_layer() {
         let mut model = TINY.model();
         let linear = damage(&mut model);
         linear.weight = with_nan(&linear.weight, 5, 7);
-        let engine = Engine::new(model, device(2));
+        let engine = Engine::new(model, device(2)).unwrap();
         for (options, prompt) in sequences() {
             let mut session = engine.session(options, prompt + 1).unwrap();
             let mut buffers = Buffers::default();
@@ -120,7 +120,7 @@ fn a_nan_weight_is_named_by_its_layer() {
 fn damaged_token() -> Engine {
     let mut model = TINY.model();
     model.weights.embed = with_nan(&model.weights.embed, 9, 11);
-    Engine::new(model, device(2))
+    Engine::new(model, device(2)).unwrap()
 }
 
 /// Tokens without number 9.
@@ -133,7 +133,7 @@ fn healthy(seed: u64, n: usize) -> Vec<u32> {
 fn a_nan_fails_one_sequence_alone() {
     let sequences = &sequences()[..7];
     let tokens: Vec<_> = sequences.iter().enumerate().map(|(i, s)| healthy(i as u64, s.1 + 6)).collect();
-    let expected: Vec<_> = decode_tokens(&Engine::new(TINY.model(), device(2)), sequences, &tokens);
+    let expected: Vec<_> = decode_tokens(&Engine::new(TINY.model(), device(2)).unwrap(), sequences, &tokens);
     let expected: Vec<_> = expected.into_iter().map(good).collect();
     let engine = damaged_token();
     for bad in [0, 3, 4] {
@@ -208,7 +208,7 @@ fn used(engine: &Engine) -> (u64, u64) {
 /// A session holds what was planned, from its first byte to its last, and the meters say so.
 #[test]
 fn memory_is_what_was_planned() {
-    let engine = Engine::new(TINY.model(), device(2));
+    let engine = Engine::new(TINY.model(), device(2)).unwrap();
     assert_eq!(used(&engine), (0, 0));
     for (options, capacity) in plans() {
         let what = format!("{options:?}, {capacity} tokens");
@@ -243,7 +243,7 @@ fn engine_config() -> specache::model::Config {
 
 fn with_budgets(device_budget: Option<u64>, host_budget: Option<u64>) -> Engine {
     let device = Device::cpu(&DeviceOptions { device_budget, host_budget, ..options(1) }).unwrap();
-    Engine::new(TINY.model(), device)
+    Engine::new(TINY.model(), device).unwrap()
 }
 
 /// A byte too few is refused before anything is allocated; just enough is enough.
@@ -322,7 +322,7 @@ fn a_prefill_that_does_not_fit_changes_nothing() {
 #[test]
 fn stats_are_exact() {
     let engines = [true, false]
-        .map(|delta| Engine::new(TINY.model(), Device::cpu(&DeviceOptions { delta, ..options(2) }).unwrap()));
+        .map(|delta| Engine::new(TINY.model(), Device::cpu(&DeviceOptions { delta, ..options(2) }).unwrap()).unwrap());
     let (prompt, steps, residual_len) = (130, 70, 33);
     let tokens = ids(6, prompt + steps + 1);
     let pair_bytes = 2 * 32 * 2;
@@ -387,7 +387,7 @@ fn common(a: &Selections, b: &Selections) -> usize {
 /// Misuse is an error that says what would be right, before anything has changed.
 #[test]
 fn usage_errors() {
-    let engine = Engine::new(TINY.model(), device(1));
+    let engine = Engine::new(TINY.model(), device(1)).unwrap();
     let mut buffers = Buffers::default();
     let mut session = engine.session(kv(KvMode::SpeCache, 2, 32, 33, 7), 10).unwrap();
     let mut decode = |session: &mut Session, token| engine.decode(&mut [Next { session, token }], &mut buffers);
@@ -405,7 +405,7 @@ fn usage_errors() {
 /// Several threads on one engine, each with a session of its own: every mode gives the bits that it gives alone.
 #[test]
 fn threads_do_not_disturb_each_other() {
-    let engine = Engine::new(TINY.model(), device(2));
+    let engine = Engine::new(TINY.model(), device(2)).unwrap();
     let alone: Vec<_> = (0..6).map(|i| decode(&engine, &[i], 40)).collect();
     std::thread::scope(|scope| {
         let run = |i: usize| {
@@ -502,7 +502,7 @@ fn reserve_changes_nothing_where_it_is_refused() {
 /// start.
 #[test]
 fn room_made_late_is_as_good_as_room_from_the_start() {
-    let engine = Engine::new(TINY.model(), device(1));
+    let engine = Engine::new(TINY.model(), device(1)).unwrap();
     let tokens = ids(5, 420);
     for mode in KvMode::ALL {
         // More slots than fit a short context: growing makes room for them.
@@ -529,7 +529,7 @@ fn room_made_late_is_as_good_as_room_from_the_start() {
 /// A session works with the engine that made it, and with no other.
 #[test]
 fn a_session_of_another_engine_is_refused() {
-    let (one, other) = (Engine::new(TINY.model(), device(1)), Engine::new(TINY.model(), device(1)));
+    let (one, other) = (Engine::new(TINY.model(), device(1)).unwrap(), Engine::new(TINY.model(), device(1)).unwrap());
     let mut session = one.session(kv(KvMode::Full, 2, 32, 33, 0), 10).unwrap();
     let mut buffers = Buffers::default();
     let error = other.prefill(&mut [Prompt { session: &mut session, tokens: &[1] }], &mut buffers).err().unwrap();

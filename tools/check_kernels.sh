@@ -184,7 +184,8 @@ for bug in 1 2 3 4 5 6; do expect_bug attn_decode "$bug" "-DSPECACHE_ATTN_KERNEL
 for bug in 1 2 3; do expect_bug attn_prefill "$bug"; done
 
 # 1: a missing __syncthreads. 2: a position behind the window. 3: a position that nobody replaces any more.
-for bug in 1 2 3; do expect_bug select "$bug"; done
+# 4: hits among positions that were no candidates.
+for bug in 1 2 3 4; do expect_bug select "$bug"; done
 
 # 1: a missing __syncthreads. 2: pairs of another sequence.
 for bug in 1 2; do expect_bug fetch "$bug"; done

@@ -23,25 +23,17 @@ static specache_status check_shape(const specache_attn_params *p, specache_launc
 }
 
 static specache_status check_memory(const specache_attn_params *p, specache_launch *launch) {
-    const bool no_slots = p->slots == 0 || p->top_k == 0;
     const Address all[] = {{"seqs", p->seqs, 16, REQUIRED},
+                           {"caches", p->caches, 16, REQUIRED},
                            {"q", p->q, 8, REQUIRED},
                            {"out", p->out, 4, REQUIRED},
-                           {"packed", p->packed, 128, OPTIONAL},
-                           {"packed_ids", p->packed_ids, 4, OPTIONAL},
-                           {"wide", p->wide, 16, REQUIRED},
-                           {"wide_ids", p->wide_ids, 4, OPTIONAL},
                            {"parts", p->parts, 16, REQUIRED},
-                           {"slots", p->slots, 4, OPTIONAL},
-                           {"pairs", p->pairs, 16, no_slots},
-                           {"skip", p->skip, 8, no_slots},
                            {"scores", p->scores, 4, OPTIONAL},
-                           {"lse (scores need it)", p->lse, 4, p->scores == 0}};
+                           {"lse (scores need it)", p->lse, 4, p->scores == 0},
+                           {"first_scores", p->first_scores, 4, OPTIONAL},
+                           {"first_lse (first_scores need it)", p->first_lse, 4, p->first_scores == 0}};
     CHECK_ADDRESSES("attention", all, launch);
-    TRY(check_packed_strides("attention", p->packed_page_stride, p->packed_head_stride,
-                             p->packed == 0 ? 0 : packed_head_bytes(p->head_dim, p->bits, p->group_size), launch));
-    return check_wide_stride("attention", "wide_page_stride", p->wide_page_stride,
-                             wide_page_bytes(p->n_kv_heads, p->head_dim), launch);
+    return SPECACHE_OK;
 }
 
 uint64_t specache_attn_part_bytes(const specache_attn_params *p) {

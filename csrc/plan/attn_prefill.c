@@ -13,22 +13,20 @@ static const char *kernel_of(uint32_t head_dim, specache_dtype dtype) {
 static specache_status check_shape(const specache_prefill_params *p, specache_launch *launch) {
     TRY(check_packing("prefill", p->head_dim, p->bits, p->group_size, p->dtype, launch));
     TRY(check_heads("prefill", p->n_heads, p->n_kv_heads, 16, launch));
-    if (p->n_rows > MOST_TOKENS || p->n_seqs > MOST_SEQS || p->n_heads > MOST_HEADS)
+    /* The kernel counts queries, a row and a head each, in 32 bits. */
+    const uint64_t queries = (uint64_t)p->n_rows * (p->n_heads / p->n_kv_heads);
+    if (queries > MOST_CTAS || p->n_seqs > MOST_SEQS || p->n_heads > MOST_HEADS)
         return refuse(launch, SPECACHE_TOO_LARGE, "prefill: %u rows of %u sequences", p->n_rows, p->n_seqs);
     return SPECACHE_OK;
 }
 
 static specache_status check_memory(const specache_prefill_params *p, specache_launch *launch) {
-    const Address all[] = {{"seqs", p->seqs, 16, REQUIRED},         {"q", p->q, 16, REQUIRED},
-                           {"out", p->out, 8, REQUIRED},            {"packed", p->packed, 128, OPTIONAL},
-                           {"packed_ids", p->packed_ids, 4, OPTIONAL}, {"wide", p->wide, 16, REQUIRED},
-                           {"wide_ids", p->wide_ids, 4, OPTIONAL}};
+    const Address all[] = {{"seqs", p->seqs, 16, REQUIRED},
+                           {"caches", p->caches, 16, REQUIRED},
+                           {"q", p->q, 16, REQUIRED},
+                           {"out", p->out, 8, REQUIRED}};
     CHECK_ADDRESSES("prefill", all, launch);
-    if (p->packed != 0)
-        TRY(check_packed_strides("prefill", p->packed_page_stride, p->packed_head_stride,
-                                 packed_head_bytes(p->head_dim, p->bits, p->group_size), launch));
-    return check_wide_stride("prefill", "wide_page_stride", p->wide_page_stride,
-                             wide_page_bytes(p->n_kv_heads, p->head_dim), launch);
+    return SPECACHE_OK;
 }
 
 specache_status specache_prefill_plan(const specache_prefill_params *p, specache_launch *launch) {

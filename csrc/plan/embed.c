@@ -22,21 +22,13 @@ static specache_status check_shape(const specache_embed_params *p, specache_laun
 }
 
 static specache_status check_memory(const specache_embed_params *p, specache_launch *launch) {
-    const Address all[] = {{"table", p->table, 16, REQUIRED},
-                           {"tokens", p->tokens, 4, REQUIRED},
-                           {"seqs", p->seqs, 16, REQUIRED},
-                           {"wide", p->wide, 16, REQUIRED},
-                           {"wide_ids", p->wide_ids, 4, OPTIONAL},
-                           {"inv_freq", p->inv_freq, 4, REQUIRED},
-                           {"x", p->x, 16, REQUIRED},
-                           {"rope", p->rope, 8, REQUIRED},
-                           {"append", p->append, 8, REQUIRED},
+    const Address all[] = {{"table", p->table, 16, REQUIRED},       {"tokens", p->tokens, 4, REQUIRED},
+                           {"seqs", p->seqs, 16, REQUIRED},         {"caches", p->caches, 16, REQUIRED},
+                           {"inv_freq", p->inv_freq, 4, REQUIRED},  {"x", p->x, 16, REQUIRED},
+                           {"rope", p->rope, 8, REQUIRED},          {"append", p->append, 8, REQUIRED},
                            {"bad_layer", p->bad_layer, 4, REQUIRED}};
     CHECK_ADDRESSES("embed", all, launch);
-    /* Layers may lie page by page or all pages of a layer together: only each stride's own minimum can be asked for. */
-    const uint64_t page = wide_page_bytes(p->n_kv_heads, p->head_dim);
-    TRY(check_wide_stride("embed", "wide_page_stride", p->wide_page_stride, page, launch));
-    return check_wide_stride("embed", "wide_layer_stride", p->wide_layer_stride, p->n_layers > 1 ? page : 0, launch);
+    return SPECACHE_OK;
 }
 
 specache_status specache_embed_plan(const specache_embed_params *p, specache_launch *launch) {

@@ -19,10 +19,9 @@ specache_status specache_fetch_plan(const specache_fetch_params *p, specache_lau
     TRY(check_shape(p, launch));
     if (p->n_seqs == 0 || p->top_k == 0) return SPECACHE_OK;
     const Address all[] = {{"seqs", p->seqs, 16, REQUIRED},
+                           {"caches", p->caches, 16, REQUIRED},
                            {"fetches", p->fetches, 8, REQUIRED},
                            {"fetch_counts", p->fetch_counts, 4, REQUIRED},
-                           {"host_pages", p->host_pages, 8, REQUIRED},
-                           {"pairs", p->pairs, 16, REQUIRED},
                            {"fetched", p->fetched, 8, OPTIONAL}};
     CHECK_ADDRESSES("fetch", all, launch);
     return planned(launch, "specache_fetch_pairs", p->n_ctas == 0 ? SPECACHE_FETCH_CTAS : p->n_ctas,

@@ -11,15 +11,9 @@ static const char *kernel_of(const specache_pack_params *p) {
 }
 
 static specache_status check_memory(const specache_pack_params *p, specache_launch *launch) {
-    const Address all[] = {{"wide", p->wide, 16, REQUIRED},
-                           {"packed", p->packed, 128, REQUIRED},
-                           {"wide_ids", p->wide_ids, 4, OPTIONAL},
-                           {"packed_ids", p->packed_ids, 4, OPTIONAL}};
+    const Address all[] = {{"wide_pages", p->wide_pages, 8, REQUIRED}, {"packed", p->packed, 128, REQUIRED}};
     CHECK_ADDRESSES("pack", all, launch);
-    TRY(check_wide_stride("pack", "wide_page_stride", p->wide_page_stride, wide_page_bytes(p->n_kv_heads, p->head_dim),
-                          launch));
-    return check_packed_strides("pack", p->packed_page_stride, p->packed_head_stride,
-                                packed_head_bytes(p->head_dim, p->bits, p->group_size), launch);
+    return SPECACHE_OK;
 }
 
 specache_status specache_pack_plan(const specache_pack_params *p, specache_launch *launch) {

@@ -2,8 +2,9 @@
 #include "../attn_work.h"
 #include "plan.h"
 
+/* Of one row, or of two where hits are counted. */
 static uint64_t candidate_lists(const specache_select_params *p) {
-    return (uint64_t)p->n_seqs * p->n_kv_heads * most_chunks(p);
+    return (uint64_t)p->n_seqs * p->n_kv_heads * most_chunks(p) * (p->hits != 0 ? 2 : 1);
 }
 
 static specache_status check_shape(const specache_select_params *p, specache_launch *launch) {
@@ -19,13 +20,15 @@ static specache_status check_memory(const specache_select_params *p, specache_la
     const Address all[] = {{"seqs", p->seqs, 16, REQUIRED},
                            {"scores", p->scores, 4, REQUIRED},
                            {"lse", p->lse, 4, REQUIRED},
-                           {"slots", p->slots, 4, REQUIRED},
-                           {"skip", p->skip, 8, REQUIRED},
+                           {"caches", p->caches, 16, REQUIRED},
                            {"selected", p->selected, 4, OPTIONAL},
                            {"fetches", p->fetches, 8, REQUIRED},
                            {"fetch_counts", p->fetch_counts, 4, REQUIRED},
                            {"select_counts", p->select_counts, 4, OPTIONAL},
-                           {"candidates", p->candidates, 8, REQUIRED}};
+                           {"candidates", p->candidates, 8, REQUIRED},
+                           {"hits", p->hits, 4, OPTIONAL},
+                           {"first_scores", p->first_scores, 4, p->hits == 0},
+                           {"first_lse", p->first_lse, 4, p->hits == 0}};
     CHECK_ADDRESSES("selection", all, launch);
     return SPECACHE_OK;
 }

@@ -46,7 +46,7 @@ struct Case {
     uint32_t kv_heads, group_heads, top_k, window;
     Replace replace;
     std::vector<Length> seqs;
-    bool ids = true, scores = true;
+    bool scores = true, first_scores = true;
     float bias = 0;   // of one channel of K, wherever it is read from
     uint64_t seed = 0;
 };
@@ -101,16 +101,11 @@ public:
 
     specache_attn_params params() {
         specache_attn_params p{};
-        p.seqs = seqs->address(), p.q = q->address(), p.out = out->address();
-        p.packed = packed->address(), p.wide = wide->address();
-        if (c.ids) p.packed_ids = packed_ids->address(), p.wide_ids = wide_ids->address();
-        if (c.replace != kNone) p.slots = slots->address(), p.pairs = pairs->address(), p.skip = skip->address();
+        p.seqs = seqs->address(), p.caches = tables->address(), p.q = q->address(), p.out = out->address();
         p.lse = lse->address();
         if (c.scores) p.scores = scores->address();
-        p.packed_page_stride = c.kv_heads * head_bytes + 128, p.packed_head_stride = head_bytes;
-        p.wide_page_stride = c.kv_heads * kPage * 4 * D + 16;
+        if (c.first_scores) p.first_scores = first_scores->address(), p.first_lse = first_lse->address();
         p.score_stride = score_stride;
-        p.skip_stride = skip_stride;
         p.n_seqs = uint32_t(c.seqs.size()), p.n_heads = n_heads, p.n_kv_heads = c.kv_heads;
         p.head_dim = D, p.bits = B, p.group_size = c.g, p.dtype = c.dtype;
         p.top_k = c.top_k, p.window = c.window, p.capacity = capacity;
@@ -142,78 +137,111 @@ public:
 private:
     using Page = PackedPage<D, B>;
 
+    // What the cache of one sequence has for itself.
+    struct SeqMemory {
+        SeqMemory(const Case& c, const Length& l, size_t page_bytes)
+            : skip_stride(l.no / kPage + unsigned(c.seed + l.n) % 3),
+              packed("packed", l.nq / kPage * page_bytes, device::Buffer::kRead),
+              wide("wide list", divide_up(l.n + l.rows, kPage), device::Buffer::kRead),
+              slots("slots", c.kv_heads * c.top_k, device::Buffer::kRead),
+              pairs("pairs", slots.size() * 2 * D, device::Buffer::kRead),
+              skip("skip", c.kv_heads * skip_stride, device::Buffer::kRead) {
+            std::memset(slots.data(), 0xFF, slots.bytes());
+            std::memset(pairs.data(), 0xFF, pairs.bytes());   // NaN in both types
+            std::memset(skip.data(), 0, skip.bytes());
+            for (size_t i = 0; i < wide.size(); i++) wide[i] = device::kNowhere;
+        }
+
+        uint32_t skip_stride;
+        Array<uint8_t> packed;
+        Array<uint64_t> wide;
+        Array<uint32_t> slots;
+        Array<uint16_t> pairs;
+        Array<uint64_t> skip;
+    };
+
     void count() {
         for (const Length& l : c.seqs) {
-            n_packed += l.nq / kPage;
             n_wide += divide_up(l.n + 2 - l.nq, kPage);
             capacity = std::max(capacity, l.n + 2);
         }
-        skip_stride = capacity / kPage + 1;
         score_stride = capacity + 3;
         idle_rows = {0, uint32_t(2 * c.seqs.size()) + 1};
     }
 
     void allocate() {
         const auto kR = device::Buffer::kRead, kW = device::Buffer::kWrite;
-        const size_t n = c.seqs.size(), rows = 2 * n + 2, slot_count = (n + 1) * c.kv_heads * c.top_k;
+        const size_t n = c.seqs.size(), rows = 2 * n + 2;
         seqs = std::make_unique<Array<specache_seq>>("seqs", n, kR);
+        tables = std::make_unique<Array<specache_layer_cache>>("caches", n, kR);
         q = std::make_unique<Array<float>>("q", rows * n_heads * D, kR);
         out = std::make_unique<Array<float>>("out", rows * n_heads * D, kW);
-        packed = std::make_unique<Array<uint8_t>>("packed", n_packed * (c.kv_heads * head_bytes + 128), kR);
-        wide = std::make_unique<Array<uint8_t>>("wide", n_wide * (c.kv_heads * kPage * 4 * D + 16), kR);
-        packed_ids = std::make_unique<Array<uint32_t>>("packed_ids", n_packed, kR);
-        wide_ids = std::make_unique<Array<uint32_t>>("wide_ids", n_wide, kR);
-        slots = std::make_unique<Array<uint32_t>>("slots", slot_count, kR);
-        pairs = std::make_unique<Array<uint16_t>>("pairs", slot_count * 2 * D, kR);
-        skip = std::make_unique<Array<uint64_t>>("skip", (n + 1) * c.kv_heads * skip_stride, kR);
+        wide = std::make_unique<Array<uint8_t>>("wide", n_wide * wide_bytes(), kR);
         scores = std::make_unique<Array<float>>("scores", n * n_heads * score_stride, kW);
         lse = std::make_unique<Array<float>>("lse", n * n_heads, kW);
+        first_scores = std::make_unique<Array<float>>("first_scores", n * n_heads * score_stride, kW);
+        first_lse = std::make_unique<Array<float>>("first_lse", n * n_heads, kW);
         std::memset(wide->data(), 0xFF, wide->bytes());   // NaN in both types
-        std::memset(pairs->data(), 0xFF, pairs->bytes());
-        std::memset(slots->data(), 0xFF, slots->bytes());
-        std::memset(skip->data(), 0, skip->bytes());
-        for (size_t i = 0; i < n_packed; i++) (*packed_ids)[i] = uint32_t(c.ids ? n_packed - 1 - i : i);
-        for (size_t i = 0; i < n_wide; i++) (*wide_ids)[i] = uint32_t(c.ids ? n_wide - 1 - i : i);
+        for (uint32_t i = 0; i < n_wide; i++) free_wide.push_back(i);
+        std::shuffle(free_wide.begin(), free_wide.end(), random);
+        for (const Length& l : c.seqs) memory.push_back(std::make_unique<SeqMemory>(c, l, c.kv_heads * head_bytes));
     }
 
+    size_t wide_bytes() const { return c.kv_heads * kPage * 4 * D + 16; }
+
     std::vector<device::Buffer*> all() {
-        return {seqs.get(),  q.get(),     out.get(),  packed.get(), wide.get(), packed_ids.get(), wide_ids.get(),
-                slots.get(), pairs.get(), skip.get(), scores.get(), lse.get(),  parts.get()};
+        std::vector<device::Buffer*> all = {seqs.get(),         tables.get(), q.get(),   out.get(),
+                                            wide.get(),         scores.get(), lse.get(), parts.get(),
+                                            first_scores.get(), first_lse.get()};
+        for (auto& m : memory)
+            for (device::Buffer* b :
+                 std::initializer_list<device::Buffer*>{&m->packed, &m->wide, &m->slots, &m->pairs, &m->skip})
+                all.push_back(b);
+        return all;
     }
 
     void fill_seq(size_t s) {
         const Length& l = c.seqs[s];
-        specache_seq& seq = (*seqs)[s];
-        // Rows and caches in another order than sequences.
-        seq = {l.n,
-               l.nq,
-               l.no,
-               l.rows,
-               uint32_t(1 + 2 * (c.seqs.size() - 1 - s)),
-               used_packed,
-               used_wide,
-               uint32_t(c.seqs.size() - s)};
+        SeqMemory& m = *memory[s];
+        // Rows in another order than sequences.
+        (*seqs)[s] = {l.n, l.nq, l.no, l.rows, uint32_t(1 + 2 * (c.seqs.size() - 1 - s)), {}};
+        std::vector<uint32_t> pages;   // of the wide buffer, from nq on
+        for (uint32_t j = l.nq; j < l.n + l.rows; j += kPage) pages.push_back(free_wide.back()), free_wide.pop_back();
         std::vector<std::vector<Pair>> heads;
         for (uint32_t h = 0; h < c.kv_heads; h++) {
             std::vector<Pair> cache;
-            for (uint32_t page = 0; page < l.nq / kPage; page++) fill_packed(used_packed + page, h, cache);
+            for (uint32_t page = 0; page < l.nq / kPage; page++) fill_packed(m, page, h, cache);
             for (uint32_t j = l.nq; j < l.n + l.rows; j++)
-                cache.push_back(fill_wide(used_wide + (j - l.nq) / kPage, h, j % kPage));
-            if (c.replace != kNone && l.rows != 0) replace(seq, h, cache);
+                cache.push_back(fill_wide(pages[(j - l.nq) / kPage], h, j % kPage));
+            if (c.replace != kNone && l.rows != 0) replace((*seqs)[s], h, m, cache);
             heads.push_back(std::move(cache));
         }
         caches.push_back(std::move(heads));
-        // Pages that no row sees may be gone.
-        for (uint32_t page = 0; page < l.nq / kPage && c.ids; page++)
-            if (l.rows == 0 || (page + 1) * kPage <= first_visible(l.n, c.window))
-                (*packed_ids)[used_packed + page] = 1u << 20;
-        used_packed += l.nq / kPage;
-        used_wide += divide_up(l.n + 2 - l.nq, kPage);
+        fill_table(s, pages);
     }
 
-    void fill_packed(uint32_t index, uint32_t head, std::vector<Pair>& cache) {
+    // Pages that no row sees may be gone, and with them their addresses; so may all that an unused entry has.
+    void fill_table(size_t s, const std::vector<uint32_t>& pages) {
+        const Length& l = c.seqs[s];
+        SeqMemory& m = *memory[s];
+        const auto kNowhere = device::kNowhere;
+        specache_layer_cache& table = (*tables)[s];
+        table = {kNowhere, kNowhere, kNowhere, kNowhere, kNowhere, kNowhere, ~0u, {}};
+        if (l.rows == 0) return;
+        const uint32_t first_page = first_visible(l.n, c.window) / kPage, packed_pages = l.nq / kPage;
+        for (uint32_t i = 0; i < pages.size(); i++)
+            if (packed_pages + i >= first_page) m.wide[packed_pages + i] = wide->address() + pages[i] * wide_bytes();
+        m.packed.hide_front(std::min(first_page, packed_pages) * c.kv_heads * head_bytes);
+        table.packed = l.nq == 0 ? 0 : m.packed.address();
+        table.wide = m.wide.address();
+        if (c.top_k == 0) return;
+        table.slots = m.slots.address(), table.pairs = m.pairs.address();
+        table.skip = m.skip.address(), table.skip_stride = m.skip_stride;
+    }
+
+    void fill_packed(SeqMemory& m, uint32_t index, uint32_t head, std::vector<Pair>& cache) {
         const int g = int(c.g);
-        uint8_t* page = packed->data() + (*packed_ids)[index] * (c.kv_heads * head_bytes + 128) + head * head_bytes;
+        uint8_t* page = m.packed.data() + (index * c.kv_heads + head) * head_bytes;
         for (size_t i = 0; i < head_bytes; i++) page[i] = uint8_t(random());
         const float level = 3.0f / (1 << B);   // values spread over about -2 .. 2 at any width
         const auto fill_param = [&](int at, float x) { *reinterpret_cast<__half*>(page + at) = __float2half_rn(x); };
@@ -252,12 +280,12 @@ private:
     }
 
     Pair fill_wide(uint32_t index, uint32_t head, uint32_t token) {
-        const size_t at = (*wide_ids)[index] * (c.kv_heads * kPage * 4 * D + 16) + (head * kPage + token) * 4 * D;
+        const size_t at = index * wide_bytes() + (head * kPage + token) * 4 * D;
         return random_pair(reinterpret_cast<uint16_t*>(wide->data() + at));
     }
 
     // Positions into slots in any order; a slot may also hold one that is not read low-bit yet, which does not count.
-    void replace(const specache_seq& seq, uint32_t head, std::vector<Pair>& cache) {
+    void replace(const specache_seq& seq, uint32_t head, SeqMemory& m, std::vector<Pair>& cache) {
         std::vector<uint32_t> chosen, free_slots;
         for (uint32_t j = 0; j < seq.nq; j++)
             if (c.replace == kFirstPage ? j < kPage : random() % 5 == 0) chosen.push_back(j);
@@ -265,14 +293,14 @@ private:
         for (uint32_t i = 0; i < c.top_k; i++) free_slots.push_back(i);
         std::shuffle(free_slots.begin(), free_slots.end(), random);
         if (c.replace == kSome && chosen.size() > c.top_k - c.top_k / 8) chosen.resize(c.top_k - c.top_k / 8);
-        const size_t row = (seq.cache * c.kv_heads + head) * c.top_k;
+        const size_t row = head * c.top_k;
         for (size_t i = 0; i < chosen.size() && i < c.top_k; i++) {
             const uint32_t j = chosen[i];
-            (*slots)[row + free_slots[i]] = j;
-            (*skip)[(seq.cache * c.kv_heads + head) * skip_stride + j / kPage] |= uint64_t(1) << (j % kPage);
-            cache[j] = random_pair(&(*pairs)[(row + free_slots[i]) * 2 * D]);
+            m.slots[row + free_slots[i]] = j;
+            m.skip[head * m.skip_stride + j / kPage] |= uint64_t(1) << (j % kPage);
+            cache[j] = random_pair(&m.pairs[(row + free_slots[i]) * 2 * D]);
         }
-        if (chosen.size() < c.top_k && seq.n > seq.nq) (*slots)[row + free_slots[chosen.size()]] = seq.nq;
+        if (chosen.size() < c.top_k && seq.n > seq.nq) m.slots[row + free_slots[chosen.size()]] = seq.nq;
     }
 
     static bool is_poison(float x) { return bit_cast<uint32_t>(x) == 0xA5A5A5A5u; }
@@ -302,16 +330,23 @@ private:
             CHECK(error < kOutTolerance, "out %g, not %g: sequence %zu, head %u, row %u, channel %d (%s)", got,
                   want[i] / sum, s, head, row, i, name_of(c).c_str());
         }
-        if (row == l.rows - 1) compare_scores(s, head, score, first, max + std::log2(sum));
+        const bool is_last = row == l.rows - 1;
+        if (is_last) compare_scores(*scores, *lse, c.scores, s, head, score, first, max + std::log2(sum));
+        if (row == 0)   // of nobody if it is the last
+            compare_scores(*first_scores, *first_lse, c.first_scores && !is_last, s, head, score, first,
+                           max + std::log2(sum));
     }
 
-    void compare_scores(size_t s, uint32_t head, const std::vector<double>& score, uint32_t first, double want_lse) {
-        const float got_lse = (*lse)[s * n_heads + head];
-        CHECK(std::abs(got_lse - want_lse) < kScoreTolerance, "lse %g, not %g: sequence %zu, head %u (%s)", got_lse,
-              want_lse, s, head, name_of(c).c_str());
+    // Of the last row, or of row 0 before it.
+    void compare_scores(Array<float>& scores, Array<float>& lse, bool wanted, size_t s, uint32_t head,
+                        const std::vector<double>& score, uint32_t first, double want_lse) {
+        const float got_lse = lse[s * n_heads + head];
+        const bool has_lse = wanted || &lse == this->lse.get();
+        CHECK(has_lse ? std::abs(got_lse - want_lse) < kScoreTolerance : is_poison(got_lse),
+              "lse %g, not %g: sequence %zu, head %u (%s)", got_lse, want_lse, s, head, name_of(c).c_str());
         for (uint32_t j = 0; j < score_stride; j++) {
-            const float got = (*scores)[(s * n_heads + head) * score_stride + j];
-            const bool written = c.scores && j >= first && j < c.seqs[s].no;
+            const float got = scores[(s * n_heads + head) * score_stride + j];
+            const bool written = wanted && j >= first && j < c.seqs[s].no;
             const double error = written ? std::abs(got - score[j]) : is_poison(got) ? 0 : INFINITY;
             worst_score = std::max(worst_score, error);
             CHECK(error < kScoreTolerance, "score %g, not %g: sequence %zu, head %u, position %u (%s)", got,
@@ -326,15 +361,14 @@ private:
     std::mt19937 random;
     std::normal_distribution<float> normal;
     std::uniform_real_distribution<float> uniform;
-    uint32_t n_heads, n_packed = 0, n_wide = 0, used_packed = 0, used_wide = 0, capacity = 0, skip_stride, score_stride;
+    uint32_t n_heads, n_wide = 0, capacity = 0, score_stride;
     size_t head_bytes;
-    std::vector<uint32_t> idle_rows;
+    std::vector<uint32_t> idle_rows, free_wide;   // free_wide: in any order
     std::unique_ptr<Array<specache_seq>> seqs;
-    std::unique_ptr<Array<float>> q, out, scores, lse, parts;
-    std::unique_ptr<Array<uint8_t>> packed, wide;
-    std::unique_ptr<Array<uint32_t>> packed_ids, wide_ids, slots;
-    std::unique_ptr<Array<uint16_t>> pairs;
-    std::unique_ptr<Array<uint64_t>> skip;
+    std::unique_ptr<Array<float>> q, out, scores, lse, first_scores, first_lse, parts;
+    std::unique_ptr<Array<specache_layer_cache>> tables;
+    std::unique_ptr<Array<uint8_t>> wide;
+    std::vector<std::unique_ptr<SeqMemory>> memory;
     std::vector<std::vector<std::vector<Pair>>> caches;   // [sequence][KV head][position]
 };
 
@@ -387,31 +421,24 @@ static void all_cases() {
         for (size_t i = 0; i < lengths.size(); i += 6) {
             const std::vector<Length> batch(lengths.begin() + long(i),
                                             lengths.begin() + long(std::min(i + 6, lengths.size())));
-            run_case({64, 2, g, i % 4 ? kB : kF, 1, 2, 24, 0, kSome, batch, i % 4 != 2});
+            run_case({64, 2, g, i % 4 ? kB : kF, 1, 2, 24, 0, kSome, batch});
         }
     }
     // Query heads per KV head, and so column tiles.
     for (uint32_t group_heads : {1, 2, 3, 7, 8, 16})
         for (uint32_t rows : {1, 2}) run_case({64, 1, 32, kF, 2, group_heads, 20, 0, kSome, {{150, 128, 128, rows}}});
+    // Caches of several sizes in one launch.
+    run_case(
+        {64, 2, 64, kB, 3, 4, 40, 0, kSome, {{200, 128, 192, 2}, {70, 64, 64, 1}, {0, 0, 0, 0}, {300, 256, 256, 2}}});
     // A page all of whose positions are replaced; more slots than positions; none.
     run_case({64, 2, 64, kB, 1, 4, 64, 0, kFirstPage, two_rows});
     run_case({64, 2, 64, kB, 1, 4, 64, 0, kFirstPage, {{64, 64, 64, 2}}});
     run_case({64, 2, 64, kF, 1, 4, 300, 0, kSome, two_rows});
     run_case({64, 2, 64, kF, 1, 4, 0, 0, kSome, two_rows});
-    run_case({64, 2, 64, kF, 1, 4, 0, 0, kNone, two_rows, true, false});
+    run_case({64, 2, 64, kF, 1, 4, 0, 0, kNone, two_rows, false});
     // Windows: borders within packed pages, between them, within and beyond the wide ones; nothing packed is seen.
     for (uint32_t window : {1, 2, 9, 64, 72, 73, 74, 136, 137, 138, 200, 201, 300})
-        run_case({64,
-                  2,
-                  32,
-                  window % 2 ? kF : kB,
-                  1,
-                  2,
-                  24,
-                  window,
-                  kSome,
-                  {{200, 128, 192, 2}, {70, 64, 64, 1}},
-                  window % 3 != 0});
+        run_case({64, 2, 32, window % 2 ? kF : kB, 1, 2, 24, window, kSome, {{200, 128, 192, 2}, {70, 64, 64, 1}}});
     // The same with nothing replaced: the row's own border is all that hides a token of a page.
     for (uint32_t window : {73, 74, 75, 136, 137, 138, 139})
         run_case({64, 2, 64, kF, 1, 3, 0, window, kNone, {{200, 128, 192, 2}, {200, 192, 192, 1}}});
@@ -453,7 +480,6 @@ static void random_cases(int count) {
         c.top_k = pick({0, 1, 15, 16, 17, 40});
         c.window = random() % 3 ? 0 : 1 + random() % 300;
         c.replace = Replace(random() % 3);
-        c.ids = random() % 2;
         c.scores = random() % 4;
         for (uint32_t s = 1 + random() % 3; s > 0; s--) {
             const uint32_t n = random() % 400, nq = n / kPage == 0 ? 0 : random() % (n / kPage + 1) * kPage;
@@ -472,9 +498,8 @@ using Params = specache_attn_params;
 
 static Params good_params() {
     Params p{};
-    p.seqs = p.q = p.out = p.packed = p.wide = p.slots = p.pairs = p.skip = p.scores = p.lse = p.parts = 1 << 20;
-    p.packed_page_stride = 8 * 5120, p.packed_head_stride = 5120, p.wide_page_stride = 8 * 64 * 512;
-    p.score_stride = 4096, p.skip_stride = 64, p.n_seqs = 3, p.n_heads = 32, p.n_kv_heads = 8;
+    p.seqs = p.caches = p.q = p.out = p.scores = p.lse = p.parts = 1 << 20;
+    p.score_stride = 4096, p.n_seqs = 3, p.n_heads = 32, p.n_kv_heads = 8;
     p.head_dim = 128, p.bits = 2, p.group_size = 64, p.dtype = SPECACHE_BF16;
     p.top_k = 64, p.capacity = 32768, p.n_sms = 132, p.shared_limit = 227 << 10;
     return p;
@@ -494,7 +519,9 @@ static void expect_status(specache_status want, const char* part, void (*change)
 static void plans() {
     expect_status(SPECACHE_OK, "", [](Params&) {});
     expect_status(SPECACHE_OK, "", [](Params& p) { p.n_seqs = 0, p.q = 0; });
-    expect_status(SPECACHE_OK, "", [](Params& p) { p.slots = p.pairs = p.skip = p.scores = p.lse = p.packed = 0; });
+    expect_status(SPECACHE_OK, "", [](Params& p) { p.top_k = 0, p.scores = p.lse = 0; });
+    expect_status(SPECACHE_OK, "", [](Params& p) { p.first_scores = p.first_lse = 1 << 20; });
+    expect_status(SPECACHE_BAD_ADDRESS, "first_lse", [](Params& p) { p.first_scores = 1 << 20; });
     expect_status(SPECACHE_UNSUPPORTED_HEAD_DIM, "96", [](Params& p) { p.head_dim = 96; });
     expect_status(SPECACHE_UNSUPPORTED_BITS, "3 bits", [](Params& p) { p.bits = 3; });
     expect_status(SPECACHE_UNSUPPORTED_GROUP_SIZE, "128", [](Params& p) { p.group_size = 128; });
@@ -506,16 +533,10 @@ static void plans() {
     expect_status(SPECACHE_BAD_ADDRESS, "seqs", [](Params& p) { p.seqs += 8; });
     expect_status(SPECACHE_BAD_ADDRESS, "q ", [](Params& p) { p.q += 4; });
     expect_status(SPECACHE_BAD_ADDRESS, "out", [](Params& p) { p.out = 0; });
-    expect_status(SPECACHE_BAD_ADDRESS, "packed", [](Params& p) { p.packed += 64; });
-    expect_status(SPECACHE_BAD_ADDRESS, "wide", [](Params& p) { p.wide = 0; });
-    expect_status(SPECACHE_BAD_ADDRESS, "ids", [](Params& p) { p.wide_ids = 2; });
-    expect_status(SPECACHE_BAD_ADDRESS, "pairs", [](Params& p) { p.pairs = 0; });
-    expect_status(SPECACHE_BAD_ADDRESS, "skip", [](Params& p) { p.skip += 4; });
+    expect_status(SPECACHE_BAD_ADDRESS, "caches", [](Params& p) { p.caches = 0; });
+    expect_status(SPECACHE_BAD_ADDRESS, "caches", [](Params& p) { p.caches += 8; });
     expect_status(SPECACHE_BAD_ADDRESS, "lse", [](Params& p) { p.lse = 0; });
     expect_status(SPECACHE_BAD_ADDRESS, "parts", [](Params& p) { p.parts = 0; });
-    expect_status(SPECACHE_BAD_STRIDE, "5120", [](Params& p) { p.packed_head_stride -= 128; });
-    expect_status(SPECACHE_BAD_STRIDE, "128", [](Params& p) { p.packed_page_stride += 64; });
-    expect_status(SPECACHE_BAD_STRIDE, "wide_page_stride", [](Params& p) { p.wide_page_stride -= 16; });
     expect_status(SPECACHE_TOO_MUCH_SHARED, "shared", [](Params& p) { p.shared_limit = 48 << 10; });
     // What each GPU gets: stages, CTAs.
     for (auto [limit, stages, ctas] : {std::array<uint32_t, 3>{99 << 10, 2, 1}, {163 << 10, 2, 2}, {227 << 10, 3, 2}}) {
@@ -523,7 +544,8 @@ static void plans() {
         p.shared_limit = limit;
         specache_launch launch;
         CHECK(specache_attn_plan(&p, &launch) == SPECACHE_OK, "%s", launch.message);
-        CHECK(launch.grid == 132 * ctas && attn_stages(&p) == stages, "grid %u, %u stages", launch.grid, attn_stages(&p));
+        CHECK(launch.grid == 132 * ctas && attn_stages(&p) == stages, "grid %u, %u stages", launch.grid,
+              attn_stages(&p));
         CHECK(launch.shared_bytes == sizeof(AttnShared<128>) + 4 * stages * 8192, "%u bytes", launch.shared_bytes);
     }
 }

@@ -4,6 +4,7 @@
 #include "../attn_prefill.cu"
 
 #include <map>
+#include <memory>
 
 #include "numbers.h"
 
@@ -29,7 +30,6 @@ struct Case {
     specache_dtype dtype;
     uint32_t kv_heads, group_heads, window;
     std::vector<Length> seqs;
-    bool ids = true;
     float bias = 0;   // of one channel of K
 };
 
@@ -105,28 +105,27 @@ struct World {
     Random random;
     PageMap map;
     uint32_t heads, rows = 0, n_packed = 0, n_wide = 0;
-    size_t wide_stride, packed_stride;
+    size_t wide_bytes, packed_bytes;   // of a page
     std::vector<Cache> caches;
-    std::vector<uint8_t> wide, packed;
-    std::vector<uint32_t> wide_ids, packed_ids;
+    std::vector<uint8_t> wide, packed;               // pages of all sequences
+    std::vector<uint32_t> first_wide, first_packed;   // page of each sequence; wide ones lie from the last to the first
     std::vector<specache_seq> seqs;
     std::vector<float> q;
 
     explicit World(const Case& c)
         : c(c), random(unsigned(c.d + c.bits + 3 * c.group_heads + c.seqs[0].n)), map{int(c.d), int(c.g), int(c.bits)} {
         heads = c.kv_heads * c.group_heads;
-        wide_stride = c.kv_heads * kPage * 4 * c.d + 16, packed_stride = c.kv_heads * map.bytes() + 128;
+        wide_bytes = c.kv_heads * kPage * 4 * c.d + 16, packed_bytes = c.kv_heads * map.bytes();
         rows = 1;   // row 0 is nobody's
         for (const Length& l : c.seqs) {
-            seqs.push_back({l.n, l.nq, ~0u, l.rows, rows, n_packed, n_wide, ~0u});
+            seqs.push_back({l.n, l.nq, ~0u, l.rows, rows, {}});
+            first_packed.push_back(n_packed), first_wide.push_back(n_wide);
             rows += l.rows;
             n_packed += l.nq / kPage;
             n_wide += (l.n + l.rows - l.nq + kPage - 1) / kPage + 1;
         }
-        wide.assign(n_wide * wide_stride, 0xFF);   // NaN in both types
-        packed.assign(n_packed * packed_stride, 0xFF);
-        for (uint32_t i = 0; i < n_wide; i++) wide_ids.push_back(c.ids ? n_wide - 1 - i : i);
-        for (uint32_t i = 0; i < n_packed; i++) packed_ids.push_back(c.ids ? n_packed - 1 - i : i);
+        wide.assign(n_wide * wide_bytes, 0xFF);   // NaN in both types
+        packed.assign(n_packed * packed_bytes, 0xFF);
         for (size_t s = 0; s < c.seqs.size(); s++) fill(s);
         q = normals(random, size_t(rows) * heads * c.d, 1.2f);
     }
@@ -140,14 +139,12 @@ struct World {
             for (uint32_t j = 0; j < tokens; j++) {
                 double* to = &cache.numbers[(size_t(h) * tokens + j) * 2 * c.d];
                 if (j < l.nq) {
-                    const uint32_t id = packed_ids[seqs[s].packed_page + j / kPage];
-                    uint8_t* page = &packed[id * packed_stride + h * map.bytes()];
+                    uint8_t* page = &packed[(first_packed[s] + j / kPage) * packed_bytes + h * map.bytes()];
                     if (j % kPage == 0) map.fill(random, page, c.bias);
                     for (uint32_t i = 0; i < 2 * c.d; i++) to[i] = map.value(page, i >= c.d, j % kPage, i % c.d);
                     continue;
                 }
-                uint8_t* at = &wide[wide_ids[seqs[s].wide_page + (j - l.nq) / kPage] * wide_stride +
-                                    (h * kPage + j % kPage) * 4 * c.d];
+                uint8_t* at = &wide[wide_page(s, j) * wide_bytes + (h * kPage + j % kPage) * 4 * c.d];
                 std::vector<float> pair = normals(random, 2 * c.d, 1);
                 pair[7] += c.bias;
                 const std::vector<uint8_t> bytes = narrowed(c.dtype, pair);
@@ -157,25 +154,41 @@ struct World {
         caches.push_back(std::move(cache));
     }
 
-    // Runs the kernel over these entries; `out` keeps its pattern where nobody writes.
-    void run(const std::vector<specache_seq>& entries, uint32_t shared_limit, std::vector<float>& out) {
+    uint32_t wide_page(size_t s, uint32_t position) const {
+        return n_wide - 1 - first_wide[s] - (position - seqs[s].nq) / kPage;
+    }
+
+    // Runs the kernel over these entries, of sequences `first` and those behind it; `out` keeps its pattern where
+    // nobody writes.
+    void run(const std::vector<specache_seq>& entries, size_t first, uint32_t shared_limit, std::vector<float>& out) {
         Array<specache_seq> seqs_in("seqs", entries);
         Array<float> q_in("q", q), out_array("out", q.size());
         Array<float>::fill(out_array, out);
         Array<uint8_t> wide_in("wide", wide), packed_in("packed", packed);
-        Array<uint32_t> wide_ids_in("wide_ids", wide_ids), packed_ids_in("packed_ids", packed_ids);
+        // Lists of pages by position: nobody looks at those that are read packed, nor at what no row sees.
+        std::vector<std::unique_ptr<Array<uint64_t>>> lists_in;
+        std::vector<specache_layer_cache> tables;
         uint32_t n_rows = 0;
-        for (const specache_seq& s : entries) n_rows += s.n_rows;
+        constexpr uint64_t kNowhere = device::kNowhere;
+        for (size_t i = 0; i < entries.size(); i++) {
+            const size_t s = first + i;
+            const specache_seq& entry = entries[i];
+            const uint32_t end = entry.n + entry.n_rows;
+            const uint32_t seen = c.window == 0 || entry.n < c.window ? 0 : entry.n + 1 - c.window;
+            std::vector<uint64_t> list(end / kPage + 1, kNowhere);
+            for (uint32_t j = std::max(entry.nq, seen / kPage * kPage); j < end; j += kPage)
+                list[j / kPage] = wide_in.address() + wide_page(s, j) * wide_bytes;
+            lists_in.push_back(std::make_unique<Array<uint64_t>>("list of pages", list));
+            const uint64_t at = entry.n_rows == 0 ? kNowhere : lists_in.back()->address();
+            tables.push_back({entry.nq == 0 ? 0 : packed_in.address() + first_packed[s] * packed_bytes, at, kNowhere,
+                              kNowhere, kNowhere, kNowhere, ~0u, {}});
+            n_rows += entry.n_rows;
+        }
+        Array<specache_layer_cache> tables_in("caches", tables);
         const specache_prefill_params p{seqs_in.address(),
+                                        tables_in.address(),
                                         q_in.address(),
                                         out_array.address(),
-                                        n_packed != 0 ? packed_in.address() : 0,
-                                        c.ids && n_packed != 0 ? packed_ids_in.address() : 0,
-                                        wide_in.address(),
-                                        c.ids ? wide_ids_in.address() : 0,
-                                        packed_stride,
-                                        map.bytes(),
-                                        wide_stride,
                                         uint32_t(entries.size()),
                                         n_rows,
                                         heads,
@@ -257,19 +270,19 @@ static void expect_same(const std::vector<float>& a, const std::vector<float>& b
 static void test(const Case& c) {
     World w(c);
     std::vector<float> out = w.poison(), again = w.poison();
-    w.run(w.seqs, 227 << 10, out);
+    w.run(w.seqs, 0, 227 << 10, out);
     for (size_t s = 0; s < w.seqs.size(); s++)
         for (uint32_t row = 0; row < w.seqs[s].n_rows; row++)
             for (uint32_t head = 0; head < w.heads; head++) compare(w, out, s, row, head);
     for (size_t i = 0; i < size_t(w.heads) * c.d; i++)
         CHECK(bit_cast<uint32_t>(out[i]) == 0xA5A5A5A5u, "a row of nobody was written (%s)", name_of(c).c_str());
-    for (const specache_seq& whole : w.seqs) {
-        if (whole.n_rows == 0) continue;
-        specache_seq first = whole, second = whole;
-        first.n_rows = (whole.n_rows + 1) / 3;
+    for (size_t s = 0; s < w.seqs.size(); s++) {
+        if (w.seqs[s].n_rows == 0) continue;
+        specache_seq first = w.seqs[s], second = w.seqs[s];
+        first.n_rows = (first.n_rows + 1) / 3;
         second.n += first.n_rows, second.n_rows -= first.n_rows, second.first_row += first.n_rows;
-        if (first.n_rows != 0) w.run({first}, 99 << 10, again);
-        w.run({second}, 99 << 10, again);
+        if (first.n_rows != 0) w.run({first}, s, 99 << 10, again);
+        w.run({second}, s, 99 << 10, again);
     }
     expect_same(out, again, "in other chunks", c);
 }
@@ -289,7 +302,7 @@ static void all_cases() {
     for (uint32_t rows : {1u, 15u, 33u, 64u, 70u}) run_case({64, 2, 64, rows % 2 ? b : h, 1, 2, 0, {{0, 0, rows}}});
     run_case({128, 2, 64, h, 2, 4, 0, {{0, 0, 45}}});
     run_case({128, 2, 64, b, 1, 4, 0, {{37, 0, 60}}});
-    run_case({64, 2, 64, h, 1, 1, 0, {{63, 0, 130}}, false});
+    run_case({64, 2, 64, h, 1, 1, 0, {{63, 0, 130}}});
     // All numbers of heads, those that do not divide a tile included.
     for (uint32_t g : {3u, 7u, 16u}) run_case({64, 2, 32, g % 2 ? h : b, 1, g, 0, {{10, 0, 21}}});
     // Windows: within a tile, around tiles, wider than everything.
@@ -299,20 +312,20 @@ static void all_cases() {
     for (uint32_t bits : {1u, 2u, 4u})
         for (uint32_t g : {32u, 64u}) run_case({64, bits, g, bits == 2 ? b : h, 2, 2, 0, {{150, 128, 20}}});
     run_case({128, 1, 64, b, 1, 4, 0, {{64, 64, 17}}});
-    run_case({128, 2, 32, h, 1, 2, 0, {{135, 128, 17}}, false});
+    run_case({128, 2, 32, h, 1, 2, 0, {{135, 128, 17}}});
     run_case({128, 4, 64, h, 1, 2, 90, {{200, 192, 30}}});
     // Batches, with an entry that is not in use.
     run_case({64, 2, 64, b, 2, 4, 0, {{0, 0, 40}, {5, 0, 0}, {100, 64, 9}, {0, 0, 1}}});
     run_case({64, 1, 32, h, 1, 8, 50, {{65, 0, 34}, {128, 128, 20}}});
     // A key channel of 40, as Qwen2 has: scores of dozens, which all keys share.
-    run_case({64, 2, 64, h, 1, 2, 0, {{70, 64, 33}}, true, 40});
+    run_case({64, 2, 64, h, 1, 2, 0, {{70, 64, 33}}, 40});
 }
 
 static void plans() {
     using P = specache_prefill_params;
     const auto plan = [](specache_status want, const char* part, void (*change)(P&)) {
         constexpr uint64_t a = 1 << 20;
-        P p{a, a, a, a, a, a, a, 8 * 5120, 5120, 8 * 64 * 512, 2, 1000, 32, 8, 128, 2, 64, SPECACHE_BF16, 0, 227 << 10};
+        P p{a, a, a, a, 2, 1000, 32, 8, 128, 2, 64, SPECACHE_BF16, 0, 227 << 10};
         change(p);
         specache_launch launch;
         const specache_status got = specache_prefill_plan(&p, &launch);
@@ -329,18 +342,16 @@ static void plans() {
     CHECK(launch.block == 128 && launch.shared_bytes == 40 << 10, "%u bytes", launch.shared_bytes);
     launch = plan(SPECACHE_OK, "", [](P& p) { p.n_rows = 0, p.q = 0; });
     CHECK(launch.grid == 0, "%u CTAs", launch.grid);
-    plan(SPECACHE_OK, "", [](P& p) { p.packed = p.packed_ids = p.packed_page_stride = p.packed_head_stride = 0; });
     plan(SPECACHE_UNSUPPORTED_HEAD_DIM, "96", [](P& p) { p.head_dim = 96; });
     plan(SPECACHE_UNSUPPORTED_BITS, "3 bits", [](P& p) { p.bits = 3; });
     plan(SPECACHE_UNSUPPORTED_GROUP_SIZE, "128", [](P& p) { p.group_size = 128; });
     plan(SPECACHE_UNSUPPORTED_DTYPE, "2", [](P& p) { p.dtype = SPECACHE_FP32; });
     plan(SPECACHE_UNSUPPORTED_HEADS, "136 heads", [](P& p) { p.n_heads = 136; });
-    plan(SPECACHE_TOO_LARGE, "rows", [](P& p) { p.n_rows = 1u << 31; });
+    plan(SPECACHE_TOO_LARGE, "rows", [](P& p) { p.n_rows = 1u << 29; });
     plan(SPECACHE_TOO_MUCH_SHARED, "65536", [](P& p) { p.shared_limit = 48 << 10; });
     plan(SPECACHE_BAD_ADDRESS, "q is", [](P& p) { p.q += 8; });
-    plan(SPECACHE_BAD_ADDRESS, "wide is", [](P& p) { p.wide = 0; });
-    plan(SPECACHE_BAD_STRIDE, "5120", [](P& p) { p.packed_head_stride -= 128; });
-    plan(SPECACHE_BAD_STRIDE, "wide_page_stride", [](P& p) { p.wide_page_stride -= 16; });
+    plan(SPECACHE_BAD_ADDRESS, "caches is", [](P& p) { p.caches += 8; });
+    plan(SPECACHE_BAD_ADDRESS, "out is", [](P& p) { p.out = 0; });
 }
 
 int main() {

@@ -10,6 +10,7 @@
 
 #define SPECACHE_ATTN_KERNELS(X) X(64, 2, bf16, Bf16) X(128, 1, fp16, Fp16)
 #include "../attn_decode.cu"
+#include "../fetch.cu"
 #include "../pack.cu"
 #include "../select.cu"
 #include "check.h"
@@ -38,15 +39,15 @@ template <class T, int D, int B, specache_dtype DTYPE> class Chain {
 public:
     Chain(const Setup& setup, void (*attend)(specache_attn_params), void (*pack)(specache_pack_params))
         : setup(setup), attend(attend), pack(pack), random(setup.top_k + setup.window) {
-        std::memset(slots.data(), 0xFF, slots.bytes());
-        std::memset(skip.data(), 0, skip.bytes());
         std::memset(wide.data(), 0xFF, wide.bytes());   // NaN until written
-        std::memset(pairs.data(), 0xFF, pairs.bytes());
+        for (uint32_t i = 0; i < kSeqs * kPages; i++) wide_index.push_back(i);
+        std::shuffle(wide_index.begin(), wide_index.end(), random);
         for (uint32_t s = 0; s < kSeqs; s++) {
+            caches.push_back(std::make_unique<SeqCache>(setup, kPages + s, kPages * kHeads * head_bytes()));
             const uint32_t n = setup.start[s], no = n > kResidual ? (n - kResidual) / kPage * kPage : 0;
             for (uint32_t j = 0; j < n; j++) write_pair(s, j);
             for (uint32_t page = 0; page < no / kPage; page++) pack_page(s, page);
-            seqs[s] = specache_seq{n, no, no, 0, 2 * s, s * kPages, s * kPages + no / kPage, s};
+            seqs[s] = specache_seq{n, no, no, 0, 2 * s, {}};
         }
     }
 
@@ -65,30 +66,58 @@ private:
     static constexpr uint32_t kPairBytes = 4 * D, kWidePage = kHeads * kPage * kPairBytes;
     size_t head_bytes() const { return size_t(Page::bytes(int(setup.g))); }
 
+    // What the cache of one sequence has for itself.
+    struct SeqCache {
+        SeqCache(const Setup& setup, uint32_t skip_stride, size_t packed_bytes)
+            : skip_stride(skip_stride),
+              packed("packed", packed_bytes),
+              wide("wide list", kPages),
+              host("host list", kPages),
+              slots("slots", kHeads * setup.top_k),
+              pairs("pairs", kHeads * setup.top_k * kPairBytes),
+              skip("skip", kHeads * skip_stride) {
+            std::memset(slots.data(), 0xFF, slots.bytes());
+            std::memset(skip.data(), 0, skip.bytes());
+            std::memset(pairs.data(), 0xFF, pairs.bytes());
+        }
+
+        uint32_t skip_stride;
+        Array<uint8_t> packed;
+        Array<uint64_t> wide, host;
+        Array<uint32_t> slots;
+        Array<uint8_t> pairs;
+        Array<uint64_t> skip;
+        std::vector<uint32_t> old_slots;   // what attention read
+    };
+
+    // Of a wide page in its buffer.
+    size_t wide_at(uint32_t s, uint32_t page) const { return wide_index[s * kPages + page] * size_t(kWidePage); }
+
     uint16_t* pair_at(uint32_t s, uint32_t head, uint32_t j) {
-        const size_t page = s * kPages + j / kPage;
-        return reinterpret_cast<uint16_t*>(wide.data() + page * kWidePage + (head * kPage + j % kPage) * kPairBytes);
+        return reinterpret_cast<uint16_t*>(wide.data() + wide_at(s, j / kPage) +
+                                           (head * kPage + j % kPage) * kPairBytes);
     }
 
     void write_pair(uint32_t s, uint32_t j) {
         for (uint32_t h = 0; h < kHeads; h++)
             for (int i = 0; i < D; i++) {
-                const uint32_t two = Pairs<T>::narrow(normal(random) * (i % 17 == 3 ? 4.0f : 1.0f), normal(random));
+                const uint32_t two = T::narrow(normal(random) * (i % 17 == 3 ? 4.0f : 1.0f), normal(random));
                 pair_at(s, h, j)[i] = uint16_t(two);
                 pair_at(s, h, j)[D + i] = uint16_t(two >> 16);
             }
     }
 
     void pack_page(uint32_t s, uint32_t page) {
+        Array<uint8_t>& packed = caches[s]->packed;
+        Array<uint64_t> from("pages to pack", 1);
+        from[0] = wide.address() + wide_at(s, page);
         specache_pack_params p{};
-        p.wide = wide.address() + (s * kPages + page) * kWidePage;
-        p.packed = packed.address() + (s * kPages + page) * kHeads * head_bytes();
-        p.wide_page_stride = kWidePage, p.packed_page_stride = kHeads * head_bytes(),
-        p.packed_head_stride = head_bytes();
+        p.wide_pages = from.address();
+        p.packed = packed.address() + page * kHeads * head_bytes();
         p.n_pages = 1, p.n_kv_heads = kHeads, p.head_dim = D, p.bits = B, p.group_size = setup.g, p.dtype = DTYPE;
         specache_launch launch;
         CHECK(specache_pack_plan(&p, &launch) == SPECACHE_OK, "%s", launch.message);
-        wide.upload(), packed.upload();
+        wide.upload(), packed.upload(), from.upload();
         device::launch(pack, launch.grid, launch.block, 0, page, p);
         packed.download();
     }
@@ -102,18 +131,40 @@ private:
             pack_page(s, seq.no / kPage);
             seq.no += kPage;
         }
-        seq.wide_page = s * kPages + seq.nq / kPage;
+    }
+
+    // Only what this step may look at has an address. The same pages are those of the host.
+    void fill_table(uint32_t s) {
+        SeqCache& cache = *caches[s];
+        const specache_seq& seq = seqs[s];
+        for (uint32_t page = 0; page < kPages; page++) {
+            const bool named = page >= seq.nq / kPage && page * kPage < seq.n + seq.n_rows;
+            cache.wide[page] = named ? wide.address() + wide_at(s, page) : device::kNowhere;
+            cache.host[page] = page < seq.no / kPage ? wide.address() + wide_at(s, page) : device::kNowhere;
+        }
+        tables[s] = {seq.nq == 0 ? 0 : cache.packed.address(),
+                     cache.wide.address(),
+                     cache.host.address(),
+                     cache.slots.address(),
+                     cache.pairs.address(),
+                     cache.skip.address(),
+                     cache.skip_stride,
+                     {}};
     }
 
     void step(uint32_t rows) {
         for (uint32_t s = 0; s < kSeqs; s++) {
             seqs[s].n_rows = rows;
             for (uint32_t r = 0; r < rows; r++) write_pair(s, seqs[s].n + r);
+            fill_table(s);
         }
         for (size_t i = 0; i < q.size(); i++) q[i] = 1.5f * normal(random);
-        const std::vector<device::Buffer*> all = {&seqs,          &q,       &out,    &wide, &packed,  &slots,
-                                                  &pairs,         &skip,    &scores, &lse,  &fetches, &fetch_counts,
-                                                  &select_counts, &selected};
+        std::vector<device::Buffer*> all = {
+            &seqs, &tables, &q, &out, &wide, &scores, &lse, &fetches, &fetch_counts, &select_counts, &selected};
+        for (auto& cache : caches)
+            for (device::Buffer* b : std::initializer_list<device::Buffer*>{&cache->packed, &cache->wide, &cache->host,
+                                                                            &cache->slots, &cache->pairs, &cache->skip})
+                all.push_back(b);
         for (device::Buffer* b : all) b->upload();
         launch_all();
         for (device::Buffer* b : all) b->download();
@@ -123,21 +174,18 @@ private:
 
     void launch_all() {
         specache_attn_params a{};
-        a.seqs = seqs.address(), a.q = q.address(), a.out = out.address(), a.packed = packed.address();
-        a.wide = wide.address(), a.slots = slots.address(), a.pairs = pairs.address(), a.skip = skip.address();
+        a.seqs = seqs.address(), a.caches = tables.address(), a.q = q.address(), a.out = out.address();
         a.scores = scores.address(), a.lse = lse.address();
-        a.packed_page_stride = kHeads * head_bytes(), a.packed_head_stride = head_bytes(),
-        a.wide_page_stride = kWidePage;
-        a.score_stride = kCapacity, a.skip_stride = kPages, a.n_seqs = kSeqs, a.n_heads = kHeads * kGroup;
+        a.score_stride = kCapacity, a.n_seqs = kSeqs, a.n_heads = kHeads * kGroup;
         a.n_kv_heads = kHeads, a.head_dim = D, a.bits = B, a.group_size = setup.g, a.dtype = DTYPE;
         a.top_k = setup.top_k, a.window = setup.window, a.capacity = kCapacity, a.n_sms = 2;
         a.shared_limit = device::shared_limit(227 << 10);
         Array<float> parts("parts", specache_attn_part_bytes(&a) / 4);
         a.parts = parts.address();
         specache_select_params b{};
-        b.seqs = a.seqs, b.scores = a.scores, b.lse = a.lse, b.slots = a.slots, b.skip = a.skip;
+        b.seqs = a.seqs, b.scores = a.scores, b.lse = a.lse, b.caches = a.caches;
         b.selected = selected.address(), b.fetches = fetches.address(), b.fetch_counts = fetch_counts.address();
-        b.select_counts = select_counts.address(), b.score_stride = a.score_stride, b.skip_stride = a.skip_stride;
+        b.select_counts = select_counts.address(), b.score_stride = a.score_stride;
         b.n_seqs = kSeqs, b.n_heads = a.n_heads, b.n_kv_heads = kHeads, b.top_k = setup.top_k, b.window = setup.window;
         b.capacity = kCapacity;
         Array<uint8_t> candidates("candidates", specache_select_scratch_bytes(&b));
@@ -147,11 +195,19 @@ private:
         device::launch(attend, l.grid, l.block, l.shared_bytes, seed++, a);
         CHECK(specache_attn_combine_plan(&a, &l) == SPECACHE_OK, "%s", l.message);
         device::launch(specache_attn_combine, l.grid, l.block, l.shared_bytes, seed++, a);
-        old_slots.assign(&slots[0], &slots[0] + slots.size());   // what attention read
+        for (auto& cache : caches) {
+            cache->slots.download();
+            cache->old_slots.assign(&cache->slots[0], &cache->slots[0] + cache->slots.size());
+        }
         CHECK(specache_select_plan(&b, &l) == SPECACHE_OK, "%s", l.message);
         device::launch(specache_select_chunks, l.grid, l.block, l.shared_bytes, seed++, b);
         CHECK(specache_select_merge_plan(&b, &l) == SPECACHE_OK, "%s", l.message);
         device::launch(specache_select_merge, l.grid, l.block, l.shared_bytes, seed++, b);
+        specache_fetch_params f{};
+        f.seqs = a.seqs, f.caches = a.caches, f.fetches = b.fetches, f.fetch_counts = b.fetch_counts;
+        f.n_seqs = kSeqs, f.n_kv_heads = kHeads, f.head_dim = D, f.top_k = setup.top_k, f.n_ctas = 2;
+        CHECK(specache_fetch_plan(&f, &l) == SPECACHE_OK, "%s", l.message);
+        device::launch(specache_fetch_pairs, l.grid, l.block, l.shared_bytes, seed++, f);
     }
 
     // Position j of the mixed cache: K, then V.
@@ -162,7 +218,7 @@ private:
             for (int i = 0; i < 2 * D; i++) x[size_t(i)] = T::widen(pair_at(s, head, j)[i]).x;
             return x;
         }
-        const uint8_t* page = packed.data() + ((s * kPages + j / kPage) * kHeads + head) * head_bytes();
+        const uint8_t* page = caches[s]->packed.data() + (j / kPage * kHeads + head) * head_bytes();
         const auto param = [&](int at) { return double(__half2float(*reinterpret_cast<const __half*>(page + at))); };
         const auto code = [&](CodePlace at) { return page[at.byte] >> at.bit & ((1 << B) - 1); };
         for (int i = 0; i < D; i++) {
@@ -176,7 +232,7 @@ private:
 
     void compare(uint32_t s, uint32_t head) {
         const specache_seq& seq = seqs[s];
-        const uint32_t* held = &old_slots[(s * kHeads + head) * setup.top_k];
+        const uint32_t* held = &caches[s]->old_slots[head * setup.top_k];
         const std::set<uint32_t> replaced(held, held + setup.top_k);
         std::vector<std::vector<double>> cache;
         for (uint32_t j = 0; j < seq.n + seq.n_rows; j++) cache.push_back(read(s, head, j, replaced));
@@ -185,7 +241,6 @@ private:
             for (uint32_t h = head * kGroup; h < (head + 1) * kGroup; h++)
                 compare_row(s, h, row, cache, row + 1 == seq.n_rows ? &mean : nullptr);
         check_selection(s, head, mean);
-        gather(s, head);
     }
 
     void compare_row(uint32_t s, uint32_t h, uint32_t row, const std::vector<std::vector<double>>& cache,
@@ -232,31 +287,22 @@ private:
                 CHECK(mean[j] < least * 1.01, "%u is worth %g, the least selected one %g", j, mean[j], least);
     }
 
-    void gather(uint32_t s, uint32_t head) {
-        const uint32_t count = fetch_counts[s * kHeads + head];
-        for (uint32_t i = 0; i < count; i++) {
-            const specache_fetch& fetch = fetches[(s * kHeads + head) * setup.top_k + i];
-            const size_t to = ((s * kHeads + head) * setup.top_k + fetch.slot) * kPairBytes;
-            std::memcpy(pairs.data() + to, pair_at(s, head, fetch.position), kPairBytes);
-        }
-    }
-
     const Setup& setup;
     void (*attend)(specache_attn_params);
     void (*pack)(specache_pack_params);
     std::mt19937 random;
     std::normal_distribution<float> normal;
     uint64_t seed = 0;
-    std::vector<uint32_t> old_slots;
+    std::vector<uint32_t> wide_index;   // of the pages of each sequence, in any order
+    std::vector<std::unique_ptr<SeqCache>> caches;
     Array<specache_seq> seqs{"seqs", kSeqs};
-    Array<float> q{"q", 2 * kSeqs* kHeads* kGroup* D}, out{"out", 2 * kSeqs* kHeads* kGroup* D};
-    Array<uint8_t> wide{"wide", kSeqs* kPages* kWidePage}, packed{"packed", kSeqs* kPages* kHeads* head_bytes()};
-    Array<uint32_t> slots{"slots", kSeqs* kHeads* setup.top_k}, selected{"selected", kSeqs* kHeads* setup.top_k};
-    Array<uint8_t> pairs{"pairs", kSeqs* kHeads* setup.top_k* kPairBytes};
-    Array<uint64_t> skip{"skip", kSeqs* kHeads* kPages};
-    Array<float> scores{"scores", kSeqs* kHeads* kGroup* kCapacity}, lse{"lse", kSeqs* kHeads* kGroup};
-    Array<specache_fetch> fetches{"fetches", kSeqs* kHeads* setup.top_k};
-    Array<uint32_t> fetch_counts{"fetch_counts", kSeqs* kHeads}, select_counts{"select_counts", kSeqs* kHeads};
+    Array<specache_layer_cache> tables{"caches", kSeqs};
+    Array<float> q{"q", 2 * kSeqs * kHeads * kGroup * D}, out{"out", 2 * kSeqs * kHeads * kGroup * D};
+    Array<uint8_t> wide{"wide", kSeqs * kPages * kWidePage};
+    Array<uint32_t> selected{"selected", kSeqs * kHeads * setup.top_k};
+    Array<float> scores{"scores", kSeqs * kHeads * kGroup * kCapacity}, lse{"lse", kSeqs * kHeads * kGroup};
+    Array<specache_fetch> fetches{"fetches", kSeqs * kHeads * setup.top_k};
+    Array<uint32_t> fetch_counts{"fetch_counts", kSeqs * kHeads}, select_counts{"select_counts", kSeqs * kHeads};
 };
 
 static double worst;

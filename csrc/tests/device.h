@@ -1,7 +1,8 @@
 // One way to run a kernel test on two devices: the emulation (SPECACHE_EMU), or a GPU when nvcc builds the test.
 //
 // A Buffer has a host side, filled with a pattern, and an address for the kernel. upload() before the launch,
-// download() after it; the emulation's two sides are one.
+// download() after it; the emulation's two sides are one. hide_front(): the emulation refuses the kernel's accesses to
+// the first bytes from then on; a GPU cannot.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +10,13 @@
 #include <vector>
 
 #include "check.h"
+
+namespace device {
+
+// An address for what must not be looked at: in no buffer, and in nobody's memory on a GPU.
+constexpr uint64_t kNowhere = 4096;
+
+}   // namespace device
 
 #ifdef SPECACHE_EMU
 #include "../emu/cuda.h"
@@ -19,8 +27,19 @@ namespace device {
 class Buffer : public emu::Buffer {
 public:
     using emu::Buffer::Buffer;
+    ~Buffer() { emu::regions().erase(uintptr_t(address() + hidden_)); }
     void upload() {}
     void download() {}
+    void hide_front(size_t bytes) {
+        auto region = emu::regions().extract(uintptr_t(address() + hidden_));
+        region.key() += bytes;
+        region.mapped().bytes -= bytes;
+        hidden_ += bytes;
+        emu::regions().insert(std::move(region));
+    }
+
+private:
+    size_t hidden_ = 0;
 };
 
 template <class... Parameters, class... Arguments>
@@ -62,6 +81,7 @@ public:
     }
     void upload() { check_cuda(cudaMemcpy(device_, host_.data(), host_.size(), cudaMemcpyHostToDevice), "upload"); }
     void download() { check_cuda(cudaMemcpy(host_.data(), device_, host_.size(), cudaMemcpyDeviceToHost), "download"); }
+    void hide_front(size_t) {}
     uint8_t* data() { return host_.data() + kGuard; }
     const uint8_t* data() const { return host_.data() + kGuard; }
     size_t bytes() const { return host_.size() - 2 * kGuard; }

@@ -1,5 +1,7 @@
 // embed.cu against a plain twin: rows of both types, positions from 0 to a million, page borders, a row that fills up a
 // graph, a token that does not exist; outputs poisoned.
+#include <memory>
+
 #include "../embed.cu"
 #include "numbers.h"
 
@@ -9,52 +11,88 @@ struct Case {
     specache_dtype dtype;
     uint32_t rows, hidden, head_dim;
     float attention_factor;
-    bool ids;   // a list of pages, or their indices
 };
 
-constexpr uint32_t kVocab = 37, kLayers = 300, kHeads = 2, kPages = 7, kNone = ~0u;
+constexpr uint32_t kVocab = 37, kLayers = 300, kHeads = 2, kNone = ~0u;
 static uint64_t seed = 0;
 
 // Rows 0 and 1 across a page border, in the second page of a tail; 2 at position 0; 3 of no sequence; from 4 on far
 // away, two rows a sequence. An entry that is not in use names the same rows.
 static std::vector<specache_seq> sequences() {
-    std::vector<specache_seq> all = {{191, 64, 64, 2, 0, 0, 0, 0}, {0, 0, 0, 1, 2, 0, 4, 1}, {5, 0, 0, 0, 0, 0, 1, 2}};
+    std::vector<specache_seq> all = {{191, 64, 64, 2, 0, {}}, {0, 0, 0, 1, 2, {}}, {5, 0, 0, 0, 1, {}}};
     for (uint32_t first = 4; first < 16; first += 2) {
         const uint32_t n = 1000061 + first;
-        all.push_back({n, n / 64 * 64 - 64, n / 64 * 64, 2, first, 0, first, first});
+        all.push_back({n, n / 64 * 64 - 64, n / 64 * 64, 2, first, {}});
     }
     return all;
 }
 
 static uint32_t sequence_of(uint32_t row) { return row < 2 ? 0 : row == 2 ? 1 : row == 3 ? kNone : row / 2 + 1; }
 
+// Where each layer keeps the pages of each sequence. Lists begin at nq, as far as there is anything to see, and have an
+// address for the pages that rows append to; nobody reads there.
+class Caches {
+public:
+    Caches(const std::vector<specache_seq>& seqs, Random& random) : n_seqs_(seqs.size()) {
+        std::vector<size_t> starts;   // of a sequence's lists
+        size_t words = 0;
+        for (const specache_seq& seq : seqs) {
+            starts.push_back(words);
+            words += kLayers * pages(seq);
+        }
+        std::vector<uint64_t> addresses(words, device::kNowhere);
+        lists_ = std::make_unique<Array<uint64_t>>("lists", words);
+        std::vector<specache_layer_cache> tables;
+        for (uint32_t layer = 0; layer < kLayers; layer++)
+            for (size_t s = 0; s < n_seqs_; s++) {
+                const size_t page0 = starts[s] + layer * pages(seqs[s]) - seqs[s].nq / SPECACHE_PAGE;   // may wrap
+                for (uint32_t r = 0; r < seqs[s].n_rows; r++)
+                    addresses[page0 + (seqs[s].n + r) / SPECACHE_PAGE] = uint64_t(1 + random() % (1u << 30)) << 14;
+                constexpr uint64_t kNowhere = device::kNowhere;
+                const uint64_t list = seqs[s].n_rows == 0 ? kNowhere : lists_->address() + 8 * page0;
+                tables.push_back({kNowhere, list, kNowhere, kNowhere, kNowhere, kNowhere, ~0u, {}});
+            }
+        Array<uint64_t>::fill(*lists_, addresses);
+        tables_ = std::make_unique<Array<specache_layer_cache>>("caches", tables);
+    }
+
+    uint64_t address() const { return tables_->address(); }
+
+    uint64_t page(uint32_t layer, size_t s, uint32_t position) const {
+        const uint64_t list = (*tables_)[layer * n_seqs_ + s].wide;
+        return (*lists_)[(list + 8 * (position / SPECACHE_PAGE) - lists_->address()) / 8];
+    }
+
+private:
+    // From nq to the last row's.
+    static size_t pages(const specache_seq& seq) { return (seq.n + 1) / SPECACHE_PAGE + 1 - seq.nq / SPECACHE_PAGE; }
+
+    size_t n_seqs_;
+    std::unique_ptr<Array<uint64_t>> lists_;
+    std::unique_ptr<Array<specache_layer_cache>> tables_;
+};
+
 static void test(const Case& c) {
     Random random(unsigned(c.rows + c.hidden));
     const std::vector<uint8_t> table = narrowed(c.dtype, normals(random, kVocab * c.hidden, 1));
-    std::vector<uint32_t> tokens, ids;
+    std::vector<uint32_t> tokens;
     for (uint32_t r = 0; r < c.rows; r++) tokens.push_back(r == 1 ? kVocab : r == 0 ? kVocab - 1 : random() % kVocab);
-    for (uint32_t i = 0; i < 20; i++) ids.push_back(random() % kPages);
     std::vector<float> inv_freq;
     for (uint32_t i = 0; i < c.head_dim / 2; i++) inv_freq.push_back(std::pow(5e5f, -float(2 * i) / float(c.head_dim)));
 
-    const uint64_t page = kHeads * SPECACHE_PAGE * 4 * c.head_dim + 16;
     Array<uint8_t> table_in("table", table);
-    Array<uint32_t> tokens_in("tokens", tokens), ids_in("wide_ids", ids);
+    Array<uint32_t> tokens_in("tokens", tokens);
     const std::vector<specache_seq> all = sequences();
     Array<specache_seq> seqs("seqs", all);
+    const Caches caches(all, random);
     Array<float> inv_freq_in("inv_freq", inv_freq), x("x", size_t(c.rows) * c.hidden),
         rope("rope", size_t(c.rows) * c.head_dim);
     Array<uint64_t> append("append", kLayers * SPECACHE_MAX_ROWS);
     Array<uint32_t> bad("bad_layer", c.rows);
-    constexpr uint64_t kWide = 1 << 20;   // an address: nobody reads there
-    const uint64_t layer = 20 * page + 32;
     const specache_embed_params p{table_in.address(),
                                   tokens_in.address(),
                                   seqs.address(),
-                                  kWide,
-                                  c.ids ? ids_in.address() : 0,
-                                  page,
-                                  layer,
+                                  caches.address(),
                                   inv_freq_in.address(),
                                   x.address(),
                                   rope.address(),
@@ -95,12 +133,8 @@ static void test(const Case& c) {
             CHECK(std::fabs(rope[at + 1] - std::sin(angle) * factor) < 3e-7, "sin %u at %u", i, position);
         }
         for (uint32_t l = 0; l < kLayers; l++) {
-            uint64_t want = 0;
-            if (s != kNone) {
-                const uint32_t index = all[s].wide_page + (position - all[s].nq) / SPECACHE_PAGE;
-                want =
-                    kWide + l * layer + (c.ids ? ids[index] : index) * page + position % SPECACHE_PAGE * 4 * c.head_dim;
-            }
+            const uint64_t want =
+                s == kNone ? 0 : caches.page(l, s, position) + position % SPECACHE_PAGE * 4 * c.head_dim;
             const uint64_t got = append[l * SPECACHE_MAX_ROWS + r];
             CHECK(got == want, "row %u of layer %u goes to %llu, not %llu", r, l, (unsigned long long)got,
                   (unsigned long long)want);
@@ -114,22 +148,30 @@ static void test(const Case& c) {
 
 // A chunk of a prefill: more rows than a decode step has, for two sequences; only their places are looked at.
 static void test_chunk() {
-    constexpr uint32_t kRows = 150 + 37, kStride = 200, kHidden = 8, kDim = 4, kChunkLayers = 2;
-    const std::vector<specache_seq> all = {{100, 64, 64, 150, 0, 0, 3, 0}, {0, 0, 0, 37, 150, 0, 9, 1}};
+    constexpr uint32_t kRows = 150 + 37, kStride = 200, kHidden = 8, kDim = 4, kChunkLayers = 2, kPages = 5;
+    const std::vector<specache_seq> all = {{100, 64, 64, 150, 0, {}}, {0, 0, 0, 37, 150, {}}};
     const std::vector<uint16_t> table(kVocab * kHidden, 0);
+    std::vector<uint64_t> pages;   // [layers][sequences][pages]
+    for (uint32_t i = 0; i < kChunkLayers * 2 * kPages; i++) pages.push_back(uint64_t(1000 + 7 * i) << 20);
+    Array<uint64_t> pages_in("pages", pages);
+    std::vector<specache_layer_cache> caches;
+    for (uint32_t i = 0; i < kChunkLayers * 2; i++) {
+        constexpr uint64_t kNowhere = device::kNowhere;
+        const uint64_t list = pages_in.address() + 8 * i * kPages;
+        caches.push_back({kNowhere, list, kNowhere, kNowhere, kNowhere, kNowhere, ~0u, {}});
+    }
+    Array<specache_layer_cache> caches_in("caches", caches);
     Array<uint16_t> table_in("table", table);
     Array<uint32_t> tokens("tokens", std::vector<uint32_t>(kRows, 1)), bad("bad_layer", kRows);
     Array<specache_seq> seqs("seqs", all);
     Array<float> inv_freq("inv_freq", std::vector<float>{0.01f, 0.001f}), x("x", kRows * kHidden),
         rope("rope", kRows * kDim);
     Array<uint64_t> append("append", kChunkLayers * kStride);
-    constexpr uint64_t kWide = 1 << 20, kPage = kHeads * SPECACHE_PAGE * 4 * kDim, kLayer = 20 * kPage;
-    const specache_embed_params p{table_in.address(), tokens.address(),   seqs.address(), kWide,
-                                  0,                  kPage,              kLayer,         inv_freq.address(),
-                                  x.address(),        rope.address(),     append.address(), bad.address(),
-                                  kRows,              2,                  kHidden,        kVocab,
-                                  kChunkLayers,       kHeads,             kDim,           1,
-                                  SPECACHE_FP16,      kStride};
+    const specache_embed_params p{table_in.address(), tokens.address(), seqs.address(),   caches_in.address(),
+                                  inv_freq.address(), x.address(),      rope.address(),   append.address(),
+                                  bad.address(),      kRows,            2,                kHidden,
+                                  kVocab,             kChunkLayers,     kHeads,           kDim,
+                                  1,                  SPECACHE_FP16,    kStride};
     specache_launch launch;
     CHECK(specache_embed_plan(&p, &launch) == SPECACHE_OK, "%s", launch.message);
     device::launch(specache_embed_fp16, launch.grid, launch.block, launch.shared_bytes, seed++, p);
@@ -137,8 +179,8 @@ static void test_chunk() {
     for (uint32_t i = 0; i < append.size(); i++) {
         const uint32_t layer = i / kStride, r = i % kStride, s = r < 150 ? 0 : 1;
         const uint32_t position = all[s].n + r - all[s].first_row;
-        const uint64_t page = all[s].wide_page + (position - all[s].nq) / SPECACHE_PAGE;
-        const uint64_t want = kWide + layer * kLayer + page * kPage + position % SPECACHE_PAGE * 4 * kDim;
+        const uint32_t page = r < kRows ? (layer * 2 + s) * kPages + position / SPECACHE_PAGE : 0;
+        const uint64_t want = pages[page] + position % SPECACHE_PAGE * 4 * kDim;
         CHECK(append[i] == (r < kRows ? want : 0xA5A5A5A5A5A5A5A5u), "row %u of layer %u goes to %llu", r, layer,
               (unsigned long long)append[i]);
         if (r >= kRows || layer != 0) continue;
@@ -148,8 +190,7 @@ static void test_chunk() {
 
 static void expect_status(specache_status want, const char* part, void (*change)(specache_embed_params&)) {
     constexpr uint64_t a = 1 << 20;
-    specache_embed_params p{
-        a, a, a, a, a, 8 * 64 * 512, 8 * 64 * 512, a, a, a, a, a, 2, 1, 4096, 32000, 32, 8, 128, 1, SPECACHE_BF16, 0};
+    specache_embed_params p{a, a, a, a, a, a, a, a, a, 2, 1, 4096, 32000, 32, 8, 128, 1, SPECACHE_BF16, 0};
     change(p);
     specache_launch launch;
     const specache_status got = specache_embed_plan(&p, &launch);
@@ -169,16 +210,15 @@ static void plans() {
     expect_status(SPECACHE_UNSUPPORTED_WIDTH, "vocabulary", [](P& p) { p.vocab = 0; });
     expect_status(SPECACHE_UNSUPPORTED_HEAD_DIM, "65", [](P& p) { p.head_dim = 65; });
     expect_status(SPECACHE_BAD_ADDRESS, "seqs", [](P& p) { p.seqs += 8; });
-    expect_status(SPECACHE_BAD_STRIDE, "262144", [](P& p) { p.wide_page_stride -= 16; });
-    expect_status(SPECACHE_BAD_STRIDE, "262144", [](P& p) { p.wide_layer_stride = 0; });
-    expect_status(SPECACHE_BAD_STRIDE, "16", [](P& p) { p.wide_layer_stride += 8; });
+    expect_status(SPECACHE_BAD_ADDRESS, "caches", [](P& p) { p.caches = 0; });
+    expect_status(SPECACHE_BAD_ADDRESS, "caches", [](P& p) { p.caches += 8; });
 }
 
 int main() {
     plans();
     constexpr specache_dtype h = SPECACHE_FP16, b = SPECACHE_BF16, f = SPECACHE_FP32;
-    const Case cases[] = {{b, 1, 8, 2, 1, true},      {h, 2, 40, 64, 1, false},     {b, 3, 2056, 80, 1.25f, true},
-                          {h, 6, 4096, 128, 1, true}, {b, 16, 64, 256, 0.5f, true}, {f, 4, 2056, 128, 1, false}};
+    const Case cases[] = {{b, 1, 8, 2, 1},      {h, 2, 40, 64, 1},      {b, 3, 2056, 80, 1.25f},
+                          {h, 6, 4096, 128, 1}, {b, 16, 64, 256, 0.5f}, {f, 4, 2056, 128, 1}};
     for (const Case& c : cases) test(c);
     test_chunk();
     std::printf("embed_test: %zu cases equal the twin (%s)\n", std::size(cases) + 1, device::kName);

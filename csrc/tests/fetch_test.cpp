@@ -1,5 +1,5 @@
-// fetch.cu against a plain twin: counts from nothing to k, more heads than a CTA has threads, caches in another order
-// than sequences, any number of CTAs; pairs that nobody fetched must stay as they were.
+// fetch.cu against a plain twin: counts from nothing to k, more heads than a CTA has threads, an entry that is not in
+// use, any number of CTAs; pairs that nobody fetched must stay as they were.
 #include "../fetch.cu"
 
 #include <algorithm>
@@ -39,37 +39,40 @@ struct Lists {
 
 static void test(const Case& c) {
     Random random(unsigned(c.seqs * 7 + c.top_k + c.pages));
-    const Lists lists(random, c);
-    const uint32_t caches = c.seqs + 1, pair = 4 * c.head_dim, stride = c.pages + 2;
-    const uint64_t page_bytes = uint64_t(c.kv_heads) * SPECACHE_PAGE * pair;
-    std::vector<uint8_t> host(caches * c.pages * page_bytes);
+    Lists lists(random, c);
+    const uint32_t pair = 4 * c.head_dim, pages = c.seqs * c.pages;
+    const uint64_t page_bytes = uint64_t(c.kv_heads) * SPECACHE_PAGE * pair, slot_bytes = c.kv_heads * c.top_k * pair;
+    std::vector<uint8_t> host(pages * page_bytes);
     for (uint8_t& byte : host) byte = uint8_t(random());
-    std::vector<specache_seq> seqs;
-    for (uint32_t s = 0; s < c.seqs; s++) seqs.push_back({0, 0, 0, 2, 0, 0, 0, caches - 1 - s});
-    Array<uint8_t> host_in("host pages", host), pairs("pairs", size_t(caches) * c.kv_heads * c.top_k * pair);
-    // Pages of a sequence lie anywhere: here from the last to the first.
-    std::vector<uint64_t> addresses(caches * stride, ~uint64_t(0));
-    for (uint32_t cache = 0; cache < caches; cache++)
-        for (uint32_t i = 0; i < c.pages; i++)
-            addresses[cache * stride + i] =
-                host_in.address() + (caches * c.pages - 1 - cache * c.pages - i) * page_bytes;
-    Array<uint64_t> addresses_in("host_pages", addresses), fetched("fetched", 1);
+    Array<uint8_t> host_in("host pages", host), pairs("pairs", c.seqs * slot_bytes);
+    // Pages and slots of a sequence lie anywhere: here from the last to the first. The last entry is not in use.
+    std::vector<uint64_t> addresses;
+    for (uint32_t i = 0; i < pages; i++) addresses.push_back(host_in.address() + (pages - 1 - i) * page_bytes);
+    Array<uint64_t> addresses_in("page lists", addresses), fetched("fetched", 1);
     Array<uint64_t>::fill(fetched, {1ull << 40});
+    std::vector<specache_seq> seqs;
+    std::vector<specache_layer_cache> caches;
+    constexpr uint64_t kNowhere = device::kNowhere;
+    for (uint32_t s = 0; s < c.seqs; s++) {
+        seqs.push_back({0, 0, 0, s != 0 && s + 1 == c.seqs ? 0u : 2u, 0, {}});
+        caches.push_back({kNowhere, kNowhere, addresses_in.address() + s * c.pages * 8, kNowhere,
+                          pairs.address() + (c.seqs - 1 - s) * slot_bytes, kNowhere, ~0u, {}});
+    }
     Array<specache_seq> seqs_in("seqs", seqs);
+    Array<specache_layer_cache> caches_in("caches", caches);
     Array<specache_fetch> fetches_in("fetches", lists.fetches);
     Array<uint32_t> counts_in("fetch_counts", lists.counts);
     const specache_fetch_params p{seqs_in.address(),
+                                  caches_in.address(),
                                   fetches_in.address(),
                                   counts_in.address(),
-                                  addresses_in.address(),
-                                  pairs.address(),
                                   c.ctas % 2 == 1 ? fetched.address() : 0,
-                                  stride,
                                   c.seqs,
                                   c.kv_heads,
                                   c.head_dim,
                                   c.top_k,
-                                  c.ctas};
+                                  c.ctas,
+                                  0};
     specache_launch launch;
     CHECK(specache_fetch_plan(&p, &launch) == SPECACHE_OK, "%s", launch.message);
     CHECK(launch.grid == (c.ctas == 0 ? SPECACHE_FETCH_CTAS : c.ctas), "%u CTAs", launch.grid);
@@ -79,14 +82,15 @@ static void test(const Case& c) {
 
     std::vector<uint8_t> want(pairs.bytes(), 0xA5);
     uint64_t total = 0;
-    for (uint32_t head = 0; head < c.seqs * c.kv_heads; head++)
-        for (uint32_t i = 0; i < lists.counts[head]; i++, total++) {
+    for (uint32_t head = 0; head < c.seqs * c.kv_heads; head++) {
+        const uint32_t s = head / c.kv_heads, kv_head = head % c.kv_heads;
+        for (uint32_t i = 0; i < lists.counts[head] && seqs[s].n_rows != 0; i++, total++) {
             const specache_fetch fetch = lists.fetches[head * c.top_k + i];
-            const uint32_t cache = seqs[head / c.kv_heads].cache, kv_head = head % c.kv_heads;
-            const uint64_t page = addresses[cache * stride + fetch.position / SPECACHE_PAGE] - host_in.address();
-            const uint8_t* from = &host[page + (kv_head * SPECACHE_PAGE + fetch.position % SPECACHE_PAGE) * pair];
-            std::copy_n(from, pair, &want[((cache * c.kv_heads + kv_head) * size_t(c.top_k) + fetch.slot) * pair]);
+            const size_t page = pages - 1 - (s * c.pages + fetch.position / SPECACHE_PAGE);
+            const uint8_t* from = &host[page * page_bytes + (kv_head * SPECACHE_PAGE + fetch.position % 64) * pair];
+            std::copy_n(from, pair, &want[(c.seqs - 1 - s) * slot_bytes + (kv_head * c.top_k + fetch.slot) * pair]);
         }
+    }
     for (size_t i = 0; i < want.size(); i++)
         CHECK(pairs[i] == want[i], "byte %zu of slot %zu: B %u, Hkv %u, D %u, k %u, %u CTAs", i % pair, i / pair,
               c.seqs, c.kv_heads, c.head_dim, c.top_k, c.ctas);
@@ -96,7 +100,7 @@ static void test(const Case& c) {
 
 static void expect_status(specache_status want, const char* part, void (*change)(specache_fetch_params&)) {
     constexpr uint64_t a = 1 << 20;
-    specache_fetch_params p{a, a, a, a, a, a, 512, 3, 8, 128, 64, 4};
+    specache_fetch_params p{a, a, a, a, a, 3, 8, 128, 64, 4, 0};
     change(p);
     specache_launch launch;
     const specache_status got = specache_fetch_plan(&p, &launch);
@@ -109,13 +113,13 @@ static void plans() {
     expect_status(SPECACHE_OK, "", [](P&) {});
     expect_status(SPECACHE_OK, "", [](P& p) { p.n_ctas = 0, p.fetched = 0; });
     expect_status(SPECACHE_OK, "", [](P& p) { p.top_k = 0, p.seqs = 0; });
-    expect_status(SPECACHE_OK, "", [](P& p) { p.n_seqs = 0, p.pairs = 0; });
+    expect_status(SPECACHE_OK, "", [](P& p) { p.n_seqs = 0, p.caches = 0; });
     expect_status(SPECACHE_UNSUPPORTED_HEAD_DIM, "96", [](P& p) { p.head_dim = 96; });
     expect_status(SPECACHE_UNSUPPORTED_TOP_K, "2049", [](P& p) { p.top_k = 2049; });
     expect_status(SPECACHE_UNSUPPORTED_HEADS, "0 KV heads", [](P& p) { p.n_kv_heads = 0; });
     expect_status(SPECACHE_TOO_LARGE, "sequences", [](P& p) { p.n_seqs = 1u << 20, p.n_kv_heads = 1u << 16; });
-    expect_status(SPECACHE_BAD_ADDRESS, "host_pages", [](P& p) { p.host_pages += 4; });
-    expect_status(SPECACHE_BAD_ADDRESS, "pairs", [](P& p) { p.pairs += 8; });
+    expect_status(SPECACHE_BAD_ADDRESS, "caches", [](P& p) { p.caches += 8; });
+    expect_status(SPECACHE_BAD_ADDRESS, "fetched", [](P& p) { p.fetched += 4; });
     expect_status(SPECACHE_BAD_ADDRESS, "fetch_counts", [](P& p) { p.fetch_counts = 0; });
 }
 

@@ -22,6 +22,8 @@ using namespace specache;
 
 // ---- a case -----------------------------------------------------------------------------------------------------
 
+static uint64_t hits_seen = 0;
+
 enum Scores { kDistinct, kTies, kEqual, kPeaks };
 
 struct Length {
@@ -57,43 +59,83 @@ public:
         const auto kR = device::Buffer::kRead, kW = device::Buffer::kWrite;
         for (const Length& l : c.seqs) capacity = std::max(capacity, l.n + c.steps + 2);
         n_heads = c.kv_heads * c.group_heads;
-        score_stride = capacity + 1, skip_stride = capacity / SPECACHE_PAGE + 1;
-        const size_t n = c.seqs.size(), heads = n * c.kv_heads, cache_heads = (n + 1) * c.kv_heads;
+        score_stride = capacity + 1;
+        const size_t n = c.seqs.size(), heads = n * c.kv_heads;
         seqs = std::make_unique<Array<specache_seq>>("seqs", n, kR);
         scores = std::make_unique<Array<float>>("scores", n * n_heads * score_stride, kR);
         lse = std::make_unique<Array<float>>("lse", n * n_heads, kR);
-        slots = std::make_unique<Array<uint32_t>>("slots", cache_heads * c.top_k, kW);
-        skip = std::make_unique<Array<uint64_t>>("skip", cache_heads * skip_stride, kW);
+        first_scores = std::make_unique<Array<float>>("first_scores", n * n_heads * score_stride, kR);
+        first_lse = std::make_unique<Array<float>>("first_lse", n * n_heads, kR);
+        hits = std::make_unique<Array<uint32_t>>("hits", heads, kW);
+        tables = std::make_unique<Array<specache_layer_cache>>("caches", n, kR);
         selected = std::make_unique<Array<uint32_t>>("selected", heads * c.top_k, kW);
         fetches = std::make_unique<Array<specache_fetch>>("fetches", heads * c.top_k, kW);
         fetch_counts = std::make_unique<Array<uint32_t>>("fetch_counts", heads, kW);
         select_counts = std::make_unique<Array<uint32_t>>("select_counts", heads, kW);
-        std::memset(slots->data(), 0xFF, slots->bytes());
-        std::memset(skip->data(), 0, skip->bytes());
-        for (size_t s = 0; s < n; s++)
-            (*seqs)[s] = {c.seqs[s].n, c.seqs[s].no, c.seqs[s].no, c.seqs[s].rows, 0, 0, 0, uint32_t(n - s)};
+        for (size_t s = 0; s < n; s++) {
+            const Length& l = c.seqs[s];
+            (*seqs)[s] = {l.n, l.no * 3 / 4, l.no, l.rows, 0, {}};
+            caches.push_back(std::make_unique<SeqCache>(c, l));
+            // Selection writes to slots and skip alone, and to an unused entry's not at all.
+            const auto kNowhere = device::kNowhere;
+            const bool used = l.rows != 0;
+            (*tables)[s] = {kNowhere,
+                            kNowhere,
+                            kNowhere,
+                            used ? caches[s]->slots.address() : kNowhere,
+                            kNowhere,
+                            used ? caches[s]->skip.address() : kNowhere,
+                            used ? caches[s]->skip_stride : ~0u,
+                            {}};
+        }
     }
 
     void run() {
         for (uint32_t step = 0; step < c.steps; step++) {
             fill_scores();
-            const std::vector<uint32_t> before(&(*slots)[0], &(*slots)[0] + slots->size());
+            for (auto& cache : caches)
+                cache->slots_before.assign(&cache->slots[0], &cache->slots[0] + cache->slots.size());
             launch(step);
             for (size_t s = 0; s < c.seqs.size(); s++)
-                for (uint32_t h = 0; h < c.kv_heads; h++) compare(s, h, before);
-            expect_untouched(before);
+                for (uint32_t h = 0; h < c.kv_heads; h++) compare(s, h);
+            expect_untouched();
             for (size_t s = 0; s < c.seqs.size(); s++) (*seqs)[s].n++;
         }
     }
 
 private:
+    // What the cache of one sequence has for itself.
+    struct SeqCache {
+        SeqCache(const Case& c, const Length& l)
+            : skip_stride(l.no / SPECACHE_PAGE + 1 + (l.n + l.rows) % 3),
+              slots("slots", c.kv_heads * c.top_k, device::Buffer::kWrite),
+              skip("skip", c.kv_heads * skip_stride, device::Buffer::kWrite) {
+            std::memset(slots.data(), 0xFF, slots.bytes());
+            std::memset(skip.data(), 0, skip.bytes());
+        }
+
+        uint32_t skip_stride;
+        Array<uint32_t> slots;
+        Array<uint64_t> skip;
+        std::vector<uint32_t> slots_before;
+    };
+
     static bool is_poison(uint32_t x) { return x == 0xA5A5A5A5u; }
+
+    Candidates visible(uint32_t position, uint32_t end) {
+        const uint32_t first = c.window && position >= c.window ? position - c.window + 1 : 0;
+        return {std::min(first, end), end};
+    }
 
     Candidates candidates(size_t s) {
         const specache_seq& seq = (*seqs)[s];
-        if (seq.n_rows == 0) return {0, 0};
-        const uint32_t last = seq.n + seq.n_rows - 1, first = c.window && last >= c.window ? last - c.window + 1 : 0;
-        return {std::min(first, seq.no), seq.no};
+        return seq.n_rows == 0 ? Candidates{0, 0} : visible(seq.n + seq.n_rows - 1, seq.no);
+    }
+
+    // Of row 0 where it is not the last, for the hits.
+    Candidates first_candidates(size_t s) {
+        const specache_seq& seq = (*seqs)[s];
+        return seq.n_rows < 2 ? Candidates{0, 0} : visible(seq.n, seq.nq);
     }
 
     // Quarters and few of them: equal keys are frequent, different ones differ by more than any rounding.
@@ -113,33 +155,42 @@ private:
     // From the second step on, most stay as they were: selections overlap.
     void fill_scores() {
         for (size_t s = 0; s < c.seqs.size(); s++) {
-            const Candidates range = candidates(s);
+            const Candidates range = candidates(s), first_range = first_candidates(s);
             for (uint32_t h = 0; h < n_heads; h++) {
+                (*first_lse)[s * n_heads + h] = float(int(random() % 4));
                 (*lse)[s * n_heads + h] = float(int(random() % 4));
                 for (uint32_t j = 0; j < score_stride; j++) {
-                    float& x = (*scores)[(s * n_heads + h) * score_stride + j];
-                    const bool wanted = j >= range.first && j < range.end;
-                    if (!wanted) x = NAN;
-                    else if (std::isnan(x) || bit_cast<uint32_t>(x) == 0xA5A5A5A5u || random() % 10 == 0) x = score();
+                    const size_t at = (s * n_heads + h) * score_stride + j;
+                    float &x = (*scores)[at], &first = (*first_scores)[at];
+                    first = j < first_range.first || j >= first_range.end ? NAN
+                            : is_score(x) && random() % 4 != 0           ? x
+                                                                          : score();
+                    if (j < range.first || j >= range.end) x = NAN;
+                    else if (!is_score(x) || random() % 10 == 0) x = score();
                 }
             }
         }
     }
 
+    static bool is_score(float x) { return !std::isnan(x) && !is_poison(bit_cast<uint32_t>(x)); }
+
     void launch(uint32_t step) {
         specache_select_params p{};
         p.seqs = seqs->address(), p.scores = scores->address(), p.lse = lse->address();
-        p.slots = slots->address(), p.skip = skip->address();
+        p.caches = tables->address();
         p.fetches = fetches->address(), p.fetch_counts = fetch_counts->address();
         p.selected = selected->address(), p.select_counts = select_counts->address();
-        p.score_stride = score_stride, p.skip_stride = skip_stride;
+        p.score_stride = score_stride;
         p.n_seqs = uint32_t(c.seqs.size()), p.n_heads = n_heads, p.n_kv_heads = c.kv_heads;
         p.top_k = c.top_k, p.window = c.window, p.capacity = capacity;
+        if (wants_hits())
+            p.hits = hits->address(), p.first_scores = first_scores->address(), p.first_lse = first_lse->address();
         Array<uint8_t> candidate_lists("candidates", specache_select_scratch_bytes(&p), device::Buffer::kWrite);
         p.candidates = candidate_lists.address();
-        const std::vector<device::Buffer*> all = {seqs.get(),    scores.get(),       lse.get(),
-                                                  slots.get(),   skip.get(),         selected.get(),
-                                                  fetches.get(), fetch_counts.get(), select_counts.get()};
+        std::vector<device::Buffer*> all = {seqs.get(),         scores.get(),   lse.get(),          tables.get(),
+                                            selected.get(),     fetches.get(),  fetch_counts.get(), select_counts.get(),
+                                            first_scores.get(), first_lse.get(), hits.get()};
+        for (auto& cache : caches) all.push_back(&cache->slots), all.push_back(&cache->skip);
         for (device::Buffer* b : all) b->upload();
         specache_launch launch;
         CHECK(specache_select_plan(&p, &launch) == SPECACHE_OK, "%s", launch.message);
@@ -150,13 +201,13 @@ private:
     }
 
     // method.md, decode step 3.
-    std::vector<uint32_t> twin(size_t s, uint32_t head) {
-        const Candidates range = candidates(s);
+    std::vector<uint32_t> twin(size_t s, uint32_t head, const Candidates& range, Array<float>& scores,
+                               Array<float>& lse) {
         std::vector<std::pair<float, uint32_t>> order;
         for (uint32_t j = range.first; j < range.end; j++) {
             float sum = 0;
             for (uint32_t h = head * c.group_heads; h < (head + 1) * c.group_heads; h++) {
-                const float p = std::exp2((*scores)[(s * n_heads + h) * score_stride + j] - (*lse)[s * n_heads + h]);
+                const float p = std::exp2(scores[(s * n_heads + h) * score_stride + j] - lse[s * n_heads + h]);
                 sum += p < 1.17549435e-38f ? 0.0f : p;
             }
             order.push_back({-sum, j});
@@ -169,15 +220,17 @@ private:
         return best;
     }
 
-    void compare(size_t s, uint32_t head, const std::vector<uint32_t>& before) {
+    void compare(size_t s, uint32_t head) {
         const std::string name = name_of(c);
-        const size_t at = s * c.kv_heads + head, cache_head = (*seqs)[s].cache * c.kv_heads + head;
+        const size_t at = s * c.kv_heads + head;
+        SeqCache& cache = *caches[s];
         if (c.top_k == 0) return;
+        compare_hits(s, head);
         if ((*seqs)[s].n_rows == 0) {
             CHECK((*fetch_counts)[at] == 0 && (*select_counts)[at] == 0, "an unused entry fetches (%s)", name.c_str());
             return;
         }
-        const std::vector<uint32_t> best = twin(s, head);
+        const std::vector<uint32_t> best = twin(s, head, candidates(s), *scores, *lse);
         CHECK((*select_counts)[at] == best.size(), "%u selected, not %zu (%s)", (*select_counts)[at], best.size(),
               name.c_str());
         for (size_t i = 0; i < c.top_k; i++) {
@@ -185,10 +238,10 @@ private:
             if (i < best.size()) CHECK(got == best[i], "number %zu is %u, not %u (%s)", i, got, best[i], name.c_str());
         }
         // Pairs that are selected again stay where they are; the fetches are the others, ascending, one for each slot.
-        const uint32_t* now = &(*slots)[cache_head * c.top_k];
+        const uint32_t *now = &cache.slots[head * c.top_k], *before = &cache.slots_before[head * c.top_k];
         std::set<uint32_t> held, fetched_slots;
         for (uint32_t i = 0; i < c.top_k; i++) {
-            const uint32_t old = before[cache_head * c.top_k + i];
+            const uint32_t old = before[i];
             if (now[i] != SPECACHE_EMPTY_SLOT)
                 CHECK(held.insert(now[i]).second, "two slots hold %u (%s)", now[i], name.c_str());
             const bool again = std::binary_search(best.begin(), best.end(), old);
@@ -199,27 +252,38 @@ private:
         size_t fetched = 0;
         for (uint32_t j : best) {
             const uint32_t slot = uint32_t(std::find(now, now + c.top_k, j) - now);
-            if (before[cache_head * c.top_k + slot] == j) continue;
+            if (before[slot] == j) continue;
             const specache_fetch& fetch = (*fetches)[at * c.top_k + fetched++];
             CHECK(fetch.slot == slot && fetch.position == j, "fetch %zu is slot %u, position %u, not %u, %u (%s)",
                   fetched - 1, fetch.slot, fetch.position, slot, j, name.c_str());
         }
         CHECK((*fetch_counts)[at] == fetched, "%u fetches, not %zu (%s)", (*fetch_counts)[at], fetched, name.c_str());
-        for (uint32_t j = 0; j < skip_stride * SPECACHE_PAGE; j++) {
-            const bool bit = (*skip)[cache_head * skip_stride + j / SPECACHE_PAGE] >> (j % SPECACHE_PAGE) & 1;
+        for (uint32_t j = 0; j < cache.skip_stride * SPECACHE_PAGE; j++) {
+            const uint64_t word = cache.skip[head * cache.skip_stride + j / SPECACHE_PAGE];
+            const bool bit = word >> (j % SPECACHE_PAGE) & 1;
             CHECK(bit == (held.count(j) != 0), "skip bit of %u is %d (%s)", j, bit, name.c_str());
         }
     }
 
-    // Of caches that belong to no entry in use, and of lists beyond their counts.
-    void expect_untouched(const std::vector<uint32_t>& before) {
-        std::set<uint32_t> used;
-        for (size_t s = 0; s < c.seqs.size(); s++)
-            if ((*seqs)[s].n_rows != 0) used.insert((*seqs)[s].cache);
-        const size_t per_cache = c.kv_heads * c.top_k;
-        for (size_t i = 0; i < c.top_k * c.kv_heads * (c.seqs.size() + 1); i++)
-            CHECK(used.count(uint32_t(i / per_cache)) != 0 || (*slots)[i] == before[i], "a slot of another cache (%s)",
-                  name_of(c).c_str());
+    bool wants_hits() const { return c.seed % 3 != 0; }
+
+    // method.md, "Quantities to report": row 0's own best among what was selected or could have been.
+    void compare_hits(size_t s, uint32_t head) {
+        const uint32_t got = (*hits)[s * c.kv_heads + head];
+        if (!wants_hits()) {
+            CHECK(is_poison(got), "%u hits that nobody wanted (%s)", got, name_of(c).c_str());
+            return;
+        }
+        const uint32_t* held = &caches[s]->slots_before[head * c.top_k];
+        uint32_t want = 0;
+        for (uint32_t j : twin(s, head, first_candidates(s), *first_scores, *first_lse))
+            want += uint32_t(std::count(held, held + c.top_k, j));
+        CHECK(got == want, "%u hits, not %u (%s)", got, want, name_of(c).c_str());
+        hits_seen += got;
+    }
+
+    // What lies beyond the counts of lists.
+    void expect_untouched() {
         for (size_t at = 0; at < c.seqs.size() * c.kv_heads && c.steps == 1 && c.top_k != 0; at++)
             for (uint32_t i = (*select_counts)[at]; i < c.top_k; i++)
                 CHECK(is_poison((*selected)[at * c.top_k + i]) && is_poison((*fetches)[at * c.top_k + i].slot),
@@ -228,11 +292,12 @@ private:
 
     const Case& c;
     std::mt19937 random;
-    uint32_t n_heads, capacity = 0, score_stride, skip_stride;
+    uint32_t n_heads, capacity = 0, score_stride;
     std::unique_ptr<Array<specache_seq>> seqs;
-    std::unique_ptr<Array<float>> scores, lse;
-    std::unique_ptr<Array<uint32_t>> slots, selected, fetch_counts, select_counts;
-    std::unique_ptr<Array<uint64_t>> skip;
+    std::unique_ptr<Array<float>> scores, lse, first_scores, first_lse;
+    std::unique_ptr<Array<specache_layer_cache>> tables;
+    std::vector<std::unique_ptr<SeqCache>> caches;
+    std::unique_ptr<Array<uint32_t>> selected, fetch_counts, select_counts, hits;
     std::unique_ptr<Array<specache_fetch>> fetches;
 };
 
@@ -291,8 +356,8 @@ using Params = specache_select_params;
 
 static void expect_status(specache_status want, const char* part, void (*change)(Params&)) {
     Params p{};
-    p.seqs = p.scores = p.lse = p.slots = p.skip = p.selected = p.fetches = p.fetch_counts = p.candidates = 1 << 20;
-    p.score_stride = 32768, p.skip_stride = 512, p.n_seqs = 3, p.n_heads = 32, p.n_kv_heads = 8;
+    p.seqs = p.scores = p.lse = p.caches = p.selected = p.fetches = p.fetch_counts = p.candidates = 1 << 20;
+    p.score_stride = 32768, p.n_seqs = 3, p.n_heads = 32, p.n_kv_heads = 8;
     p.top_k = 64, p.capacity = 32768;
     change(p);
     for (auto plan : {specache_select_plan, specache_select_merge_plan}) {
@@ -308,6 +373,9 @@ static void plans() {
     expect_status(SPECACHE_OK, "", [](Params& p) { p.top_k = 0, p.seqs = 0; });
     expect_status(SPECACHE_OK, "", [](Params& p) { p.n_seqs = 0, p.seqs = 0; });
     expect_status(SPECACHE_OK, "", [](Params& p) { p.selected = p.select_counts = 0; });
+    expect_status(SPECACHE_OK, "", [](Params& p) { p.hits = p.first_scores = p.first_lse = 1 << 20; });
+    expect_status(SPECACHE_BAD_ADDRESS, "first_lse", [](Params& p) { p.hits = p.first_scores = 1 << 20; });
+    expect_status(SPECACHE_BAD_ADDRESS, "hits", [](Params& p) { p.hits = 2; });
     expect_status(SPECACHE_UNSUPPORTED_TOP_K, "2049", [](Params& p) { p.top_k = 2049; });
     expect_status(SPECACHE_UNSUPPORTED_HEADS, "33 heads", [](Params& p) { p.n_heads = 33; });
     expect_status(SPECACHE_TOO_LARGE, "tokens", [](Params& p) { p.capacity = 1u << 31; });
@@ -316,8 +384,8 @@ static void plans() {
     expect_status(SPECACHE_BAD_ADDRESS, "seqs", [](Params& p) { p.seqs += 8; });
     expect_status(SPECACHE_BAD_ADDRESS, "scores", [](Params& p) { p.scores = 0; });
     expect_status(SPECACHE_BAD_ADDRESS, "lse", [](Params& p) { p.lse = 0; });
-    expect_status(SPECACHE_BAD_ADDRESS, "slots", [](Params& p) { p.slots = 0; });
-    expect_status(SPECACHE_BAD_ADDRESS, "skip", [](Params& p) { p.skip += 4; });
+    expect_status(SPECACHE_BAD_ADDRESS, "caches", [](Params& p) { p.caches = 0; });
+    expect_status(SPECACHE_BAD_ADDRESS, "caches", [](Params& p) { p.caches += 8; });
     expect_status(SPECACHE_BAD_ADDRESS, "selected", [](Params& p) { p.selected += 2; });
     expect_status(SPECACHE_BAD_ADDRESS, "fetches", [](Params& p) { p.fetches += 4; });
     expect_status(SPECACHE_BAD_ADDRESS, "fetch_counts", [](Params& p) { p.fetch_counts = 0; });
@@ -328,5 +396,6 @@ int main() {
     plans();
     all_cases();
     random_cases(SPECACHE_RANDOM_CASES);
+    CHECK(hits_seen > 1000, "%llu hits in all cases", (unsigned long long)hits_seen);
     std::printf("select_test: %d cases equal the twin (%s)\n", cases, device::kName);
 }

@@ -12,7 +12,7 @@
 using namespace specache;
 
 constexpr uint32_t kVocab = 90, kLayers = 2, kHidden = 64, kInner = 112, kHeads = 2, kKvHeads = 1, kDim = 64;
-constexpr uint32_t kRows = 5, kPages = 4;
+constexpr uint32_t kRows = 5, kPages = 4, kListed = 3;   // pages of the pool and of each list
 constexpr float kEps = 1e-5f;
 constexpr specache_dtype kType = SPECACHE_BF16;
 
@@ -50,8 +50,8 @@ struct Model {
 };
 
 // Two sequences of two rows, the first across a page border, and a row that fills up.
-static const std::vector<uint32_t> kTokens = {5, 89, 0, 17, 3}, kPageIds = {2, 0, 3};
-static const std::vector<specache_seq> kSeqs = {{127, 64, 64, 2, 0, 0, 0, 0}, {3, 0, 0, 2, 2, 0, 2, 1}};
+static const std::vector<uint32_t> kTokens = {5, 89, 0, 17, 3};
+static const std::vector<specache_seq> kSeqs = {{127, 64, 64, 2, 0, {}}, {3, 0, 0, 2, 2, {}}};
 static const uint32_t kPosition[kRows] = {127, 128, 3, 4, 0}, kPageOf[kRows] = {2, 0, 3, 3, 0};
 constexpr uint32_t kFiller = 4;
 
@@ -105,6 +105,26 @@ struct Step {
     Array<uint32_t> bad_layer{"bad_layer", kRows}, next{"next tokens", kRows};
     Array<uint16_t> pool{"wide pages", kLayers * kPages * kPageNumbers};
     Array<specache_choice> scratch{"scratch", kRows}, choices{"choices", kRows};
+    Array<uint64_t> lists{"lists", kLayers * kSeqs.size() * kListed};
+    Array<specache_layer_cache> caches{"caches", kLayers * kSeqs.size()};
+
+    // Addresses for the pages that rows append to, and for nothing else.
+    Step() {
+        constexpr uint64_t kNowhere = device::kNowhere;
+        std::vector<uint64_t> addresses(lists.size(), kNowhere);
+        std::vector<specache_layer_cache> tables;
+        for (uint32_t layer = 0; layer < kLayers; layer++)
+            for (size_t s = 0; s < kSeqs.size(); s++) {
+                const size_t list = tables.size() * kListed;
+                for (uint32_t row = kSeqs[s].first_row; row < kSeqs[s].first_row + kSeqs[s].n_rows; row++)
+                    addresses[list + kPosition[row] / SPECACHE_PAGE] =
+                        pool.address() + 2 * (layer * kPages + kPageOf[row]) * kPageNumbers;
+                tables.push_back(
+                    {kNowhere, lists.address() + 8 * list, kNowhere, kNowhere, kNowhere, kNowhere, ~0u, {}});
+            }
+        Array<uint64_t>::fill(lists, addresses);
+        Array<specache_layer_cache>::fill(caches, tables);
+    }
 };
 
 static void run_layer(const LayerInputs& in, const Step& s, uint32_t layer) {
@@ -146,31 +166,14 @@ static void run_layer(const LayerInputs& in, const Step& s, uint32_t layer) {
 
 static void run(const Model& m, Step& s) {
     Array<uint8_t> table("embed", m.embed.bytes), lm_head("lm_head", m.lm_head.bytes);
-    Array<uint32_t> tokens("tokens", kTokens), ids("page ids", kPageIds);
+    Array<uint32_t> tokens("tokens", kTokens);
     Array<specache_seq> seqs("seqs", kSeqs);
     Array<float> inv_freq("inv_freq", m.inv_freq), final_norm("final_norm", m.final_norm);
-    launch(specache_embed_plan, specache_embed_params{table.address(),
-                                                      tokens.address(),
-                                                      seqs.address(),
-                                                      s.pool.address(),
-                                                      ids.address(),
-                                                      2 * kPageNumbers,
-                                                      2 * kPages * kPageNumbers,
-                                                      inv_freq.address(),
-                                                      s.x.address(),
-                                                      s.rope.address(),
-                                                      s.append.address(),
-                                                      s.bad_layer.address(),
-                                                      kRows,
-                                                      uint32_t(kSeqs.size()),
-                                                      kHidden,
-                                                      kVocab,
-                                                      kLayers,
-                                                      kKvHeads,
-                                                      kDim,
-                                                      1,
-                                                      kType,
-                                                      0});
+    launch(
+        specache_embed_plan,
+        specache_embed_params{table.address(), tokens.address(), seqs.address(), s.caches.address(), inv_freq.address(),
+                              s.x.address(), s.rope.address(), s.append.address(), s.bad_layer.address(), kRows,
+                              uint32_t(kSeqs.size()), kHidden, kVocab, kLayers, kKvHeads, kDim, 1, kType, 0});
     for (uint32_t l = 0; l < kLayers; l++) run_layer(LayerInputs(m.layers[l]), s, l);
     launch(specache_logits_plan, specache_linear_params{s.x.address(), final_norm.address(), lm_head.address(), 0,
                                                         s.logits.address(), kRows, kHidden, kVocab, kEps, kType, 0});

@@ -9,13 +9,12 @@ use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand}
 
 use specache::device::link::LinkOptions;
 use specache::device::pin::{Mlock, Pin};
-use specache::device::{DeviceOptions, Schedule};
+use specache::device::{DeviceChoice, DeviceOptions, Schedule};
 use specache::error::Error;
 use specache::kv::{KvMode, KvOptions};
 use specache::model::Dtype;
 use specache::sampler::SamplingOverrides;
 
-use super::devices;
 use super::output::AtomicFile;
 use super::size;
 
@@ -256,14 +255,6 @@ pub struct DeviceArgs {
     pub trace: Option<PathBuf>,
 }
 
-/// Where to compute.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum DeviceChoice {
-    Auto,
-    Cpu,
-    Cuda(usize),
-}
-
 fn device_choice(text: &str) -> Result<DeviceChoice, String> {
     match (text, text.strip_prefix("cuda:").map(str::parse)) {
         ("auto", _) => Ok(DeviceChoice::Auto),
@@ -272,16 +263,6 @@ fn device_choice(text: &str) -> Result<DeviceChoice, String> {
         (_, Some(Ok(index))) => Ok(DeviceChoice::Cuda(index)),
         _ => Err("must be auto, cpu, cuda or cuda:N".into()),
     }
-}
-
-/// A GPU was asked for: why it cannot be had.
-fn no_cuda(index: usize) -> Error {
-    let why = match devices::gpus() {
-        Err(why) => why.to_string(),
-        Ok(gpus) if index >= gpus.len() => format!("there are cuda:0 to cuda:{}", gpus.len() - 1),
-        Ok(gpus) => format!("{} is there, but this version computes on the CPU only; leave --device out", gpus[index]),
-    };
-    Error::Usage(format!("--device cuda:{index}: {why}"))
 }
 
 fn schedule() -> impl TypedValueParser<Value = Schedule> {
@@ -309,10 +290,8 @@ impl DeviceArgs {
     /// # Errors
     /// [`Error::Usage`] for a device that cannot be had.
     pub fn options(&self) -> Result<DeviceOptions, Error> {
-        if let DeviceChoice::Cuda(index) = self.device {
-            return Err(no_cuda(index));
-        }
         Ok(DeviceOptions {
+            choice: self.device,
             threads: self.threads.map(usize::from),
             device_budget: self.vram_budget,
             host_budget: self.host_kv_budget,

@@ -21,7 +21,6 @@ use specache::{Buffers, Engine, Next, Prompt, Session};
 use self::models::Fill;
 use self::report::Report;
 use super::args::BenchArgs;
-use super::devices;
 use super::generate::Figures;
 use super::progress::{Progress, say};
 
@@ -101,7 +100,7 @@ pub struct Machine {
 }
 
 fn machine(args: &BenchArgs) -> Result<Machine> {
-    let device = Device::cpu(&args.device.options()?)?;
+    let device = Device::open(&args.device.options()?)?;
     // The measurement reads 1 GiB.
     let enough = ram::available().is_none_or(|bytes| bytes > 2 << 30);
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -110,7 +109,7 @@ fn machine(args: &BenchArgs) -> Result<Machine> {
         cpu: cpu.map_or("unknown CPU", |(_, name)| name).to_string(),
         threads: device.threads(),
         isa: device.isa().to_string(),
-        device: format!("{}; {}", device.describe(), devices::cuda_line()),
+        device: device.why_no_gpu().map_or(device.describe(), |why| format!("{}; {why}", device.describe())),
         read_gbps: if enough { Some(bandwidth::read_gbps(device.threads())?) } else { None },
     })
 }

@@ -16,14 +16,6 @@ pub fn gpus() -> Result<Vec<Gpu>, NoGpu> {
     probe(std::env::var_os("SPECACHE_LIBCUDA").map(PathBuf::from).as_deref())
 }
 
-/// One line on GPUs for reports that are not about them.
-pub fn cuda_line() -> String {
-    match gpus() {
-        Ok(gpus) => format!("{} is not used: this version computes on the CPU only", gpus[0]),
-        Err(why) => format!("no CUDA device: {why}"),
-    }
-}
-
 /// Runs the command.
 ///
 /// # Errors
@@ -34,7 +26,6 @@ pub fn run() -> Result<()> {
     match gpus() {
         Ok(gpus) => {
             lines.extend(gpus.iter().map(Gpu::to_string));
-            lines.push("GPUs are found but not used: this version computes on the CPU only".into());
         }
         Err(why) => lines.push(format!("no CUDA device: {why}")),
     }

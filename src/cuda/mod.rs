@@ -11,7 +11,7 @@ mod weights;
 pub(crate) use decode::{Place, Workspace};
 
 pub(crate) use prefill::PromptStream;
-pub(crate) use weights::GpuModel;
+pub(crate) use weights::{GpuModel, check_shape};
 
 use crate::device::cuda::bindings::abi::{SPECACHE_BF16, SPECACHE_FP16, SPECACHE_FP32};
 use crate::model::Dtype;

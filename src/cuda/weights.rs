@@ -6,7 +6,7 @@ use super::dtype_code;
 use crate::device::{Buffer, Device};
 use crate::error::{Error, Result};
 use crate::model::rope::RopeTable;
-use crate::model::{Config, Linear, Matrix, Model};
+use crate::model::{Linear, Matrix, Model};
 
 /// Addresses of a model's tensors, and the memory that they are in.
 pub(crate) struct GpuModel {
@@ -90,7 +90,7 @@ impl GpuModel {
     /// # Errors
     /// [`Error::Usage`] for a shape that no kernel serves, [`Error::OutOfMemory`], [`Error::Device`].
     pub(crate) fn new(device: &Device, model: &Model, rope: &RopeTable) -> Result<GpuModel> {
-        check_shape(&model.config)?;
+        check_shape(model)?;
         let (weights, mut layout) = (&model.weights, Layout::default());
         let embed = layout.matrix(&weights.embed);
         let tied = weights.embed.bytes().as_ptr() == weights.lm_head.weight.bytes().as_ptr();
@@ -138,7 +138,11 @@ impl GpuModel {
 }
 
 /// What the kernels serve. Their plans refuse the rest too, but only once something runs.
-fn check_shape(config: &Config) -> Result<()> {
+///
+/// # Errors
+/// [`Error::Usage`] that names the number.
+pub(crate) fn check_shape(model: &Model) -> Result<()> {
+    let config = &model.config;
     let refuse = |what: String| Err(Error::Usage(format!("{what}; --device cpu serves this model")));
     if !matches!(config.head_dim, 64 | 128) {
         return refuse(format!("head_dim {}: the GPU kernels are made for 64 and 128", config.head_dim));
@@ -149,6 +153,15 @@ fn check_shape(config: &Config) -> Result<()> {
     for (name, width) in [("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)] {
         if width % 8 != 0 || width < 32 {
             return refuse(format!("{name} {width}: the GPU kernels need a multiple of 8, at least 32"));
+        }
+    }
+    let dtype = |linear: &Linear| linear.weight.dtype();
+    for (l, layer) in model.weights.layers.iter().enumerate() {
+        if dtype(&layer.q) != dtype(&layer.k)
+            || dtype(&layer.q) != dtype(&layer.v)
+            || dtype(&layer.gate) != dtype(&layer.up)
+        {
+            return refuse(format!("layer {l}: the GPU kernels need q, k and v of one number type, and gate and up"));
         }
     }
     Ok(())

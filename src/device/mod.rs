@@ -38,9 +38,23 @@ use pin::Pin;
 use stream::Streams;
 use trace::{Place, Trace};
 
+/// Which device computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// A GPU if one can be used, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// This GPU, as the driver counts them, and no other device.
+    Cuda(usize),
+}
+
 /// What a device is to be like.
 #[derive(Clone)]
 pub struct DeviceOptions {
+    /// Which device it is.
+    pub choice: DeviceChoice,
     /// Compute threads; `None`: as many as the process may use.
     pub threads: Option<usize>,
     /// Most bytes of device memory; `None`: no limit of our own.
@@ -71,6 +85,7 @@ pub struct DeviceOptions {
 impl Default for DeviceOptions {
     fn default() -> Self {
         DeviceOptions {
+            choice: DeviceChoice::default(),
             threads: None,
             device_budget: None,
             host_budget: None,
@@ -94,6 +109,8 @@ pub struct Device(Arc<Inner>);
 struct Inner {
     /// What computes, if it is not the CPU.
     gpu: Option<Arc<Gpu>>,
+    /// Why it is the CPU that computes, where a GPU would have been taken.
+    why_no_gpu: Option<String>,
     isa: Isa,
     pool: rayon::ThreadPool,
     /// The streams of the CPU device.
@@ -111,12 +128,32 @@ struct Inner {
 }
 
 impl Device {
+    /// The device that `options.choice` names. [`Device::why_no_gpu`] tells why it is the CPU, where that was left open.
+    ///
+    /// # Errors
+    /// As [`Device::cpu`] and [`Device::cuda`].
+    pub fn open(options: &DeviceOptions) -> Result<Device> {
+        match options.choice {
+            DeviceChoice::Cpu => Device::cpu(options),
+            DeviceChoice::Cuda(index) => Device::cuda(index, options),
+            DeviceChoice::Auto => match Device::cuda(0, options) {
+                Err(Error::Device(why)) => Device::cpu_because(options, why),
+                device => device,
+            },
+        }
+    }
+
     /// The CPU device.
     ///
     /// # Errors
     /// [`Error::Usage`] for an unknown `SPECACHE_ISA` or zero threads.
     pub fn cpu(options: &DeviceOptions) -> Result<Device> {
-        Device::new(options, None)
+        Device::new(options, None, None)
+    }
+
+    /// The CPU device, where a GPU would have been taken but for this reason.
+    pub(crate) fn cpu_because(options: &DeviceOptions, why: String) -> Result<Device> {
+        Device::new(options, None, Some(why))
     }
 
     /// GPU `index`, as the driver counts them. `SPECACHE_LIBCUDA` names another driver library than the usual one.
@@ -130,10 +167,10 @@ impl Device {
         // What others have is not ours; the driver keeps some for itself.
         let free = gpu.driver().free_memory()?;
         let device_budget = Some(options.device_budget.unwrap_or(u64::MAX).min(free - free / 32));
-        Device::new(&DeviceOptions { device_budget, pin: Some(pin), ..options.clone() }, Some(gpu))
+        Device::new(&DeviceOptions { device_budget, pin: Some(pin), ..options.clone() }, Some(gpu), None)
     }
 
-    fn new(options: &DeviceOptions, gpu: Option<Arc<Gpu>>) -> Result<Device> {
+    fn new(options: &DeviceOptions, gpu: Option<Arc<Gpu>>, why_no_gpu: Option<String>) -> Result<Device> {
         let isa = Isa::from_env()?;
         let threads = match options.threads {
             Some(0) => return Err(Error::Usage("--threads 0: at least one thread is needed".into())),
@@ -156,6 +193,7 @@ impl Device {
             pool,
             streams: gpu.is_none().then(|| Streams::new(trace.clone())).transpose()?,
             gpu,
+            why_no_gpu,
             copy_engine: Arc::new(CopyEngine::new(gather, options.link, options.faults.clone(), trace.clone())),
             device_memory: Meter::new("device", options.device_budget),
             host_memory: Meter::new("host", options.host_budget),
@@ -173,6 +211,11 @@ impl Device {
             None => format!("CPU, {} threads, {}", self.threads(), self.0.isa),
             Some(gpu) => gpu.facts().gpu.to_string(),
         }
+    }
+
+    /// Why it is the CPU that computes, where a GPU would have been taken: one line.
+    pub fn why_no_gpu(&self) -> Option<&str> {
+        self.0.why_no_gpu.as_deref()
     }
 
     /// Compute threads.

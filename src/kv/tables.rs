@@ -48,11 +48,6 @@ impl Tables {
         Ok(Tables { gpu: gpu.clone(), device, host, room, outdated: true })
     }
 
-    /// Pages that a list has room for.
-    pub(crate) fn room(&self) -> usize {
-        self.room
-    }
-
     /// The lists no longer say what is.
     pub(crate) fn outdate(&mut self) {
         self.outdated = true;

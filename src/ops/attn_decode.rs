@@ -9,15 +9,13 @@ use crate::kv::view::{Far, KvView, SeqRows};
 use crate::model::Config;
 use crate::ops::linear::Rows;
 
-/// Softmax attention of all rows, scaled by `1 / sqrt(D)`.
-///
-/// q and the result are those of `rows`, `[rows, n_heads, head_dim]`. `view(i)` is what sequence `i` reads of layer `l`; its
-/// cache must hold the pairs of all its rows. `scratch` keeps the probabilities for [`super::select`].
+/// Softmax attention of all rows of a pass over layer `l`, from q of `rows` to its `attn`: on the device's own form. `view`
+/// and `scratch` as in [`attend`].
 ///
 /// `scoring`: the sequences of this mode attend to choose what they fetch, without what they fetched before. (A GPU leaves
 /// the others out; on the CPU device they attend too, and again when the result counts.)
 #[allow(clippy::too_many_arguments)] // Two call sites, which name them all.
-pub fn attend<'a>(
+pub fn attend_rows<'a>(
     device: &Device,
     config: &Config,
     l: usize,
@@ -27,11 +25,26 @@ pub fn attend<'a>(
     scratch: &mut Scratch,
     scoring: Option<KvMode>,
 ) {
-    if let Some(gpu) = device.gpu() {
-        let _attend = device.operation("attend", |uses| (0..seqs.len()).for_each(|i| declare(&view(i), uses)));
-        return rows.gpu.attend(gpu, config, l, scoring);
-    }
-    let (n_heads, q, out) = (config.n_heads, &rows.q[..], &mut rows.attn[..]);
+    let Some(gpu) = device.gpu() else {
+        return attend(device, config.n_heads, seqs, view, &rows.q, &mut rows.attn, scratch);
+    };
+    let _attend = device.operation("attend", |uses| (0..seqs.len()).for_each(|i| declare(&view(i), uses)));
+    rows.gpu.attend(gpu, config, l, scoring);
+}
+
+/// Softmax attention of all rows, scaled by `1 / sqrt(D)`, on the CPU device.
+///
+/// `q`: `[rows, n_heads, head_dim]` after RoPE; `out`: same shape. `view(i)` is what sequence `i` reads; its cache must
+/// hold the pairs of all its rows. `scratch` keeps the probabilities for [`super::select`].
+pub fn attend<'a>(
+    device: &Device,
+    n_heads: usize,
+    seqs: &[SeqRows],
+    view: impl Fn(usize) -> KvView<'a> + Sync,
+    q: &[f32],
+    out: &mut [f32],
+    scratch: &mut Scratch,
+) {
     let n_rows: usize = seqs.iter().map(|s| s.n_rows).sum();
     assert_eq!(q.len(), out.len(), "attend: q and out");
     for (i, s) in seqs.iter().enumerate() {

@@ -44,12 +44,12 @@ impl Driver {
     /// # Errors
     /// [`Error::Device`] with the reason why that GPU cannot be used, [`Error::Usage`] for a number that no GPU has.
     pub(crate) fn open(library: Option<&Path>, index: usize) -> Result<Driver> {
-        let gpus = probe::probe(library).map_err(|why| Error::Device(format!("--device cuda: {why}")))?;
+        let gpus = probe::probe(library).map_err(|why| Error::Device(format!("no CUDA device: {why}")))?;
         let gpu = gpus.get(index).cloned().ok_or_else(|| {
             Error::Usage(format!("--device cuda:{index}: there are {} GPUs, counted from 0", gpus.len()))
         })?;
         if !gpu.is_supported() {
-            return Err(Error::Device(format!("--device cuda:{index}: {gpu}")));
+            return Err(Error::Device(format!("no CUDA device: {gpu}")));
         }
         let (name, library) = probe::open(library).map_err(|why| Error::Device(why.to_string()))?;
         // SAFETY: the probe has called this library; the symbols have the types of cuda.h.
@@ -164,16 +164,6 @@ impl Driver {
         // SAFETY: writes two sizes.
         self.check("cuMemGetInfo", unsafe { self.api.cuMemGetInfo_v2(&mut free, &mut total) })?;
         Ok(free as u64)
-    }
-
-    /// Waits until the GPU has done everything.
-    ///
-    /// # Errors
-    /// [`Error::Device`]: then nothing more will work.
-    pub(crate) fn synchronize(&self) -> Result<()> {
-        self.enter();
-        // SAFETY: takes nothing.
-        self.check("cuCtxSynchronize", unsafe { self.api.cuCtxSynchronize() })
     }
 }
 
