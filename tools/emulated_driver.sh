@@ -2,11 +2,12 @@
 # Builds the emulated CUDA driver (csrc/emu/driver): a library with the driver API, and what is used of NVRTC and
 # cuBLASLt, that runs the kernels of csrc on the CPU. Needs g++, and CUDA's headers (tools/cuda-toolkit.sh).
 # usage: tools/emulated_driver.sh [OUT]     OUT: default target/emulated/libspecache_emu.so
-#        SPECACHE_LIBCUDA=target/emulated/libspecache_emu.so specache ... --device cuda
+#        LD_LIBRARY_PATH=target/emulated specache-engine ... --device cuda
+# Beside OUT it leaves links with the names that programs look for: libcuda.so.1, libnvrtc.so, libcublasLt.so.
 set -euo pipefail
 
 if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
-  sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
   exit 0
 fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -48,4 +49,5 @@ printf '%s\n' "${sources[@]}" | xargs -P "$(nproc)" -I{} bash -euc 'compile {}'
 linked=()
 for source in "${sources[@]}"; do linked+=("$objects/$(basename "$source").o"); done
 g++ -shared -Wl,--no-undefined -o "$out" "${linked[@]}" -pthread
+for name in libcuda.so.1 libnvrtc.so libcublasLt.so; do ln -sf "$(basename "$out")" "$(dirname "$out")/$name"; done
 echo "$out"
