@@ -379,7 +379,7 @@ SPECACHE_DEVICE void scale_queries(const AttnShared<D>& shared, const uint8_t* p
 template <int D, int B>
 SPECACHE_DEVICE void page_scores(const AttnShared<D>& shared, const uint8_t* page, int g, float (&s)[4][4]) {
     uint32_t q[D / 8];
-    float bias[2];
+    float bias[2] = {};
     LaneWords words{page + PackedPage<D, B>::k_codes(), {}};
 #pragma unroll
     for (int tile = 0; tile < 4; tile++) {

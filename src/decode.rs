@@ -27,10 +27,10 @@ use crate::session::{Buffers, Member, Next, Session};
 /// alone guesses what follows it and what the step will need.
 ///
 /// # Errors
-/// Before anything has changed: a token beyond the vocabulary, a session that is full or has failed. Between two layers:
-/// [`Error::Interrupted`], which leaves every session as it was, so that the same call gives the same bits later. A
-/// pre-decode that was complete stays, as it is no part of the step. A sequence that meets NaN fails alone: see
-/// [`Buffers::logits`].
+/// Before anything has changed: a token beyond the vocabulary, a session that is full or has failed. Between two
+/// layers: [`Error::Interrupted`], which leaves every session as it was, so that the same call gives the same bits
+/// later. A pre-decode that was complete stays, as it is no part of the step. A sequence that meets NaN fails alone:
+/// see [`Buffers::logits`].
 pub fn decode(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> Result<()> {
     buffers.results.clear();
     for Next { session, token } in batch.iter() {
@@ -157,12 +157,13 @@ fn pass(
     Ok(())
 }
 
-/// A pass is given up before `layer`: every session is as before it. Of what the layers so far have changed, two things would
-/// reach the next pass. The rest lies behind the counters: K and V at position n and n + 1, which whoever goes on overwrites.
+/// A pass is given up before `layer`: every session is as before it. Of what the layers so far have changed, two things
+/// would reach the next pass. The rest lies behind the counters: K and V at position n and n + 1, which whoever goes on
+/// overwrites.
 ///
-/// - `specache` has replaced their selections, by ones that are for the step after this one. The old ones come back, and
-///   their pairs from the host: all of them are there, as only offloaded positions are selected. Another selection would be
-///   as good to go on with, but not the same bits.
+/// - `specache` has replaced their selections, by ones that are for the step after this one. The old ones come back,
+///   and their pairs from the host: all of them are there, as only offloaded positions are selected. Another selection
+///   would be as good to go on with, but not the same bits.
 /// - The figures and the trace.
 #[allow(clippy::too_many_arguments)] // One call site, which names them all.
 fn undo(
@@ -190,9 +191,13 @@ fn undo(
     for m in members {
         let session = &mut *batch[m.index].session;
         session.undo_figures();
-        if let (Pass::Step, Some(trace)) = (kind, &mut session.trace) {
-            trace.steps.pop();
-            trace.speculative.truncate(trace.speculative.len() - usize::from(session.speculative.is_some()));
+        let Some(trace) = &mut session.trace else { continue };
+        match kind {
+            Pass::PreDecode => trace.pre_decode.clear(),
+            Pass::Step => {
+                trace.steps.pop();
+                trace.speculative.truncate(trace.speculative.len() - usize::from(session.speculative.is_some()));
+            }
         }
     }
 }

@@ -28,8 +28,8 @@ const PANEL_MIN: usize = 8;
 ///
 /// # Errors
 /// Before anything has changed: a prompt that is empty or has ids beyond the vocabulary, a context that the model or a
-/// memory budget does not allow, or the system's memory (then sessions may have more room). Between two chunks of a layer: [`crate::Error::Interrupted`], which leaves the sessions as
-/// they were, though with room for the prompt.
+/// memory budget does not allow, or the system's memory (then sessions may have more room). Between two chunks of a
+/// layer: [`crate::Error::Interrupted`], which leaves the sessions as they were, though with room for the prompt.
 pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers) -> Result<Vec<Result<Vec<f32>>>> {
     for prompt in prompts.iter() {
         prompt.session.check_usable(context)?;
@@ -126,7 +126,8 @@ fn undo(prompts: &mut [Prompt], layer: usize, i: usize, pages: Vec<WidePage>) {
     }
 }
 
-/// One layer of one prompt, chunk by chunk: every chunk sees the K and V of those before it. Stops only when interrupted.
+/// One layer of one prompt, chunk by chunk: every chunk sees the K and V of those before it. Stops only when
+/// interrupted.
 fn prefill_layer(
     context: &Context,
     prompt: &mut Prompt,

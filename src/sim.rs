@@ -247,8 +247,8 @@ impl Gpu {
         Gpu::ALL.into_iter().find(|gpu| gpu.name == name)
     }
 
-    /// Sequences of `context` tokens that memory has room for while they decode: 16-bit weights and the device's part of their
-    /// caches, nothing else.
+    /// Sequences of `context` tokens that memory has room for while they decode: 16-bit weights and the device's part
+    /// of their caches, nothing else.
     pub fn largest_batch(&self, config: &Config, kv: &KvOptions, context: usize) -> usize {
         let cache = CacheBytes::plan(&KvShape::new(config, kv), kv, context + 1).device();
         let free = self.memory_gib * (1u64 << 30) as f64 - weight_bytes(config);
@@ -376,9 +376,9 @@ mod tests {
         }
     }
 
-    /// Llama-3-8B on two cards, from one sequence to as many as memory holds, with copies that gather by themselves and with a
-    /// pool that is faster or slower than the link: exposed time is at most 1 % of the step where link and gather can follow;
-    /// where they cannot, `event` is within 3 % of their pace. No other schedule is faster.
+    /// Llama-3-8B on two cards, from one sequence to as many as memory holds, with copies that gather by themselves and
+    /// with a pool that is faster or slower than the link: exposed time is at most 1 % of the step where link and
+    /// gather can follow; where they cannot, `event` is within 3 % of their pace. No other schedule is faster.
     #[test]
     fn events_hide_what_can_be_hidden() {
         let config = crate::model::synthetic::config("llama-3-8b").unwrap();
@@ -432,7 +432,8 @@ mod tests {
             let kv = KvOptions { mode, ..KvOptions::default() };
             Gpu::named(name).unwrap().largest_batch(&config, &kv, 32 << 10)
         };
-        // 48 GiB less 16.06 GB are 35.5 GB; a full cache of 32k tokens is 4.3 GB, a 2-bit one 0.67 GB and its 16-bit parts.
+        // 48 GiB less 16.06 GB are 35.5 GB; a full cache of 32k tokens is 4.3 GB, a 2-bit one 0.67 GB and its 16-bit
+        // parts.
         assert_eq!(batch("a6000", KvMode::Full), 8);
         assert!((45..53).contains(&batch("a6000", KvMode::SpeCache)), "{}", batch("a6000", KvMode::SpeCache));
         let small = Gpu { memory_gib: 14.0, ..Gpu::named("4090").unwrap() };

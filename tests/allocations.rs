@@ -107,7 +107,8 @@ fn a_step_allocates_nothing() {
                     })
                     .collect();
                 // Each thread warms up when work first comes to it, and which thread takes what is rayon's to decide. So
-                // the first three rounds may allocate; the last two, each longer than from one page's end to the next, not.
+                // the first three rounds may allocate; the last two, each longer than from one page's end to the next,
+                // not.
                 for round in 0..5 {
                     let tokens = &tokens[650 + round * 80..730 + round * 80];
                     let allocations = watch(&engine, &mut sessions, tokens, &mut buffers);

@@ -445,8 +445,8 @@ fn a_run_that_ends_early_leaves_its_trace() {
     assert_eq!(names(&folder), ["trace.json"]);
 }
 
-/// The table, the picture and the trace of `bench --overlap` call things by the same names; picture and trace are written though
-/// nobody reads the table.
+/// The table, the picture and the trace of `bench --overlap` call things by the same names; picture and trace are
+/// written though nobody reads the table.
 #[test]
 fn overlap_is_told_in_three_ways() {
     let folder = folder("overlap");

@@ -127,8 +127,8 @@ fn each_copy_thread_may_panic() {
     }
 }
 
-/// The system refuses memory that was granted, at each buffer in turn: whatever was refused is as before, can be asked for again
-/// or left, and everything goes on with the same bits.
+/// The system refuses memory that was granted, at each buffer in turn: whatever was refused is as before, can be asked
+/// for again or left, and everything goes on with the same bits.
 #[test]
 fn each_buffer_may_be_refused() {
     /// Makes a call again if it is refused for want of memory.
@@ -351,8 +351,8 @@ fn drop_ipc_lock() {
     let _ = nix::unistd::setuid(nix::unistd::Uid::from_raw(65534));
 }
 
-/// Interrupted at each layer of each pass and at each chunk of each prompt in turn, and called again: the same bits as if
-/// nothing had happened.
+/// Interrupted at each layer of each pass and at each chunk of each prompt in turn, and called again: the same bits as
+/// if nothing had happened.
 #[test]
 fn each_interruption_leaves_the_bits() {
     for mode in [KvMode::Offload, KvMode::Fetch, KvMode::SpeCache] {
@@ -380,8 +380,8 @@ fn each_interruption_leaves_the_bits() {
     }
 }
 
-/// What a batch of all modes gives, with the figures that do not depend on time: prompts, steps, prompts behind them, steps
-/// over a page's end.
+/// What a batch of all modes gives, with the figures that do not depend on time: prompts, steps, prompts behind them,
+/// steps over a page's end.
 fn batch_life(engine: &Engine) -> (Vec<Vec<f32>>, Vec<String>) {
     let tokens = ids(11, 400);
     let mut sessions = KvMode::ALL.map(|mode| engine.session(kv(mode, 1, 32, 33, 7), 300).unwrap());
@@ -443,8 +443,8 @@ fn each_interruption_leaves_a_batch_and_its_figures() {
     }
 }
 
-/// An interrupted call that is not made again has changed nothing: whatever comes next has the bits of a session that never
-/// heard of it, and no page more or less is held.
+/// An interrupted call that is not made again has changed nothing: whatever comes next has the bits of a session that
+/// never heard of it, and no page more or less is held.
 #[test]
 fn an_interrupted_call_is_as_if_it_had_never_been() {
     let tokens = ids(9, 400);
@@ -506,8 +506,8 @@ fn an_interrupted_call_is_as_if_it_had_never_been() {
     }
 }
 
-/// Cancelled while it decodes, from another thread, whenever that comes: it goes on with the same bits as if nothing had
-/// happened.
+/// Cancelled while it decodes, from another thread, whenever that comes: it goes on with the same bits as if nothing
+/// had happened.
 #[test]
 fn cancelled_while_decoding_and_gone_on_with() {
     let kv = kv(KvMode::SpeCache, 1, 32, 33, 7);

@@ -84,9 +84,9 @@ fn life(engine: &Engine, kv: KvOptions) -> Result<Vec<Vec<f32>>> {
     Ok(rows)
 }
 
-/// A sequence with a residual of several pages, all of whose room is there from the beginning: prompts that follow each other at
-/// once, while pages of the first are still on their way to the host; a truncation that brings low-bit pages back to the
-/// residual.
+/// A sequence with a residual of several pages, all of whose room is there from the beginning: prompts that follow each
+/// other at once, while pages of the first are still on their way to the host; a truncation that brings low-bit pages
+/// back to the residual.
 fn deep_life(engine: &Engine, kv: KvOptions) -> Result<Vec<Vec<f32>>> {
     let kv = KvOptions { residual_len: 200, ..kv };
     let (mut rows, mut buffers) = (Vec::new(), Buffers::default());
@@ -232,7 +232,8 @@ fn every_wait_is_needed_and_none_is_missing() {
     }
 }
 
-/// A host page that was given back while a gather still read it, and went to the next sequence: the checker knows it again.
+/// A host page that was given back while a gather still read it, and went to the next sequence: the checker knows it
+/// again.
 #[test]
 fn a_host_page_that_is_freed_too_early_is_caught() {
     let kv = kv(KvMode::SpeCache, 1, 32, 33, 7);

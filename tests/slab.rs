@@ -339,8 +339,8 @@ fn memory_is_what_was_asked_for_or_says_so() {
     }
 }
 
-/// Node 900 has no memory, here or anywhere: the arenas that were meant for it lie elsewhere and say so, and their pages are as
-/// good as others.
+/// Node 900 has no memory, here or anywhere: the arenas that were meant for it lie elsewhere and say so, and their
+/// pages are as good as others.
 #[test]
 fn arenas_for_a_node_without_memory_lie_elsewhere() {
     let nodes = vec![0, 900];

@@ -99,8 +99,8 @@ impl Drop for AtomicFile {
     }
 }
 
-/// Writes what an engine's streams did into the file of `--trace`, whatever the outcome of the run: of one that failed it shows
-/// how far it came. `slices`: what has been taken from the trace already.
+/// Writes what an engine's streams did into the file of `--trace`, whatever the outcome of the run: of one that failed
+/// it shows how far it came. `slices`: what has been taken from the trace already.
 ///
 /// # Errors
 /// The run's own; else as [`AtomicFile::write`].

@@ -1,5 +1,5 @@
-//! Faults on order: a countdown that makes the n-th page lease or copy fail, or interrupts at the n-th opportunity, for tests
-//! that sweep n. (Pins are hooks of the caller's, so a test brings one that fails.)
+//! Faults on order: a countdown that makes the n-th page lease or copy fail, or interrupts at the n-th opportunity, for
+//! tests that sweep n. (Pins are hooks of the caller's, so a test brings one that fails.)
 
 use std::sync::atomic::{AtomicI64, Ordering};
 

@@ -460,8 +460,8 @@ impl Grants {
     /// Device memory of `len` bytes, zeroed (or poisoned). Metered until it is dropped.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] when more is asked for than was granted and the budget does not have it, or when the system does
-    /// not.
+    /// [`Error::OutOfMemory`] when more is asked for than was granted and the budget does not have it, or when the
+    /// system does not.
     pub fn device(&mut self, len: usize, what: &str) -> Result<Buffer> {
         if len > 0 && self.faults.as_ref().is_some_and(|faults| faults.strikes(Fault::Buffer)) {
             return Err(self.device.refusal(len as u64, what));

@@ -6,9 +6,9 @@
 //! when `b` was enqueued. Two uses of one resource, at least one of them a write, of which neither happens before the
 //! other, are a conflict, whether or not they met at the time: on another machine they would.
 //!
-//! All threads that call into a device count as one compute stream: what two of them do at once is taken to be ordered. They
-//! share no resource, as a session is `&mut` to whoever works on it; but for host pages, which go from one to the next through
-//! the lock of their slab, and after the copies that used them.
+//! All threads that call into a device count as one compute stream: what two of them do at once is taken to be ordered.
+//! They share no resource, as a session is `&mut` to whoever works on it; but for host pages, which go from one to the
+//! next through the lock of their slab, and after the copies that used them.
 //!
 //! What is checked is the order that the waits promise, not the order that happened. So a wait can be taken out of the
 //! promise ([`Checker::ignore`]) while the program keeps it, and the checker must then name the conflict that the wait
@@ -52,7 +52,8 @@ impl StreamId {
 pub enum Resource {
     /// A wide page in device memory, by its buffer.
     DevicePage(u64),
-    /// A wide page in host memory: slab, page. Not named by who leases it, so that its next lease is checked against the last.
+    /// A wide page in host memory: slab, page. Not named by who leases it, so that its next lease is checked against
+    /// the last.
     HostPage(u64, usize),
     /// A packed page in device memory: buffer, page.
     PackedPage(u64, usize),

@@ -49,8 +49,8 @@ impl Place {
     }
 }
 
-/// The calling thread is elsewhere. Dropped, it is where it was before: a thread that waits for others in the middle of a step
-/// may be given a whole step of another session to do.
+/// The calling thread is elsewhere. Dropped, it is where it was before: a thread that waits for others in the middle of
+/// a step may be given a whole step of another session to do.
 #[must_use = "the thread goes back when this is dropped"]
 pub(crate) struct Visit(Place);
 
@@ -138,7 +138,8 @@ impl Trace {
 /// A row of the picture: a stream, or the threads of a node in a gather.
 type Row = (StreamId, Option<NodeId>);
 
-/// Its number, which is its place from the top too: the nodes come behind the gather stream. The kernel has less than 2^16.
+/// Its number, which is its place from the top too: the nodes come behind the gather stream. The kernel has less than
+/// 2^16.
 fn row_number((stream, node): Row) -> u32 {
     (stream as u32) << 17 | node.map_or(0, |node| node.0 + 1)
 }
@@ -151,8 +152,8 @@ fn row_name((stream, node): Row) -> String {
     }
 }
 
-/// Writes slices in the Chrome trace format, which Perfetto and chrome://tracing open: one row per stream and one per NUMA
-/// node that pairs were gathered from; step, layer, schedule and bytes on every slice.
+/// Writes slices in the Chrome trace format, which Perfetto and chrome://tracing open: one row per stream and one per
+/// NUMA node that pairs were gathered from; step, layer, schedule and bytes on every slice.
 ///
 /// # Errors
 /// What writing gives.

@@ -268,8 +268,8 @@ struct Watch<'j> {
     watch: &'j dyn Fn(NodeShare),
 }
 
-// SAFETY: the rows may be shared by their bounds; threads write through `to` to distinct slots; `Watch::watch` is called by
-// the thread that made the job, the others read `start`.
+// SAFETY: the rows may be shared by their bounds; threads write through `to` to distinct slots; `Watch::watch` is
+// called by the thread that made the job, the others read `start`.
 unsafe impl<S: Sync, N: Sync> Sync for Job<'_, S, N> {}
 
 impl<'a, 'j, S, N> Job<'j, S, N>

@@ -191,8 +191,8 @@ fn join_to_memory(dir: &Path, nodes: &mut Vec<Node>, bare: &mut Vec<NodeId>, not
     nodes.sort_unstable_by_key(|node| node.id);
 }
 
-/// Which of some nodes is nearest to `id`, by the kernel's distance table: one number per online node, in order. The first of
-/// equals; a node that the table lacks comes last.
+/// Which of some nodes is nearest to `id`, by the kernel's distance table: one number per online node, in order. The
+/// first of equals; a node that the table lacks comes last.
 fn nearest(dir: &Path, id: NodeId, among: impl Iterator<Item = NodeId>) -> Option<usize> {
     let ids = node_ids(dir);
     let table = read_to_string(dir.join(format!("node{}/distance", id.0))).unwrap_or_default();

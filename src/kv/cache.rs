@@ -346,8 +346,8 @@ impl Cache {
     /// Makes room for at least `capacity` tokens.
     ///
     /// # Errors
-    /// [`crate::Error::OutOfMemory`]: tokens and room are as before then. Where the budgets had room and the system had no
-    /// memory, the cache keeps what it was given before that, for the next attempt.
+    /// [`crate::Error::OutOfMemory`]: tokens and room are as before then. Where the budgets had room and the system had
+    /// no memory, the cache keeps what it was given before that, for the next attempt.
     pub fn reserve(&mut self, capacity: usize) -> Result<()> {
         let (device_bytes, host_pages) = self.needs(capacity, 0);
         let mut admission =
@@ -520,7 +520,8 @@ impl Cache {
     }
 
     /// Wide pages of a prefill up to `n` tokens: those of a cache with room for `capacity`, and those that two layers need
-    /// while they are computed (one is written while the copy stream still reads the other), and what is kept of the tails.
+    /// while they are computed (one is written while the copy stream still reads the other), and what is kept of the
+    /// tails.
     fn prefill_wide_pages(&self, n: usize, capacity: usize) -> usize {
         self.layers.len() * (page_counts(&self.options, capacity).1 + self.packed_tail_pages(n))
             + prefill_pages(&self.options, n)
@@ -560,8 +561,8 @@ impl Cache {
     /// Starts the prefill of more tokens, up to `n` in all: makes room, and takes working pages.
     ///
     /// # Errors
-    /// [`crate::Error::OutOfMemory`] as [`Cache::reserve`]; if [`Cache::prefill_needs`] was granted, only where the system has no
-    /// memory. [`Cache::free_working_pages`] gives back what is not room then.
+    /// [`crate::Error::OutOfMemory`] as [`Cache::reserve`]; if [`Cache::prefill_needs`] was granted, only where the
+    /// system has no memory. [`Cache::free_working_pages`] gives back what is not room then.
     pub fn begin_prefill(&mut self, n: usize, admission: &mut Admission) -> Result<()> {
         for l in 0..self.layers.len() {
             let arrived = self.layers[l].prefetch.arrive(&self.device, Some(ARRIVAL), &mut self.waited);
@@ -634,12 +635,12 @@ impl Cache {
         self.spare.extend(pages.into_iter().map(|page| Spare { page, free_after }));
     }
 
-    /// A prefill up to `n` tokens is given up: the cache is as before it. Its first `settled` layers were settled; `pages` are
-    /// those of the layer that was being computed, if one was.
+    /// A prefill up to `n` tokens is given up: the cache is as before it. Its first `settled` layers were settled;
+    /// `pages` are those of the layer that was being computed, if one was.
     ///
-    /// What it has written lies behind the counters and means nothing to anybody: the places of the tail behind token `n`, and
-    /// packed pages. It has put new pages into the tables of the host, which leave them, and has taken pages from the tails,
-    /// which come back.
+    /// What it has written lies behind the counters and means nothing to anybody: the places of the tail behind token
+    /// `n`, and packed pages. It has put new pages into the tables of the host, which leave them, and has taken pages
+    /// from the tails, which come back.
     pub fn undo_prefill(&mut self, n: usize, settled: usize, pages: Option<Vec<WidePage>>) {
         self.come_to_rest();
         let Counters { n: has, no, nq, .. } = self.counters;

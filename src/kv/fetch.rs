@@ -46,8 +46,8 @@ pub struct FetchQueue {
     /// Of the device that the rest belongs to.
     engine: Option<Arc<CopyEngine>>,
     delta: Delta,
-    /// `[layer]`: as many as were ever under way there at once. One, or one a sequence where each has a fetch of its own; more
-    /// where several batches take turns.
+    /// `[layer]`: as many as were ever under way there at once. One, or one a sequence where each has a fetch of its
+    /// own; more where several batches take turns.
     fetches: Vec<Vec<Fetch>>,
     /// Which one of its layer is being put together.
     open: Option<usize>,
@@ -180,8 +180,8 @@ impl FetchQueue {
         }
     }
 
-    /// Adds what `cache` has newly selected in `layer` to the fetch that is being put together there. If no pair has to be
-    /// fetched, the slots stay where they are.
+    /// Adds what `cache` has newly selected in `layer` to the fetch that is being put together there. If no pair has to
+    /// be fetched, the slots stay where they are.
     pub fn add(&mut self, device: &Device, cache: &mut Cache, layer: usize) -> Fetched {
         if device.gpu().is_some() {
             return self.on_gpu.add(cache, layer);

@@ -61,8 +61,8 @@ impl Drop for HostLayer {
     }
 }
 
-/// When the pages of a table are complete: those of its last page-out, and all before them. Pages go out in order, so a later
-/// one is complete no sooner.
+/// When the pages of a table are complete: those of its last page-out, and all before them. Pages go out in order, so a
+/// later one is complete no sooner.
 #[derive(Clone, Copy, Default)]
 pub struct Completion {
     /// The first page of the last page-out, and its event.

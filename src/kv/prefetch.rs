@@ -57,8 +57,8 @@ impl Slots {
         Ok(Slots { count: 0, positions, slot_of, pairs, table, skip, kept, top_k })
     }
 
-    /// The same selection in slots that have room for it. A selection lies in the first slots, so what one side has beyond the
-    /// other's room is empty or of no use.
+    /// The same selection in slots that have room for it. A selection lies in the first slots, so what one side has
+    /// beyond the other's room is empty or of no use.
     fn copy_to(&self, to: &mut Slots, shape: &KvShape) {
         to.count = self.count;
         let top_k = self.top_k.min(to.top_k);
@@ -115,8 +115,8 @@ impl Slots {
         self.count = count;
     }
 
-    /// The selection of the last [`Slots::keep`] again. Its pairs have to be fetched as those of a new one have: all of them
-    /// are on the host.
+    /// The selection of the last [`Slots::keep`] again. Its pairs have to be fetched as those of a new one have: all of
+    /// them are on the host.
     pub fn restore(&mut self) {
         self.count = self.kept.0;
         self.positions.bytes_mut().copy_from_slice(self.kept.1.bytes());
