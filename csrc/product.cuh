@@ -55,7 +55,7 @@ template <class T> struct Operand;
 template <> struct Operand<Bf16> {
     static constexpr int kBytes = 2, kParts = 1;
     static constexpr float kScale = 1.0f;
-    static SPECACHE_DEVICE uint32_t narrow(float2 x) { return bit_cast<uint32_t>(__floats2bfloat162_rn(x.x, x.y)); }
+    static SPECACHE_DEVICE uint32_t narrow(float2 x) { return Bf16::narrow(x.x, x.y); }
     static SPECACHE_DEVICE float2 widen(uint32_t pair) { return Bf16::widen(pair); }
     static SPECACHE_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         mma_m16n8k16_bf16(d, a, b0, b1);
@@ -72,7 +72,7 @@ template <> struct Operand<Fp32> : Operand<Bf16> {
 template <> struct Operand<Fp16> {
     static constexpr int kBytes = 2, kParts = 1;
     static constexpr float kScale = 1.0f / 16;
-    static SPECACHE_DEVICE uint32_t narrow(float2 x) { return bit_cast<uint32_t>(__floats2half2_rn(x.x, x.y)); }
+    static SPECACHE_DEVICE uint32_t narrow(float2 x) { return Fp16::narrow(x.x, x.y); }
     static SPECACHE_DEVICE float2 widen(uint32_t pair) { return Fp16::widen(pair); }
     static SPECACHE_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         mma_m16n8k16(d, a, b0, b1);
