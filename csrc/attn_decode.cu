@@ -46,10 +46,6 @@ template <class T, int TERMS> SPECACHE_DEVICE void split_pair(float x, float y, 
 
 SPECACHE_DEVICE uint32_t half_pair(float x, float y) { return Fp16::narrow(x, y); }
 
-SPECACHE_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b) {
-    return bit_cast<uint32_t>(__hmul2(bit_cast<__half2>(a), bit_cast<__half2>(b)));
-}
-
 // 2^-e as a pair of fp16 numbers.
 SPECACHE_HOST_DEVICE constexpr uint32_t half_power(int e) { return uint32_t(15 - e) << 10 | uint32_t(15 - e) << 26; }
 
@@ -181,7 +177,7 @@ SPECACHE_DEVICE void load_queries(const specache_attn_params& p, const Unit& uni
         q.x *= factor;
         q.y *= factor;
         const float fold = kPScale / float(1 << code_exponent<B>(octet));
-        shared.code_q[at] = half_pair(q.x * fold, q.y * fold);
+        shared.code_q[at] = Fp16::narrow(q.x * fold, q.y * fold);
         uint32_t zero_terms[2], pair_terms[2];
         split_pair<Fp16>(q.x, q.y, zero_terms);
         split_pair<T>(q.x, q.y, pair_terms);
@@ -362,7 +358,7 @@ SPECACHE_DEVICE void scale_queries(const AttnShared<D>& shared, const uint8_t* p
         const uint4 zero = load_shared_16(page + Page::k_zero(g) + at);
         const uint4 code_q = load_shared_16(&shared.code_q[(c * 32 + lane) * 4]);
 #pragma unroll
-        for (int x = 0; x < 4; x++) q[4 * c + x] = multiply_pairs(word_of(code_q, x), word_of(scale, x));
+        for (int x = 0; x < 4; x++) q[4 * c + x] = multiply_fp16(word_of(code_q, x), word_of(scale, x));
         const uint32_t even[4] = {zero.x, zero.x, zero.y, zero.y}, odd[4] = {zero.z, zero.z, zero.w, zero.w};
 #pragma unroll
         for (int t = 0; t < 2; t++) {
@@ -442,7 +438,7 @@ SPECACHE_DEVICE void page_probabilities(Accumulator<D>& acc, const uint8_t* page
     const int lane = int(threadIdx.x) % 32, i = lane / 4, j = lane % 4;
 #pragma unroll
     for (int o = 0; o < 8; o++)
-        p[o] = transpose_8x8(half_pair(s[o / 2][o % 2 * 2] * kPScale, s[o / 2][o % 2 * 2 + 1] * kPScale));
+        p[o] = transpose_8x8(Fp16::narrow(s[o / 2][o % 2 * 2] * kPScale, s[o / 2][o % 2 * 2 + 1] * kPScale));
 #pragma unroll
     for (int c = 0; c < 2; c++) {
         const uint8_t* zeros = page + PackedPage<D, B>::v_zero(g) + 2 * (i * kPage + 32 * c + 8 * j);
@@ -452,7 +448,7 @@ SPECACHE_DEVICE void page_probabilities(Accumulator<D>& acc, const uint8_t* page
         mma_m16n8k16(acc.zero, odd, p[4 * c + 2], p[4 * c + 3]);
     }
 #pragma unroll
-    for (int o = 0; o < 8; o++) p[o] = multiply_pairs(p[o], half_power(code_exponent<B>(o)));
+    for (int o = 0; o < 8; o++) p[o] = multiply_fp16(p[o], half_power(code_exponent<B>(o)));
 }
 
 template <int D, int B>
@@ -469,7 +465,7 @@ SPECACHE_DEVICE void add_page_values(Accumulator<D>& acc, const uint8_t* page, i
                 const int at = 2 * (16 * m / g * kPage + 32 * c + 8 * j);
                 const uint4 scale = load_shared_16(page + Page::v_scale(g) + at);
 #pragma unroll
-                for (int x = 0; x < 4; x++) scaled[4 * c + x] = multiply_pairs(p[4 * c + x], word_of(scale, x));
+                for (int x = 0; x < 4; x++) scaled[4 * c + x] = multiply_fp16(p[4 * c + x], word_of(scale, x));
             }
         }
 #pragma unroll

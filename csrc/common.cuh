@@ -1,11 +1,10 @@
-// What every kernel file needs: function qualifiers that also compile on the host, bit casts, 16-bit numbers as floats.
+// What every kernel file needs: function qualifiers that also compile on the host, and bit casts. No header of CUDA:
+// NVRTC compiles kernels where there is none.
 #pragma once
 
 #ifdef SPECACHE_EMU
 #include "emu/cuda.h"
 #endif
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include "abi.h"
 
@@ -41,21 +40,5 @@ template <class To, class From> SPECACHE_HOST_DEVICE To bit_cast(const From& fro
     memcpy(static_cast<void*>(&to), &from, sizeof(To));
     return to;
 }
-
-// Two neighbouring 16-bit numbers, low half first: to floats, and rounded from them.
-struct Fp16 {
-    static SPECACHE_DEVICE float2 widen(uint32_t pair) { return __half22float2(bit_cast<__half2>(pair)); }
-    static SPECACHE_DEVICE uint32_t narrow(float x, float y) { return bit_cast<uint32_t>(__floats2half2_rn(x, y)); }
-};
-
-struct Bf16 {
-    static SPECACHE_DEVICE float2 widen(uint32_t pair) {
-        return make_float2(bit_cast<float>(pair << 16), bit_cast<float>(pair & 0xFFFF0000u));
-    }
-    static SPECACHE_DEVICE uint32_t narrow(float x, float y) { return bit_cast<uint32_t>(__floats2bfloat162_rn(x, y)); }
-};
-
-// Where a kernel takes 32-bit numbers as well.
-struct Fp32 {};
 
 }   // namespace specache

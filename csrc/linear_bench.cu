@@ -77,25 +77,9 @@ public:
 
     void embed(uint32_t rows) {
         // No sequence: the rows are kept nowhere.
-        launch(specache_embed_plan, specache_embed_params{table_,
-                                                          zeros_,
-                                                          zeros_,
-                                                          zeros_,
-                                                          norm_,
-                                                          x_,
-                                                          rope_,
-                                                          append_,
-                                                          bad_layer_,
-                                                          rows,
-                                                          0,
-                                                          kHidden,
-                                                          kVocab,
-                                                          uint32_t(layers_.size()),
-                                                          kKvHeads,
-                                                          kDim,
-                                                          1,
-                                                          SPECACHE_BF16,
-                                                          0});
+        launch(specache_embed_plan,
+               specache_embed_params{table_, zeros_, zeros_, zeros_, norm_, x_, rope_, append_, bad_layer_, rows, 0,
+                                     kHidden, kVocab, uint32_t(layers_.size()), kKvHeads, kDim, 1, SPECACHE_BF16, 0});
     }
     void qkv(const Layer& l, uint32_t rows) {
         launch(specache_qkv_plan, specache_qkv_params{x_,

@@ -63,8 +63,8 @@ template <int B> SPECACHE_DEVICE void write_params(Range r, uint8_t* scale_at, u
     const float low = __fadd_rn(r.low, 0.0f), high = __fadd_rn(r.high, 0.0f), span = __fsub_rn(high, low);
     const float zero = B == 1 ? __fmul_rn(__fadd_rn(__fmul_rn(3.0f, low), high), 0.25f) : low;
     const float scale = B == 1 ? __fmul_rn(span, 0.5f) : __fdiv_rn(span, float((1 << B) - 1));
-    *reinterpret_cast<__half*>(scale_at) = __float2half_rn(scale);
-    *reinterpret_cast<__half*>(zero_at) = __float2half_rn(zero);
+    *reinterpret_cast<uint16_t*>(scale_at) = uint16_t(Fp16::narrow(scale, 0.0f));
+    *reinterpret_cast<uint16_t*>(zero_at) = uint16_t(Fp16::narrow(zero, 0.0f));
 }
 
 // The code of x; 0 where scale is 0, and for a NaN.
@@ -131,7 +131,7 @@ template <int D, int B> SPECACHE_DEVICE void params_k(PackShared<D, B>& shared, 
 }
 
 // Two fp16 numbers of the page in shared memory.
-SPECACHE_DEVICE float2 param_pair(const uint8_t* at) { return __half22float2(*reinterpret_cast<const __half2*>(at)); }
+SPECACHE_DEVICE float2 param_pair(const uint8_t* at) { return Fp16::widen(*reinterpret_cast<const uint32_t*>(at)); }
 
 // A word of K codes: row = token, k = channel.
 template <class T, int D, int B>

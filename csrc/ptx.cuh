@@ -1,4 +1,5 @@
-// Every instruction that CUDA C++ has no name for, behind a named wrapper. The emulation has its own form of each.
+// Every instruction that CUDA C++ has no name for without a header, behind a named wrapper. The emulation has its own
+// form of each. On top of them, the number types that kernels are built for.
 #pragma once
 
 #include "common.cuh"
@@ -23,6 +24,34 @@ SPECACHE_DEVICE uint32_t load_u32(const void* from) { return *static_cast<const 
 
 // 16 bytes to device memory.
 SPECACHE_DEVICE void store_16(void* to, uint4 v) { *static_cast<uint4*>(to) = v; }
+
+// Two fp16 numbers, low half first, as floats.
+SPECACHE_DEVICE float2 widen_fp16(uint32_t pair) {
+    float2 x;
+    asm("{.reg .f16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, low;}" : "=f"(x.x) : "r"(pair));
+    asm("{.reg .f16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, high;}" : "=f"(x.y) : "r"(pair));
+    return x;
+}
+
+// Rounded to the nearest, ties to even; x is the low half.
+SPECACHE_DEVICE uint32_t narrow_fp16(float x, float y) {
+    uint32_t pair;
+    asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(pair) : "f"(x), "f"(y));
+    return pair;
+}
+
+SPECACHE_DEVICE uint32_t narrow_bf16(float x, float y) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(pair) : "f"(x), "f"(y));
+    return pair;
+}
+
+// The products of two pairs of fp16 numbers.
+SPECACHE_DEVICE uint32_t multiply_fp16(uint32_t a, uint32_t b) {
+    uint32_t product;
+    asm("mul.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+    return product;
+}
 
 // d += a b for a 16 x 16 tile of fp16 (row-major) and a 16 x 8 tile (column-major), sums in fp32. Lane 4i + j holds
 //   a: rows i, i+8 (a0, a1), k 2j, 2j+1, and the same of k + 8 (a2, a3)     b: column i, k 2j, 2j+1 (b0) and k + 8 (b1)
@@ -189,6 +218,22 @@ SPECACHE_DEVICE void wait_for_previous_kernel() {
 #endif
 
 namespace specache {
+
+// Two neighbouring 16-bit numbers, low half first: to floats, and rounded from them.
+struct Fp16 {
+    static SPECACHE_DEVICE float2 widen(uint32_t pair) { return widen_fp16(pair); }
+    static SPECACHE_DEVICE uint32_t narrow(float x, float y) { return narrow_fp16(x, y); }
+};
+
+struct Bf16 {
+    static SPECACHE_DEVICE float2 widen(uint32_t pair) {
+        return make_float2(bit_cast<float>(pair << 16), bit_cast<float>(pair & 0xFFFF0000u));
+    }
+    static SPECACHE_DEVICE uint32_t narrow(float x, float y) { return narrow_bf16(x, y); }
+};
+
+// Where a kernel takes 32-bit numbers as well.
+struct Fp32 {};
 
 // mma_m16n8k16 by the type of its operands.
 SPECACHE_DEVICE void mma_16(Fp16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

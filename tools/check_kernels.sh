@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Checks the CUDA kernels without a GPU; needs g++ and python3 with pip (for the compiler, see cuda-toolkit.sh).
-#   1. nvcc builds every kernel with warnings as errors; no spills; registers within the limit written beside it
+#   1. nvcc builds every kernel with warnings as errors; no spills; registers within the limit written beside it.
+#      NVRTC builds them from the sources alone, as the host program does where there is no nvcc
 #   2. the same sources run on the CPU emulation (csrc/emu), plainly and under sanitizers, against plain twins
 #   3. builds with an injected bug must fail their test
 #   4. the emulated driver (csrc/emu/driver) builds, and sees every mistake that it promises to see
@@ -123,6 +124,16 @@ fi
 # The tests must also build for a GPU, where tools/gpu.sh runs them: the small one shows it.
 "$nvcc" -std=c++17 -Werror all-warnings -Xcompiler -Wno-unknown-pragmas -gencode arch=compute_90a,code=sm_90a \
   -x cu -c csrc/tests/layout_test.cpp -o "$out/layout_test.gpu.o" || fail "layout_test does not build for a GPU"
+
+# NVRTC has no header but those that it is given.
+nvrtc=target/nvrtc
+if [ ! -f "$nvrtc/.complete" ]; then
+  rm -rf "$nvrtc"
+  PIP_ROOT_USER_ACTION=ignore python3 -m pip install --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+    --target "$nvrtc" 'nvidia-cuda-nvrtc==13.0.*'
+  touch "$nvrtc/.complete"
+fi
+tools/nvrtc_check.py "$nvrtc/nvidia/cu13/lib" "${architectures[@]}" || fail "a kernel file does not compile by NVRTC"
 
 # The launch plans are C99: the host program's build needs nothing but a C compiler.
 plans=()

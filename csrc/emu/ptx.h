@@ -28,6 +28,14 @@ inline void store_16(void* to, uint4 v) {
     std::memcpy(to, &v, 16);
 }
 
+inline float2 widen_fp16(uint32_t pair) { return __half22float2(bit_cast<__half2>(pair)); }
+inline uint32_t narrow_fp16(float x, float y) { return bit_cast<uint32_t>(__floats2half2_rn(x, y)); }
+inline uint32_t narrow_bf16(float x, float y) { return bit_cast<uint32_t>(__floats2bfloat162_rn(x, y)); }
+
+inline uint32_t multiply_fp16(uint32_t a, uint32_t b) {
+    return bit_cast<uint32_t>(__hmul2(bit_cast<__half2>(a), bit_cast<__half2>(b)));
+}
+
 // Widening by the headers' function takes longer than all the rest of a product.
 inline float emu_half(uint32_t pair, int element) {
     static const std::vector<float> widened = [] {

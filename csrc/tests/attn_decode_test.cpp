@@ -14,6 +14,7 @@
 #include "../attn_decode.cu"
 #include "check.h"
 #include "device.h"
+#include "dtype.h"
 
 using namespace specache;
 
@@ -63,16 +64,6 @@ static std::string name_of(const Case& c) {
 
 // The twin's own: position i sees j > i - w.
 static uint32_t first_visible(uint32_t i, uint32_t w) { return w == 0 || i < w ? 0 : i + 1 - w; }
-
-static float widen(specache_dtype dtype, uint16_t bits) {
-    if (dtype == SPECACHE_BF16) return bit_cast<float>(uint32_t(bits) << 16);
-    return __half2float(bit_cast<__half>(bits));
-}
-
-static uint16_t narrow(specache_dtype dtype, float x) {
-    if (dtype == SPECACHE_BF16) return bit_cast<uint16_t>(__float2bfloat16_rn(x));
-    return bit_cast<uint16_t>(__float2half_rn(x));
-}
 
 // One position of one KV head.
 struct Pair {
@@ -273,7 +264,7 @@ private:
     Pair random_pair(uint16_t* at) {
         Pair pair{std::vector<double>(D), std::vector<double>(D)};
         for (int i = 0; i < 2 * D; i++) {
-            at[i] = narrow(c.dtype, normal(random) + (i < D ? bias(i) : 0));
+            at[i] = uint16_t(narrow(c.dtype, normal(random) + (i < D ? bias(i) : 0)));
             (i < D ? pair.k : pair.v)[i % D] = widen(c.dtype, at[i]);
         }
         return pair;

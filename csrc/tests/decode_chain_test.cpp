@@ -15,6 +15,7 @@
 #include "../select.cu"
 #include "check.h"
 #include "device.h"
+#include "dtype.h"
 
 using namespace specache;
 
@@ -35,7 +36,7 @@ struct Setup {
 // The twin's own: position i sees j > i - w.
 static uint32_t first_visible(uint32_t i, uint32_t w) { return w == 0 || i < w ? 0 : i + 1 - w; }
 
-template <class T, int D, int B, specache_dtype DTYPE> class Chain {
+template <int D, int B, specache_dtype DTYPE> class Chain {
 public:
     Chain(const Setup& setup, void (*attend)(specache_attn_params), void (*pack)(specache_pack_params))
         : setup(setup), attend(attend), pack(pack), random(setup.top_k + setup.window) {
@@ -101,9 +102,8 @@ private:
     void write_pair(uint32_t s, uint32_t j) {
         for (uint32_t h = 0; h < kHeads; h++)
             for (int i = 0; i < D; i++) {
-                const uint32_t two = T::narrow(normal(random) * (i % 17 == 3 ? 4.0f : 1.0f), normal(random));
-                pair_at(s, h, j)[i] = uint16_t(two);
-                pair_at(s, h, j)[D + i] = uint16_t(two >> 16);
+                pair_at(s, h, j)[D + i] = uint16_t(narrow(DTYPE, normal(random)));
+                pair_at(s, h, j)[i] = uint16_t(narrow(DTYPE, normal(random) * (i % 17 == 3 ? 4.0f : 1.0f)));
             }
     }
 
@@ -215,7 +215,7 @@ private:
         std::vector<double> x(2 * D);
         const int g = int(setup.g), t = int(j % kPage);
         if (j >= seqs[s].nq || replaced.count(j) != 0) {
-            for (int i = 0; i < 2 * D; i++) x[size_t(i)] = T::widen(pair_at(s, head, j)[i]).x;
+            for (int i = 0; i < 2 * D; i++) x[size_t(i)] = widen(DTYPE, pair_at(s, head, j)[i]);
             return x;
         }
         const uint8_t* page = caches[s]->packed.data() + (j / kPage * kHeads + head) * head_bytes();
@@ -308,9 +308,9 @@ private:
 static double worst;
 static uint32_t steps;
 
-template <class T, int D, int B, specache_dtype DTYPE>
+template <int D, int B, specache_dtype DTYPE>
 static void run(const Setup& setup, void (*attend)(specache_attn_params), void (*pack)(specache_pack_params)) {
-    Chain<T, D, B, DTYPE> chain(setup, attend, pack);
+    Chain<D, B, DTYPE> chain(setup, attend, pack);
     chain.run();
     worst = std::max(worst, chain.worst);
     steps += setup.steps;
@@ -318,10 +318,10 @@ static void run(const Setup& setup, void (*attend)(specache_attn_params), void (
 
 int main() {
     const auto bf16 = [](const Setup& setup) {
-        run<Bf16, 64, 2, SPECACHE_BF16>(setup, specache_attn_d64_b2_bf16, specache_pack_d64_b2_bf16);
+        run<64, 2, SPECACHE_BF16>(setup, specache_attn_d64_b2_bf16, specache_pack_d64_b2_bf16);
     };
     const auto fp16 = [](const Setup& setup) {
-        run<Fp16, 128, 1, SPECACHE_FP16>(setup, specache_attn_d128_b1_fp16, specache_pack_d128_b1_fp16);
+        run<128, 1, SPECACHE_FP16>(setup, specache_attn_d128_b1_fp16, specache_pack_d128_b1_fp16);
     };
     bf16({32, 16, 0, 66, {40, 170}});
     bf16({64, 320, 0, 25, {60, 220}});

@@ -52,7 +52,7 @@ __global__ void product(uint64_t codes, uint64_t b_address, uint64_t out_address
                     // 2^-e goes into B, with 2^4 to keep it among the normal numbers.
                     const float fold = ldexpf(1.0f, 4 - code_exponent<B>(octet));
                     const float* at = b + i * K_LEN + octet * 8 + 2 * j;
-                    operand[h] = bit_cast<uint32_t>(__floats2half2_rn(at[0] * fold, at[1] * fold));
+                    operand[h] = Fp16::narrow(at[0] * fold, at[1] * fold);
                 }
                 mma_m16n8k16(sum, a, operand[0], operand[1]);
             }

@@ -11,6 +11,7 @@
 #include "../pack.cu"
 #include "check.h"
 #include "device.h"
+#include "dtype.h"
 
 using namespace specache;
 
@@ -24,16 +25,6 @@ static const std::map<std::string, Kernel>& kernels() {
 }
 
 // ---- the twin ---------------------------------------------------------------------------------------------------
-
-static float widen(specache_dtype dtype, uint16_t bits) {
-    if (dtype == SPECACHE_BF16) return bit_cast<float>(uint32_t(bits) << 16);
-    return __half2float(bit_cast<__half>(bits));
-}
-
-static uint16_t narrow(specache_dtype dtype, float x) {
-    if (dtype == SPECACHE_BF16) return bit_cast<uint16_t>(__float2bfloat16_rn(x));
-    return bit_cast<uint16_t>(__float2half_rn(x));
-}
 
 struct Group {
     uint16_t zero, scale;   // fp16 bits
@@ -52,7 +43,7 @@ static Group quantise(const std::vector<float>& values, int bits) {
     const int top = (1 << bits) - 1;
     const float zero = bits == 1 ? (3.0f * low + high) / 4.0f : low;
     const float scale = bits == 1 ? (high - low) / 2.0f : (high - low) / float(top);
-    Group out{narrow(SPECACHE_FP16, zero), narrow(SPECACHE_FP16, scale), {}};
+    Group out{uint16_t(narrow(SPECACHE_FP16, zero)), uint16_t(narrow(SPECACHE_FP16, scale)), {}};
     const float z = widen(SPECACHE_FP16, out.zero), s = widen(SPECACHE_FP16, out.scale);
     for (float x : values) {
         const float level = s == 0 ? 0 : nearbyintf((x - z) / s);
@@ -114,7 +105,7 @@ static void fill_wide(const Case& c, device::Buffer& wide) {
             const Kind kind = Kind((page * kHeads + head + c.seed) % kKinds);
             for (int token = 0; token < kPage; token++)
                 for (uint32_t i = 0; i < 2 * c.d; i++)
-                    *at++ = narrow(c.dtype, value(kind, c.dtype, int(c.bits), token, int(i % c.d), random));
+                    *at++ = uint16_t(narrow(c.dtype, value(kind, c.dtype, int(c.bits), token, int(i % c.d), random)));
         }
 }
 
