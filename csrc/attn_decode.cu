@@ -756,6 +756,7 @@ SPECACHE_DEVICE void combine(const specache_attn_params& p) {
 #define SPECACHE_ATTN_KERNEL(D, B, dtype, T)                                                   \
     extern "C" __global__ void __launch_bounds__(SPECACHE_ATTN_THREADS, SPECACHE_ATTN_CTAS(D)) \
         specache_attn_d##D##_b##B##_##dtype(const __grid_constant__ specache_attn_params p) {  \
+        specache::follow_previous_kernel();                                                    \
         specache::attend<specache::T, D, B>(p);                                                \
     }
 SPECACHE_ATTN_KERNELS(SPECACHE_ATTN_KERNEL)
@@ -764,5 +765,6 @@ SPECACHE_ATTN_KERNELS(SPECACHE_ATTN_KERNEL)
 // registers: <= 64 specache_attn_combine
 extern "C" __global__ void __launch_bounds__(SPECACHE_ATTN_THREADS)
     specache_attn_combine(const __grid_constant__ specache_attn_params p) {
+    specache::follow_previous_kernel();
     specache::combine(p);
 }

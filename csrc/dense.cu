@@ -48,8 +48,7 @@ SPECACHE_DEVICE float sum_block(NormShared& shared, float x) {
 
 template <class T> SPECACHE_DEVICE void norm16(const specache_norm16_params& p) {
     SPECACHE_SHARED(NormShared, shared);
-    let_next_kernel_start();
-    wait_for_previous_kernel();
+    follow_previous_kernel();
     const uint32_t row = blockIdx.x, fours = p.hidden / 4;
     const size_t first = size_t(row) * fours;
     float squares = 0.0f;
@@ -73,8 +72,7 @@ template <class T> SPECACHE_DEVICE void norm16(const specache_norm16_params& p) 
 // ---- finish_qkv: a warp for each row and head -------------------------------------------------------------------
 
 SPECACHE_DEVICE void finish_qkv(const specache_finish_qkv_params& p) {
-    let_next_kernel_start();
-    wait_for_previous_kernel();
+    follow_previous_kernel();
     const uint32_t heads = p.n_heads + 2 * p.n_kv_heads, unit = blockIdx.x * kDenseWarps + threadIdx.x / 32;
     const uint32_t row = unit / heads, head = unit % heads, lane = threadIdx.x % 32, half = p.head_dim / 2;
     if (row >= p.n_rows) return;
@@ -122,8 +120,7 @@ SPECACHE_DEVICE void finish_qkv(const specache_finish_qkv_params& p) {
 // ---- round16, swiglu16: eight numbers a thread ------------------------------------------------------------------
 
 template <class T> SPECACHE_DEVICE void round16(const specache_round16_params& p) {
-    let_next_kernel_start();
-    wait_for_previous_kernel();
+    follow_previous_kernel();
     const size_t eight = size_t(blockIdx.x) * SPECACHE_DENSE_THREADS + threadIdx.x;
     if (eight >= p.count / 8) return;
     store_16(reinterpret_cast<uint4*>(p.y) + eight,
@@ -137,8 +134,7 @@ SPECACHE_DEVICE float4 add_bias(float4 x, uint64_t bias, size_t four) {
 }
 
 template <class T> SPECACHE_DEVICE void swiglu16(const specache_swiglu16_params& p) {
-    let_next_kernel_start();
-    wait_for_previous_kernel();
+    follow_previous_kernel();
     const uint32_t eights = p.intermediate / 8;   // of a row
     const size_t index = size_t(blockIdx.x) * SPECACHE_DENSE_THREADS + threadIdx.x;
     const size_t row = index / eights, eight = index % eights;

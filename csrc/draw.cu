@@ -311,8 +311,7 @@ SPECACHE_DEVICE specache_draw load_draw(uint64_t draws, uint32_t index) {
 
 SPECACHE_DEVICE void draw(const specache_draw_params& p) {
     SPECACHE_SHARED(DrawShared, shared);
-    let_next_kernel_start();
-    wait_for_previous_kernel();
+    follow_previous_kernel();
     DrawRow row{};
     row.draw = load_draw(p.draws, blockIdx.x);
     if (row.draw.row == SPECACHE_NONE) return;

@@ -93,8 +93,7 @@ SPECACHE_DEVICE void append_places(const specache_embed_params& p, uint32_t row,
 }
 
 template <class T> SPECACHE_DEVICE void embed(const specache_embed_params& p) {
-    let_next_kernel_start();
-    wait_for_previous_kernel();
+    follow_previous_kernel();
     const uint32_t row = blockIdx.x;
     widen_row<T>(p, row);
     const RowPlace place = row_place(p, row);

@@ -101,8 +101,7 @@ template <class T, int N_TILES> SPECACHE_DEVICE void qkv(const specache_qkv_para
 
 // RMS norm and RoPE of one head of one row; q stays in its place, k goes to the cache.
 SPECACHE_DEVICE void head_norm(const specache_qkv_params& p) {
-    let_next_kernel_start();
-    wait_for_previous_kernel();
+    follow_previous_kernel();
     const int warps = SPECACHE_HEAD_NORM_THREADS / 32, heads = int(p.n_heads + p.n_kv_heads);
     const int unit = int(blockIdx.x) * warps + int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
     const int row = unit / heads, head = unit % heads, half = int(p.head_dim) / 2;

@@ -219,6 +219,12 @@ SPECACHE_DEVICE void wait_for_previous_kernel() {
 
 namespace specache {
 
+// For a kernel that reads nothing early: it starts when it may, and waits at once.
+SPECACHE_DEVICE void follow_previous_kernel() {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+}
+
 // Two neighbouring 16-bit numbers, low half first: to floats, and rounded from them.
 struct Fp16 {
     static SPECACHE_DEVICE float2 widen(uint32_t pair) { return widen_fp16(pair); }

@@ -54,8 +54,7 @@ SPECACHE_DEVICE void best_of_slice(const specache_argmax_params& p) {
         specache_choice best[kArgmaxWarps];
     };
     SPECACHE_SHARED(Shared, shared);
-    let_next_kernel_start();
-    wait_for_previous_kernel();
+    follow_previous_kernel();
     const uint32_t slices = argmax_slices(p), row = blockIdx.x / slices, slice = blockIdx.x % slices;
     const float* logits = reinterpret_cast<const float*>(p.logits) + size_t(row) * p.vocab;
     const uint32_t first = slice * SPECACHE_ARGMAX_SLICE, end = lower(first + SPECACHE_ARGMAX_SLICE, p.vocab);
@@ -75,8 +74,7 @@ SPECACHE_DEVICE void best_of_slice(const specache_argmax_params& p) {
 
 // Step 2: the best of a row's slices. Token 0 where all logits are NaN, as on the CPU.
 SPECACHE_DEVICE void best_of_row(const specache_argmax_params& p) {
-    let_next_kernel_start();
-    wait_for_previous_kernel();
+    follow_previous_kernel();
     const uint32_t slices = argmax_slices(p), row = blockIdx.x;
     specache_choice best = no_choice();
     for (uint32_t s = threadIdx.x; s < slices; s += 32) {

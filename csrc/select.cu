@@ -347,10 +347,12 @@ SPECACHE_DEVICE void select_merge(const specache_select_params& p) {
 // registers: <= 40 specache_select_*   (3 CTAs of 512 threads an SM; shared memory allows 2 to 5)
 extern "C" __global__ void __launch_bounds__(SPECACHE_SELECT_THREADS, 3)
     specache_select_chunks(const __grid_constant__ specache_select_params p) {
+    specache::follow_previous_kernel();
     specache::select_chunk(p);
 }
 
 extern "C" __global__ void __launch_bounds__(SPECACHE_SELECT_THREADS, 3)
     specache_select_merge(const __grid_constant__ specache_select_params p) {
+    specache::follow_previous_kernel();
     specache::select_merge(p);
 }

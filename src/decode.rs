@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 
 use crate::context::Context;
 use crate::cuda::{GpuModel, Place};
-use crate::device::cuda::Gpu;
 use crate::device::order::{StreamId, Uses};
 use crate::device::{Device, Schedule};
 use crate::error::{Error, Result};
@@ -173,7 +172,7 @@ fn undo(
     members: &[Member],
     layer: usize,
     kind: Pass,
-    rows: &Rows,
+    rows: &mut Rows,
     fetches: &mut FetchQueue,
 ) {
     for m in members {
@@ -351,11 +350,11 @@ fn fetch(
     layer: usize,
     mode: KvMode,
     kind: Pass,
-    rows: &Rows,
+    rows: &mut Rows,
     fetches: &mut FetchQueue,
 ) {
     let schedule = device.pipeline();
-    let gather = |gpu: &Gpu| rows.gpu.gather(gpu, config, layer, mode);
+    let mut gather = || rows.gpu.gather(device, config, layer, mode);
     for m in members {
         let session = &mut *batch[m.index].session;
         if session.kv().mode != mode {
@@ -368,10 +367,10 @@ fn fetch(
         session.note_fetch(layer, fetched, kind == Pass::PreDecode);
         // The paper's copies are one sequence's each. A GPU's kernels serve all sequences that share their launches.
         if schedule == Schedule::Stream && device.gpu().is_none() {
-            fetches.launch(device, layer, gather);
+            fetches.launch(device, layer, &mut gather);
         }
     }
-    fetches.launch(device, layer, gather);
+    fetches.launch(device, layer, &mut gather);
     if schedule == Schedule::Serial && mode == KvMode::SpeCache {
         arrive(device, batch, members, layer);
     }
@@ -428,14 +427,14 @@ fn begin_on_gpu(
     seqs: &[SeqRows],
     rows: &mut Rows,
 ) -> Result<()> {
-    let (config, gpu) = (&context.model.config, context.device.gpu().expect("a model on a GPU"));
+    let config = &context.model.config;
     let places = members.iter().zip(seqs).map(|(m, s)| place(batch[m.index].session, m.tokens, s.n_rows));
     let places: Vec<Place> = places.collect();
     rows.gpu.reserve(&context.device, config, &places)?;
     members.iter().for_each(|m| batch[m.index].session.cache.refresh_tables());
     let _embed = context.device.operation("embed", |_| {});
     let cache = |l: usize, i: usize| batch[members[i].index].session.cache.places(l);
-    rows.gpu.begin(gpu, model, config, context.rope.attention_factor, &places, cache);
+    rows.gpu.begin(&context.device, model, config, context.rope.attention_factor, &places, cache);
     Ok(())
 }
 

@@ -67,7 +67,7 @@ impl Cache {
         let mut packed = alloc(&device, n / PAGE * shape.packed_page_bytes());
         let (mut low_k, mut low_v) = (vec![vec![]; shape.n_kv_heads], vec![vec![]; shape.n_kv_heads]);
         if shape.dtype != Dtype::F32 && shape.head_dim.is_multiple_of(shape.packed.group_size) {
-            pack_pages(&device, &shape, &pages, 0, &mut packed);
+            pack_pages(&device, &shape, &pages, 0, &mut packed, None);
             for head in 0..shape.n_kv_heads {
                 for (k, v) in k[head].chunks(PAGE).zip(v[head].chunks(PAGE)) {
                     let page = reference::quantise_page(k, v, shape.packed.bits, shape.packed.group_size);

@@ -20,7 +20,7 @@ use crate::device::cuda::bindings::abi::{
 };
 use crate::device::cuda::{Gpu, PinnedMemory};
 use crate::device::order::StreamId;
-use crate::device::{Buffer, Device};
+use crate::device::{Buffer, Device, Event};
 use crate::error::Result;
 use crate::kv::{KvMode, KvOptions, KvShape};
 use crate::model::Config;
@@ -173,12 +173,20 @@ pub(crate) struct Workspace {
 }
 
 struct Memory {
+    device: Device,
     sizes: Sizes,
     scratch: Buffer,
     scratch_at: Scratch,
+    /// Twice: for this pass, and for the one before, whose last gathers may still read it.
     told: Buffer,
     told_host: PinnedMemory,
     told_at: Told,
+    /// Which of the two is this pass's.
+    turn: usize,
+    /// When gathers have read the two.
+    told_read: [Option<Event>; 2],
+    /// `[layer]`: when the last gather is done.
+    gathered: Vec<Option<Event>>,
     results: Buffer,
     results_host: PinnedMemory,
     results_at: Results,
@@ -234,7 +242,7 @@ impl Workspace {
     /// Tells the GPU what the pass is about, and embeds its tokens. `cache(l, i)`: where layer l of sequence i lies.
     pub(crate) fn begin(
         &mut self,
-        gpu: &Gpu,
+        device: &Device,
         model: &GpuModel,
         config: &Config,
         attention_factor: f32,
@@ -242,16 +250,22 @@ impl Workspace {
         cache: impl Fn(usize, usize) -> specache_layer_cache,
     ) {
         let Workspace { memory, groups, .. } = self;
+        let gpu = device.gpu().expect("a GPU's workspace");
         let memory = memory.as_mut().expect("reserved before the pass");
         for group in groups.iter() {
             memory.tell(group, places, config.n_layers, &cache);
         }
-        gpu.send(StreamId::Compute, memory.told.address(), &memory.told_host, 0..memory.told_at.bytes);
+        // The last gathers of the pass before may still read what they were told.
+        memory.turn ^= 1;
+        if let Some(event) = memory.told_read[memory.turn].take() {
+            device.after(StreamId::Compute, event, "a gather has read its state before the state is overwritten");
+        }
+        gpu.send(StreamId::Compute, memory.told(), &memory.told_host, 0..memory.told_at.bytes);
         for (number, group) in groups.iter().enumerate() {
             let rows = memory.rows(config, number, group);
             let params = specache_embed_params {
                 table: model.embed.weight,
-                tokens: memory.told.address() + (memory.told_at.tokens + group.rows.start * 4) as u64,
+                tokens: memory.told() + (memory.told_at.tokens + group.rows.start * 4) as u64,
                 seqs: memory.seqs(group),
                 caches: memory.caches(config.n_layers, group, 0),
                 inv_freq: model.inv_freq,
@@ -317,7 +331,12 @@ impl Workspace {
     }
 
     /// Selection of the sequences of one mode, by their last rows' attention just computed, and the slots for it.
-    pub(crate) fn select(&self, gpu: &Gpu, config: &Config, l: usize, mode: KvMode) {
+    pub(crate) fn select(&self, device: &Device, config: &Config, l: usize, mode: KvMode) {
+        let gpu = device.gpu().expect("a GPU's workspace");
+        // Other sequences may have had this layer's lists of fetches before, and nobody may have waited for theirs yet.
+        if let Some(event) = self.memory().gathered[l] {
+            device.after(StreamId::Compute, event, "a gather has read its list before the next selection");
+        }
         for (number, group) in self.groups.iter().enumerate().filter(|(_, g)| g.mode == mode && g.top_k > 0) {
             let params = self.memory().selection(gpu, config, number, group, l);
             gpu.launch(specache_select_plan, &params);
@@ -325,8 +344,9 @@ impl Workspace {
         }
     }
 
-    /// The selected pairs of the sequences of one mode begin to come from the host.
-    pub(crate) fn gather(&self, gpu: &Gpu, config: &Config, l: usize, mode: KvMode) {
+    /// The selected pairs of the sequences of one mode begin to come from the host. Returns when they are there.
+    pub(crate) fn gather(&mut self, device: &Device, config: &Config, l: usize, mode: KvMode) -> Event {
+        let gpu = device.gpu().expect("a GPU's workspace");
         for group in self.groups.iter().filter(|g| g.mode == mode && g.top_k > 0) {
             let memory = self.memory();
             let (fetches, fetch_counts) = memory.fetches(config, group, l);
@@ -345,6 +365,11 @@ impl Workspace {
             };
             gpu.launch_on(StreamId::CopyIn, specache_fetch_plan, &params);
         }
+        let event = device.record(StreamId::CopyIn);
+        let memory = self.memory.as_mut().expect("reserved before the pass");
+        memory.gathered[l] = Some(event);
+        memory.told_read[memory.turn] = Some(event);
+        event
     }
 
     /// Logits and their argmax; then everything that the host asks for is on its way there: the logits of real rows, and
@@ -439,20 +464,31 @@ impl Workspace {
     }
 }
 
+impl Drop for Memory {
+    /// Sessions wait for their own pairs, and may outlive what the gathers read here.
+    fn drop(&mut self) {
+        self.gathered.iter().flatten().for_each(|&event| self.device.finish(event));
+    }
+}
+
 impl Memory {
     fn new(device: &Device, config: &Config, sizes: Sizes) -> Result<Memory> {
         let gpu = device.gpu().expect("a GPU's workspace");
         let scratch_at = Scratch::new(gpu, config, &sizes);
         let (told_at, results_at) = (Told::new(config, &sizes), Results::new(config, &sizes));
-        let total = scratch_at.bytes + told_at.bytes + results_at.bytes;
+        let total = scratch_at.bytes + 2 * told_at.bytes + results_at.bytes;
         let mut grants = device.grant(total as u64, 0, "the workspace of decode steps")?;
         Ok(Memory {
+            device: device.clone(),
             sizes,
             scratch: grants.device(scratch_at.bytes, "the workspace of decode steps")?,
             scratch_at,
-            told: grants.device(told_at.bytes, "the state of decode steps")?,
+            told: grants.device(2 * told_at.bytes, "the state of decode steps")?,
             told_host: PinnedMemory::new(gpu.driver(), told_at.bytes)?,
             told_at,
+            turn: 0,
+            told_read: [None; 2],
+            gathered: vec![None; config.n_layers],
             results: grants.device(results_at.bytes, "the results of decode steps")?,
             results_host: PinnedMemory::new(gpu.driver(), results_at.bytes)?,
             results_at,
@@ -490,15 +526,20 @@ impl Memory {
         }
     }
 
+    /// What this pass is told.
+    fn told(&self) -> u64 {
+        self.told.address() + (self.turn * self.told_at.bytes) as u64
+    }
+
     /// Places of a group's sequences.
     fn seqs(&self, group: &Group) -> u64 {
-        self.told.address() + (self.told_at.seqs + group.seqs.start * size_of::<specache_seq>()) as u64
+        self.told() + (self.told_at.seqs + group.seqs.start * size_of::<specache_seq>()) as u64
     }
 
     /// Caches of a group's sequences in layer `l`.
     fn caches(&self, n_layers: usize, group: &Group, l: usize) -> u64 {
         let entry = group.seqs.start * n_layers + l * group.n_seqs();
-        self.told.address() + (self.told_at.caches + entry * size_of::<specache_layer_cache>()) as u64
+        self.told() + (self.told_at.caches + entry * size_of::<specache_layer_cache>()) as u64
     }
 
     fn append(&self, config: &Config, group: usize, l: usize) -> u64 {

@@ -496,9 +496,10 @@ impl Cache {
 
     /// Packs complete wide pages, beginning with page `first`, and gives them to the next page-out.
     fn pack_and_stage(&mut self, layer: usize, first: usize, pages: &[WidePage]) {
+        let list = self.tables.as_ref().map(|tables| tables.address(layer, List::Wide) + first as u64 * 8);
         let layer = &mut self.layers[layer];
         if self.options.mode.low_bit() {
-            ops::pack::pack_pages(&self.device, &self.shape, pages, first, &mut layer.packed);
+            ops::pack::pack_pages(&self.device, &self.shape, pages, first, &mut layer.packed, list);
         }
         let Some(table) = &layer.host else { return };
         let HostPages { promised, spare, page_out, .. } = &mut self.host;

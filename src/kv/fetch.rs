@@ -21,7 +21,6 @@ use super::options::PAGE;
 use super::prefetch::Slots;
 use super::slab::PageRef;
 use crate::device::buffer::{Line, unique_id};
-use crate::device::cuda::Gpu;
 use crate::device::link::CopyEngine;
 use crate::device::order::{Resource, StreamId, Uses};
 use crate::device::{Carried, Device, Event, Job, Schedule};
@@ -217,10 +216,10 @@ impl FetchQueue {
     }
 
     /// Launches what was added to `layer`, if anything was. `gather` is the launch on a GPU, where kernels have selected and
-    /// know what is missing.
-    pub(crate) fn launch(&mut self, device: &Device, layer: usize, gather: impl FnOnce(&Gpu)) {
-        if let Some(gpu) = device.gpu() {
-            return self.on_gpu.launch(device, || gather(gpu));
+    /// know what is missing; it says when the pairs are there.
+    pub(crate) fn launch(&mut self, device: &Device, layer: usize, gather: impl FnOnce() -> Event) {
+        if device.gpu().is_some() {
+            return self.on_gpu.launch(device, gather);
         }
         let Some(open) = self.open.take() else { return };
         let fetch = &mut self.fetches[layer][open];
@@ -272,7 +271,7 @@ impl GpuFetch {
         Fetched { fetched: 0, selected: (n_kv_heads * count) as u64 }
     }
 
-    fn launch(&mut self, device: &Device, gather: impl FnOnce()) {
+    fn launch(&mut self, device: &Device, gather: impl FnOnce() -> Event) {
         if self.slots.is_empty() {
             return;
         }
@@ -289,8 +288,7 @@ impl GpuFetch {
                 });
             }
         });
-        gather();
-        let event = device.record(StreamId::CopyIn);
+        let event = gather();
         for slots in self.slots.drain(..) {
             slots.work(|_| Ok(())); // what fails on the GPU, its driver tells at the end of the pass
             slots.depart(event);

@@ -49,8 +49,8 @@ pub fn select(
 
 /// On a GPU: begins the selections of all sequences of one mode, which [`select`] has prepared.
 pub(crate) fn launch(device: &Device, config: &Config, l: usize, rows: &Rows, mode: KvMode) {
-    if let Some(gpu) = device.gpu() {
-        rows.gpu.select(gpu, config, l, mode);
+    if device.gpu().is_some() {
+        rows.gpu.select(device, config, l, mode);
     }
 }
 
