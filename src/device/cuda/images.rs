@@ -17,9 +17,29 @@ macro_rules! sources {
 }
 
 /// Each is a program of its own.
-pub(crate) const KERNELS: &[Source] =
-    sources!["attn_decode.cu", "embed.cu", "linear.cu", "pack.cu", "sample.cu", "select.cu"];
+pub(crate) const KERNELS: &[Source] = sources![
+    "attn_decode.cu",
+    "attn_prefill.cu",
+    "dense.cu",
+    "draw.cu",
+    "embed.cu",
+    "fetch.cu",
+    "linear.cu",
+    "pack.cu",
+    "sample.cu",
+    "select.cu",
+];
 
 /// What they include.
-pub(crate) const HEADERS: &[Source] =
-    sources!["abi.h", "attn_work.h", "common.cuh", "kv_layout.cuh", "product.cuh", "ptx.cuh"];
+pub(crate) const HEADERS: &[Source] = sources![
+    "abi.h",
+    "attn_work.h",
+    "common.cuh",
+    "kernels.h",
+    "kv_layout.cuh",
+    "prefill_work.h",
+    "product.cuh",
+    "ptx.cuh",
+    "rows.cuh",
+    "seq.cuh",
+];
