@@ -653,6 +653,7 @@ template <int D> SPECACHE_DEVICE void store_part(const MergeShared<D>& merge, fl
 }
 
 template <class T, int D, int B> SPECACHE_DEVICE void attend(const specache_attn_params& p) {
+    wait_for_previous_kernel();
     SPECACHE_DYNAMIC_SHARED(memory);
     SPECACHE_SHARED(Unit, unit);
     AttnShared<D>& shared = *reinterpret_cast<AttnShared<D>*>(memory);
@@ -695,6 +696,7 @@ struct CombineShared {
 
 // One row and query head a CTA; warps share the parts, lanes the channels.
 SPECACHE_DEVICE void combine(const specache_attn_params& p) {
+    wait_for_previous_kernel();
     SPECACHE_SHARED(CombineShared, shared);
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t head = blockIdx.x % p.n_heads, row = blockIdx.x / p.n_heads % 2;

@@ -429,6 +429,7 @@ SPECACHE_DEVICE void store_queries(const specache_prefill_params& p, const Prefi
 }
 
 template <class T, int D> SPECACHE_DEVICE void attend_prefill(const specache_prefill_params& p) {
+    wait_for_previous_kernel();
     SPECACHE_DYNAMIC_SHARED(memory);
     const PrefillTile tile = find_prefill_tile(p);
     if (tile.found == 0) return;

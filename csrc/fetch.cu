@@ -150,6 +150,7 @@ SPECACHE_DEVICE void copy_pieces(const specache_fetch_params& p, uint32_t first,
 }
 
 SPECACHE_DEVICE void fetch_pairs(const specache_fetch_params& p) {
+    wait_for_previous_kernel();
     SPECACHE_SHARED(FetchShared, shared);
     uint64_t fetched = 0;
 #pragma unroll 1

@@ -206,6 +206,7 @@ template <int D, int B> SPECACHE_DEVICE void store_page(const PackShared<D, B>& 
 }
 
 template <class T, int D, int B> SPECACHE_DEVICE void pack_head(const specache_pack_params& p) {
+    wait_for_previous_kernel();
     using Shared = PackShared<D, B>;
     SPECACHE_SHARED(Shared, shared);
     const uint32_t page = blockIdx.x / p.n_kv_heads, head = blockIdx.x % p.n_kv_heads;

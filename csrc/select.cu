@@ -193,6 +193,7 @@ SPECACHE_DEVICE void write_keys(const specache_select_params& p, RankedRow row, 
 }
 
 SPECACHE_DEVICE void select_chunk(const specache_select_params& p) {
+    wait_for_previous_kernel();
     SPECACHE_SHARED(ChunkShared, shared);
     const uint32_t chunk = blockIdx.x % most_chunks(&p), head = blockIdx.x / most_chunks(&p);
     const uint32_t heads = p.n_seqs * p.n_kv_heads, seq_and_head = head % heads;
@@ -318,6 +319,7 @@ SPECACHE_DEVICE void count_hits(const specache_select_params& p, const specache_
 }
 
 SPECACHE_DEVICE void select_merge(const specache_select_params& p) {
+    wait_for_previous_kernel();
     SPECACHE_SHARED(HeadShared, shared);
     const uint32_t seq_and_head = blockIdx.x;
     const specache_seq seq = load_seq(p.seqs, seq_and_head / p.n_kv_heads);

@@ -70,6 +70,7 @@ static Report& report() {
 static void add_line(const char* kind, const char* format, va_list args) {
     char line[512];
     std::vsnprintf(line, sizeof line, format, args);
+    if (kind[0] == 'e') std::fprintf(stderr, "emulated driver: %s%s\n", kind, line);
     if (report().lines++ < 100) report().text += std::string(kind) + line + "\n";
     log_call(kind[0] == 'e' ? "error" : "note", "\"text\":\"%s\"", line);
 }
