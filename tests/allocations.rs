@@ -36,9 +36,11 @@ fn note() {
     let frame = trace.lines().find(|line| {
         ["rayon", "crossbeam", "specache::"].iter().any(|name| line.contains(name)) && !line.contains("allocations")
     });
+    // Not ours: the test harness, and a thread that was started before (to touch an arena) and only begins to run now.
+    let foreign = frame.is_none() && ["test::test_main", "stack_overflow::"].iter().any(|name| trace.contains(name));
     if frame.is_some_and(|line| line.contains("rayon") || line.contains("crossbeam")) {
         RAYON.fetch_add(1, Ordering::Relaxed);
-    } else {
+    } else if !foreign {
         OURS.lock().unwrap().push(trace);
     }
     NOTING.set(false);
@@ -106,14 +108,21 @@ fn a_step_allocates_nothing() {
                         session
                     })
                     .collect();
-                // Each thread warms up when work first comes to it, and which thread takes what is rayon's to decide. So
-                // the first three rounds may allocate; the last two, each longer than from one page's end to the next,
-                // not.
-                for round in 0..5 {
+                // Each thread warms up when work first comes to it, and which thread takes what is rayon's to decide: so each
+                // does alone, while the others wait for their turn, all that comes in 64 steps.
+                let state = Mutex::new((&mut sessions, &mut buffers));
+                engine.device().run(|| {
+                    rayon::broadcast(|_| {
+                        let (sessions, buffers) = &mut *state.lock().unwrap();
+                        watch(&engine, sessions, &tokens[..65], buffers);
+                    })
+                });
+                // The first two rounds may allocate; the last two, each longer than from one page's end to the next, not.
+                for round in 0..4 {
                     let tokens = &tokens[650 + round * 80..730 + round * 80];
                     let allocations = watch(&engine, &mut sessions, tokens, &mut buffers);
                     let what = format!("{}, {}, {threads} threads, round {round}", mode.name(), pipeline.name());
-                    if let (Some(first), true) = (allocations.first(), round >= 3) {
+                    if let (Some(first), true) = (allocations.first(), round >= 2) {
                         panic!("{what}: {} allocations, the first:\n{first}", allocations.len());
                     }
                 }

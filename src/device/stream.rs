@@ -86,7 +86,10 @@ struct Queue {
     done: AtomicU64,
 }
 
-#[derive(Default)]
+/// Items that a queue has room for from the beginning: what a step of a large model gives a stream, even if its thread does
+/// not run meanwhile. A launch is one item and up to three waits.
+const QUEUE_ROOM: usize = 4096;
+
 struct State {
     items: VecDeque<Item>,
     /// Items that were ever given.
@@ -96,6 +99,12 @@ struct State {
     /// The worker sleeps until it is given something.
     idle: bool,
     quit: bool,
+}
+
+impl Default for State {
+    fn default() -> State {
+        State { items: VecDeque::with_capacity(QUEUE_ROOM), issued: 0, waiters: 0, idle: false, quit: false }
+    }
 }
 
 enum Item {
