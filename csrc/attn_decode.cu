@@ -653,7 +653,7 @@ template <int D> SPECACHE_DEVICE void store_part(const MergeShared<D>& merge, fl
 }
 
 template <class T, int D, int B> SPECACHE_DEVICE void attend(const specache_attn_params& p) {
-    wait_for_previous_kernel();
+    follow_previous_kernel();
     SPECACHE_DYNAMIC_SHARED(memory);
     SPECACHE_SHARED(Unit, unit);
     AttnShared<D>& shared = *reinterpret_cast<AttnShared<D>*>(memory);
@@ -696,7 +696,7 @@ struct CombineShared {
 
 // One row and query head a CTA; warps share the parts, lanes the channels.
 SPECACHE_DEVICE void combine(const specache_attn_params& p) {
-    wait_for_previous_kernel();
+    follow_previous_kernel();
     SPECACHE_SHARED(CombineShared, shared);
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t head = blockIdx.x % p.n_heads, row = blockIdx.x / p.n_heads % 2;
@@ -758,7 +758,6 @@ SPECACHE_DEVICE void combine(const specache_attn_params& p) {
 #define SPECACHE_ATTN_KERNEL(D, B, dtype, T)                                                   \
     extern "C" __global__ void __launch_bounds__(SPECACHE_ATTN_THREADS, SPECACHE_ATTN_CTAS(D)) \
         specache_attn_d##D##_b##B##_##dtype(const __grid_constant__ specache_attn_params p) {  \
-        specache::follow_previous_kernel();                                                    \
         specache::attend<specache::T, D, B>(p);                                                \
     }
 SPECACHE_ATTN_KERNELS(SPECACHE_ATTN_KERNEL)
@@ -767,6 +766,5 @@ SPECACHE_ATTN_KERNELS(SPECACHE_ATTN_KERNEL)
 // registers: <= 64 specache_attn_combine
 extern "C" __global__ void __launch_bounds__(SPECACHE_ATTN_THREADS)
     specache_attn_combine(const __grid_constant__ specache_attn_params p) {
-    specache::follow_previous_kernel();
     specache::combine(p);
 }

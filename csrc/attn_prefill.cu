@@ -429,7 +429,7 @@ SPECACHE_DEVICE void store_queries(const specache_prefill_params& p, const Prefi
 }
 
 template <class T, int D> SPECACHE_DEVICE void attend_prefill(const specache_prefill_params& p) {
-    wait_for_previous_kernel();
+    follow_previous_kernel();
     SPECACHE_DYNAMIC_SHARED(memory);
     const PrefillTile tile = find_prefill_tile(p);
     if (tile.found == 0) return;
@@ -457,7 +457,6 @@ template <class T, int D> SPECACHE_DEVICE void attend_prefill(const specache_pre
 #define SPECACHE_PREFILL_KERNEL(D, dtype, T)                                                            \
     extern "C" __global__ void __launch_bounds__(SPECACHE_PREFILL_THREADS(D), SPECACHE_PREFILL_CTAS(D)) \
         specache_prefill_d##D##_##dtype(const __grid_constant__ specache_prefill_params p) {            \
-        specache::follow_previous_kernel();                                                             \
         specache::attend_prefill<specache::T, D>(p);                                                    \
     }
 SPECACHE_PREFILL_KERNELS(SPECACHE_PREFILL_KERNEL)

@@ -150,7 +150,7 @@ SPECACHE_DEVICE void copy_pieces(const specache_fetch_params& p, uint32_t first,
 }
 
 SPECACHE_DEVICE void fetch_pairs(const specache_fetch_params& p) {
-    wait_for_previous_kernel();
+    follow_previous_kernel();
     SPECACHE_SHARED(FetchShared, shared);
     uint64_t fetched = 0;
 #pragma unroll 1
@@ -170,6 +170,5 @@ SPECACHE_DEVICE void fetch_pairs(const specache_fetch_params& p) {
 // registers: <= 80 specache_fetch_pairs   (a CTA of 512 threads leaves a third of its SM to others)
 extern "C" __global__ void __launch_bounds__(SPECACHE_FETCH_THREADS, 1)
     specache_fetch_pairs(const __grid_constant__ specache_fetch_params p) {
-    specache::follow_previous_kernel();
     specache::fetch_pairs(p);
 }

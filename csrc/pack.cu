@@ -206,7 +206,7 @@ template <int D, int B> SPECACHE_DEVICE void store_page(const PackShared<D, B>& 
 }
 
 template <class T, int D, int B> SPECACHE_DEVICE void pack_head(const specache_pack_params& p) {
-    wait_for_previous_kernel();
+    follow_previous_kernel();
     using Shared = PackShared<D, B>;
     SPECACHE_SHARED(Shared, shared);
     const uint32_t page = blockIdx.x / p.n_kv_heads, head = blockIdx.x % p.n_kv_heads;
@@ -234,7 +234,6 @@ template <class T, int D, int B> SPECACHE_DEVICE void pack_head(const specache_p
 #define SPECACHE_PACK_KERNEL(D, B, dtype, T)                                                  \
     extern "C" __global__ void __launch_bounds__(SPECACHE_PACK_THREADS)                       \
         specache_pack_d##D##_b##B##_##dtype(const __grid_constant__ specache_pack_params p) { \
-        specache::follow_previous_kernel();                                                   \
         specache::pack_head<specache::T, D, B>(p);                                            \
     }
 SPECACHE_PACK_KERNELS(SPECACHE_PACK_KERNEL)

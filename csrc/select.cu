@@ -193,7 +193,7 @@ SPECACHE_DEVICE void write_keys(const specache_select_params& p, RankedRow row, 
 }
 
 SPECACHE_DEVICE void select_chunk(const specache_select_params& p) {
-    wait_for_previous_kernel();
+    follow_previous_kernel();
     SPECACHE_SHARED(ChunkShared, shared);
     const uint32_t chunk = blockIdx.x % most_chunks(&p), head = blockIdx.x / most_chunks(&p);
     const uint32_t heads = p.n_seqs * p.n_kv_heads, seq_and_head = head % heads;
@@ -319,7 +319,7 @@ SPECACHE_DEVICE void count_hits(const specache_select_params& p, const specache_
 }
 
 SPECACHE_DEVICE void select_merge(const specache_select_params& p) {
-    wait_for_previous_kernel();
+    follow_previous_kernel();
     SPECACHE_SHARED(HeadShared, shared);
     const uint32_t seq_and_head = blockIdx.x;
     const specache_seq seq = load_seq(p.seqs, seq_and_head / p.n_kv_heads);
@@ -349,12 +349,10 @@ SPECACHE_DEVICE void select_merge(const specache_select_params& p) {
 // registers: <= 40 specache_select_*   (3 CTAs of 512 threads an SM; shared memory allows 2 to 5)
 extern "C" __global__ void __launch_bounds__(SPECACHE_SELECT_THREADS, 3)
     specache_select_chunks(const __grid_constant__ specache_select_params p) {
-    specache::follow_previous_kernel();
     specache::select_chunk(p);
 }
 
 extern "C" __global__ void __launch_bounds__(SPECACHE_SELECT_THREADS, 3)
     specache_select_merge(const __grid_constant__ specache_select_params p) {
-    specache::follow_previous_kernel();
     specache::select_merge(p);
 }
