@@ -235,8 +235,6 @@ fn write_chunk(device: &Device, shape: &crate::kv::KvShape, pages: &mut [WidePag
 fn finish(context: &Context, prompt: &mut Prompt, stream: &Stream, buffers: &mut Buffers) -> Result<Vec<f32>> {
     let (config, device) = (&context.model.config, &context.device);
     let (end, session) = (prompt.end(), &mut *prompt.session);
-    session.cache.end_prefill(end);
-    session.speculative = None;
     let mut logits;
     match (stream, device.gpu(), &context.gpu) {
         (Stream::Gpu(stream), Some(gpu), Some(model)) => {
@@ -254,6 +252,9 @@ fn finish(context: &Context, prompt: &mut Prompt, stream: &Stream, buffers: &mut
         }
         _ => unreachable!("a stream of another device"),
     }
+    // A GPU is done with what is freed now.
+    session.cache.end_prefill(end);
+    session.speculative = None;
     session.check_finite(logits.iter().all(|x| x.is_finite()))?;
     Ok(logits)
 }
