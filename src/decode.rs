@@ -394,11 +394,9 @@ fn load_ahead(session: &mut Session, layer: usize) {
 
 /// On a GPU: memory for the passes of this call, before anything has changed.
 fn reserve_on_gpu(context: &Context, batch: &[Next], buffers: &mut Buffers) -> Result<()> {
-    if context.gpu.is_none() {
-        return Ok(());
-    }
+    let Some(model) = &context.gpu else { return Ok(()) };
     let places: Vec<Place> = batch.iter().map(|next| place(next.session, [next.token, 0], 2)).collect();
-    buffers.rows.gpu.reserve(&context.device, &context.model.config, &places)
+    buffers.rows.gpu.reserve(&context.device, model, &context.model.config, &places)
 }
 
 /// What a GPU must know of a session for a pass.
@@ -430,7 +428,7 @@ fn begin_on_gpu(
     let config = &context.model.config;
     let places = members.iter().zip(seqs).map(|(m, s)| place(batch[m.index].session, m.tokens, s.n_rows));
     let places: Vec<Place> = places.collect();
-    rows.gpu.reserve(&context.device, config, &places)?;
+    rows.gpu.reserve(&context.device, model, config, &places)?;
     members.iter().for_each(|m| batch[m.index].session.cache.refresh_tables());
     let _embed = context.device.operation("embed", |_| {});
     let cache = |l: usize, i: usize| batch[members[i].index].session.cache.places(l);
