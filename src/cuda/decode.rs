@@ -716,6 +716,8 @@ impl Scratch {
             n_kv_heads: attention.n_kv_heads,
             top_k: attention.top_k,
             capacity: attention.capacity,
+            // Counting them takes twice the room; any address will do.
+            hits: 1,
             ..Default::default()
         };
         let lists = config.n_layers * sizes.seqs * config.n_kv_heads * sizes.top_k;
