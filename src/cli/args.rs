@@ -232,6 +232,9 @@ pub struct DeviceArgs {
     #[arg(long, env = "SPECACHE_PIPELINE", value_name = "SCHEDULE", default_value = "event",
           value_parser = schedule())]
     pipeline: Schedule,
+    /// On a GPU: launch every kernel of a step by itself instead of all of them as a CUDA graph
+    #[arg(long, env = "SPECACHE_NO_GRAPH", value_parser = FalseyValueParser::new())]
+    no_graph: bool,
     /// Fetch all selected pairs at every step, not only those that were not selected by the step before
     #[arg(long, env = "SPECACHE_NO_DELTA", value_parser = FalseyValueParser::new())]
     no_delta: bool,
@@ -298,6 +301,7 @@ impl DeviceArgs {
             host_budget: self.host_kv_budget,
             pipeline: self.pipeline,
             delta: !self.no_delta,
+            graph: !self.no_graph,
             gather_threads: self.gather_threads.map(usize::from),
             link: LinkOptions { gbps: self.sim_pcie_gbps, latency_us: self.sim_copy_latency_us },
             pin: self.mlock.then(|| Arc::new(Mlock) as Arc<dyn Pin>),

@@ -65,6 +65,8 @@ pub struct DeviceOptions {
     pub pipeline: Schedule,
     /// Keep the pairs that stay selected where they are and fetch only the others.
     pub delta: bool,
+    /// On a GPU: give a step that was seen before to it in one call, as a CUDA graph.
+    pub graph: bool,
     /// Threads that gather, the gather stream's own among them; `None`: a quarter of those that can run, at least 1 and at
     /// most 16, as all cores compute on this device.
     pub gather_threads: Option<usize>,
@@ -91,6 +93,7 @@ impl Default for DeviceOptions {
             host_budget: None,
             pipeline: Schedule::default(),
             delta: true,
+            graph: true,
             gather_threads: None,
             link: LinkOptions::default(),
             pin: None,

@@ -7,6 +7,7 @@
 pub(crate) mod bindings;
 pub(crate) mod driver;
 pub(crate) mod gpu;
+pub(crate) mod graph;
 pub(crate) mod images;
 pub(crate) mod kernels;
 mod library;
