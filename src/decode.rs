@@ -29,11 +29,7 @@ use crate::session::{Buffers, Member, Next, Session};
 pub fn decode(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> Result<()> {
     buffers.results.clear();
     context.check_interrupt()?;
-    for Next { session, token } in batch.iter() {
-        session.check_usable(context)?;
-        context.check_tokens(&[*token])?;
-        check_room(session)?;
-    }
+    batch.iter().try_for_each(|next| check(context, next))?;
     for Next { session, .. } in batch.iter_mut() {
         session.cache.take_waited(); // by prefills, forks and truncations: not this step's
     }
@@ -48,6 +44,16 @@ pub fn decode(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> R
         next.session.stats.steps += 1;
     }
     Ok(())
+}
+
+/// Whether [`decode`] takes this token of this session.
+///
+/// # Errors
+/// As there.
+pub fn check(context: &Context, next: &Next) -> Result<()> {
+    next.session.check_usable(context)?;
+    context.check_tokens(&[next.token])?;
+    check_room(next.session)
 }
 
 fn check_room(session: &Session) -> Result<()> {

@@ -11,7 +11,7 @@
 //! | [`ops`] | the fused operations: shapes checked, one dispatch each |
 //! | [`device`] | metered memory, streams, values in flight |
 //! | [`cpu`] | the kernels |
-//! | [`model`], [`mod@reference`], [`sampler`], [`tokenizer`], [`sim`] | leaves |
+//! | [`model`], [`mod@reference`], [`sampler`], [`tokenizer`], [`chat`], [`sim`] | leaves |
 //!
 //! # The life of a token
 //!
@@ -37,6 +37,7 @@
 //! }
 //! ```
 
+pub mod chat;
 pub mod context;
 pub mod cpu;
 pub mod decode;

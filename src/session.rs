@@ -1,6 +1,8 @@
 //! One sequence: its cache, its speculative token, its figures; and what batches of them are made of.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use crate::context::{Context, check_context};
@@ -28,6 +30,8 @@ pub struct Session {
     pub(crate) bad_layer: Option<usize>,
     /// The speculative token of the step before; this step's real token tells whether it was right.
     pub(crate) last_guess: Option<u32>,
+    /// Set from outside to stop this session's prefill.
+    pub(crate) stop: Option<Arc<AtomicBool>>,
     failure: Option<Failure>,
 }
 
@@ -75,6 +79,7 @@ impl Session {
             trace: None,
             bad_layer: None,
             last_guess: None,
+            stop: None,
             failure: None,
         }
     }
@@ -127,6 +132,17 @@ impl Session {
     pub fn reserve(&mut self, max_tokens: usize) -> Result<()> {
         check_context(max_tokens, self.max_context)?;
         self.cache.reserve(max_tokens)
+    }
+
+    /// Tokens that there is room for; decoding goes no further, a prefill makes more room.
+    pub fn max_tokens(&self) -> usize {
+        self.cache.capacity()
+    }
+
+    /// While `flag` is set, prefills of this session stop before the next chunk of a layer with [`Error::Interrupted`],
+    /// which ends the session and none beside it. A decode step is never stopped half way. Forks are not stopped by it.
+    pub fn stop_when(&mut self, flag: Arc<AtomicBool>) {
+        self.stop = Some(flag);
     }
 
     /// The KV options.
@@ -206,14 +222,17 @@ impl Session {
     /// A prefill was given up half way.
     pub(crate) fn fail_interrupted(&mut self) {
         self.failure = Some(Failure::Interrupted("its prefill was interrupted".into()));
+        self.cache.free_working_pages();
+    }
+
+    /// The failure of this call, if there was one.
+    pub(crate) fn check_failure(&self) -> Result<()> {
+        self.failure.as_ref().map_or(Ok(()), |failure| Err(failure.error()))
     }
 
     /// Checks this call's logits. A failure is final for the session: its cache holds what it should not.
     pub(crate) fn check_finite(&mut self, logits: &[f32]) -> Result<()> {
-        if let Some(failure) = &self.failure {
-            // It failed earlier in the same call: in the pre-decode.
-            return Err(failure.error());
-        }
+        self.check_failure()?; // earlier in the same call: in the pre-decode
         if let Some(why) = self.cache.failure() {
             let failure = Failure::Copy(format!("this session's 16-bit pairs are not complete: {why}"));
             return Err(self.failure.insert(failure).error());
