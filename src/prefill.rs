@@ -4,12 +4,10 @@
 //! Layer-major: all chunks of all sequences pass layer l before any passes layer l + 1. So the device needs the wide
 //! pages of only two layers of each prompt: one that is computed, one that the copy stream sends to the host meanwhile.
 
-use std::sync::atomic::Ordering;
-
 use crate::context::Context;
 use crate::device::Device;
 use crate::device::order::Resource;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kv::PAGE;
 use crate::kv::cache::Admission;
 use crate::kv::host::WidePage;
@@ -29,8 +27,7 @@ const PANEL_MIN: usize = 8;
 ///
 /// # Errors
 /// Before anything has changed: a prompt that is empty or has ids beyond the vocabulary, a context that the model or a
-/// memory budget does not allow. Later: [`crate::Error::Interrupted`], which leaves the sessions unusable; a session's own flag
-/// ([`crate::Session::stop_when`]) does so to that session alone.
+/// memory budget does not allow. Later: [`crate::Error::Interrupted`], which leaves the sessions unusable.
 pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers) -> Result<Vec<Result<Vec<f32>>>> {
     for prompt in prompts.iter() {
         prompt.session.check_usable(context)?;
@@ -58,16 +55,13 @@ pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers)
     for layer in 0..context.model.config.n_layers {
         context.device.at_layer(Some(layer));
         for (prompt, x) in prompts.iter_mut().zip(&mut streams) {
-            if prompt.session.check_failure().is_err() {
-                continue;
+            if let Err(interrupted) = prefill_layer(context, prompt, layer, x, buffers) {
+                for prompt in prompts.iter_mut() {
+                    prompt.session.fail_interrupted();
+                    prompt.session.cache.free_working_pages();
+                }
+                return Err(interrupted);
             }
-            if prefill_layer(context, prompt, layer, x, buffers).is_err() {
-                prompt.session.fail_interrupted();
-            }
-        }
-        if let Err(interrupted) = context.check_interrupt() {
-            prompts.iter_mut().for_each(|prompt| prompt.session.fail_interrupted());
-            return Err(interrupted);
         }
     }
     context.device.at_layer(None);
@@ -79,15 +73,11 @@ fn prefill_layer(context: &Context, prompt: &mut Prompt, l: usize, x: &mut [f32]
     let (device, config) = (&context.device, &context.model.config);
     let layer = &context.model.weights.layers[l];
     let (start, end, hidden) = (prompt.session.cache.counters.n, prompt.end(), config.hidden_size);
-    let stop = prompt.session.stop.clone();
     let cache = &mut prompt.session.cache;
     let mut pages = cache.prefill_pages(l, end);
     let first_page = cache.prefill_first_page();
     for (chunk, x) in x.chunks_mut(CHUNK * hidden).enumerate() {
         context.check_interrupt()?;
-        if stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed)) {
-            return Err(Error::Interrupted);
-        }
         let rows = &mut buffers.rows;
         rows.resize(config, x.len() / hidden);
         rows.x.copy_from_slice(x);
@@ -134,7 +124,6 @@ fn write_chunk(device: &Device, shape: &crate::kv::KvShape, pages: &mut [WidePag
 fn finish(context: &Context, prompt: &mut Prompt, x: &[f32], buffers: &mut Buffers) -> Result<Vec<f32>> {
     let config = &context.model.config;
     let (end, session) = (prompt.end(), &mut *prompt.session);
-    session.check_failure()?;
     session.cache.end_prefill(end);
     session.speculative = None;
     let last = &x[x.len() - config.hidden_size..];

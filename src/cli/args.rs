@@ -7,6 +7,7 @@ use clap::builder::{FalseyValueParser, PossibleValuesParser, TypedValueParser};
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
+use specache::device::choice::DeviceChoice;
 use specache::device::link::LinkOptions;
 use specache::device::pin::{Mlock, Pin};
 use specache::device::{DeviceOptions, Schedule};
@@ -15,7 +16,6 @@ use specache::kv::{KvMode, KvOptions};
 use specache::model::Dtype;
 use specache::sampler::SamplingOverrides;
 
-use super::devices;
 use super::output::AtomicFile;
 use super::size;
 
@@ -215,7 +215,7 @@ pub struct ModelArgs {
 #[derive(Args)]
 pub struct DeviceArgs {
     /// Where to compute: auto, cpu, cuda or cuda:N. This version computes on the CPU only
-    #[arg(long, env = "SPECACHE_DEVICE", value_name = "DEVICE", default_value = "auto", value_parser = device_choice)]
+    #[arg(long, env = "SPECACHE_DEVICE", value_name = "DEVICE", default_value = "auto", value_parser = str::parse::<DeviceChoice>)]
     device: DeviceChoice,
     /// Compute threads [default: as many as the process may use]
     #[arg(short, long, env = "SPECACHE_THREADS", value_name = "N", allow_negative_numbers = true,
@@ -255,34 +255,6 @@ pub struct DeviceArgs {
     pub trace: Option<PathBuf>,
 }
 
-/// Where to compute.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum DeviceChoice {
-    Auto,
-    Cpu,
-    Cuda(usize),
-}
-
-fn device_choice(text: &str) -> Result<DeviceChoice, String> {
-    match (text, text.strip_prefix("cuda:").map(str::parse)) {
-        ("auto", _) => Ok(DeviceChoice::Auto),
-        ("cpu", _) => Ok(DeviceChoice::Cpu),
-        ("cuda", _) => Ok(DeviceChoice::Cuda(0)),
-        (_, Some(Ok(index))) => Ok(DeviceChoice::Cuda(index)),
-        _ => Err("must be auto, cpu, cuda or cuda:N".into()),
-    }
-}
-
-/// A GPU was asked for: why it cannot be had.
-fn no_cuda(index: usize) -> Error {
-    let why = match devices::gpus() {
-        Err(why) => why.to_string(),
-        Ok(gpus) if index >= gpus.len() => format!("there are cuda:0 to cuda:{}", gpus.len() - 1),
-        Ok(gpus) => format!("{} is there, but this version computes on the CPU only; leave --device out", gpus[index]),
-    };
-    Error::Usage(format!("--device cuda:{index}: {why}"))
-}
-
 fn schedule() -> impl TypedValueParser<Value = Schedule> {
     let named = |name: String| Schedule::ALL.into_iter().find(|s| s.name() == name).expect("a name from the list");
     PossibleValuesParser::new(Schedule::ALL.map(Schedule::name)).map(named)
@@ -308,9 +280,7 @@ impl DeviceArgs {
     /// # Errors
     /// [`Error::Usage`] for a device that cannot be had.
     pub fn options(&self) -> Result<DeviceOptions, Error> {
-        if let DeviceChoice::Cuda(index) = self.device {
-            return Err(no_cuda(index));
-        }
+        self.device.check()?;
         Ok(DeviceOptions {
             threads: self.threads.map(usize::from),
             device_budget: self.vram_budget,

@@ -1,20 +1,11 @@
 //! `devices`: what this machine could compute on.
 
-use std::path::PathBuf;
-
-use specache::device::cuda::probe::{Gpu, NoGpu, probe};
+use specache::device::choice::gpus;
+use specache::device::cuda::probe::Gpu;
 use specache::device::{Device, DeviceOptions};
 use specache::error::Result;
 
 use super::output::print;
-
-/// The GPUs, or why there are none. `SPECACHE_LIBCUDA` names another driver library than the usual one.
-///
-/// # Errors
-/// As [`probe`].
-pub fn gpus() -> Result<Vec<Gpu>, NoGpu> {
-    probe(std::env::var_os("SPECACHE_LIBCUDA").map(PathBuf::from).as_deref())
-}
 
 /// One line on GPUs for reports that are not about them.
 pub fn cuda_line() -> String {

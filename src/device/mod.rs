@@ -5,6 +5,7 @@
 
 pub mod arena;
 pub mod buffer;
+pub mod choice;
 pub mod cuda;
 pub mod fault;
 pub mod in_flight;
