@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::device::Device;
 use crate::device::arena::ArenaOptions;
+use crate::device::fault::Fault;
 use crate::error::{Error, Result};
 use crate::kv::slab::{Slab, SlabOptions};
 use crate::kv::{KvOptions, KvShape};
@@ -37,6 +38,9 @@ impl Context {
     }
 
     pub(crate) fn check_interrupt(&self) -> Result<()> {
+        if self.device.options().faults.as_ref().is_some_and(|faults| faults.strikes(Fault::Interrupt)) {
+            self.interrupt.store(true, Ordering::Relaxed);
+        }
         if self.interrupt.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
     }
 

@@ -24,20 +24,21 @@ use crate::session::{Buffers, Member, Next, Session};
 /// alone guesses what follows it and what the step will need.
 ///
 /// # Errors
-/// Before anything has changed: a token beyond the vocabulary, a session that is full or has failed,
-/// [`Error::Interrupted`]. A sequence that meets NaN fails alone: see [`Buffers::logits`].
+/// Before anything has changed: a token beyond the vocabulary, a session that is full or has failed. Between two layers:
+/// [`Error::Interrupted`], which leaves every session as it was, so that the same call gives the same bits later. A
+/// pre-decode that was complete stays, as it is no part of the step. A sequence that meets NaN fails alone: see
+/// [`Buffers::logits`].
 pub fn decode(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> Result<()> {
     buffers.results.clear();
-    context.check_interrupt()?;
     batch.iter().try_for_each(|next| check(context, next))?;
     for Next { session, .. } in batch.iter_mut() {
         session.cache.take_waited(); // by prefills, forks and truncations: not this step's
     }
     let fresh = |session: &Session| session.needs_pre_decode();
     if batch.iter().any(|next| fresh(next.session)) {
-        pass(context, batch, buffers, fresh, Pass::PreDecode);
+        pass(context, batch, buffers, fresh, Pass::PreDecode)?;
     }
-    pass(context, batch, buffers, |_| true, Pass::Step);
+    pass(context, batch, buffers, |_| true, Pass::Step)?;
     for next in batch.iter_mut() {
         next.session.stats.offloaded_bytes += next.session.cache.advance();
         next.session.stats.exposed += next.session.cache.take_waited();
@@ -73,14 +74,14 @@ enum Pass {
     Step,
 }
 
-/// All layers for the rows of those sessions that take part.
+/// All layers for the rows of those sessions that take part. Stops between two layers when it is interrupted.
 fn pass(
     context: &Context,
     batch: &mut [Next],
     buffers: &mut Buffers,
     takes_part: impl Fn(&Session) -> bool,
     kind: Pass,
-) {
+) -> Result<()> {
     let (model, device) = (&context.model, &context.device);
     let config = &model.config;
     let dense = Dense { device, config, rope: &context.rope, path: Path::Rows };
@@ -100,6 +101,12 @@ fn pass(
 
     for (l, layer) in model.weights.layers.iter().enumerate() {
         device.at_layer(Some(l));
+        let stopped = || members.iter().try_for_each(|m| batch[m.index].session.stop.check());
+        if let Err(interrupted) = context.check_interrupt().and_then(|()| stopped()) {
+            undo(device, batch, members, l, kind, fetches);
+            buffers.results.clear(); // a pre-decode's
+            return Err(interrupted);
+        }
         let not_finite = |row| mark_bad(batch, members, seqs, row, l);
         dense.norm_qkv_rope(layer, rows, position, not_finite);
         for (m, s) in members.iter().zip(&*seqs) {
@@ -130,6 +137,37 @@ fn pass(
     logits.resize(n_rows * config.vocab_size, 0.0);
     linear::norm_logits(device, model, &rows.x, n_rows, &mut rows.normed, logits);
     finish(batch, buffers, config.vocab_size, kind);
+    Ok(())
+}
+
+/// A pass is given up before `layer`: every session is as before it. Of what the layers so far have changed, two things would
+/// reach the next pass. The rest lies behind the counters: K and V at position n and n + 1, which whoever goes on overwrites.
+///
+/// - `specache` has replaced their selections, by ones that are for the step after this one. The old ones come back, and
+///   their pairs from the host: all of them are there, as only offloaded positions are selected. Another selection would be
+///   as good to go on with, but not the same bits.
+/// - The figures and the trace.
+fn undo(device: &Device, batch: &mut [Next], members: &[Member], layer: usize, kind: Pass, fetches: &mut FetchQueue) {
+    for m in members {
+        let session = &mut *batch[m.index].session;
+        session.cache.come_to_rest();
+        if session.kv().mode == KvMode::SpeCache {
+            session.cache.layers[..layer].iter_mut().for_each(|l| l.prefetch.slots_mut().restore());
+        }
+    }
+    for l in 0..layer {
+        device.at_layer(Some(l));
+        fetch(device, batch, members, l, KvMode::SpeCache, kind, fetches);
+    }
+    device.at_layer(None);
+    for m in members {
+        let session = &mut *batch[m.index].session;
+        session.undo_figures();
+        if let (Pass::Step, Some(trace)) = (kind, &mut session.trace) {
+            trace.steps.pop();
+            trace.speculative.truncate(trace.speculative.len() - usize::from(session.speculative.is_some()));
+        }
+    }
 }
 
 /// Which sessions take part, with which rows and tokens.
@@ -138,7 +176,7 @@ fn plan_rows(batch: &mut [Next], buffers: &mut Buffers, takes_part: impl Fn(&Ses
     buffers.seqs.clear();
     let mut first_row = 0;
     for (index, Next { session, token }) in batch.iter_mut().enumerate().filter(|(_, n)| takes_part(n.session)) {
-        session.bad_layer = None;
+        session.begin_pass();
         if kind == Pass::PreDecode {
             session.last_guess = None;
             session.trace.iter_mut().for_each(|trace| trace.pre_decode.clear());
@@ -218,6 +256,7 @@ fn select_ahead(
     }
     let candidates = session.candidates(rows.position + row, session.cache.counters.no, config.sliding_window);
     let slots = session.cache.layers[layer].prefetch.slots_mut();
+    slots.keep();
     let selection = Selection { seq, row, candidates, slots };
     select::select(&context.device, group_heads, n_kv_heads, attention, selection);
 }

@@ -49,8 +49,9 @@ impl Engine {
         &self.context.device
     }
 
-    /// Setting this flag, from any thread or a signal handler, makes prefill and decode stop before the next layer or
-    /// step with [`crate::Error::Interrupted`]. It stays set until whoever set it clears it.
+    /// Setting this flag, from any thread or a signal handler, makes prefill and decode stop before the next layer (a prefill
+    /// also between two chunks of one) with [`crate::Error::Interrupted`]. Sessions are then as before the call, which can be
+    /// made again with the same result. The flag stays set until whoever set it clears it.
     pub fn interrupt_flag(&self) -> Arc<AtomicBool> {
         self.context.interrupt.clone()
     }

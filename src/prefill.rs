@@ -7,7 +7,7 @@
 use crate::context::Context;
 use crate::device::Device;
 use crate::device::order::Resource;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kv::PAGE;
 use crate::kv::cache::Admission;
 use crate::kv::host::WidePage;
@@ -27,7 +27,8 @@ const PANEL_MIN: usize = 8;
 ///
 /// # Errors
 /// Before anything has changed: a prompt that is empty or has ids beyond the vocabulary, a context that the model or a
-/// memory budget does not allow. Later: [`crate::Error::Interrupted`], which leaves the sessions unusable.
+/// memory budget does not allow. Between two chunks of a layer: [`crate::Error::Interrupted`], which leaves the sessions as
+/// they were, though with room for the prompt.
 pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers) -> Result<Vec<Result<Vec<f32>>>> {
     for prompt in prompts.iter() {
         prompt.session.check_usable(context)?;
@@ -45,6 +46,7 @@ pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers)
     context.device.begin_step();
     for prompt in prompts.iter_mut() {
         prompt.session.cache.begin_prefill(prompt.end(), &mut admission)?;
+        prompt.session.begin_pass();
     }
     let mut streams: Vec<Vec<f32>> = Vec::new(); // the residual stream of every prompt, [tokens, hidden]
     for prompt in prompts.iter() {
@@ -54,13 +56,10 @@ pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers)
     }
     for layer in 0..context.model.config.n_layers {
         context.device.at_layer(Some(layer));
-        for (prompt, x) in prompts.iter_mut().zip(&mut streams) {
-            if let Err(interrupted) = prefill_layer(context, prompt, layer, x, buffers) {
-                for prompt in prompts.iter_mut() {
-                    prompt.session.fail_interrupted();
-                    prompt.session.cache.free_working_pages();
-                }
-                return Err(interrupted);
+        for (i, x) in streams.iter_mut().enumerate() {
+            if let Err(Stopped { pages, why }) = prefill_layer(context, &mut prompts[i], layer, x, buffers) {
+                undo(context, prompts, layer, i, pages);
+                return Err(why);
             }
         }
     }
@@ -68,8 +67,32 @@ pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers)
     Ok(prompts.iter_mut().zip(&streams).map(|(prompt, x)| finish(context, prompt, x, buffers)).collect())
 }
 
-/// One layer of one prompt, chunk by chunk: every chunk sees the K and V of those before it. Fails only when interrupted.
-fn prefill_layer(context: &Context, prompt: &mut Prompt, l: usize, x: &mut [f32], buffers: &mut Buffers) -> Result<()> {
+/// A layer that was given up.
+struct Stopped {
+    /// Its device pages.
+    pages: Vec<WidePage>,
+    why: Error,
+}
+
+/// All sessions are as before, where prompt `i` has stopped in `layer`: those before it had passed it.
+fn undo(context: &Context, prompts: &mut [Prompt], layer: usize, i: usize, pages: Vec<WidePage>) {
+    let mut pages = Some(pages);
+    for (j, prompt) in prompts.iter_mut().enumerate() {
+        let (end, settled) = (prompt.end(), layer + usize::from(j < i));
+        prompt.session.cache.undo_prefill(end, settled, if j == i { pages.take() } else { None });
+        prompt.session.undo_figures();
+    }
+    context.device.at_layer(None);
+}
+
+/// One layer of one prompt, chunk by chunk: every chunk sees the K and V of those before it. Stops only when interrupted.
+fn prefill_layer(
+    context: &Context,
+    prompt: &mut Prompt,
+    l: usize,
+    x: &mut [f32],
+    buffers: &mut Buffers,
+) -> Result<(), Stopped> {
     let (device, config) = (&context.device, &context.model.config);
     let layer = &context.model.weights.layers[l];
     let (start, end, hidden) = (prompt.session.cache.counters.n, prompt.end(), config.hidden_size);
@@ -77,7 +100,9 @@ fn prefill_layer(context: &Context, prompt: &mut Prompt, l: usize, x: &mut [f32]
     let mut pages = cache.prefill_pages(l, end);
     let first_page = cache.prefill_first_page();
     for (chunk, x) in x.chunks_mut(CHUNK * hidden).enumerate() {
-        context.check_interrupt()?;
+        if let Err(why) = context.check_interrupt().and_then(|()| prompt.session.stop.check()) {
+            return Err(Stopped { pages, why });
+        }
         let rows = &mut buffers.rows;
         rows.resize(config, x.len() / hidden);
         rows.x.copy_from_slice(x);

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::context::{Context, check_context};
@@ -26,25 +26,39 @@ pub struct Session {
     /// What was selected, if it is to be kept.
     pub(crate) trace: Option<Trace>,
     pub(crate) stats: Stats,
+    /// The figures before the pass that is under way, which may be given up.
+    stats_before: Stats,
     /// First layer whose input was not finite in this call.
     pub(crate) bad_layer: Option<usize>,
     /// The speculative token of the step before; this step's real token tells whether it was right.
     pub(crate) last_guess: Option<u32>,
-    /// Set from outside to stop this session's prefill.
-    pub(crate) stop: Option<Arc<AtomicBool>>,
+    pub(crate) stop: Stop,
     failure: Option<Failure>,
+}
+
+/// What stops the calls that a session takes part in.
+#[derive(Default)]
+pub(crate) struct Stop(Option<Arc<AtomicBool>>);
+
+impl Stop {
+    /// [`Error::Interrupted`] while the flag is set.
+    pub(crate) fn check(&self) -> Result<()> {
+        match &self.0 {
+            Some(flag) if flag.load(Ordering::Relaxed) => Err(Error::Interrupted),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Why a session cannot go on.
 enum Failure {
     NotFinite(String),
     Copy(String),
-    Interrupted(String),
 }
 
 impl Failure {
     fn why(&self) -> &str {
-        let (Failure::NotFinite(why) | Failure::Copy(why) | Failure::Interrupted(why)) = self;
+        let (Failure::NotFinite(why) | Failure::Copy(why)) = self;
         why
     }
 
@@ -52,7 +66,6 @@ impl Failure {
         match self {
             Failure::NotFinite(why) => Error::NotFinite(why.clone()),
             Failure::Copy(why) => Error::Device(why.clone()),
-            Failure::Interrupted(_) => Error::Interrupted,
         }
     }
 }
@@ -72,6 +85,7 @@ impl Session {
     fn around(cache: Cache) -> Session {
         Session {
             stats: Stats::new(cache.shape.n_layers),
+            stats_before: Stats::new(cache.shape.n_layers),
             cache,
             max_context: None,
             speculative: None,
@@ -79,7 +93,7 @@ impl Session {
             trace: None,
             bad_layer: None,
             last_guess: None,
-            stop: None,
+            stop: Stop::default(),
             failure: None,
         }
     }
@@ -139,10 +153,10 @@ impl Session {
         self.cache.capacity()
     }
 
-    /// While `flag` is set, prefills of this session stop before the next chunk of a layer with [`Error::Interrupted`],
-    /// which ends the session and none beside it. A decode step is never stopped half way. Forks are not stopped by it.
+    /// While `flag` is set, calls that this session takes part in stop as by [`crate::Engine::interrupt_flag`]: all of
+    /// their sessions are as before. Forks have no such flag.
     pub fn stop_when(&mut self, flag: Arc<AtomicBool>) {
-        self.stop = Some(flag);
+        self.stop = Stop(Some(flag));
     }
 
     /// The KV options.
@@ -219,20 +233,24 @@ impl Session {
         }
     }
 
-    /// A prefill was given up half way.
-    pub(crate) fn fail_interrupted(&mut self) {
-        self.failure = Some(Failure::Interrupted("its prefill was interrupted".into()));
-        self.cache.free_working_pages();
+    /// A pass begins, which may be given up.
+    pub(crate) fn begin_pass(&mut self) {
+        self.bad_layer = None;
+        self.stats_before.copy_from(&self.stats);
     }
 
-    /// The failure of this call, if there was one.
-    pub(crate) fn check_failure(&self) -> Result<()> {
-        self.failure.as_ref().map_or(Ok(()), |failure| Err(failure.error()))
+    /// The pass is given up: the figures count what is complete.
+    pub(crate) fn undo_figures(&mut self) {
+        self.bad_layer = None;
+        self.stats.copy_from(&self.stats_before);
     }
 
     /// Checks this call's logits. A failure is final for the session: its cache holds what it should not.
     pub(crate) fn check_finite(&mut self, logits: &[f32]) -> Result<()> {
-        self.check_failure()?; // earlier in the same call: in the pre-decode
+        if let Some(failure) = &self.failure {
+            // It failed earlier in the same call: in the pre-decode.
+            return Err(failure.error());
+        }
         if let Some(why) = self.cache.failure() {
             let failure = Failure::Copy(format!("this session's 16-bit pairs are not complete: {why}"));
             return Err(self.failure.insert(failure).error());
@@ -348,6 +366,14 @@ impl Stats {
             self.compared += 1;
             self.accepted += u64::from(guess == token);
         }
+    }
+
+    /// As `*self = from.clone()`, without allocating.
+    fn copy_from(&mut self, from: &Stats) {
+        let Stats { mut hits, mut fetched, .. } = std::mem::take(self);
+        hits.clone_from(&from.hits);
+        fetched.clone_from(&from.fetched);
+        *self = Stats { hits, fetched, ..*from };
     }
 
     fn new(n_layers: usize) -> Stats {

@@ -22,12 +22,23 @@ fn engine(options: DeviceOptions) -> Engine {
     Engine::new(TINY.model(), Device::cpu(&options).unwrap())
 }
 
+/// Makes a call again for as long as it is interrupted.
+fn persist<T>(engine: &Engine, mut call: impl FnMut() -> Result<T>) -> Result<T> {
+    loop {
+        match call() {
+            Err(Error::Interrupted) => engine.interrupt_flag().store(false, Ordering::Relaxed),
+            outcome => return outcome,
+        }
+    }
+}
+
 fn prefill(engine: &Engine, session: &mut Session, tokens: &[u32]) -> Result<Vec<f32>> {
-    engine.prefill(&mut [Prompt { session, tokens }], &mut Buffers::default())?.remove(0)
+    let mut call = || engine.prefill(&mut [Prompt { session: &mut *session, tokens }], &mut Buffers::default());
+    persist(engine, &mut call)?.remove(0)
 }
 
 fn step(engine: &Engine, session: &mut Session, token: u32, buffers: &mut Buffers) -> Result<Vec<f32>> {
-    engine.decode(&mut [Next { session, token }], buffers)?;
+    persist(engine, || engine.decode(&mut [Next { session: &mut *session, token }], buffers))?;
     buffers.logits(0).map(<[f32]>::to_vec)
 }
 
@@ -269,8 +280,163 @@ fn drop_ipc_lock() {
     let _ = nix::unistd::setuid(nix::unistd::Uid::from_raw(65534));
 }
 
-/// Cancelled while it decodes, from another thread: it stops at the end of the step, and goes on with the same bits as if
+/// Interrupted at each layer of each pass and at each chunk of each prompt in turn, and called again: the same bits as if
 /// nothing had happened.
+#[test]
+fn each_interruption_leaves_the_bits() {
+    for mode in [KvMode::Offload, KvMode::Fetch, KvMode::SpeCache] {
+        for pipeline in Schedule::ALL {
+            for delta in [true, false] {
+                let kv = kv(mode, 1, 32, 33, 7);
+                let options = DeviceOptions { pipeline, delta, ..options(1) };
+                let sound = life(&engine(options.clone()), kv).unwrap();
+                let mut index = 0;
+                loop {
+                    let faults = Arc::new(Faults::at(Fault::Interrupt, index));
+                    let engine = engine(DeviceOptions { faults: Some(faults.clone()), ..options.clone() });
+                    let what = format!("{} {} delta {delta}, interruption {index}", mode.name(), pipeline.name());
+                    assert!(life(&engine, kv).unwrap() == sound, "{what}");
+                    assert_balanced(&engine, &what);
+                    if !faults.has_struck() {
+                        break;
+                    }
+                    index += 1;
+                }
+                // 2 prompts and 11 steps of 2 layers each; pre-decodes where there are any.
+                assert!(index >= 26, "{index} interruptions");
+            }
+        }
+    }
+}
+
+/// What a batch of all modes gives, with the figures that do not depend on time: prompts, steps, prompts behind them, steps
+/// over a page's end.
+fn batch_life(engine: &Engine) -> (Vec<Vec<f32>>, Vec<String>) {
+    let tokens = ids(11, 400);
+    let mut sessions = KvMode::ALL.map(|mode| engine.session(kv(mode, 1, 32, 33, 7), 300).unwrap());
+    sessions.iter_mut().for_each(Session::keep_trace);
+    let (mut rows, mut buffers, mut fed) = (vec![], Buffers::default(), 0);
+    for (prompt, steps) in [(150, 3), (70, 4)] {
+        let tokens = |i: usize, from: usize, n: usize| &tokens[7 * i + from..7 * i + from + n];
+        let first = persist(engine, || {
+            let prompts = sessions.iter_mut().enumerate();
+            let mut prompts: Vec<_> =
+                prompts.map(|(i, session)| Prompt { session, tokens: tokens(i, fed, prompt) }).collect();
+            engine.prefill(&mut prompts, &mut buffers)
+        });
+        rows.extend(first.unwrap().into_iter().map(Result::unwrap));
+        fed += prompt;
+        for _ in 0..steps {
+            let step = persist(engine, || {
+                let batch = sessions.iter_mut().enumerate();
+                let mut batch: Vec<_> =
+                    batch.map(|(i, session)| Next { session, token: tokens(i, fed, 1)[0] }).collect();
+                engine.decode(&mut batch, &mut buffers)
+            });
+            step.unwrap();
+            rows.extend((0..sessions.len()).map(|i| buffers.logits(i).unwrap().to_vec()));
+            fed += 1;
+        }
+    }
+    let figures = sessions.iter().map(|session| {
+        let stats = session.stats();
+        // What `fetch` has fetched lies in its slots when the step is taken again.
+        let fetched = (session.kv().mode == KvMode::SpeCache).then_some((&stats.fetched, stats.fetched_bytes));
+        let counts = (stats.steps, stats.accepted, stats.compared, stats.offloaded_bytes);
+        format!("{counts:?} {:?} {fetched:?} {:?}", stats.hits, session.trace())
+    });
+    (rows, figures.collect())
+}
+
+/// As above, for all modes in one batch, with their figures and traces.
+#[test]
+fn each_interruption_leaves_a_batch_and_its_figures() {
+    for pipeline in Schedule::ALL {
+        let options = DeviceOptions { pipeline, ..options(1) };
+        let sound = batch_life(&engine(options.clone()));
+        let mut index = 0;
+        loop {
+            let faults = Arc::new(Faults::at(Fault::Interrupt, index));
+            let engine = engine(DeviceOptions { faults: Some(faults.clone()), ..options.clone() });
+            let (rows, figures) = batch_life(&engine);
+            assert!(rows == sound.0, "{}, interruption {index}: other bits", pipeline.name());
+            assert_eq!(figures, sound.1, "{}, interruption {index}", pipeline.name());
+            assert_balanced(&engine, "after a batch");
+            if !faults.has_struck() {
+                break;
+            }
+            index += 1;
+        }
+        // Two layers: of 5 prompts, of a pre-decode, of 3 and of 4 steps.
+        assert_eq!(index, 2 * (5 + 1 + 3 + 5 + 1 + 4));
+    }
+}
+
+/// An interrupted call that is not made again has changed nothing: whatever comes next has the bits of a session that never
+/// heard of it, and no page more or less is held.
+#[test]
+fn an_interrupted_call_is_as_if_it_had_never_been() {
+    let tokens = ids(9, 400);
+    for mode in KvMode::ALL {
+        let kv = kv(mode, 1, 32, 33, 7);
+        let before = |engine: &Engine| {
+            let mut session = engine.session(kv, 350).unwrap();
+            prefill(engine, &mut session, &tokens[..140]).unwrap();
+            // Past the offload of a page, which is not read low-bit yet.
+            for &token in &tokens[140..161] {
+                step(engine, &mut session, token, &mut Buffers::default()).unwrap();
+            }
+            session
+        };
+        let after = |engine: &Engine, session: &mut Session| {
+            let mut fork = session.fork().unwrap();
+            let mut buffers = Buffers::default();
+            let mut rows = vec![];
+            for &token in &tokens[200..203] {
+                rows.push(step(engine, session, token, &mut buffers).unwrap());
+            }
+            rows.push(prefill(engine, &mut fork, &tokens[300..400]).unwrap());
+            rows.push(step(engine, &mut fork, 3, &mut buffers).unwrap());
+            rows
+        };
+        let sound = engine(options(1));
+        let expected = after(&sound, &mut before(&sound));
+        let mut interrupted = [0, 0];
+        for prompt in [false, true] {
+            for index in 0.. {
+                let faults = Arc::new(Faults::at(Fault::Interrupt, index));
+                let engine = engine(DeviceOptions { faults: Some(faults.clone()), ..options(1) });
+                let mut session = before(&engine);
+                let held = |session: &Session| {
+                    let pages = engine.host_pages();
+                    let stats = session.stats();
+                    (session.cache_bytes(), pages.leased + pages.reserved, stats.offloaded_bytes, session.n_tokens())
+                };
+                let held_before = held(&session);
+                let outcome = if prompt {
+                    let call = Prompt { session: &mut session, tokens: &tokens[161..330] };
+                    engine.prefill(&mut [call], &mut Buffers::default()).map(drop)
+                } else {
+                    engine.decode(&mut [Next { session: &mut session, token: 5 }], &mut Buffers::default())
+                };
+                if !faults.has_struck() {
+                    break;
+                }
+                if let Err(error) = outcome {
+                    assert!(matches!(error, Error::Interrupted), "{error}");
+                    interrupted[usize::from(prompt)] += 1;
+                    engine.interrupt_flag().store(false, Ordering::Relaxed);
+                    assert_eq!(held(&session), held_before, "{mode:?}, interruption {index}");
+                    assert!(after(&engine, &mut session) == expected, "{mode:?}, interruption {index}");
+                }
+            }
+        }
+        assert_eq!(interrupted, [TINY.n_layers; 2], "{mode:?}");
+    }
+}
+
+/// Cancelled while it decodes, from another thread, whenever that comes: it goes on with the same bits as if nothing had
+/// happened.
 #[test]
 fn cancelled_while_decoding_and_gone_on_with() {
     let kv = kv(KvMode::SpeCache, 1, 32, 33, 7);
@@ -292,8 +458,8 @@ fn cancelled_while_decoding_and_gone_on_with() {
         let mut cancelled = 0;
         for &token in &tokens[150..599] {
             loop {
-                match step(&engine, &mut session, token, &mut buffers) {
-                    Ok(row) => break rows.push(row),
+                match engine.decode(&mut [Next { session: &mut session, token }], &mut buffers) {
+                    Ok(()) => break rows.push(buffers.logits(0).unwrap().to_vec()),
                     Err(Error::Interrupted) => {
                         cancelled += 1;
                         engine.interrupt_flag().store(false, Ordering::Relaxed);

@@ -1,5 +1,5 @@
-//! Faults on order: a countdown that makes the n-th page lease or copy fail, for tests that sweep n. (Pins are hooks of the
-//! caller's, so a test brings one that fails.)
+//! Faults on order: a countdown that makes the n-th page lease or copy fail, or interrupts at the n-th opportunity, for tests
+//! that sweep n. (Pins are hooks of the caller's, so a test brings one that fails.)
 
 use std::sync::atomic::{AtomicI64, Ordering};
 
@@ -12,6 +12,8 @@ pub enum Fault {
     Copy,
     /// The thread of a copy, or of the gather before it, panics.
     Worker,
+    /// No failure: the interrupt flag is raised just before the engine looks at it.
+    Interrupt,
 }
 
 /// Counts operations of one kind and fails one of them.

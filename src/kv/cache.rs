@@ -53,6 +53,8 @@ pub struct Cache {
     host: HostPages,
     /// `offload` only: two sets of pages that whole layers come back into, by turns.
     loads: Vec<Load>,
+    /// `[layer]`: pages of the tail that a prefill has packed, kept until it cannot be given up any more.
+    packed_tail: Vec<Vec<WidePage>>,
     /// What waiting for the copy stream has cost since [`Cache::take_waited`].
     waited: Duration,
     /// Why copies have failed, if one has.
@@ -148,6 +150,7 @@ impl Cache {
         }
         let load = || Load { pages: InFlight::new(Vec::new()), job: PageIn::new(device) };
         Ok(Cache {
+            packed_tail: vec![Vec::new(); shape.n_layers],
             shape,
             options,
             counters: Counters::new(&options),
@@ -462,9 +465,16 @@ impl Cache {
     }
 
     /// Wide pages of a prefill up to `n` tokens: those of a cache with room for `capacity`, and those that two layers need
-    /// while they are computed (one is written while the copy stream still reads the other).
+    /// while they are computed (one is written while the copy stream still reads the other), and what is kept of the tails.
     fn prefill_wide_pages(&self, n: usize, capacity: usize) -> usize {
-        self.layers.len() * page_counts(&self.options, capacity).1 + prefill_pages(&self.options, n)
+        self.layers.len() * (page_counts(&self.options, capacity).1 + self.packed_tail_pages(n))
+            + prefill_pages(&self.options, n)
+    }
+
+    /// Pages of a layer's tail that a prefill up to `n` tokens packs, and keeps until it is over.
+    fn packed_tail_pages(&self, n: usize) -> usize {
+        let Counters { n: has, nq, .. } = self.counters;
+        if n <= has { 0 } else { (self.counters.offloaded_after_prefill(n) / PAGE).min(has.div_ceil(PAGE)) - nq / PAGE }
     }
 
     /// Bytes on the device and pages on the host, beyond those held now, that room for `capacity` tokens takes, and the
@@ -549,23 +559,58 @@ impl Cache {
             self.pack_and_stage(layer, old, &pages[old - first..]);
             sent = self.page_out();
         }
+        let tail = self.counters.nq / PAGE - first;
+        let packed_tail = tail..tail + self.packed_tail_pages(n);
+        self.packed_tail[layer].extend(pages.drain(packed_tail));
+        self.add_spare(pages);
+        sent
+    }
+
+    /// These pages are not in use any more, but the copy stream may still read them.
+    fn add_spare(&mut self, pages: Vec<WidePage>) {
         let free_after = self.host.paged_out;
         self.spare.extend(pages.into_iter().map(|page| Spare { page, free_after }));
-        sent
+    }
+
+    /// A prefill up to `n` tokens is given up: the cache is as before it. Its first `settled` layers were settled; `pages` are
+    /// those of the layer that was being computed, if one was.
+    ///
+    /// What it has written lies behind the counters and means nothing to anybody: the places of the tail behind token `n`, and
+    /// packed pages. It has put new pages into the tables of the host, which leave them, and has taken pages from the tails,
+    /// which come back.
+    pub fn undo_prefill(&mut self, n: usize, settled: usize, pages: Option<Vec<WidePage>>) {
+        self.come_to_rest();
+        let Counters { n: has, no, nq, .. } = self.counters;
+        let (tail_pages, packed) = (has.div_ceil(PAGE) - nq / PAGE, self.packed_tail_pages(n));
+        for l in 0..settled {
+            let mut rest = std::mem::take(&mut self.layers[l].tail);
+            self.layers[l].tail = std::mem::take(&mut self.packed_tail[l]);
+            self.layers[l].tail.extend(rest.drain(..tail_pages - packed));
+            self.add_spare(rest);
+            self.truncate_table(l, no / PAGE);
+        }
+        if let Some(mut pages) = pages {
+            let first = nq / PAGE - self.prefill_first_page();
+            self.layers[settled].tail = pages.drain(first..first + tail_pages).collect();
+            self.add_spare(pages);
+        }
+        self.free_working_pages();
     }
 
     /// The end of a prefill that brought the cache to `n` tokens: counters, and no selection is valid any more. Pages
     /// that only the prefill needed are freed.
     pub fn end_prefill(&mut self, n: usize) {
         self.counters.after_prefill(n);
-        for layer in &mut self.layers {
-            layer.prefetch.slots_mut().clear(false);
+        for l in 0..self.layers.len() {
+            self.layers[l].prefetch.slots_mut().clear(false);
+            let packed = std::mem::take(&mut self.packed_tail[l]);
+            self.add_spare(packed);
         }
         self.free_working_pages();
     }
 
-    /// Frees the pages that only a prefill needs: at its end, or where it was given up.
-    pub fn free_working_pages(&mut self) {
+    /// Frees the pages that only a prefill needs.
+    fn free_working_pages(&mut self) {
         let keep = self.prefill_wide_pages(0, self.capacity);
         while self.wide_pages() > keep && self.spare.pop_front().is_some() {}
     }

@@ -20,6 +20,8 @@ pub struct Slots {
     pub pairs: Buffer,
     /// `[n_kv_heads, top_k]` u32: the position that each slot holds, or [`EMPTY`].
     table: Buffer,
+    /// `count` and `positions` as [`Slots::keep`] found them.
+    kept: (usize, Buffer),
     /// k, or as many as can be selected at all if that is less.
     pub top_k: usize,
 }
@@ -30,7 +32,7 @@ impl Slots {
         let line = |bytes: u64| bytes.saturating_add(63) / 64 * 64;
         let pairs = (shape.n_kv_heads as u64).saturating_mul(top_k as u64);
         line(pairs.saturating_mul(4))
-            .saturating_mul(3)
+            .saturating_mul(4)
             .saturating_add(line(pairs.saturating_mul(shape.pair_bytes() as u64)))
     }
 
@@ -41,10 +43,10 @@ impl Slots {
     pub fn new(grants: &mut Grants, shape: &KvShape, top_k: usize) -> Result<Slots> {
         let n = shape.n_kv_heads * top_k;
         let mut numbers = || grants.device(n * 4, "the prefetched positions");
-        let (positions, slot_of, mut table) = (numbers()?, numbers()?, numbers()?);
+        let (positions, slot_of, mut table, kept) = (numbers()?, numbers()?, numbers()?, (0, numbers()?));
         table.as_mut_slice::<u32>().fill(EMPTY);
         let pairs = grants.device(n * shape.pair_bytes(), "the prefetched pairs")?;
-        Ok(Slots { count: 0, positions, slot_of, pairs, table, top_k })
+        Ok(Slots { count: 0, positions, slot_of, pairs, table, kept, top_k })
     }
 
     /// The same selection in slots that have room for at least as many.
@@ -74,6 +76,19 @@ impl Slots {
         if forget {
             self.table.as_mut_slice::<u32>().fill(EMPTY);
         }
+    }
+
+    /// Remembers the selection, which is about to be replaced by one that a step may have to give up.
+    pub fn keep(&mut self) {
+        self.kept.0 = self.count;
+        self.kept.1.bytes_mut().copy_from_slice(self.positions.bytes());
+    }
+
+    /// The selection of the last [`Slots::keep`] again. Its pairs have to be fetched as those of a new one have: all of them
+    /// are on the host.
+    pub fn restore(&mut self) {
+        self.count = self.kept.0;
+        self.positions.bytes_mut().copy_from_slice(self.kept.1.bytes());
     }
 
     /// Finds a slot for each selected pair of one KV head. `miss` hears of those that have to be fetched.
