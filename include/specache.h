@@ -292,8 +292,8 @@ int32_t specache_session_reset(specache_session *session);
 int32_t specache_session_reserve(specache_session *session, uint64_t max_tokens);
 
 /* Stops the running prefill, generate or step of this session, on whatever thread, or the next one if none is running: it gives
- * SPECACHE_ERR_CANCELLED, and the request is over. A generation stops before its next token and can go on with another call; a
- * prefill stops within a layer, and its session must be reset. */
+ * SPECACHE_ERR_CANCELLED within a layer of the model, and with that the request is over. A prefill or step that is stopped
+ * leaves the session as it was; of a generation the tokens stay that were complete, and another call goes on from there. */
 int32_t specache_session_cancel(specache_session *session);
 
 /* Takes back a request to cancel that nothing has heeded yet. */
@@ -303,7 +303,8 @@ int32_t specache_session_clear_cancel(specache_session *session);
 
 /* Adds tokens behind what the session holds, makes room for them if need be, and computes the logits of what follows. A token
  * that was generated last and not fed yet goes in front.
- * SPECACHE_ERR_USAGE for ids beyond the vocabulary; _OUT_OF_MEMORY; _CANCELLED, and then the session must be reset. */
+ * SPECACHE_ERR_USAGE for ids beyond the vocabulary; _OUT_OF_MEMORY; _CANCELLED; _FAILED if NaN or infinity comes out of the model,
+ * which ends the session, as _DEVICE does. */
 int32_t specache_session_prefill(specache_session *session, const uint32_t *ids, size_t n_ids);
 
 /* The same with a text of `n_bytes` bytes; flags as in specache_tokenize. */
@@ -361,15 +362,14 @@ enum {
  * number of tokens and the reason for the end (SPECACHE_STOP_*) are returned in *n_generated and *stop, either of which may be
  * NULL, also after a failure half way: what was generated until then stays.
  * If a call ends within a character, its bytes come as U+FFFD with SPECACHE_NO_TOKEN at the end.
- * SPECACHE_ERR_USAGE for an empty session; _CANCELLED; _FAILED if NaN or infinity comes out of the model, which ends the
- * session, as _DEVICE does. */
+ * SPECACHE_ERR_USAGE for an empty session; _CANCELLED; _FAILED and _DEVICE as in prefill. */
 int32_t specache_session_generate(specache_session *session, uint64_t n_tokens, uint32_t flags, specache_token_fn on_token,
                                   void *user_data, uint64_t *n_generated, int32_t *stop);
 
 /* One decode step: feeds `token` and computes the logits of what follows, which go to `logits` too if that is not NULL; then
  * `n_logits` must be vocab_size.
  * SPECACHE_ERR_USAGE for a session that is empty or full, or an id beyond the vocabulary; _CANCELLED, _FAILED, _DEVICE as in
- * generate. */
+ * prefill. */
 int32_t specache_session_step(specache_session *session, uint32_t token, float *logits, size_t n_logits);
 
 /* The logits [vocab_size] of what follows the session's last token, from its last prefill, step or generate. */

@@ -5,6 +5,7 @@
 //!
 //! | module | what it knows |
 //! |---|---|
+//! | [`capi`] | C: `include/specache.h` |
 //! | [`engine`], [`session`], [`teacher`] | sequences, batches, budgets: what everybody uses |
 //! | [`prefill`], [`decode`] | the three algorithms |
 //! | [`kv`] | where pairs are, and when they move |
@@ -37,6 +38,7 @@
 //! }
 //! ```
 
+pub mod capi;
 pub mod chat;
 pub mod context;
 pub mod cpu;

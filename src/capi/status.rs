@@ -124,13 +124,18 @@ impl From<Error> for Fail {
             Error::Device(_) => Status::Device,
             Error::Interrupted => Status::Cancelled,
         };
-        let why = NAMES.iter().fold(error.to_string(), |why, (cli, here)| why.replace(cli, here));
-        Fail { status, why }
+        let why = error.to_string();
+        match error {
+            Error::Usage(_) | Error::OutOfMemory { .. } => {
+                Fail { status, why: NAMES.iter().fold(why, |why, (cli, here)| why.replace(cli, here)) }
+            }
+            _ => Fail { status, why },
+        }
     }
 }
 
 thread_local! {
-    static LAST_ERROR: RefCell<CString> = const { RefCell::new(CString::new(Vec::new()).unwrap()) };
+    static LAST_ERROR: RefCell<CString> = RefCell::default();
 }
 
 /// Runs a call: what it returns, or panics with, becomes a status.

@@ -196,7 +196,12 @@ fn check_size<T: Sized32>(struct_size: usize) -> Result<usize> {
         false => {
             let (name, known) = (T::NAME, size_of::<T>());
             let fix = "set it to sizeof, with the init function where there is one";
-            Err(Fail::new(Status::Abi, format!("struct_size of {name} is {struct_size}, of which this library, which knows {known} bytes, has no version; {fix}")))
+            Err(Fail::new(
+                Status::Abi,
+                format!(
+                    "struct_size of {name} is {struct_size}, of which this library, which knows {known} bytes, has no version; {fix}"
+                ),
+            ))
         }
     }
 }
@@ -237,11 +242,7 @@ pub(super) unsafe fn write<T: Sized32>(to: *mut T, value: &T) -> Result<()> {
     let skip = size_of::<u32>();
     // SAFETY: that many bytes are there, and no more than `value` has; both structs are elsewhere.
     unsafe {
-        ptr::copy_nonoverlapping(
-            ptr::from_ref(value).cast::<u8>().add(skip),
-            to.cast::<u8>().add(skip),
-            size - skip,
-        )
+        ptr::copy_nonoverlapping(ptr::from_ref(value).cast::<u8>().add(skip), to.cast::<u8>().add(skip), size - skip)
     };
     Ok(())
 }

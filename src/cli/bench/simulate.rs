@@ -61,7 +61,7 @@ fn rows(args: &BenchArgs, gpu: &Gpu, config: &Config) -> Result<Vec<Vec<String>>
     let mut rows = Vec::new();
     for context in contexts {
         let plan = CacheBytes::plan(&KvShape::new(config, &kv), &kv, context + 1);
-        let free = gpu.memory_gib * (1u64 << 30) as f64 - weight_bytes(config);
+        let free = gpu.memory_gib * (1u64 << 30) as f64 - 2.0 * config.n_weights() as f64;
         let largest = (free / plan.device() as f64).max(0.0) as usize;
         let mut batches: Vec<usize> = [1, 8, 24, largest].into_iter().filter(|&b| (1..=largest).contains(&b)).collect();
         batches.sort_unstable();
@@ -81,13 +81,4 @@ fn rows(args: &BenchArgs, gpu: &Gpu, config: &Config) -> Result<Vec<Vec<String>>
         }
     }
     Ok(rows)
-}
-
-/// Bytes of all matrices at 16 bits.
-fn weight_bytes(config: &Config) -> f64 {
-    let (hidden, d) = (config.hidden_size as f64, config.head_dim as f64);
-    let attention = 2.0 * d * hidden * (config.n_heads + config.n_kv_heads) as f64;
-    let mlp = 3.0 * hidden * config.intermediate_size as f64;
-    let vocab = hidden * config.vocab_size as f64 * if config.tie_word_embeddings { 1.0 } else { 2.0 };
-    2.0 * (config.n_layers as f64 * (attention + mlp) + vocab)
 }
