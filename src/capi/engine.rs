@@ -181,12 +181,14 @@ pub unsafe extern "C" fn specache_engine_create(
     engine: *mut *mut EngineHandle,
 ) -> i32 {
     guard(|| {
-        // SAFETY: the header's contract, here and below.
+        // SAFETY: the header's contract.
         unsafe { set(engine, std::ptr::null_mut(), "engine") }?;
         check_abi(abi_version)?;
+        // SAFETY: as above.
         let (model, options) = unsafe { (c_text(model, "model")?, structs::read(options)?) };
         let made = EngineObject::load(model, &options)?;
         made.log(Level::Info, || made.describe());
+        // SAFETY: as above.
         unsafe { set(engine, handles::add_engine(made), "engine") }
     })
 }
@@ -324,7 +326,7 @@ pub unsafe extern "C" fn specache_plan(
 ) -> i32 {
     guard(|| {
         check_abi(abi_version)?;
-        // SAFETY: the header's contract, here and below.
+        // SAFETY: the header's contract.
         let (model, options) = unsafe { (c_text(model, "model")?, structs::read(options)?) };
         let kv = kv_options(&options)?;
         let config = model::config_of(model)?;
@@ -341,6 +343,7 @@ pub unsafe extern "C" fn specache_plan(
             weight_bytes: config.n_weights().saturating_mul(weight),
             ..structs::Sized32::defaults()
         };
+        // SAFETY: as above.
         unsafe { structs::write(plan, &filled) }
     })
 }

@@ -152,8 +152,9 @@ pub unsafe extern "C" fn specache_session_generate(
     stop: *mut i32,
 ) -> i32 {
     guard(|| {
-        // SAFETY: the header's contract, here and below.
+        // SAFETY: the header's contract.
         unsafe { set_if(n_generated, 0, "n_generated") }?;
+        // SAFETY: as above.
         unsafe { set_if(stop, Stop::Length as i32, "stop") }?;
         let object = handles::session(session)?;
         check_flags(flags, IGNORE_EOS | NO_TEXT, "SPECACHE_IGNORE_EOS and SPECACHE_NO_TEXT")?;
@@ -168,8 +169,10 @@ pub unsafe extern "C" fn specache_session_generate(
         let result = object.engine.with_buffers(|buffers| {
             generate(&object, &mut state, n_tokens, flags, &mut listener, buffers, &mut generated)
         });
+        // SAFETY: as above.
         unsafe { set_if(n_generated, generated, "n_generated") }?;
         let reason = result?;
+        // SAFETY: as above.
         unsafe { set_if(stop, reason as i32, "stop") }
     })
 }

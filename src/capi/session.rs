@@ -158,9 +158,10 @@ pub unsafe extern "C" fn specache_session_create(
     session: *mut *mut SessionHandle,
 ) -> i32 {
     guard(|| {
-        // SAFETY: the header's contract, here and below.
+        // SAFETY: the header's contract.
         unsafe { set(session, std::ptr::null_mut(), "session") }?;
         let engine = handles::engine(engine)?;
+        // SAFETY: as above.
         let kv = kv_options(&unsafe { structs::read(options) }?)?;
         let max_tokens = tokens(max_tokens);
         let sampler = sampler(&engine, None)?;
@@ -181,6 +182,7 @@ pub unsafe extern "C" fn specache_session_create(
             chosen: None,
             sampler,
         };
+        // SAFETY: as above.
         unsafe { set(session, handles::add_session(SessionObject::new(engine, made, rest)), "session") }
     })
 }
@@ -198,7 +200,7 @@ pub extern "C" fn specache_session_free(session: *mut SessionHandle) {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn specache_session_fork(session: *mut SessionHandle, fork: *mut *mut SessionHandle) -> i32 {
     guard(|| {
-        // SAFETY: the header's contract, here and below.
+        // SAFETY: the header's contract.
         unsafe { set(fork, std::ptr::null_mut(), "fork") }?;
         let object = handles::session(session)?;
         let mut state = object.lock()?;
@@ -212,6 +214,7 @@ pub unsafe extern "C" fn specache_session_fork(session: *mut SessionHandle, fork
             chosen: state.chosen,
             sampler: state.sampler.clone(),
         };
+        // SAFETY: as above.
         unsafe { set(fork, handles::add_session(SessionObject::new(object.engine.clone(), made, rest)), "fork") }
     })
 }
@@ -410,7 +413,7 @@ pub unsafe extern "C" fn specache_session_logits(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn specache_session_sample(session: *mut SessionHandle, token: *mut u32) -> i32 {
     guard(|| {
-        // SAFETY: the header's contract, here and below.
+        // SAFETY: the header's contract.
         unsafe { set(token, u32::MAX, "token") }?;
         let object = handles::session(session)?;
         let mut state = object.lock()?;
@@ -420,6 +423,7 @@ pub unsafe extern "C" fn specache_session_sample(session: *mut SessionHandle, to
         }
         let chosen = sampler.sample(logits, tokens)?;
         state.chosen = Some(chosen);
+        // SAFETY: as above.
         unsafe { set(token, chosen, "token") }
     })
 }

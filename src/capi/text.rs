@@ -48,9 +48,10 @@ pub unsafe extern "C" fn specache_tokenize(
 ) -> i32 {
     guard(|| {
         let engine = handles::engine(engine)?;
-        // SAFETY: the header's contract, here and below.
+        // SAFETY: the header's contract.
         let text = unsafe { self::text(text, n_bytes, "text") }?;
         let encoded = engine.encode(text, flags)?;
+        // SAFETY: as above.
         unsafe { give(&encoded, ids, capacity, n, "ids") }
     })
 }
@@ -67,7 +68,7 @@ pub unsafe extern "C" fn specache_detokenize(
 ) -> i32 {
     guard(|| {
         let engine = handles::engine(engine)?;
-        // SAFETY: the header's contract, here and below.
+        // SAFETY: the header's contract.
         let ids = unsafe { slice(ids, n_ids, "ids") }?;
         let vocab = engine.engine.model().config.vocab_size;
         if let Some(i) = ids.iter().position(|&id| id as usize >= vocab) {
@@ -75,6 +76,7 @@ pub unsafe extern "C" fn specache_detokenize(
             return Err(Fail::usage(format!("ids: entry {i} is {id}, beyond the vocabulary, which ends at {last}")));
         }
         let decoded = engine.tokenizer()?.decode(ids)?;
+        // SAFETY: as above.
         unsafe { give_text(&decoded, text, capacity, n) }
     })
 }
@@ -98,14 +100,16 @@ pub unsafe extern "C" fn specache_chat_prompt(
                 "{name} has no chat template, neither chat_template.jinja nor one in tokenizer_config.json"
             ))
         })?;
-        // SAFETY: the header's contract, here and below.
+        // SAFETY: the header's contract.
         let messages = unsafe { slice(messages, n_messages, "messages") }?;
         let message = |m: &ChatMessage| {
+            // SAFETY: as above.
             let (role, content) = unsafe { (c_text(m.role, "a message's role")?, c_text(m.content, "its content")?) };
             Ok(Message { role, content })
         };
         let messages = messages.iter().map(message).collect::<Result<Vec<_>>>()?;
         let rendered = template.render(&messages, add_generation_prompt != 0)?;
+        // SAFETY: as above.
         unsafe { give_text(&rendered, text, capacity, n) }
     })
 }
