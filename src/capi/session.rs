@@ -61,7 +61,7 @@ impl SessionObject {
     /// Heeds a request to cancel, which is over with that.
     pub(super) fn check_cancel(&self) -> Result<()> {
         match self.cancel.load(Ordering::Relaxed) && self.cancel.swap(false, Ordering::Relaxed) {
-            true => Err(Fail::new(Status::Cancelled, "cancelled")),
+            true => Err(Fail::cancelled()),
             false => Ok(()),
         }
     }

@@ -82,6 +82,10 @@ impl Fail {
         Fail::new(Status::Usage, why)
     }
 
+    pub fn cancelled() -> Fail {
+        Fail::new(Status::Cancelled, "cancelled")
+    }
+
     pub fn internal(what: &str) -> Fail {
         Fail::new(Status::Internal, format!("internal error: {what}; this is a bug of specache, please report it"))
     }
@@ -129,6 +133,7 @@ impl From<Error> for Fail {
             Error::Usage(_) | Error::OutOfMemory { .. } => {
                 Fail { status, why: NAMES.iter().fold(why, |why, (cli, here)| why.replace(cli, here)) }
             }
+            Error::Interrupted => Fail::cancelled(),
             _ => Fail { status, why },
         }
     }
