@@ -1,0 +1,199 @@
+//! What the C interface costs per decoded token, beside the engine's own functions doing the same.
+//!
+//! `cargo bench --bench capi [-- TOKENS]`: both sides take turns, token by token or in short runs, each with a session of its
+//! own of the same tokens, so that whatever else runs on the machine meets both. Beside the medians stands the median of
+//! the differences of neighbours. A minute at most.
+#![allow(unsafe_code)] // Calls of C functions.
+
+use std::ffi::{CString, c_void};
+use std::ptr;
+use std::time::Instant;
+
+use specache::capi::*;
+use specache::device::DeviceOptions;
+use specache::model::config_of;
+use specache::sampler::{Sampler, SamplingOptions};
+use specache::tokenizer::Tokenizer;
+use specache::{Buffers, Engine, KvOptions, Next, Prompt, Result, Session};
+
+const RECALL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/recall");
+/// Tokens of a run of generation: as those of the command line, short enough to take turns.
+const RUN: usize = 16;
+
+/// Nanoseconds.
+fn ns(run: impl FnOnce()) -> f64 {
+    let start = Instant::now();
+    run();
+    start.elapsed().as_nanos() as f64
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Medians of both sides, and of their neighbours' differences, in nanoseconds per token.
+fn report(what: &str, model: &str, engine: Vec<f64>, c: Vec<f64>) {
+    let differences = c.iter().zip(&engine).map(|(c, engine)| c - engine).collect();
+    let (engine, c, difference) = (median(engine) / 1e3, median(c) / 1e3, median(differences) / 1e3);
+    println!("| {what} | {model} | {engine:.2} | {c:.2} | {difference:.2} |");
+}
+
+unsafe extern "C" fn take(user_data: *mut c_void, token: *const TokenC) -> i32 {
+    // SAFETY: the caller passes a number that nobody else uses.
+    unsafe { *user_data.cast::<u64>() += (*token).n_bytes };
+    0
+}
+
+/// The same model twice: an engine, and a handle.
+struct Sides {
+    engine: Engine,
+    handle: *mut EngineHandle,
+    tokens: usize,
+}
+
+impl Sides {
+    fn open(model: &str, tokens: usize) -> Result<Sides> {
+        let engine = Engine::load(model, &DeviceOptions { threads: Some(1), ..DeviceOptions::default() })?;
+        let (model, mut handle) = (CString::new(model).expect("no NUL"), ptr::null_mut());
+        // SAFETY: zero is a value of every field.
+        let mut options: EngineOptions = unsafe { std::mem::zeroed() };
+        // SAFETY: structs of this function, here and below.
+        unsafe { specache_engine_options_init(&mut options, size_of::<EngineOptions>() as u32) };
+        options.threads = 1;
+        // SAFETY: as above.
+        let status = unsafe { specache_engine_create(SPECACHE_ABI_VERSION, model.as_ptr(), &options, &mut handle) };
+        assert_eq!(status, 0);
+        Ok(Sides { engine, handle, tokens })
+    }
+
+    /// Both with the same prompt, and room for all tokens.
+    fn sessions(&self, prompt: &[u32]) -> Result<(Session, *mut SessionHandle)> {
+        let room = prompt.len() + self.tokens + RUN + 2;
+        let mut session = self.engine.session(KvOptions::default(), room)?;
+        self.engine.prefill(&mut [Prompt { session: &mut session, tokens: prompt }], &mut Buffers::default())?;
+        let mut handle = ptr::null_mut();
+        // SAFETY: pointers of this function.
+        unsafe {
+            assert_eq!(specache_session_create(self.handle, ptr::null(), room as u64, &mut handle), 0);
+            assert_eq!(specache_session_prefill(handle, prompt.as_ptr(), prompt.len()), 0);
+        }
+        Ok((session, handle))
+    }
+
+    /// Steps with logits out, one call each.
+    fn steps(&self, model: &str, prompt: &[u32]) -> Result<()> {
+        let (mut session, handle) = self.sessions(prompt)?;
+        let vocab = self.engine.model().config.vocab_size;
+        let (mut buffers, mut logits) = (Buffers::default(), vec![0.0f32; vocab]);
+        let (mut own, mut c) = (Vec::new(), Vec::new());
+        for t in 0..self.tokens {
+            let token = (t * 7 % vocab) as u32;
+            let mut done = Ok(());
+            own.push(ns(|| done = self.engine.decode(&mut [Next { session: &mut session, token }], &mut buffers)));
+            done?;
+            // SAFETY: room for the vocabulary.
+            c.push(ns(|| assert_eq!(unsafe { specache_session_step(handle, token, logits.as_mut_ptr(), vocab) }, 0)));
+            assert_eq!(logits, buffers.logits(0)?, "both sides do the same");
+        }
+        specache_session_free(handle);
+        report("a step, logits copied out", model, own, c);
+        Ok(())
+    }
+
+    /// Greedy generation in runs, with or without text.
+    fn generation(&self, model: &str, prompt: &[u32], tokenizer: Option<&Tokenizer>) -> Result<()> {
+        let (mut session, handle) = self.sessions(prompt)?;
+        let mut buffers = Buffers::default();
+        let mut sampler = Sampler::new(SamplingOptions::default())?;
+        let mut history = prompt.to_vec();
+        let (mut own, mut c, mut own_bytes, mut c_bytes) = (Vec::new(), Vec::new(), 0u64, 0u64);
+        // The first token of both comes from a step, so that every run is of as many steps as tokens.
+        let mut token = prompt[0];
+        // SAFETY: NULL is allowed.
+        assert_eq!(unsafe { specache_session_step(handle, token, ptr::null_mut(), 0) }, 0);
+        self.engine.decode(&mut [Next { session: &mut session, token }], &mut buffers)?;
+        history.push(token);
+        token = sampler.sample(buffers.logits(0)?, &history)?;
+        let mut sampled = 0;
+        // SAFETY: a number of this function.
+        assert_eq!(unsafe { specache_session_sample(handle, &mut sampled) }, 0);
+        assert_eq!(sampled, token);
+        for _ in 0..self.tokens / RUN {
+            let mut done = Ok(());
+            own.push(
+                ns(|| {
+                    let mut run = || -> Result<()> {
+                        let mut stream = tokenizer.map(|t| t.stream(&history));
+                        for _ in 0..RUN {
+                            self.engine.decode(&mut [Next { session: &mut session, token }], &mut buffers)?;
+                            history.push(token);
+                            token = sampler.sample(buffers.logits(0)?, &history)?;
+                            own_bytes += stream.as_mut().map_or(Ok(String::new()), |s| s.push(token))?.len() as u64;
+                        }
+                        own_bytes += stream.as_mut().map_or(Ok(String::new()), |s| s.flush())?.len() as u64;
+                        Ok(())
+                    };
+                    done = run();
+                }) / RUN as f64,
+            );
+            done?;
+            let flags = if tokenizer.is_some() { 1 } else { 3 };
+            let user_data = (&raw mut c_bytes).cast();
+            c.push(
+                ns(|| {
+                    // SAFETY: values of this function.
+                    let status = unsafe {
+                        let (n, stop) = (ptr::null_mut(), ptr::null_mut());
+                        specache_session_generate(handle, RUN as u64, flags, Some(take), user_data, n, stop)
+                    };
+                    assert_eq!(status, 0);
+                }) / RUN as f64,
+            );
+        }
+        assert_eq!(own_bytes, c_bytes, "both sides do the same");
+        specache_session_free(handle);
+        let text = if tokenizer.is_some() { "with text" } else { "ids alone" };
+        report(&format!("a token of generate, {text}"), model, own, c);
+        Ok(())
+    }
+}
+
+/// The least that a call costs: find the session, lock it, catch panics.
+fn bare_call(sides: &Sides) -> Result<()> {
+    let (_, handle) = sides.sessions(&[1])?;
+    let calls = 100_000;
+    let runs = (0..9).map(|_| {
+        ns(|| {
+            for _ in 0..calls {
+                let mut n = 0;
+                // SAFETY: a number of this function.
+                assert_eq!(unsafe { specache_session_tokens(handle, ptr::null_mut(), 0, &mut n) }, 0);
+            }
+        }) / calls as f64
+    });
+    println!("\nA call that does nothing: {:.0} ns.", median(runs.collect()));
+    specache_session_free(handle);
+    Ok(())
+}
+
+fn main() -> Result<()> {
+    let tokens = std::env::args().skip(1).find_map(|arg| arg.parse().ok()).unwrap_or(4000);
+    println!("| per token, one thread, us | model | engine | C | more, median of neighbours |\n|---|---|---|---|---|");
+    let tiny = Sides::open("synthetic:tiny", tokens)?;
+    let vocab = config_of("synthetic:tiny")?.vocab_size as u32;
+    let prompt: Vec<u32> = (0..64).map(|i| i % vocab).collect();
+    tiny.steps("synthetic:tiny", &prompt)?;
+    tiny.generation("synthetic:tiny", &prompt, None)?;
+    let recall = Sides::open(RECALL, tokens)?;
+    let tokenizer = Tokenizer::load(RECALL.as_ref())?.expect("a tokenizer");
+    let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/recall_prompt.txt"));
+    let prompt = tokenizer.encode(&text.expect("a fixture")[..400], true)?;
+    recall.steps("recall", &prompt)?;
+    recall.generation("recall", &prompt, None)?;
+    recall.generation("recall", &prompt, Some(&tokenizer))?;
+    bare_call(&tiny)?;
+    specache_engine_free(tiny.handle);
+    specache_engine_free(recall.handle);
+    Ok(())
+}
