@@ -1,4 +1,4 @@
-//! Chat templates, as Hugging Face transformers renders them.
+//! Chat templates, as Hugging Face transformers renders them; what is expected here was checked with Jinja2 3.1.6.
 
 use std::fs;
 use std::path::PathBuf;
