@@ -139,23 +139,19 @@ impl Sides {
         assert_eq!(unsafe { specache_session_sample(handle, &mut sampled) }, 0);
         assert_eq!(sampled, token);
         for _ in 0..self.tokens / RUN {
+            let mut run = || -> Result<()> {
+                let mut stream = tokenizer.map(|t| t.stream(&history));
+                for _ in 0..RUN {
+                    self.engine.decode(&mut [Next { session: &mut session, token }], &mut buffers)?;
+                    history.push(token);
+                    token = sampler.sample(buffers.logits(0)?, &history)?;
+                    own_bytes += stream.as_mut().map_or(Ok(String::new()), |s| s.push(token))?.len() as u64;
+                }
+                own_bytes += stream.as_mut().map_or(Ok(String::new()), |s| s.flush())?.len() as u64;
+                Ok(())
+            };
             let mut done = Ok(());
-            own.push(
-                ns(|| {
-                    let mut run = || -> Result<()> {
-                        let mut stream = tokenizer.map(|t| t.stream(&history));
-                        for _ in 0..RUN {
-                            self.engine.decode(&mut [Next { session: &mut session, token }], &mut buffers)?;
-                            history.push(token);
-                            token = sampler.sample(buffers.logits(0)?, &history)?;
-                            own_bytes += stream.as_mut().map_or(Ok(String::new()), |s| s.push(token))?.len() as u64;
-                        }
-                        own_bytes += stream.as_mut().map_or(Ok(String::new()), |s| s.flush())?.len() as u64;
-                        Ok(())
-                    };
-                    done = run();
-                }) / RUN as f64,
-            );
+            own.push(ns(|| done = run()) / RUN as f64);
             done?;
             let flags = if tokenizer.is_some() { 1 } else { 3 };
             let user_data = (&raw mut c_bytes).cast();

@@ -176,8 +176,8 @@ impl Fuzzer {
     fn prefill(&mut self) {
         let (place, handle) = self.pick();
         let ids = self.ids();
-        // SAFETY: a slice, or NULL.
         let status = match self.one_in(30) {
+            // SAFETY: NULL is refused.
             true => unsafe { specache_session_prefill(handle, ptr::null(), ids.len()) },
             false => prefill(handle, &ids),
         };

@@ -46,8 +46,11 @@ int main(int argc, char **argv) {
         specache_session_stats stats;
         stats.struct_size = sizeof stats;
         if (specache_session_get_stats(session, &stats) == SPECACHE_OK) {
-            fprintf(stderr, "\n%" PRIu64 " tokens, hit rate %.3f, %" PRIu64 " bytes fetched, %" PRIu64 " bytes on the host\n",
-                    stats.n_tokens, stats.hit_rate, stats.fetched_bytes, stats.host_bytes);
+            fprintf(stderr, "\n%" PRIu64 " tokens, %" PRIu64 " bytes of them on the host, %" PRIu64 " bytes fetched\n",
+                    stats.n_tokens, stats.host_bytes, stats.fetched_bytes);
+            if (stats.hit_rate >= 0) { /* not NaN: prompts of less than 128 tokens stay on the device */
+                fprintf(stderr, "hit rate %.3f, acceptance %.3f\n", stats.hit_rate, stats.acceptance);
+            }
         }
     }
     specache_session_free(session);

@@ -19,5 +19,5 @@ with Engine(model) as engine:
         print()
         best = max(range(len(logits)), key=logits.__getitem__)
         stats = session.stats()
-        print(f"first: {engine.detokenize([best])!r} of {len(logits)}, a {type(logits).__name__}; "
-              f"{stats['n_tokens']} tokens, hit rate {stats['hit_rate']:.3f}", file=sys.stderr)
+        print(f"first token: {engine.detokenize([best])!r} of {len(logits)}; {stats['n_tokens']} tokens, "
+              f"{stats['host_bytes']} bytes of them on the host, {stats['fetched_bytes']} bytes fetched", file=sys.stderr)

@@ -22,10 +22,10 @@ pub(super) unsafe fn slice<'a, T>(data: *const T, n: usize, what: &str) -> Resul
     Ok(unsafe { std::slice::from_raw_parts(data, n) })
 }
 
-/// As [`slice`], to be written. Nobody else uses it meanwhile.
+/// As [`fn@slice`], to be written. Nobody else uses it meanwhile.
 ///
 /// # Safety
-/// As [`slice`].
+/// As [`fn@slice`].
 pub(super) unsafe fn slice_mut<'a, T>(data: *mut T, n: usize, what: &str) -> Result<&'a mut [T]> {
     // SAFETY: the caller's promise.
     unsafe { slice(data.cast_const(), n, what) }?;
@@ -36,7 +36,7 @@ pub(super) unsafe fn slice_mut<'a, T>(data: *mut T, n: usize, what: &str) -> Res
 /// A text of so many bytes.
 ///
 /// # Safety
-/// As [`slice`].
+/// As [`fn@slice`].
 pub(super) unsafe fn text<'a>(data: *const c_char, n: usize, what: &str) -> Result<&'a str> {
     // SAFETY: the caller's promise.
     utf8(unsafe { slice(data.cast::<u8>(), n, what) }?, what)
@@ -78,10 +78,10 @@ pub(super) unsafe fn set<T>(to: *mut T, value: T, what: &str) -> Result<()> {
     Ok(())
 }
 
-/// As [`set`], where NULL means that nobody wants to know.
+/// As [`fn@set`], where NULL means that nobody wants to know.
 ///
 /// # Safety
-/// As [`set`].
+/// As [`fn@set`].
 pub(super) unsafe fn set_if<T>(to: *mut T, value: T, what: &str) -> Result<()> {
     // SAFETY: the caller's promise.
     if to.is_null() { Ok(()) } else { unsafe { set(to, value, what) } }
@@ -96,17 +96,17 @@ pub(super) unsafe fn give<T: Copy>(values: &[T], to: *mut T, capacity: usize, n:
     unsafe { give_with(values, None, to, capacity, n, what) }
 }
 
-/// As [`give`], with a NUL behind it that `*n` does not count.
+/// As [`fn@give`], with a NUL behind it that `*n` does not count.
 ///
 /// # Safety
-/// As [`give`].
+/// As [`fn@give`].
 pub(super) unsafe fn give_text(value: &str, to: *mut c_char, capacity: usize, n: *mut usize) -> Result<()> {
     // SAFETY: the caller's promise; `c_char` and `u8` are of one size.
     unsafe { give_with(value.as_bytes(), Some(0), to.cast::<u8>(), capacity, n, "text") }
 }
 
 /// # Safety
-/// As [`give`].
+/// As [`fn@give`].
 unsafe fn give_with<T: Copy>(
     values: &[T],
     end: Option<T>,
