@@ -33,11 +33,7 @@ use crate::session::{Buffers, Member, Next, Session};
 /// see [`Buffers::logits`].
 pub fn decode(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> Result<()> {
     buffers.results.clear();
-    for Next { session, token } in batch.iter() {
-        session.check_usable(context)?;
-        context.check_tokens(&[*token])?;
-        check_room(session)?;
-    }
+    batch.iter().try_for_each(|next| check(context, next))?;
     reserve_on_gpu(context, batch, buffers)?;
     for Next { session, .. } in batch.iter_mut() {
         session.cache.take_waited(); // by prefills, forks and truncations: not this step's
@@ -53,6 +49,16 @@ pub fn decode(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> R
         next.session.stats.steps += 1;
     }
     Ok(())
+}
+
+/// Whether [`decode`] takes this token of this session.
+///
+/// # Errors
+/// As there.
+pub fn check(context: &Context, next: &Next) -> Result<()> {
+    next.session.check_usable(context)?;
+    context.check_tokens(&[next.token])?;
+    check_room(next.session)
 }
 
 fn check_room(session: &Session) -> Result<()> {
@@ -108,8 +114,10 @@ fn pass(
 
     for (l, layer) in model.weights.layers.iter().enumerate() {
         device.at_layer(Some(l));
+        let stopped = || members.iter().try_for_each(|m| batch[m.index].session.stop.check());
         // A GPU is given a whole pass in less time than a layer takes the CPU: it is asked before the pass only.
-        if let Err(interrupted) = if l == 0 || device.gpu().is_none() { context.check_interrupt() } else { Ok(()) } {
+        let asks = l == 0 || device.gpu().is_none();
+        if asks && let Err(interrupted) = context.check_interrupt().and_then(|()| stopped()) {
             undo(device, config, batch, members, l, kind, rows, fetches);
             buffers.results.clear(); // a pre-decode's
             return Err(interrupted);

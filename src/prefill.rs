@@ -146,7 +146,7 @@ fn prefill_layer(
     let mut pages = cache.prefill_pages(l, end);
     let first_page = cache.prefill_first_page();
     for (chunk, x) in x.chunks_mut(CHUNK * hidden).enumerate() {
-        if let Err(why) = context.check_interrupt() {
+        if let Err(why) = context.check_interrupt().and_then(|()| prompt.session.stop.check()) {
             return Err(Stopped { pages, why });
         }
         let rows = &mut buffers.rows;

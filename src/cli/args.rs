@@ -215,7 +215,7 @@ pub struct ModelArgs {
 #[derive(Args)]
 pub struct DeviceArgs {
     /// Where to compute: auto, cpu, cuda or cuda:N. This version computes on the CPU only
-    #[arg(long, env = "SPECACHE_DEVICE", value_name = "DEVICE", default_value = "auto", value_parser = device_choice)]
+    #[arg(long, env = "SPECACHE_DEVICE", value_name = "DEVICE", default_value = "auto", value_parser = str::parse::<DeviceChoice>)]
     device: DeviceChoice,
     /// Compute threads [default: as many as the process may use]
     #[arg(short, long, env = "SPECACHE_THREADS", value_name = "N", allow_negative_numbers = true,
@@ -257,16 +257,6 @@ pub struct DeviceArgs {
     /// NUMA node that was gathered from, step and layer on every slice
     #[arg(long, env = "SPECACHE_TRACE", value_name = "OUT.json")]
     pub trace: Option<PathBuf>,
-}
-
-fn device_choice(text: &str) -> Result<DeviceChoice, String> {
-    match (text, text.strip_prefix("cuda:").map(str::parse)) {
-        ("auto", _) => Ok(DeviceChoice::Auto),
-        ("cpu", _) => Ok(DeviceChoice::Cpu),
-        ("cuda", _) => Ok(DeviceChoice::Cuda(0)),
-        (_, Some(Ok(index))) => Ok(DeviceChoice::Cuda(index)),
-        _ => Err("must be auto, cpu, cuda or cuda:N".into()),
-    }
 }
 
 fn schedule() -> impl TypedValueParser<Value = Schedule> {

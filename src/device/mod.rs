@@ -5,6 +5,7 @@
 
 pub mod arena;
 pub mod buffer;
+pub mod choice;
 pub mod cuda;
 pub mod fault;
 pub mod in_flight;
@@ -23,6 +24,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 pub use buffer::{Buffer, Grant, Meter};
+pub use choice::DeviceChoice;
 pub use in_flight::{Carried, InFlight};
 pub use schedule::Schedule;
 pub use stream::{Event, Job};
@@ -37,18 +39,6 @@ use order::{Checker, EventClock, Site, StreamId, Uses};
 use pin::Pin;
 use stream::Streams;
 use trace::{Place, Trace, Visit};
-
-/// Which device computes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum DeviceChoice {
-    /// A GPU if one can be used, else the CPU.
-    #[default]
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// This GPU, as the driver counts them, and no other device.
-    Cuda(usize),
-}
 
 /// What a device is to be like.
 #[derive(Clone)]
