@@ -406,12 +406,10 @@ fn load_ahead(session: &mut Session, layer: usize) {
 
 /// On a GPU: memory for the passes of this call, before anything has changed.
 fn reserve_on_gpu(context: &Context, batch: &[Next], buffers: &mut Buffers) -> Result<()> {
-    if context.gpu.is_none() {
-        return Ok(());
-    }
+    let Some(model) = &context.gpu else { return Ok(()) };
     let window = context.model.config.sliding_window;
     let places: Vec<Place> = batch.iter().map(|next| place(next.session, [next.token, 0], 2, window)).collect();
-    buffers.rows.gpu.reserve(&context.device, &context.model.config, &places)
+    buffers.rows.gpu.reserve(&context.device, model, &context.model.config, &places)
 }
 
 /// What a GPU must know of a session for a pass.
@@ -447,7 +445,7 @@ fn begin_on_gpu<'a>(
     let window = config.sliding_window;
     let places = members.iter().zip(seqs).map(|(m, s)| place(batch[m.index].session, m.tokens, s.n_rows, window));
     let places: Vec<Place> = places.collect();
-    rows.gpu.reserve(&context.device, config, &places)?;
+    rows.gpu.reserve(&context.device, model, config, &places)?;
     members.iter().for_each(|m| batch[m.index].session.cache.refresh_tables());
     let graph = rows.gpu.begin_graph(&context.device, model, &places, is_traced(batch, members))?;
     let _embed = context.device.operation("embed", |_| {});

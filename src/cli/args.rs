@@ -9,7 +9,7 @@ use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand}
 
 use specache::device::link::LinkOptions;
 use specache::device::pin::{Mlock, Pin};
-use specache::device::{DeviceChoice, DeviceOptions, Schedule};
+use specache::device::{DeviceChoice, DeviceOptions, LinearPath, Schedule};
 use specache::error::Error;
 use specache::kv::{KvMode, KvOptions};
 use specache::model::Dtype;
@@ -214,7 +214,7 @@ pub struct ModelArgs {
 /// The device.
 #[derive(Args)]
 pub struct DeviceArgs {
-    /// Where to compute: auto, cpu, cuda or cuda:N. This version computes on the CPU only
+    /// Where to compute: auto, cpu, cuda or cuda:N
     #[arg(long, env = "SPECACHE_DEVICE", value_name = "DEVICE", default_value = "auto", value_parser = str::parse::<DeviceChoice>)]
     device: DeviceChoice,
     /// Compute threads [default: as many as the process may use]
@@ -232,6 +232,10 @@ pub struct DeviceArgs {
     #[arg(long, env = "SPECACHE_PIPELINE", value_name = "SCHEDULE", default_value = "event",
           value_parser = schedule())]
     pipeline: Schedule,
+    /// Who makes the matrix products on a GPU: our fused kernels, 16 rows at a time; cuBLASLt; or the fused kernels for
+    /// up to 16 rows and cuBLASLt for more
+    #[arg(long, env = "SPECACHE_LINEAR", value_name = "PATH", default_value = "auto", value_parser = linear_path())]
+    linear: LinearPath,
     /// On a GPU: launch every kernel of a step by itself instead of all of them as a CUDA graph
     #[arg(long, env = "SPECACHE_NO_GRAPH", value_parser = FalseyValueParser::new())]
     no_graph: bool,
@@ -264,6 +268,11 @@ fn schedule() -> impl TypedValueParser<Value = Schedule> {
     PossibleValuesParser::new(Schedule::ALL.map(Schedule::name)).map(named)
 }
 
+fn linear_path() -> impl TypedValueParser<Value = LinearPath> {
+    let named = |name: String| LinearPath::ALL.into_iter().find(|p| p.name() == name).expect("a name from the list");
+    PossibleValuesParser::new(LinearPath::ALL.map(LinearPath::name)).map(named)
+}
+
 /// A megabyte a second is slower than any link, and slow enough to wait for.
 fn link_gbps(text: &str) -> Result<f64, String> {
     in_range(text, 0.001, 1e5)
@@ -290,6 +299,7 @@ impl DeviceArgs {
             device_budget: self.vram_budget,
             host_budget: self.host_kv_budget,
             pipeline: self.pipeline,
+            linear: self.linear,
             delta: !self.no_delta,
             graph: !self.no_graph,
             gather_threads: self.gather_threads.map(usize::from),

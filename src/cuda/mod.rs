@@ -4,13 +4,14 @@
 //! A call gives the GPU all of its work and waits once, at its end.
 
 mod decode;
+mod dense;
 mod prefill;
 mod rows;
 mod weights;
 
 pub(crate) use decode::{Place, Workspace};
 
-pub(crate) use prefill::PromptStream;
+pub(crate) use prefill::{ChunkMemory, PromptStream};
 pub(crate) use weights::{GpuModel, check_shape};
 
 use crate::device::cuda::Gpu;

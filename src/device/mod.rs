@@ -10,6 +10,7 @@ pub mod cuda;
 pub mod fault;
 pub mod in_flight;
 pub mod interrupt;
+pub mod linear;
 pub mod link;
 pub mod map;
 pub mod order;
@@ -26,6 +27,7 @@ use std::time::{Duration, Instant};
 pub use buffer::{Buffer, Grant, Meter};
 pub use choice::DeviceChoice;
 pub use in_flight::{Carried, InFlight};
+pub use linear::LinearPath;
 pub use schedule::Schedule;
 pub use stream::{Event, Job};
 
@@ -53,6 +55,8 @@ pub struct DeviceOptions {
     pub host_budget: Option<u64>,
     /// How computation waits for copies.
     pub pipeline: Schedule,
+    /// How a GPU computes the dense part of a layer.
+    pub linear: LinearPath,
     /// Keep the pairs that stay selected where they are and fetch only the others.
     pub delta: bool,
     /// On a GPU: give a step that was seen before to it in one call, as a CUDA graph.
@@ -82,6 +86,7 @@ impl Default for DeviceOptions {
             device_budget: None,
             host_budget: None,
             pipeline: Schedule::default(),
+            linear: LinearPath::default(),
             delta: true,
             graph: true,
             gather_threads: None,
@@ -139,7 +144,7 @@ impl Device {
     /// The CPU device.
     ///
     /// # Errors
-    /// [`Error::Usage`] for an unknown `SPECACHE_ISA` or zero threads.
+    /// [`Error::Usage`] for an unknown `SPECACHE_ISA`, zero threads, or [`LinearPath::Cublas`].
     pub fn cpu(options: &DeviceOptions) -> Result<Device> {
         Device::new(options, None, None)
     }
@@ -164,6 +169,10 @@ impl Device {
     }
 
     fn new(options: &DeviceOptions, gpu: Option<Arc<Gpu>>, why_no_gpu: Option<String>) -> Result<Device> {
+        if options.linear == LinearPath::Cublas && gpu.is_none() {
+            let why = why_no_gpu.as_deref().unwrap_or("--device cpu was asked for");
+            return Err(Error::Usage(format!("--linear cublas needs a GPU: {why}")));
+        }
         let isa = Isa::from_env()?;
         let threads = match options.threads {
             Some(0) => return Err(Error::Usage("--threads 0: at least one thread is needed".into())),
