@@ -238,8 +238,10 @@ fn finish(context: &Context, prompt: &mut Prompt, stream: &Stream, buffers: &mut
     let mut logits;
     match (stream, device.gpu(), &context.gpu) {
         (Stream::Gpu(stream), Some(gpu), Some(model)) => {
-            let _logits = device.operation("norm_logits", |_| {});
+            let operation = device.operation("norm_logits", |_| {});
             (logits, session.bad_layer) = stream.end(gpu, model, config);
+            drop(operation);
+            device.end_step(); // how long a prefill waits for copies is no figure of decoding
             if let Err(failed) = gpu.driver().sound() {
                 session.fail_device(&failed);
                 return Err(failed);

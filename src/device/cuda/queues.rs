@@ -33,6 +33,8 @@ struct Queue {
     recorded: AtomicU64,
     /// Points that are known to have passed.
     passed: AtomicU64,
+    /// For each queue, the last of its points that this one waits for.
+    awaited: [AtomicU64; QUEUES],
 }
 
 // SAFETY: handles of the driver, which any thread may use.
@@ -54,8 +56,8 @@ impl Queues {
             // SAFETY: writes one handle.
             let result = unsafe { driver.api.cuStreamCreateWithPriority(&mut stream, NON_BLOCKING, priority) };
             driver.check("cuStreamCreateWithPriority", result)?;
-            let (recorded, passed) = (AtomicU64::new(0), AtomicU64::new(0));
-            made.queues.push(Queue { stream, events: Vec::new(), recorded, passed });
+            let (recorded, passed, awaited) = Default::default();
+            made.queues.push(Queue { stream, events: Vec::new(), recorded, passed, awaited });
             for _ in 0..RING {
                 let mut event = ptr::null_mut();
                 // SAFETY: writes one handle.
@@ -87,15 +89,23 @@ impl Queues {
         at
     }
 
+    /// Whether `stream` could be ahead of point `at` of `other`: nobody knows yet that the point has passed, and `stream` has
+    /// not been told to wait for it.
+    pub(crate) fn must_wait(&self, stream: StreamId, other: StreamId, at: u64) -> bool {
+        let known = |point: &AtomicU64| point.load(Ordering::Acquire) >= at;
+        stream != other && !known(&self.of(other).passed) && !known(&self.of(stream).awaited[other as usize])
+    }
+
     /// What `stream` is given from now on comes after point `at` of `other`.
     pub(crate) fn after(&self, stream: StreamId, other: StreamId, at: u64) {
-        let from = self.of(other);
-        if stream == other || from.passed.load(Ordering::Acquire) >= at {
+        if !self.must_wait(stream, other, at) {
             return;
         }
+        let from = self.of(other);
         // SAFETY: both handles live as long as `self`; the event was recorded.
         let result = unsafe { self.driver.api.cuStreamWaitEvent(self.handle(stream), from.event(at), 0) };
         self.driver.note("cuStreamWaitEvent", result);
+        self.of(stream).awaited[other as usize].fetch_max(at, Ordering::AcqRel);
     }
 
     /// Blocks the calling thread until point `at` of `stream` has passed.
