@@ -47,6 +47,7 @@ pub fn decode(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> R
         next.session.stats.offloaded_bytes += next.session.cache.advance();
         next.session.stats.exposed += next.session.cache.take_waited();
         next.session.stats.steps += 1;
+        next.session.stats.exposed_steps += u64::from(context.device.measures_waits());
     }
     Ok(())
 }
@@ -338,7 +339,8 @@ fn fetch_on_demand(
         select::select(device, config.group_heads(), config.n_kv_heads, attention, selection);
     }
     select::launch(device, config, layer, rows, KvMode::Fetch);
-    // Nothing overlaps with these copies: all of their time is exposed, whoever's thread it runs on.
+    // Nothing overlaps with these copies: all of their time is exposed, whoever's thread it runs on. A GPU's queue waits for
+    // all of it too, and says so at the end of the step.
     let start = Instant::now();
     fetch(device, config, batch, members, layer, KvMode::Fetch, Pass::Step, rows, fetches);
     for m in members {
@@ -347,8 +349,10 @@ fn fetch_on_demand(
             session.cache.arrive(layer, false, &mut Duration::default());
         }
     }
-    let exposed = start.elapsed();
-    members.iter().for_each(|m| batch[m.index].session.stats.exposed += exposed);
+    if device.gpu().is_none() {
+        let exposed = start.elapsed();
+        members.iter().for_each(|m| batch[m.index].session.stats.exposed += exposed);
+    }
 }
 
 /// Begins to fetch what the sequences of one mode have selected in a layer: all of them at once, or one by one in the
@@ -473,9 +477,9 @@ fn end_on_gpu(
     let gpu = device.gpu().expect("a model on a GPU");
     let logits = device.operation("norm_logits", |_| {});
     rows.gpu.end(gpu, model, config, is_traced(batch, members));
+    drop(logits);
     let launched = graph.map_or(Ok(()), |graph| rows.gpu.end_graph(graph));
     device.finish(device.record(StreamId::Compute));
-    drop(logits);
     if let Err(failed) = launched.and_then(|()| gpu.driver().sound()) {
         members.iter().for_each(|m| batch[m.index].session.fail_device(&failed));
         return Err(failed);
@@ -483,6 +487,16 @@ fn end_on_gpu(
     for (i, m) in members.iter().enumerate() {
         let session = &mut *batch[m.index].session;
         session.note_pass(config, i, &rows.gpu, kind == Pass::PreDecode);
+    }
+    device.tell_fetched(|l| {
+        let bytes = |(i, m): (usize, &Member)| {
+            let session = &*batch[m.index].session;
+            if session.kv().mode.fetches() { rows.gpu.fetched(config, l, i) * session.pair_bytes() } else { 0 }
+        };
+        members.iter().enumerate().map(bytes).sum()
+    });
+    if let Some(waited) = device.end_step() {
+        members.iter().for_each(|m| batch[m.index].session.stats.exposed += waited);
     }
     Ok(())
 }

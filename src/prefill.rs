@@ -266,8 +266,10 @@ fn finish(
     let mut logits;
     match (stream, device.gpu(), &context.gpu, working) {
         (Stream::Gpu(stream), Some(gpu), Some(model), Some(working)) => {
-            let _logits = device.operation("norm_logits", |_| {});
+            let operation = device.operation("norm_logits", |_| {});
             (logits, session.bad_layer) = stream.end(gpu, model, config, working);
+            drop(operation);
+            device.end_step(); // how long a prefill waits for copies is no figure of decoding
             if let Err(failed) = gpu.driver().sound() {
                 session.fail_device(&failed);
                 return Err(failed);

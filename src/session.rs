@@ -360,8 +360,11 @@ pub struct Stats {
     pub pre_decode_bytes: u64,
     /// Bytes from device to host, prefill included.
     pub offloaded_bytes: u64,
-    /// Time that computation waited for copies.
+    /// Time that computation waited for copies, as far as that was measured.
     pub exposed: Duration,
+    /// Decode steps in which it was: all of them on the CPU, and on a GPU where somebody asked
+    /// ([`crate::device::Device::measure_waits`]).
+    pub exposed_steps: u64,
 }
 
 impl Stats {
@@ -419,9 +422,9 @@ impl Stats {
         (self.steps > 0).then(|| self.fetched_bytes as f64 / self.steps as f64)
     }
 
-    /// Waiting time per step, microseconds.
+    /// Waiting time per step, microseconds; `None` where it was not measured.
     pub fn exposed_us_per_step(&self) -> Option<f64> {
-        (self.steps > 0).then(|| self.exposed.as_secs_f64() * 1e6 / self.steps as f64)
+        (self.exposed_steps > 0).then(|| self.exposed.as_secs_f64() * 1e6 / self.exposed_steps as f64)
     }
 }
 
@@ -484,9 +487,14 @@ impl Session {
         self.failure.get_or_insert(Failure::Copy(why.to_string()));
     }
 
+    /// Bytes of K and V of one token and KV head at 16 bits.
+    pub(crate) fn pair_bytes(&self) -> u64 {
+        self.cache.shape.pair_bytes() as u64
+    }
+
     /// Counts a fetch of so many pairs.
     pub(crate) fn note_fetch(&mut self, layer: usize, pairs: Fetched, pre_decode: bool) {
-        let bytes = pairs.fetched * self.cache.shape.pair_bytes() as u64;
+        let bytes = pairs.fetched * self.pair_bytes();
         if pre_decode {
             self.stats.pre_decode_bytes += bytes;
             return;

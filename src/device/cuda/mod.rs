@@ -16,6 +16,7 @@ pub(crate) mod memory;
 pub(crate) mod nvrtc;
 pub mod probe;
 pub(crate) mod queues;
+pub(crate) mod timing;
 
 pub(crate) use gpu::Gpu;
 pub(crate) use memory::{GpuMemory, PinnedMemory, Register};

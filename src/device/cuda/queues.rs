@@ -41,6 +41,8 @@ struct Queue {
     recorded: AtomicU64,
     /// Points that are known to have passed.
     passed: AtomicU64,
+    /// For each queue, the last of its points that this one waits for.
+    awaited: [AtomicU64; QUEUES],
 }
 
 // SAFETY: handles of the driver, which any thread may use.
@@ -69,6 +71,7 @@ impl Queues {
                 recording: Mutex::new(()),
                 recorded: AtomicU64::new(0),
                 passed: AtomicU64::new(0),
+                awaited: Default::default(),
             });
             made.queues[number].edge = event(driver)?;
             for _ in 0..RING {
@@ -139,16 +142,24 @@ impl Queues {
         at
     }
 
+    /// Whether `stream` could be ahead of point `at` of `other`: nobody knows yet that the point has passed, and `stream` has
+    /// not been told to wait for it.
+    pub(crate) fn must_wait(&self, stream: StreamId, other: StreamId, at: u64) -> bool {
+        let known = |point: &AtomicU64| point.load(Ordering::Acquire) >= at;
+        stream != other && !known(&self.of(other).passed) && !known(&self.of(stream).awaited[other as usize])
+    }
+
     /// What `stream` is given from now on comes after point `at` of `other`.
     pub(crate) fn after(&self, stream: StreamId, other: StreamId, at: u64) {
-        let from = self.of(other);
-        if stream == other || from.passed.load(Ordering::Acquire) >= at {
+        if !self.must_wait(stream, other, at) {
             return;
         }
+        let from = self.of(other);
         match (graph::calls(self), at > from.recorded()) {
             (Calls::Direct, _) => {
                 let _use = self.use_.read().unwrap_or_else(|e| e.into_inner());
                 self.wait(stream, from.event(at));
+                self.of(stream).awaited[other as usize].fetch_max(at, Ordering::AcqRel);
             }
             (Calls::Captured, true) => {
                 self.wait(stream, from.edge);
@@ -178,9 +189,10 @@ impl Queues {
     /// Gives a graph to the compute stream, behind the points `before` of all streams. Its end is the next point of every
     /// stream that the pass may have made one of.
     pub(super) fn launch_graph(&self, exec: CUgraphExec, before: [u64; QUEUES]) {
-        for (from, at) in self.queues.iter().zip(before) {
+        for ((from, at), awaited) in self.queues.iter().zip(before).zip(&self.of(StreamId::Compute).awaited) {
             if at > 0 && from.passed.load(Ordering::Acquire) < at {
                 self.wait(StreamId::Compute, from.event(at));
+                awaited.fetch_max(at, Ordering::AcqRel);
             }
         }
         // SAFETY: both handles are alive: the graph's owner waits before it drops it.
