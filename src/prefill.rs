@@ -166,7 +166,7 @@ fn prefill_layer(
     let mut pages = cache.prefill_pages(l, end);
     let first_page = cache.prefill_first_page();
     for (chunk, x) in x.chunks_mut(CHUNK * hidden).enumerate() {
-        if let Err(why) = context.check_interrupt() {
+        if let Err(why) = context.check_interrupt().and_then(|()| prompt.session.stop.check()) {
             return Err(Stopped { pages, why });
         }
         let rows = &mut buffers.rows;
@@ -266,8 +266,10 @@ fn finish(
     let mut logits;
     match (stream, device.gpu(), &context.gpu, working) {
         (Stream::Gpu(stream), Some(gpu), Some(model), Some(working)) => {
-            let _logits = device.operation("norm_logits", |_| {});
+            let operation = device.operation("norm_logits", |_| {});
             (logits, session.bad_layer) = stream.end(gpu, model, config, working);
+            drop(operation);
+            device.end_step(); // how long a prefill waits for copies is no figure of decoding
             if let Err(failed) = gpu.driver().sound() {
                 session.fail_device(&failed);
                 return Err(failed);

@@ -1,6 +1,8 @@
 //! One sequence: its cache, its speculative token, its figures; and what batches of them are made of.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::context::{Context, check_context};
@@ -32,7 +34,22 @@ pub struct Session {
     pub(crate) bad_layer: Option<usize>,
     /// The speculative token of the step before; this step's real token tells whether it was right.
     pub(crate) last_guess: Option<u32>,
+    pub(crate) stop: Stop,
     failure: Option<Failure>,
+}
+
+/// What stops the calls that a session takes part in.
+#[derive(Default)]
+pub(crate) struct Stop(Option<Arc<AtomicBool>>);
+
+impl Stop {
+    /// [`Error::Interrupted`] while the flag is set.
+    pub(crate) fn check(&self) -> Result<()> {
+        match &self.0 {
+            Some(flag) if flag.load(Ordering::Relaxed) => Err(Error::Interrupted),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Why a session cannot go on.
@@ -78,6 +95,7 @@ impl Session {
             trace: None,
             bad_layer: None,
             last_guess: None,
+            stop: Stop::default(),
             failure: None,
         }
     }
@@ -130,6 +148,17 @@ impl Session {
     pub fn reserve(&mut self, max_tokens: usize) -> Result<()> {
         check_context(max_tokens, self.max_context)?;
         self.cache.reserve(max_tokens)
+    }
+
+    /// Tokens that there is room for; decoding goes no further, a prefill makes more room.
+    pub fn max_tokens(&self) -> usize {
+        self.cache.capacity()
+    }
+
+    /// While `flag` is set, calls that this session takes part in stop as by [`crate::Engine::interrupt_flag`]: all of
+    /// their sessions are as before. Forks have no such flag.
+    pub fn stop_when(&mut self, flag: Arc<AtomicBool>) {
+        self.stop = Stop(Some(flag));
     }
 
     /// The KV options.
@@ -331,8 +360,11 @@ pub struct Stats {
     pub pre_decode_bytes: u64,
     /// Bytes from device to host, prefill included.
     pub offloaded_bytes: u64,
-    /// Time that computation waited for copies.
+    /// Time that computation waited for copies, as far as that was measured.
     pub exposed: Duration,
+    /// Decode steps in which it was: all of them on the CPU, and on a GPU where somebody asked
+    /// ([`crate::device::Device::measure_waits`]).
+    pub exposed_steps: u64,
 }
 
 impl Stats {
@@ -390,9 +422,9 @@ impl Stats {
         (self.steps > 0).then(|| self.fetched_bytes as f64 / self.steps as f64)
     }
 
-    /// Waiting time per step, microseconds.
+    /// Waiting time per step, microseconds; `None` where it was not measured.
     pub fn exposed_us_per_step(&self) -> Option<f64> {
-        (self.steps > 0).then(|| self.exposed.as_secs_f64() * 1e6 / self.steps as f64)
+        (self.exposed_steps > 0).then(|| self.exposed.as_secs_f64() * 1e6 / self.exposed_steps as f64)
     }
 }
 
@@ -455,9 +487,14 @@ impl Session {
         self.failure.get_or_insert(Failure::Copy(why.to_string()));
     }
 
+    /// Bytes of K and V of one token and KV head at 16 bits.
+    pub(crate) fn pair_bytes(&self) -> u64 {
+        self.cache.shape.pair_bytes() as u64
+    }
+
     /// Counts a fetch of so many pairs.
     pub(crate) fn note_fetch(&mut self, layer: usize, pairs: Fetched, pre_decode: bool) {
-        let bytes = pairs.fetched * self.cache.shape.pair_bytes() as u64;
+        let bytes = pairs.fetched * self.pair_bytes();
         if pre_decode {
             self.stats.pre_decode_bytes += bytes;
             return;

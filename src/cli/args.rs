@@ -215,7 +215,7 @@ pub struct ModelArgs {
 #[derive(Args)]
 pub struct DeviceArgs {
     /// Where to compute: auto, cpu, cuda or cuda:N
-    #[arg(long, env = "SPECACHE_DEVICE", value_name = "DEVICE", default_value = "auto", value_parser = device_choice)]
+    #[arg(long, env = "SPECACHE_DEVICE", value_name = "DEVICE", default_value = "auto", value_parser = str::parse::<DeviceChoice>)]
     device: DeviceChoice,
     /// Compute threads [default: as many as the process may use]
     #[arg(short, long, env = "SPECACHE_THREADS", value_name = "N", allow_negative_numbers = true,
@@ -236,6 +236,9 @@ pub struct DeviceArgs {
     /// up to 16 rows and cuBLASLt for more
     #[arg(long, env = "SPECACHE_LINEAR", value_name = "PATH", default_value = "auto", value_parser = linear_path())]
     linear: LinearPath,
+    /// On a GPU: launch every kernel of a step by itself instead of all of them as a CUDA graph
+    #[arg(long, env = "SPECACHE_NO_GRAPH", value_parser = FalseyValueParser::new())]
+    no_graph: bool,
     /// Fetch all selected pairs at every step, not only those that were not selected by the step before
     #[arg(long, env = "SPECACHE_NO_DELTA", value_parser = FalseyValueParser::new())]
     no_delta: bool,
@@ -258,16 +261,6 @@ pub struct DeviceArgs {
     /// NUMA node that was gathered from, step and layer on every slice
     #[arg(long, env = "SPECACHE_TRACE", value_name = "OUT.json")]
     pub trace: Option<PathBuf>,
-}
-
-fn device_choice(text: &str) -> Result<DeviceChoice, String> {
-    match (text, text.strip_prefix("cuda:").map(str::parse)) {
-        ("auto", _) => Ok(DeviceChoice::Auto),
-        ("cpu", _) => Ok(DeviceChoice::Cpu),
-        ("cuda", _) => Ok(DeviceChoice::Cuda(0)),
-        (_, Some(Ok(index))) => Ok(DeviceChoice::Cuda(index)),
-        _ => Err("must be auto, cpu, cuda or cuda:N".into()),
-    }
 }
 
 fn schedule() -> impl TypedValueParser<Value = Schedule> {
@@ -308,6 +301,7 @@ impl DeviceArgs {
             pipeline: self.pipeline,
             linear: self.linear,
             delta: !self.no_delta,
+            graph: !self.no_graph,
             gather_threads: self.gather_threads.map(usize::from),
             link: LinkOptions { gbps: self.sim_pcie_gbps, latency_us: self.sim_copy_latency_us },
             pin: self.mlock.then(|| Arc::new(Mlock) as Arc<dyn Pin>),

@@ -6,6 +6,7 @@
 //! of a sum may depend on how many rows there are.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use bytemuck::{Pod, bytes_of, cast_slice};
 
@@ -20,6 +21,7 @@ use crate::device::cuda::bindings::abi::{
     specache_fetch_params, specache_fetch_plan, specache_layer_cache, specache_select_merge_plan,
     specache_select_params, specache_select_plan, specache_select_scratch_bytes, specache_seq,
 };
+use crate::device::cuda::graph::{Exclusive, Graph};
 use crate::device::cuda::{Gpu, PinnedMemory};
 use crate::device::order::StreamId;
 use crate::device::{Buffer, Device, Event};
@@ -50,6 +52,8 @@ pub(crate) struct Place {
     pub shape: KvShape,
     /// How its cache is kept.
     pub options: KvOptions,
+    /// Whether there is a pair that it could select in this pass.
+    pub selects: bool,
 }
 
 impl Place {
@@ -167,9 +171,25 @@ struct Results {
     bytes: usize,
 }
 
+/// Everything that a pass's launches depend on, apart from what it is told: passes with equal keys have equal graphs.
+#[derive(Clone, PartialEq)]
+struct Key {
+    model: usize,
+    turn: usize,
+    with_selections: bool,
+    groups: Vec<(Range<usize>, Range<usize>, KvMode, KvShape, u32)>,
+    /// Of the two modes that fetch: whether there is anything to select.
+    selects: [bool; 2],
+}
+
+/// Graphs that are kept: for both turns of a step and a pre-decode, of some sizes of a batch.
+const GRAPHS: usize = 16;
+
 /// Memory of passes, kept between calls.
 #[derive(Default)]
 pub(crate) struct Workspace {
+    /// The passes that were seen before, the latest last, and their graphs from the second time on.
+    graphs: Vec<(Key, Option<Arc<Graph>>)>,
     memory: Option<Memory>,
     groups: Vec<Group>,
     /// First row of each sequence.
@@ -241,6 +261,7 @@ impl Workspace {
         if self.memory.as_ref().is_some_and(|memory| memory.sizes.covers(&needed)) {
             return Ok(());
         }
+        self.graphs.clear(); // they know the memory by its address
         let sizes = self.memory.take().map_or(needed, |memory| memory.sizes.max(&needed));
         self.memory = Some(Memory::new(device, config, sizes)?);
         Ok(())
@@ -248,6 +269,57 @@ impl Workspace {
 
     fn memory(&self) -> &Memory {
         self.memory.as_ref().expect("reserved before the pass")
+    }
+
+    /// Begins a pass that was seen before as a graph: it becomes one the second time, and is replayed from then on. `None`:
+    /// the pass goes to the driver call by call. `with_selections` as in [`Workspace::end`].
+    ///
+    /// Not where somebody wants to know when each operation runs, nor in `offload`, whose copies come from other pages when the
+    /// sequence has grown, nor with drivers that cannot capture launches which overlap (before CUDA 12.3).
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`].
+    pub(crate) fn begin_graph<'a>(
+        &mut self,
+        device: &'a Device,
+        model: &GpuModel,
+        places: &[Place],
+        with_selections: bool,
+    ) -> Result<Option<Exclusive<'a>>> {
+        let gpu = device.gpu().expect("a GPU's workspace");
+        let offload = self.groups.iter().any(|group| group.mode == KvMode::Offload);
+        let timed = device.measures_waits() || device.trace().is_some();
+        if offload || timed || !device.options().graph || gpu.facts().driver_version < 12_030 {
+            return Ok(None);
+        }
+        let selects = |mode| places.iter().any(|place| place.options.mode == mode && place.selects);
+        let group = |g: &Group| (g.seqs.clone(), g.rows.clone(), g.mode, g.shape, g.top_k);
+        let key = Key {
+            model: std::ptr::from_ref(model).addr(),
+            turn: self.memory().turn ^ 1,
+            with_selections,
+            groups: self.groups.iter().map(group).collect(),
+            selects: [selects(KvMode::SpeCache), selects(KvMode::Fetch)],
+        };
+        let seen = self.graphs.iter().position(|(seen, _)| *seen == key);
+        let graph = seen.map(|i| self.graphs.remove(i).1);
+        // The first time loads kernels and permits them their shared memory.
+        let pass = graph.clone().map(|graph| Exclusive::begin(gpu.queues(), graph)).transpose()?;
+        self.graphs.push((key, graph.flatten()));
+        if self.graphs.len() > GRAPHS {
+            self.graphs.remove(0); // its last pass is over: every call waits for its own
+        }
+        Ok(pass)
+    }
+
+    /// The end of a pass that [`Workspace::begin_graph`] began: the GPU is given its graph.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`]; nothing of the pass has run then.
+    pub(crate) fn end_graph(&mut self, pass: Exclusive<'_>) -> Result<()> {
+        let graph = pass.end()?;
+        self.graphs.last_mut().expect("this pass's").1 = Some(graph);
+        Ok(())
     }
 
     /// Tells the GPU what the pass is about, and embeds its tokens. `cache(l, i)`: where layer l of sequence i lies.

@@ -5,6 +5,7 @@
 
 pub mod arena;
 pub mod buffer;
+pub mod choice;
 pub mod cuda;
 pub mod fault;
 pub mod in_flight;
@@ -12,6 +13,7 @@ pub mod interrupt;
 pub mod linear;
 pub mod link;
 pub mod map;
+pub(crate) mod nvtx;
 pub mod order;
 pub mod pin;
 pub mod ram;
@@ -19,11 +21,12 @@ pub mod schedule;
 pub mod stream;
 pub mod trace;
 
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 pub use buffer::{Buffer, Grant, Meter};
+pub use choice::DeviceChoice;
 pub use in_flight::{Carried, InFlight};
 pub use linear::LinearPath;
 pub use schedule::Schedule;
@@ -33,24 +36,13 @@ use crate::cpu::Isa;
 use crate::error::{Error, Result};
 use crate::gather::{Gather, GatherOptions, Topology};
 use cuda::Gpu;
+use cuda::timing::Begun;
 use fault::{Fault, Faults};
 use link::{CopyEngine, LinkOptions};
 use order::{Checker, EventClock, Site, StreamId, Uses};
 use pin::Pin;
 use stream::Streams;
 use trace::{Place, Trace, Visit};
-
-/// Which device computes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum DeviceChoice {
-    /// A GPU if one can be used, else the CPU.
-    #[default]
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// This GPU, as the driver counts them, and no other device.
-    Cuda(usize),
-}
 
 /// What a device is to be like.
 #[derive(Clone)]
@@ -69,6 +61,8 @@ pub struct DeviceOptions {
     pub linear: LinearPath,
     /// Keep the pairs that stay selected where they are and fetch only the others.
     pub delta: bool,
+    /// On a GPU: give a step that was seen before to it in one call, as a CUDA graph.
+    pub graph: bool,
     /// Threads that gather, the gather stream's own among them; `None`: a quarter of those that can run, at least 1 and at
     /// most 16, as all cores compute on this device.
     pub gather_threads: Option<usize>,
@@ -76,7 +70,7 @@ pub struct DeviceOptions {
     pub link: LinkOptions,
     /// What keeps the pages in host memory resident; `None`: nothing, as no device copies from them by itself.
     pub pin: Option<Arc<dyn Pin>>,
-    /// Keep what ran when: [`Device::trace`].
+    /// Keep what ran when: [`Device::trace`]. On a GPU events around every operation make a step somewhat slower.
     pub trace: bool,
     /// Check the order of all operations; SPECACHE_CHECK_ORDER=1 does too, and says at the end what it found.
     pub order: Option<Arc<Mutex<Checker>>>,
@@ -96,6 +90,7 @@ impl Default for DeviceOptions {
             pipeline: Schedule::default(),
             linear: LinearPath::default(),
             delta: true,
+            graph: true,
             gather_threads: None,
             link: LinkOptions::default(),
             pin: None,
@@ -130,6 +125,8 @@ struct Inner {
     steps: AtomicU32,
     /// Number of the schedule in [`Schedule::ALL`].
     pipeline: AtomicUsize,
+    /// [`Device::measure_waits`].
+    measures_waits: AtomicBool,
 }
 
 impl Device {
@@ -211,6 +208,7 @@ impl Device {
             options: options.clone(),
             steps: AtomicU32::new(0),
             pipeline: AtomicUsize::new(options.pipeline as usize),
+            measures_waits: AtomicBool::new(options.trace),
         })))
     }
 
@@ -271,6 +269,18 @@ impl Device {
         self.0.pipeline.store(schedule as usize, Ordering::Relaxed);
     }
 
+    /// Whether passes measure how long computation waits for copies ([`crate::session::Stats::exposed`]): the CPU device always
+    /// does.
+    pub fn measures_waits(&self) -> bool {
+        self.0.gpu.is_none() || self.0.measures_waits.load(Ordering::Relaxed)
+    }
+
+    /// On a GPU: has passes measure, from the next one on, how long the compute queue stands waiting for copies. That takes two
+    /// timed events around each wait, about a microsecond each; a traced device always does it.
+    pub fn measure_waits(&self, on: bool) {
+        self.0.measures_waits.store(on || self.0.options.trace, Ordering::Relaxed);
+    }
+
     /// The gather pool and the link, for the jobs of copies.
     pub fn copy_engine(&self) -> Arc<CopyEngine> {
         self.0.copy_engine.clone()
@@ -279,18 +289,53 @@ impl Device {
     /// A new pass begins on the calling thread: what it launches belongs to it, until what is returned is dropped.
     pub(crate) fn begin_step(&self) -> Visit {
         let step = self.0.steps.fetch_add(1, Ordering::Relaxed) + 1;
+        if let (Some(gpu), true) = (&self.0.gpu, self.measures_waits()) {
+            gpu.timing().begin_pass(gpu.queues(), self.0.trace.as_ref().map_or(0.0, |trace| trace.us(Instant::now())));
+        }
         Place { step, layer: None, schedule: self.pipeline() }.visit()
+    }
+
+    /// On a GPU at the end of a pass, for whose compute queue it waits: what was timed goes to the trace. Returns how long the
+    /// queue has waited for copies; `None` where that was not measured, and on the CPU device, whose waits say it themselves.
+    pub(crate) fn end_step(&self) -> Option<Duration> {
+        let gpu = self.0.gpu.as_ref().filter(|_| self.measures_waits())?;
+        Some(gpu.timing().end_pass(gpu.queues(), self.0.trace.as_deref()))
+    }
+
+    /// On a GPU, before [`Device::end_step`]: the bytes that the pass has fetched for each layer, which the launches did not
+    /// know.
+    pub(crate) fn tell_fetched(&self, bytes: impl Fn(usize) -> u64) {
+        if let (Some(gpu), Some(_)) = (&self.0.gpu, &self.0.trace) {
+            gpu.timing().tell_bytes(PREFETCH, bytes);
+        }
     }
 
     /// The calling thread comes to a layer, or leaves the layers.
     pub(crate) fn at_layer(&self, layer: Option<usize>) {
-        Place { layer: layer.map(|l| l as u32), ..Place::current() }.enter();
+        Place::enter_layer(layer.map(|l| l as u32));
     }
 
     /// Marks an operation of the compute stream: it uses what `uses` says, and lasts until the guard is dropped.
     pub(crate) fn operation(&self, name: &'static str, uses: impl FnOnce(&mut Uses)) -> Operation<'_> {
-        self.declare(StreamId::Compute, name, uses);
-        Operation { trace: self.0.trace.as_deref().map(|trace| (trace, Instant::now())), name }
+        self.operation_on(StreamId::Compute, name, 0, uses)
+    }
+
+    /// As [`Device::operation`], of a GPU's queue `stream`: it moves `bytes` bytes.
+    pub(crate) fn operation_on(
+        &self,
+        stream: StreamId,
+        name: &'static str,
+        bytes: u64,
+        uses: impl FnOnce(&mut Uses),
+    ) -> Operation<'_> {
+        self.declare(stream, name, uses);
+        let range = nvtx::range(name);
+        let begun = match (&self.0.trace, &self.0.gpu) {
+            (None, _) => None,
+            (Some(trace), None) => Some(Began::OnCpu(trace, Instant::now())),
+            (Some(_), Some(gpu)) => gpu.timing().begin(gpu.queues(), stream).map(|begun| Began::OnGpu(gpu, begun)),
+        };
+        Operation { begun, name, bytes, _range: range }
     }
 
     /// Hands `job` to a stream: it runs when everything given before is done, and uses what `uses` says.
@@ -326,13 +371,13 @@ impl Device {
     }
 
     /// The compute stream waits for `event`. Returns the time that this took the calling thread, which on a GPU goes on at
-    /// once. `site` names the place in the program.
+    /// once: [`Device::end_step`] tells of its waits. `site` names the place in the program.
     pub fn wait(&self, event: Event, site: Site) -> Duration {
         if let Some(mut checker) = self.checker() {
             checker.wait(StreamId::Compute, event.clock(), site);
         }
         if let Some(gpu) = &self.0.gpu {
-            gpu.queues().after(StreamId::Compute, event.stream(), event.at());
+            self.wait_on_gpu(gpu, event, site);
             return Duration::ZERO;
         }
         let start = Instant::now();
@@ -341,6 +386,18 @@ impl Device {
             trace.add(StreamId::Compute, site, true, Place::current(), start, 0);
         }
         waited
+    }
+
+    fn wait_on_gpu(&self, gpu: &Gpu, event: Event, site: Site) {
+        let (queues, timing) = (gpu.queues(), gpu.timing());
+        if !queues.must_wait(StreamId::Compute, event.stream(), event.at()) {
+            return;
+        }
+        let begun = self.measures_waits().then(|| timing.begin(queues, StreamId::Compute)).flatten();
+        queues.after(StreamId::Compute, event.stream(), event.at());
+        if let Some(begun) = begun {
+            timing.end(queues, begun, site, true, 0);
+        }
     }
 
     /// Blocks until `event` has passed, so that the memory of its job can be used anew. Orders nothing that the checker
@@ -369,8 +426,8 @@ impl Device {
         Some(self.0.order.as_ref()?.lock().unwrap_or_else(|e| e.into_inner()))
     }
 
-    /// Tells the order checker what an operation of `stream` uses that is given to a GPU next.
-    pub(crate) fn declare(&self, stream: StreamId, name: &'static str, uses: impl FnOnce(&mut Uses)) {
+    /// Tells the order checker what an operation of `stream` uses.
+    fn declare(&self, stream: StreamId, name: &'static str, uses: impl FnOnce(&mut Uses)) {
         if let Some(mut checker) = self.checker() {
             let mut used = Uses::default();
             uses(&mut used);
@@ -437,17 +494,34 @@ impl Drop for Inner {
     }
 }
 
-/// An operation of the compute stream, until it is dropped.
+/// What brings selected pairs into their slots.
+pub(crate) const PREFETCH: &str = "prefetch";
+
+/// An operation, until it is dropped.
 #[must_use = "it lasts until it is dropped"]
 pub(crate) struct Operation<'a> {
-    trace: Option<(&'a Trace, Instant)>,
+    begun: Option<Began<'a>>,
     name: &'static str,
+    bytes: u64,
+    _range: Option<nvtx::Range>,
+}
+
+/// An operation that is traced.
+enum Began<'a> {
+    OnCpu(&'a Trace, Instant),
+    OnGpu(&'a Gpu, Begun),
 }
 
 impl Drop for Operation<'_> {
     fn drop(&mut self) {
-        if let Some((trace, begin)) = self.trace {
-            trace.add(StreamId::Compute, self.name, false, Place::current(), begin, 0);
+        match self.begun.take() {
+            None => {}
+            Some(Began::OnCpu(trace, at)) => {
+                trace.add(StreamId::Compute, self.name, false, Place::current(), at, self.bytes);
+            }
+            Some(Began::OnGpu(gpu, begun)) => {
+                gpu.timing().end(gpu.queues(), begun, self.name, false, self.bytes);
+            }
         }
     }
 }

@@ -10,6 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::nvtx;
 use super::order::{EventClock, StreamId};
 use super::trace::{Place, Trace};
 use crate::error::{Error, Result};
@@ -200,6 +201,7 @@ impl Queues {
                 Item::Run(job, name, place) => {
                     let begin = Instant::now();
                     place.enter();
+                    let _range = nvtx::range(name);
                     // A panic has told its waiter by poisoning what the job worked on.
                     let bytes = catch_unwind(AssertUnwindSafe(|| job.run())).unwrap_or(0);
                     drop(job); // before the event passes: what the job held is its owner's alone from then on

@@ -6,8 +6,10 @@ use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::io::{self, Write};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use super::nvtx;
 use super::order::StreamId;
 use super::schedule::Schedule;
 use crate::gather::{NodeId, NodeShare};
@@ -25,6 +27,8 @@ pub struct Place {
 
 thread_local! {
     static PLACE: Cell<Place> = const { Cell::new(Place { step: 0, layer: None, schedule: Schedule::Event }) };
+    /// The layer, for a profiler.
+    static LAYER: Cell<Option<nvtx::Range>> = const { Cell::new(None) };
 }
 
 impl Place {
@@ -40,7 +44,15 @@ impl Place {
 
     /// The calling thread goes there until what is returned is dropped.
     pub(super) fn visit(self) -> Visit {
-        Visit(PLACE.replace(self))
+        let (layer_before, _step) = (LAYER.take(), nvtx::range(format_args!("step {}", self.step)));
+        Visit { before: PLACE.replace(self), layer_before, _step }
+    }
+
+    /// The calling thread comes to a layer of its step, or leaves the layers.
+    pub(super) fn enter_layer(layer: Option<u32>) {
+        drop(LAYER.take());
+        Place { layer, ..Place::current() }.enter();
+        LAYER.set(layer.and_then(|layer| nvtx::range(format_args!("layer {layer}"))));
     }
 
     /// The layer's number for people: 0 where there is none.
@@ -52,11 +64,19 @@ impl Place {
 /// The calling thread is elsewhere. Dropped, it is where it was before: a thread that waits for others in the middle of
 /// a step may be given a whole step of another session to do.
 #[must_use = "the thread goes back when this is dropped"]
-pub(crate) struct Visit(Place);
+pub(crate) struct Visit {
+    before: Place,
+    /// The layer that the thread was in, for a profiler.
+    layer_before: Option<nvtx::Range>,
+    _step: Option<nvtx::Range>,
+}
 
 impl Drop for Visit {
     fn drop(&mut self) {
-        self.0.enter();
+        self.before.enter();
+        drop(LAYER.take()); // where an error left it, before the step that it is in
+        self._step = None;
+        LAYER.set(self.layer_before.take());
     }
 }
 
@@ -91,13 +111,14 @@ impl Slice {
 /// Slices as they end.
 pub struct Trace {
     begin: Instant,
+    paused: AtomicBool,
     slices: Mutex<Vec<Slice>>,
 }
 
 impl Trace {
     pub(super) fn new() -> Trace {
         // Room for some steps of a large model, so that the first of them do not pay for growing.
-        Trace { begin: Instant::now(), slices: Mutex::new(Vec::with_capacity(1 << 14)) }
+        Trace { begin: Instant::now(), paused: AtomicBool::new(false), slices: Mutex::new(Vec::with_capacity(1 << 14)) }
     }
 
     pub(super) fn add(
@@ -121,12 +142,21 @@ impl Trace {
         self.push(Slice { stream, node, name: "gather", waits: false, place, begin_us, end_us, bytes });
     }
 
-    fn us(&self, at: Instant) -> f64 {
+    /// The time of the trace at a moment.
+    pub(super) fn us(&self, at: Instant) -> f64 {
         (at - self.begin).as_secs_f64() * 1e6
     }
 
-    fn push(&self, slice: Slice) {
+    pub(super) fn push(&self, slice: Slice) {
+        if self.paused.load(Ordering::Relaxed) {
+            return;
+        }
         self.slices.lock().unwrap_or_else(|e| e.into_inner()).push(slice);
+    }
+
+    /// Keeps nothing from now on, or everything again.
+    pub fn pause(&self, paused: bool) {
+        self.paused.store(paused, Ordering::Relaxed);
     }
 
     /// All slices so far, in the order of their ends. Takes them out.

@@ -23,7 +23,7 @@ use super::slab::PageRef;
 use crate::device::buffer::{Line, unique_id};
 use crate::device::link::CopyEngine;
 use crate::device::order::{Resource, StreamId, Uses};
-use crate::device::{Carried, Device, Event, Job, Schedule};
+use crate::device::{Carried, Device, Event, Job, PREFETCH, Schedule};
 use crate::gather::delta::Delta;
 use crate::gather::{NodeId, Rows, Staging, Stores};
 
@@ -239,7 +239,7 @@ impl FetchQueue {
         }
         let gathered = device.launch(StreamId::Gather, "gather", |u| work.gather_uses(u), fetch.gather.clone());
         device.after(StreamId::CopyIn, gathered, "a staging block is full before its copy");
-        let copied = device.launch(StreamId::CopyIn, "prefetch", |u| work.copy_uses(u), fetch.copy.clone());
+        let copied = device.launch(StreamId::CopyIn, PREFETCH, |u| work.copy_uses(u), fetch.copy.clone());
         block.free_after = Some(copied);
         work.sequences.iter().for_each(|sequence| sequence.slots.depart(copied));
         fetch.done = Some(copied);
@@ -279,7 +279,7 @@ impl GpuFetch {
         if let Some(event) = self.complete.take() {
             device.after(StreamId::CopyIn, event, "host pages are complete before a gather");
         }
-        device.declare(StreamId::CopyIn, "gather", |uses| {
+        let prefetch = device.operation_on(StreamId::CopyIn, PREFETCH, 0, |uses| {
             uses.reads.extend(self.pages.iter().flat_map(|(host, n)| (0..*n).filter_map(|page| host.resource(page))));
             for slots in &self.slots {
                 slots.look(|slots| {
@@ -289,6 +289,7 @@ impl GpuFetch {
             }
         });
         let event = gather();
+        drop(prefetch);
         for slots in self.slots.drain(..) {
             slots.work(|_| Ok(())); // what fails on the GPU, its driver tells at the end of the pass
             slots.depart(event);

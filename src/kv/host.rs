@@ -148,7 +148,7 @@ impl PageOut {
         let Some(gpu) = device.gpu() else {
             return (device.launch(StreamId::CopyOut, "page out", uses, self.clone()), bytes);
         };
-        device.declare(StreamId::CopyOut, "page out", uses);
+        let copies = device.operation_on(StreamId::CopyOut, "page out", bytes, uses);
         // A GPU's driver is given the copies at once. The tables name the pages from now on: whoever reads them is ordered
         // behind the event, as is whoever frees them.
         launches.counts.pop_front();
@@ -161,6 +161,7 @@ impl PageOut {
             assert!(host.pages[index].set(to.share()).is_ok(), "a page is paged out once");
             read.push(from);
         }
+        drop(copies);
         let event = device.record(StreamId::CopyOut);
         gpu.retain(event, read);
         (event, bytes)
@@ -259,7 +260,8 @@ impl PageIn {
             away.depart(device.launch(StreamId::CopyIn, "load", uses, self.clone()));
             return;
         };
-        device.declare(StreamId::CopyIn, "load", uses);
+        let bytes = away.look(|pages| pages.iter().take(from.len()).map(|page| page.len() as u64).sum());
+        let copies = device.operation_on(StreamId::CopyIn, "load", bytes, uses);
         let In { pages, host, from } = self.lock().take().expect("just set");
         pages.work(|pages| {
             self.engine.check()?;
@@ -269,6 +271,7 @@ impl PageIn {
             }
             Ok(())
         });
+        drop(copies);
         away.depart(device.record(StreamId::CopyIn));
     }
 

@@ -118,6 +118,7 @@ impl Cublas {
             Entry::Occupied(found) => found.into_mut(),
             Entry::Vacant(place) => place.insert(Plan::new(&self.api, shape, self.workspace.len())?),
         };
+        let Some(_use) = self.gpu.queues().call() else { return Ok(()) };
         if product.bias != 0 {
             plan.set(DescAttribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &product.bias)?;
         }

@@ -10,6 +10,7 @@ use super::driver::{Driver, Facts};
 use super::kernels::{Kernels, Plan};
 use super::memory::PinnedMemory;
 use super::queues::Queues;
+use super::timing::Timing;
 use crate::device::Event;
 use crate::device::order::StreamId;
 use crate::error::Result;
@@ -18,6 +19,7 @@ use crate::error::Result;
 pub(crate) struct Gpu {
     // Dropped in this order: first what runs ends, then what it needs.
     queues: Queues,
+    timing: Timing,
     kernels: Kernels,
     retained: Mutex<Vec<Retained>>,
     driver: Arc<Driver>,
@@ -37,8 +39,8 @@ impl Gpu {
     pub(crate) fn open(library: Option<&Path>, index: usize) -> Result<Gpu> {
         let driver = Arc::new(Driver::open(library, index)?);
         let queues = Queues::new(&driver)?;
-        let kernels = Kernels::load(&driver)?;
-        Ok(Gpu { queues, kernels, retained: Mutex::default(), driver })
+        let (timing, kernels) = (Timing::new(&driver), Kernels::load(&driver)?);
+        Ok(Gpu { queues, timing, kernels, retained: Mutex::default(), driver })
     }
 
     /// The driver.
@@ -54,6 +56,11 @@ impl Gpu {
     /// The queues.
     pub(crate) fn queues(&self) -> &Queues {
         &self.queues
+    }
+
+    /// When their work begins and ends.
+    pub(crate) fn timing(&self) -> &Timing {
+        &self.timing
     }
 
     /// Launches a kernel of the compute queue.

@@ -8,6 +8,7 @@ pub(crate) mod bindings;
 pub(crate) mod cublas;
 pub(crate) mod driver;
 pub(crate) mod gpu;
+pub(crate) mod graph;
 pub(crate) mod images;
 pub(crate) mod kernels;
 mod library;
@@ -15,6 +16,7 @@ pub(crate) mod memory;
 pub(crate) mod nvrtc;
 pub mod probe;
 pub(crate) mod queues;
+pub(crate) mod timing;
 
 pub(crate) use gpu::Gpu;
 pub(crate) use memory::{GpuMemory, PinnedMemory, Register};
