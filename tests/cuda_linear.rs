@@ -244,13 +244,18 @@ fn a_large_batch_gives_what_each_sequence_gives_alone() {
     });
 }
 
-/// A run of the program on the recall model with a prompt of `n` tokens.
+/// One token by the program on the recall model, from a prompt of `n` tokens.
 fn generate(folder: &Path, n: usize, linear: &str, env: &[(&str, &str)]) -> Output {
+    generate_tokens(folder, n, 1, linear, env)
+}
+
+fn generate_tokens(folder: &Path, n: usize, n_predict: usize, linear: &str, env: &[(&str, &str)]) -> Output {
     let tokens = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cuda_linear_{n}.json"));
     fs::write(&tokens, serde_json::to_string(&(0..n).map(|i| 300 + i).collect::<Vec<_>>()).unwrap()).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_specache-engine"));
-    command.args(["generate", "-n", "1", "--temp", "0", "--device", "cuda", "--linear", linear, "-m"]);
-    command.arg(fixture("recall")).arg("--tokens").arg(tokens).envs(env.iter().copied());
+    command.args(["generate", "--temp", "0", "--ignore-eos", "--device", "cuda", "--linear", linear, "-m"]);
+    command.arg(fixture("recall")).arg("--tokens").arg(tokens).arg("-n").arg(n_predict.to_string());
+    command.envs(env.iter().copied());
     with_libraries(&mut command, folder).output().unwrap()
 }
 
@@ -270,6 +275,21 @@ fn rows_decide_which_path_runs() {
         let counted = log.lines().filter(|line| line.contains("\"matmul\"")).count();
         assert_eq!(counted, products, "{n} rows, {linear}");
     }
+}
+
+/// A pass that is replayed as a graph has its products in it: the engine makes no more calls, however long it goes on.
+#[test]
+fn replayed_passes_call_cublas_no_more() {
+    let Some(folder) = emulation() else { return };
+    let products = |n_predict: usize| {
+        let log = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cuda_linear_graph_{n_predict}.log"));
+        let _ = fs::remove_file(&log);
+        let env = [("SPECACHE_EMU_LOG", log.to_str().unwrap())];
+        let output = generate_tokens(&folder, 20, n_predict, "cublas", &env);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        fs::read_to_string(&log).unwrap().lines().filter(|line| line.contains("\"matmul\"")).count()
+    };
+    assert_eq!(products(8), products(12));
 }
 
 #[test]

@@ -98,6 +98,7 @@ impl Cublas {
 
     /// Puts a product into the compute queue. What fails is kept for [`super::driver::Driver::sound`].
     pub(crate) fn launch(&self, product: &Product) {
+        let Some(_use) = self.gpu.queues().call() else { return };
         let driver = self.gpu.driver();
         if product.n_rows == 0 || driver.has_failed() {
             return;
