@@ -12,9 +12,12 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use common::tiny::{Random, Tiny, ids};
 use common::{Distance, device, fixture, json, kv, options, run};
+use specache::device::fault::{Fault, Faults};
 use specache::device::map::Bytes;
 use specache::device::{Device, DeviceOptions, LinearPath};
 use specache::kv::KvMode;
@@ -363,6 +366,46 @@ fn a_failed_product_leaves_the_next_request_alone() {
         let failed = prefill().unwrap_err();
         assert!(failed.exit_code() == 5 && failed.to_string().contains("cublasLtMatmul"), "{failed}");
         assert!(prefill().unwrap().iter().all(|x| x.is_finite()));
+    });
+}
+
+/// Prompts that are given up while the GPU still works on them: at each interruption, and at each buffer that cannot be had.
+/// Nothing is freed under its products, and the same call again gives the bits of a call that nothing disturbs.
+#[test]
+fn a_prefill_that_is_given_up_frees_nothing_in_use() {
+    on_emulation("a_prefill_that_is_given_up_frees_nothing_in_use", &[], || {
+        let prompts = [ids(7, 70), ids(8, 24)];
+        let run = |faults: Option<Arc<Faults>>| {
+            let options = DeviceOptions { linear: LinearPath::Cublas, faults: faults.clone(), ..options(2) };
+            let device = Device::cuda(0, &options).unwrap();
+            let gpu = Engine::new(narrow(SHAPE, Dtype::Bf16, Dtype::Bf16), device).ok()?;
+            let options = kv(KvMode::SpeCache, 2, 64, 64, 64);
+            let mut sessions = (gpu.session(options, 80).ok()?, gpu.session(options, 80).ok()?);
+            let mut prefill = || {
+                let (a, b) = (&mut sessions.0, &mut sessions.1);
+                let mut both = [Prompt { session: a, tokens: &prompts[0] }, Prompt { session: b, tokens: &prompts[1] }];
+                gpu.prefill(&mut both, &mut Buffers::default())
+            };
+            let again = match prefill() {
+                Err(Error::Interrupted | Error::OutOfMemory { .. }) if faults.is_some() => {
+                    gpu.interrupt_flag().store(false, Ordering::Relaxed);
+                    prefill()
+                }
+                first => first,
+            };
+            Some(again.unwrap().into_iter().map(Result::unwrap).collect::<Vec<_>>())
+        };
+        let undisturbed = run(None).unwrap();
+        for kind in [Fault::Interrupt, Fault::Buffer] {
+            let struck = (0..).take_while(|&index| {
+                let faults = Arc::new(Faults::at(kind, index));
+                let logits = run(Some(faults.clone()));
+                assert!(logits.is_none_or(|logits| logits == undisturbed), "{kind:?} {index}");
+                faults.has_struck()
+            });
+            let most = struck.count();
+            assert!(most >= 6, "{kind:?}: {most} opportunities; two prompts of three layers have more");
+        }
     });
 }
 

@@ -128,6 +128,9 @@ pub struct Buffer {
     len: usize,
     meter: Meter,
     id: u64,
+    /// On a GPU: the point of the compute queue where it is filled. A request that is refused something else lets go of it
+    /// before that.
+    filled: u64,
 }
 
 enum Memory {
@@ -159,9 +162,10 @@ impl Buffer {
             Some(gpu) => GpuMemory::new(gpu.driver(), bytes as usize, what).map(|m| Memory::Gpu(m, gpu.clone())),
         };
         let memory = memory.inspect_err(|_| grant.meter.give_back(bytes))?;
-        let mut buffer = Buffer { memory, len, meter: grant.meter.clone(), id: unique_id() };
-        if gpu.is_some() {
+        let mut buffer = Buffer { memory, len, meter: grant.meter.clone(), id: unique_id(), filled: 0 };
+        if let Some(gpu) = gpu {
             buffer.fill(filling);
+            buffer.filled = gpu.queues().record(StreamId::Compute);
         }
         Ok(buffer)
     }
@@ -288,6 +292,10 @@ impl Memory {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
+        if let Memory::Gpu(_, gpu) = &self.memory {
+            gpu.driver().enter();
+            gpu.queues().finish(StreamId::Compute, self.filled);
+        }
         self.meter.give_back(self.metered_bytes());
     }
 }
