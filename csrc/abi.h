@@ -495,6 +495,22 @@ SPECACHE_ASSERT_SIZE(specache_fetch_params, 64);
 specache_status specache_fetch_plan(const specache_fetch_params *params, specache_launch *launch);
 #endif
 
+/* ---- how fast memory is read: read.cu ---------------------------------------------------------------------------- */
+
+/* Reads memory once, for the time that it takes. */
+typedef struct specache_read_params {
+    uint64_t from;     /* device, 16-byte aligned */
+    uint64_t parities; /* out: device, uint32_t [n_ctas]: together the XOR of all that was read */
+    uint64_t bytes;    /* a multiple of 16 */
+    uint32_t n_ctas;   /* host: how many CTAs share the work; with 0 there is nothing to launch */
+    uint32_t reserved; /* 0 */
+} specache_read_params;
+SPECACHE_ASSERT_SIZE(specache_read_params, 32);
+
+#ifndef __CUDACC_RTC__
+specache_status specache_read_plan(const specache_read_params *params, specache_launch *launch);
+#endif
+
 #ifdef __cplusplus
 }
 #endif

@@ -81,6 +81,9 @@
 #define SPECACHE_FETCH_THREADS 512
 #define SPECACHE_FETCH_CTAS 4
 
+/* ---- read.cu: specache_read ---- */
+#define SPECACHE_READ_THREADS 256
+
 /* clang-format on */
 
 #endif

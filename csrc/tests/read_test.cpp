@@ -5,10 +5,11 @@
 static uint64_t seed = 0;
 
 static void test(Random& random, uint32_t n, uint32_t n_ctas) {
-    Array<uint32_t> from("from", std::vector<uint32_t>(size_t(n) * 4)), parities("parities", n_ctas);
+    std::vector<uint32_t> words(size_t(n) * 4);
     uint32_t want = 0, got = 0;
-    for (size_t i = 0; i < size_t(n) * 4; i++) from[i] = uint32_t(random()), want ^= from[i];
-    from.upload();
+    for (uint32_t& word : words) word = uint32_t(random()), want ^= word;
+    const Array<uint32_t> from("from", words);
+    Array<uint32_t> parities("parities", n_ctas);
     const specache_read_params p{from.address(), parities.address(), uint64_t(n) * 16, n_ctas, 0};
     specache_launch launch;
     CHECK(specache_read_plan(&p, &launch) == SPECACHE_OK, "%s", launch.message);

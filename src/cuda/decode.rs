@@ -660,7 +660,7 @@ fn attention_shape(
         dtype: dtype_code(shape.dtype),
         window: config.sliding_window.unwrap_or(0) as u32,
         capacity: capacity as u32,
-        n_sms: gpu.facts().n_sms,
+        n_sms: gpu.facts().gpu.n_sms,
         shared_limit: gpu.facts().shared_limit,
         ..Default::default()
     }

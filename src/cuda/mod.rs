@@ -3,11 +3,13 @@
 //!
 //! A call gives the GPU all of its work and waits once, at its end.
 
+mod bandwidth;
 mod decode;
 mod prefill;
 mod rows;
 mod weights;
 
+pub(crate) use bandwidth::read_gbps;
 pub(crate) use decode::{Place, Workspace};
 
 pub(crate) use prefill::PromptStream;

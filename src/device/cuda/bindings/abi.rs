@@ -365,6 +365,16 @@ pub struct specache_fetch_params {
     pub reserved: u32,
 }
 pub type specache_fetch_params_size = [::std::os::raw::c_char; 1usize];
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct specache_read_params {
+    pub from: u64,
+    pub parities: u64,
+    pub bytes: u64,
+    pub n_ctas: u32,
+    pub reserved: u32,
+}
+pub type specache_read_params_size = [::std::os::raw::c_char; 1usize];
 unsafe extern "C" {
     pub fn specache_pack_plan(params: *const specache_pack_params, launch: *mut specache_launch) -> specache_status;
     pub fn specache_attn_plan(params: *const specache_attn_params, launch: *mut specache_launch) -> specache_status;
@@ -422,4 +432,5 @@ unsafe extern "C" {
         launch: *mut specache_launch,
     ) -> specache_status;
     pub fn specache_fetch_plan(params: *const specache_fetch_params, launch: *mut specache_launch) -> specache_status;
+    pub fn specache_read_plan(params: *const specache_read_params, launch: *mut specache_launch) -> specache_status;
 }
