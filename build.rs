@@ -1,6 +1,6 @@
-//! Compiles the launch plans of the CUDA kernels (plain C; any C compiler), and the kernels themselves where there is an
-//! nvcc. Tells the binary which commit it was built from, where there is one: `specache-engine --version` and bench reports
-//! name it.
+//! Names the shared library for the linker. Compiles the launch plans of the CUDA kernels (plain C; any C compiler), and
+//! the kernels themselves where there is an nvcc. Tells which commit was built, where there is one: `specache-engine
+//! --version`, `specache_version` and bench reports name it.
 
 use std::env;
 use std::fs;
@@ -27,6 +27,7 @@ fn main() {
     // Without these, cargo would run the script again for any change in the tree.
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=csrc");
+    shared_library();
     commit();
     plans();
     let images = nvcc().map(|nvcc| images(&nvcc));
@@ -39,6 +40,13 @@ fn main() {
 
 fn out_dir() -> PathBuf {
     PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"))
+}
+
+fn shared_library() {
+    // The name that programs remember: it changes when the ABI's major version does (include/specache.h).
+    println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libspecache.so.0");
+    // Worker threads may still be ending when a program unloads the library.
+    println!("cargo:rustc-cdylib-link-arg=-Wl,-z,nodelete");
 }
 
 fn commit() {

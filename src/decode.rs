@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use crate::context::Context;
 use crate::cuda::{GpuModel, Place};
+use crate::device::cuda::graph::Exclusive;
 use crate::device::order::{StreamId, Uses};
 use crate::device::{Device, Schedule};
 use crate::error::{Error, Result};
@@ -32,11 +33,7 @@ use crate::session::{Buffers, Member, Next, Session};
 /// see [`Buffers::logits`].
 pub fn decode(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> Result<()> {
     buffers.results.clear();
-    for Next { session, token } in batch.iter() {
-        session.check_usable(context)?;
-        context.check_tokens(&[*token])?;
-        check_room(session)?;
-    }
+    batch.iter().try_for_each(|next| check(context, next))?;
     reserve_on_gpu(context, batch, buffers)?;
     for Next { session, .. } in batch.iter_mut() {
         session.cache.take_waited(); // by prefills, forks and truncations: not this step's
@@ -53,6 +50,16 @@ pub fn decode(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> R
         next.session.stats.exposed_steps += u64::from(context.device.measures_waits());
     }
     Ok(())
+}
+
+/// Whether [`decode`] takes this token of this session.
+///
+/// # Errors
+/// As there.
+pub fn check(context: &Context, next: &Next) -> Result<()> {
+    next.session.check_usable(context)?;
+    context.check_tokens(&[next.token])?;
+    check_room(next.session)
 }
 
 fn check_room(session: &Session) -> Result<()> {
@@ -97,16 +104,21 @@ fn pass(
         session.cache.begin_rows(s.n_rows);
         begin_loads(session);
     }
-    match &context.gpu {
+    let graph = match &context.gpu {
         Some(gpu_model) => begin_on_gpu(context, gpu_model, batch, members, seqs, rows)?,
-        None => linear::embed(device, model, tokens, &mut rows.x),
-    }
+        None => {
+            linear::embed(device, model, tokens, &mut rows.x);
+            None
+        }
+    };
     let position = |row: usize| seqs.iter().find_map(|s| s.position_of(row)).expect("a row of the pass");
 
     for (l, layer) in model.weights.layers.iter().enumerate() {
         device.at_layer(Some(l));
+        let stopped = || members.iter().try_for_each(|m| batch[m.index].session.stop.check());
         // A GPU is given a whole pass in less time than a layer takes the CPU: it is asked before the pass only.
-        if let Err(interrupted) = if l == 0 || device.gpu().is_none() { context.check_interrupt() } else { Ok(()) } {
+        let asks = l == 0 || device.gpu().is_none();
+        if asks && let Err(interrupted) = context.check_interrupt().and_then(|()| stopped()) {
             undo(device, config, batch, members, l, kind, rows, fetches);
             buffers.results.clear(); // a pre-decode's
             return Err(interrupted);
@@ -147,7 +159,7 @@ fn pass(
     fetches.end_pass(config.n_layers);
     device.at_layer(None);
     match &context.gpu {
-        Some(gpu_model) => end_on_gpu(context, gpu_model, batch, members, kind, rows)?,
+        Some(gpu_model) => end_on_gpu(context, gpu_model, graph, batch, members, kind, rows)?,
         None => {
             logits.resize(n_rows * config.vocab_size, 0.0);
             linear::norm_logits(device, model, &rows.x, n_rows, &mut rows.normed, logits);
@@ -398,54 +410,64 @@ fn load_ahead(session: &mut Session, layer: usize) {
 
 /// On a GPU: memory for the passes of this call, before anything has changed.
 fn reserve_on_gpu(context: &Context, batch: &[Next], buffers: &mut Buffers) -> Result<()> {
-    if context.gpu.is_none() {
-        return Ok(());
-    }
-    let places: Vec<Place> = batch.iter().map(|next| place(next.session, [next.token, 0], 2)).collect();
-    buffers.rows.gpu.reserve(&context.device, &context.model.config, &places)
+    let Some(model) = &context.gpu else { return Ok(()) };
+    let window = context.model.config.sliding_window;
+    let places: Vec<Place> = batch.iter().map(|next| place(next.session, [next.token, 0], 2, window)).collect();
+    buffers.rows.gpu.reserve(&context.device, model, &context.model.config, &places)
 }
 
 /// What a GPU must know of a session for a pass.
-fn place(session: &Session, tokens: [u32; 2], n_rows: usize) -> Place {
+fn place(session: &Session, tokens: [u32; 2], n_rows: usize, window: Option<usize>) -> Place {
     let (counters, options, shape) = (&session.cache.counters, *session.kv(), session.cache.shape);
     let (low_bit, fetches) = (options.mode.low_bit(), options.mode.fetches());
+    let no = if options.mode == KvMode::Fetch { counters.nq } else { counters.no };
+    let last = if options.mode == KvMode::Fetch { counters.n } else { counters.n + n_rows - 1 };
     Place {
         n: counters.n,
         nq: if low_bit { counters.nq } else { 0 },
-        no: if options.mode == KvMode::Fetch { counters.nq } else { counters.no },
+        no,
         tokens,
         n_rows,
         room: session.cache.capacity() + 2,
         top_k: if fetches { session.cache.top_k() } else { 0 },
         shape,
         options,
+        selects: fetches && !session.candidates(last, no, window).is_empty(),
     }
 }
 
-/// On a GPU: tells it what the pass is about, and embeds the tokens.
-fn begin_on_gpu(
-    context: &Context,
+/// On a GPU: tells it what the pass is about, and embeds the tokens. The pass may be one that becomes a graph, or is one.
+fn begin_on_gpu<'a>(
+    context: &'a Context,
     model: &GpuModel,
     batch: &mut [Next],
     members: &[Member],
     seqs: &[SeqRows],
     rows: &mut Rows,
-) -> Result<()> {
+) -> Result<Option<Exclusive<'a>>> {
     let config = &context.model.config;
-    let places = members.iter().zip(seqs).map(|(m, s)| place(batch[m.index].session, m.tokens, s.n_rows));
+    let window = config.sliding_window;
+    let places = members.iter().zip(seqs).map(|(m, s)| place(batch[m.index].session, m.tokens, s.n_rows, window));
     let places: Vec<Place> = places.collect();
-    rows.gpu.reserve(&context.device, config, &places)?;
+    rows.gpu.reserve(&context.device, model, config, &places)?;
     members.iter().for_each(|m| batch[m.index].session.cache.refresh_tables());
+    let graph = rows.gpu.begin_graph(&context.device, model, &places, is_traced(batch, members))?;
     let _embed = context.device.operation("embed", |_| {});
     let cache = |l: usize, i: usize| batch[members[i].index].session.cache.places(l);
     rows.gpu.begin(&context.device, model, config, context.rope.attention_factor, &places, cache);
-    Ok(())
+    Ok(graph)
+}
+
+/// Whether somebody wants to know what was selected.
+fn is_traced(batch: &[Next], members: &[Member]) -> bool {
+    members.iter().any(|m| batch[m.index].session.trace.is_some())
 }
 
 /// On a GPU: the logits, and the end of the pass. What the pass has selected and fetched is known now.
 fn end_on_gpu(
     context: &Context,
     model: &GpuModel,
+    graph: Option<Exclusive<'_>>,
     batch: &mut [Next],
     members: &[Member],
     kind: Pass,
@@ -453,12 +475,12 @@ fn end_on_gpu(
 ) -> Result<()> {
     let (config, device) = (&context.model.config, &context.device);
     let gpu = device.gpu().expect("a model on a GPU");
-    let traced = members.iter().any(|m| batch[m.index].session.trace.is_some());
     let logits = device.operation("norm_logits", |_| {});
-    rows.gpu.end(gpu, model, config, traced);
+    rows.gpu.end(gpu, model, config, is_traced(batch, members));
     drop(logits);
+    let launched = graph.map_or(Ok(()), |graph| rows.gpu.end_graph(graph));
     device.finish(device.record(StreamId::Compute));
-    if let Err(failed) = gpu.driver().sound() {
+    if let Err(failed) = launched.and_then(|()| gpu.driver().sound()) {
         members.iter().for_each(|m| batch[m.index].session.fail_device(&failed));
         return Err(failed);
     }

@@ -3,14 +3,14 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use crate::context::Context;
+use crate::context::{Context, check_context};
 use crate::cuda;
 use crate::device::{Device, DeviceChoice, DeviceOptions};
 use crate::error::Result;
 use crate::kv::cache::CacheBytes;
 use crate::kv::slab::SlabStats;
 use crate::kv::{KvOptions, KvShape};
-use crate::model::Model;
+use crate::model::{Config, Model};
 use crate::session::{Buffers, Next, Prompt, Session};
 use crate::{decode, prefill};
 
@@ -82,9 +82,15 @@ impl Engine {
     /// # Errors
     /// [`crate::Error::Usage`] for options or a context that do not fit the model.
     pub fn plan(&self, kv: &KvOptions, max_tokens: usize) -> Result<CacheBytes> {
-        kv.validate(&self.context.model.config)?;
-        self.context.check_context(max_tokens)?;
-        Ok(CacheBytes::plan(&KvShape::new(&self.context.model.config, kv), kv, max_tokens))
+        plan(&self.context.model.config, kv, max_tokens)
+    }
+
+    /// Whether [`Engine::decode`] takes this token of this session: a batch is taken whole or not at all.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check(&self, next: &Next) -> Result<()> {
+        decode::check(&self.context, next)
     }
 
     /// The 16-bit pages of all sessions on the host, in figures.
@@ -107,4 +113,14 @@ impl Engine {
     pub fn decode(&self, batch: &mut [Next], buffers: &mut Buffers) -> Result<()> {
         self.context.device.run(|| decode::decode(&self.context, batch, buffers))
     }
+}
+
+/// What a session of these options and tokens takes of a model that need not be loaded ([`crate::model::config_of`]).
+///
+/// # Errors
+/// As [`Engine::plan`].
+pub fn plan(config: &Config, kv: &KvOptions, max_tokens: usize) -> Result<CacheBytes> {
+    kv.validate(config)?;
+    check_context(max_tokens, config.max_context())?;
+    Ok(CacheBytes::plan(&KvShape::new(config, kv), kv, max_tokens))
 }

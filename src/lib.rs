@@ -5,13 +5,14 @@
 //!
 //! | module | what it knows |
 //! |---|---|
+//! | [`capi`] | C: `include/specache.h` |
 //! | [`engine`], [`session`], [`teacher`] | sequences, batches, budgets: what everybody uses |
 //! | [`prefill`], [`decode`] | the three algorithms |
 //! | [`kv`] | where pairs are, and when they move |
 //! | [`ops`] | the fused operations: shapes checked, one dispatch each |
 //! | [`device`] | metered memory, streams, values in flight |
 //! | [`cpu`] | the kernels |
-//! | [`model`], [`mod@reference`], [`sampler`], [`tokenizer`], [`sim`] | leaves |
+//! | [`model`], [`mod@reference`], [`sampler`], [`tokenizer`], [`chat`], [`sim`] | leaves |
 //!
 //! # The life of a token
 //!
@@ -37,6 +38,8 @@
 //! }
 //! ```
 
+pub mod capi;
+pub mod chat;
 pub mod context;
 pub mod cpu;
 mod cuda;

@@ -5,9 +5,9 @@
 //! pages of only two layers of each prompt: one that is computed, one that the copy stream sends to the host meanwhile.
 
 use crate::context::Context;
-use crate::cuda::PromptStream;
+use crate::cuda::{ChunkMemory, PromptStream};
 use crate::device::Device;
-use crate::device::order::Resource;
+use crate::device::order::{Resource, StreamId};
 use crate::error::{Error, Result};
 use crate::kv::PAGE;
 use crate::kv::cache::Admission;
@@ -17,7 +17,7 @@ use crate::ops::attn_prefill;
 use crate::ops::linear::{self, Dense, Path};
 use crate::session::{Buffers, Prompt};
 
-/// Rows of a chunk: enough that widening a panel of weights costs below 1 % of the product with it.
+/// Rows of a chunk on the CPU: enough that widening a panel of weights costs below 1 % of the product with it.
 const CHUNK: usize = 512;
 /// Chunks shorter than this go row by row: a panel would cost more than it saves. Depends on the sequence alone, like
 /// everything that decides a result's bits.
@@ -40,12 +40,14 @@ pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers)
     let (device_bytes, host_pages) =
         needs.fold((0u64, 0usize), |sum, needs| (sum.0.saturating_add(needs.0), sum.1.saturating_add(needs.1)));
     let hidden = context.model.config.hidden_size;
+    let longest = prompts.iter().map(|p| p.tokens.len()).max().unwrap_or(0);
     let stream_bytes = |p: &Prompt| match context.gpu {
-        Some(_) => PromptStream::bytes(&context.model.config, p.tokens.len(), CHUNK),
+        Some(_) => PromptStream::bytes(&context.model.config, p.tokens.len()),
         None => (p.tokens.len() * hidden * 4) as u64,
     };
-    let stream_bytes = prompts.iter().map(stream_bytes).fold(0, u64::saturating_add);
-    let device_bytes = device_bytes.saturating_add(stream_bytes);
+    let chunk_bytes = context.gpu.as_ref().map_or(0, |gpu| ChunkMemory::bytes(gpu, &context.model.config, longest));
+    let device_bytes =
+        prompts.iter().map(stream_bytes).fold(device_bytes.saturating_add(chunk_bytes), u64::saturating_add);
     // Held to the end: the residual streams, which nothing else meters, are a part of it.
     let mut admission = Admission::ask(&context.device, &context.slab, device_bytes, host_pages, "a prefill")?;
     let _step = context.device.begin_step();
@@ -55,9 +57,16 @@ pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers)
         return Err(refused);
     }
     prompts.iter_mut().for_each(|prompt| prompt.session.begin_pass());
-    let streams = prompts.iter_mut().map(|prompt| Stream::new(context, prompt, &mut admission));
-    let mut streams = match streams.collect::<Result<Vec<Stream>>>() {
-        Ok(streams) => streams,
+    let mut begin = || {
+        let gpu = context.gpu.as_ref();
+        let working =
+            gpu.map(|gpu| ChunkMemory::new(&context.device, admission.device(), gpu, &context.model.config, longest));
+        let working = working.transpose()?;
+        let streams = prompts.iter_mut().map(|prompt| Stream::new(context, prompt, &mut admission));
+        Ok((working, streams.collect::<Result<Vec<Stream>>>()?))
+    };
+    let (working, mut streams) = match begin() {
+        Ok(begun) => begun,
         Err(refused) => {
             prompts.iter_mut().for_each(|prompt| prompt.session.cache.free_working_pages());
             return Err(refused);
@@ -66,21 +75,31 @@ pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers)
     for layer in 0..context.model.config.n_layers {
         context.device.at_layer(Some(layer));
         for (i, x) in streams.iter_mut().enumerate() {
-            if let Err(Stopped { pages, why }) = prefill_layer(context, &mut prompts[i], layer, x, buffers) {
+            if let Err(Stopped { pages, why }) =
+                prefill_layer(context, &mut prompts[i], layer, x, working.as_ref(), buffers)
+            {
+                if context.device.gpu().is_some() {
+                    // It may still compute what is freed now.
+                    context.device.finish(context.device.record(StreamId::Compute));
+                }
                 undo(prompts, layer, i, pages);
                 return Err(why);
             }
         }
     }
     context.device.at_layer(None);
-    Ok(prompts.iter_mut().zip(&streams).map(|(prompt, x)| finish(context, prompt, x, buffers)).collect())
+    Ok(prompts
+        .iter_mut()
+        .zip(&streams)
+        .map(|(prompt, x)| finish(context, prompt, x, working.as_ref(), buffers))
+        .collect())
 }
 
 /// The residual stream of a prompt.
 enum Stream {
     /// `[tokens, hidden]`.
     Cpu(Vec<f32>),
-    Gpu(PromptStream),
+    Gpu(Box<PromptStream>),
 }
 
 impl Stream {
@@ -94,7 +113,7 @@ impl Stream {
         };
         let _embed = device.operation("embed", |_| {});
         let cache = &prompt.session.cache;
-        Ok(Stream::Gpu(PromptStream::new(
+        Ok(Stream::Gpu(Box::new(PromptStream::new(
             device,
             admission.device(),
             gpu_model,
@@ -103,9 +122,8 @@ impl Stream {
             cache.shape,
             (cache.counters.n, cache.prefill_first_page() * PAGE),
             prompt.tokens,
-            CHUNK,
             |l| cache.places(l),
-        )?))
+        )?)))
     }
 }
 
@@ -133,11 +151,13 @@ fn prefill_layer(
     prompt: &mut Prompt,
     l: usize,
     stream: &mut Stream,
+    working: Option<&ChunkMemory>,
     buffers: &mut Buffers,
 ) -> Result<(), Stopped> {
-    let x = match stream {
-        Stream::Cpu(x) => x,
-        Stream::Gpu(stream) => return prefill_layer_on_gpu(context, prompt, l, stream),
+    let x = match (stream, working) {
+        (Stream::Cpu(x), _) => x,
+        (Stream::Gpu(stream), Some(working)) => return prefill_layer_on_gpu(context, prompt, l, stream, working),
+        _ => unreachable!("a stream of another device"),
     };
     let (device, config) = (&context.device, &context.model.config);
     let layer = &context.model.weights.layers[l];
@@ -146,7 +166,7 @@ fn prefill_layer(
     let mut pages = cache.prefill_pages(l, end);
     let first_page = cache.prefill_first_page();
     for (chunk, x) in x.chunks_mut(CHUNK * hidden).enumerate() {
-        if let Err(why) = context.check_interrupt() {
+        if let Err(why) = context.check_interrupt().and_then(|()| prompt.session.stop.check()) {
             return Err(Stopped { pages, why });
         }
         let rows = &mut buffers.rows;
@@ -182,6 +202,7 @@ fn prefill_layer_on_gpu(
     prompt: &mut Prompt,
     l: usize,
     stream: &mut PromptStream,
+    working: &ChunkMemory,
 ) -> Result<(), Stopped> {
     let (device, config) = (&context.device, &context.model.config);
     let (gpu, model) = (device.gpu().expect("a prompt on a GPU"), context.gpu.as_ref().expect("a model on a GPU"));
@@ -195,22 +216,23 @@ fn prefill_layer_on_gpu(
         if let Err(why) = context.check_interrupt() {
             return Err(Stopped { pages, why });
         }
-        let (from, to) = (start + chunk * CHUNK, end.min(start + (chunk + 1) * CHUNK));
+        let rows = stream.rows_of_chunk(chunk);
+        let (from, to) = (start + rows.start, start + rows.end);
         let dense = device.operation("norm_qkv_rope", |uses| {
             let written = &pages[from / PAGE - first_page..to.div_ceil(PAGE) - first_page];
             uses.writes.extend(written.iter().map(|page| Resource::DevicePage(page.id())));
         });
-        stream.norm_qkv_rope(gpu, model, config, l, chunk);
+        stream.norm_qkv_rope(gpu, model, config, working, l, chunk);
         drop(dense);
         let attend = device.operation("attend", |uses| {
             let packed = cache.layers[l].packed.id();
             uses.reads.extend((0..first_page).map(|page| Resource::PackedPage(packed, page)));
             uses.reads.extend(pages.iter().map(|page| Resource::DevicePage(page.id())));
         });
-        stream.attend(gpu, config, l, chunk);
+        stream.attend(gpu, config, working, l, chunk);
         drop(attend);
         let _rest = device.operation("out_residual, norm_gate_up, down_residual", |_| {});
-        stream.rest_of_layer(gpu, model, config, l, chunk);
+        stream.rest_of_layer(gpu, model, config, working, l, chunk);
     }
     prompt.session.stats.offloaded_bytes += cache.settle_prefill(l, end, pages);
     Ok(())
@@ -232,14 +254,20 @@ fn write_chunk(device: &Device, shape: &crate::kv::KvShape, pages: &mut [WidePag
 }
 
 /// The counters move, and the last row's logits are what the first token is taken from.
-fn finish(context: &Context, prompt: &mut Prompt, stream: &Stream, buffers: &mut Buffers) -> Result<Vec<f32>> {
+fn finish(
+    context: &Context,
+    prompt: &mut Prompt,
+    stream: &Stream,
+    working: Option<&ChunkMemory>,
+    buffers: &mut Buffers,
+) -> Result<Vec<f32>> {
     let (config, device) = (&context.model.config, &context.device);
     let (end, session) = (prompt.end(), &mut *prompt.session);
     let mut logits;
-    match (stream, device.gpu(), &context.gpu) {
-        (Stream::Gpu(stream), Some(gpu), Some(model)) => {
+    match (stream, device.gpu(), &context.gpu, working) {
+        (Stream::Gpu(stream), Some(gpu), Some(model), Some(working)) => {
             let operation = device.operation("norm_logits", |_| {});
-            (logits, session.bad_layer) = stream.end(gpu, model, config);
+            (logits, session.bad_layer) = stream.end(gpu, model, config, working);
             drop(operation);
             device.end_step(); // how long a prefill waits for copies is no figure of decoding
             if let Err(failed) = gpu.driver().sound() {

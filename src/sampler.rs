@@ -100,6 +100,7 @@ struct Candidate {
 }
 
 /// Chooses tokens. Holds the random state and scratch memory, so one per sequence.
+#[derive(Clone)]
 pub struct Sampler {
     options: SamplingOptions,
     rng: Pcg64Mcg,

@@ -1,6 +1,8 @@
 //! One sequence: its cache, its speculative token, its figures; and what batches of them are made of.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::context::{Context, check_context};
@@ -32,7 +34,22 @@ pub struct Session {
     pub(crate) bad_layer: Option<usize>,
     /// The speculative token of the step before; this step's real token tells whether it was right.
     pub(crate) last_guess: Option<u32>,
+    pub(crate) stop: Stop,
     failure: Option<Failure>,
+}
+
+/// What stops the calls that a session takes part in.
+#[derive(Default)]
+pub(crate) struct Stop(Option<Arc<AtomicBool>>);
+
+impl Stop {
+    /// [`Error::Interrupted`] while the flag is set.
+    pub(crate) fn check(&self) -> Result<()> {
+        match &self.0 {
+            Some(flag) if flag.load(Ordering::Relaxed) => Err(Error::Interrupted),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Why a session cannot go on.
@@ -78,6 +95,7 @@ impl Session {
             trace: None,
             bad_layer: None,
             last_guess: None,
+            stop: Stop::default(),
             failure: None,
         }
     }
@@ -130,6 +148,17 @@ impl Session {
     pub fn reserve(&mut self, max_tokens: usize) -> Result<()> {
         check_context(max_tokens, self.max_context)?;
         self.cache.reserve(max_tokens)
+    }
+
+    /// Tokens that there is room for; decoding goes no further, a prefill makes more room.
+    pub fn max_tokens(&self) -> usize {
+        self.cache.capacity()
+    }
+
+    /// While `flag` is set, calls that this session takes part in stop as by [`crate::Engine::interrupt_flag`]: all of
+    /// their sessions are as before. Forks have no such flag.
+    pub fn stop_when(&mut self, flag: Arc<AtomicBool>) {
+        self.stop = Stop(Some(flag));
     }
 
     /// The KV options.

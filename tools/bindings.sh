@@ -41,6 +41,7 @@ driver=(
   cuStreamCreateWithPriority cuStreamDestroy_v2 cuStreamSynchronize cuStreamQuery cuStreamWaitEvent
   cuEventCreate cuEventDestroy_v2 cuEventRecord cuEventQuery cuEventSynchronize cuEventElapsedTime
   cuModuleLoadData cuModuleUnload cuModuleGetFunction cuFuncSetAttribute cuFuncGetAttribute cuLaunchKernelEx
+  cuStreamBeginCapture_v2 cuStreamEndCapture cuGraphInstantiateWithFlags cuGraphLaunch cuGraphExecDestroy cuGraphDestroy
 )
 
 common=(--wrap-unsafe-ops --no-layout-tests --no-doc-comments --merge-extern-blocks --formatter rustfmt --rust-target 1.85 --rust-edition 2024)

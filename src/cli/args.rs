@@ -9,7 +9,7 @@ use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand}
 
 use specache::device::link::LinkOptions;
 use specache::device::pin::{Mlock, Pin};
-use specache::device::{DeviceChoice, DeviceOptions, Schedule};
+use specache::device::{DeviceChoice, DeviceOptions, LinearPath, Schedule};
 use specache::error::Error;
 use specache::kv::{KvMode, KvOptions};
 use specache::model::Dtype;
@@ -214,8 +214,8 @@ pub struct ModelArgs {
 /// The device.
 #[derive(Args)]
 pub struct DeviceArgs {
-    /// Where to compute: auto, cpu, cuda or cuda:N. This version computes on the CPU only
-    #[arg(long, env = "SPECACHE_DEVICE", value_name = "DEVICE", default_value = "auto", value_parser = device_choice)]
+    /// Where to compute: auto, cpu, cuda or cuda:N
+    #[arg(long, env = "SPECACHE_DEVICE", value_name = "DEVICE", default_value = "auto", value_parser = str::parse::<DeviceChoice>)]
     device: DeviceChoice,
     /// Compute threads [default: as many as the process may use]
     #[arg(short, long, env = "SPECACHE_THREADS", value_name = "N", allow_negative_numbers = true,
@@ -232,6 +232,13 @@ pub struct DeviceArgs {
     #[arg(long, env = "SPECACHE_PIPELINE", value_name = "SCHEDULE", default_value = "event",
           value_parser = schedule())]
     pipeline: Schedule,
+    /// Who makes the matrix products on a GPU: our fused kernels, 16 rows at a time; cuBLASLt; or the fused kernels for
+    /// up to 16 rows and cuBLASLt for more
+    #[arg(long, env = "SPECACHE_LINEAR", value_name = "PATH", default_value = "auto", value_parser = linear_path())]
+    linear: LinearPath,
+    /// On a GPU: launch every kernel of a step by itself instead of all of them as a CUDA graph
+    #[arg(long, env = "SPECACHE_NO_GRAPH", value_parser = FalseyValueParser::new())]
+    no_graph: bool,
     /// Fetch all selected pairs at every step, not only those that were not selected by the step before
     #[arg(long, env = "SPECACHE_NO_DELTA", value_parser = FalseyValueParser::new())]
     no_delta: bool,
@@ -256,19 +263,14 @@ pub struct DeviceArgs {
     pub trace: Option<PathBuf>,
 }
 
-fn device_choice(text: &str) -> Result<DeviceChoice, String> {
-    match (text, text.strip_prefix("cuda:").map(str::parse)) {
-        ("auto", _) => Ok(DeviceChoice::Auto),
-        ("cpu", _) => Ok(DeviceChoice::Cpu),
-        ("cuda", _) => Ok(DeviceChoice::Cuda(0)),
-        (_, Some(Ok(index))) => Ok(DeviceChoice::Cuda(index)),
-        _ => Err("must be auto, cpu, cuda or cuda:N".into()),
-    }
-}
-
 fn schedule() -> impl TypedValueParser<Value = Schedule> {
     let named = |name: String| Schedule::ALL.into_iter().find(|s| s.name() == name).expect("a name from the list");
     PossibleValuesParser::new(Schedule::ALL.map(Schedule::name)).map(named)
+}
+
+fn linear_path() -> impl TypedValueParser<Value = LinearPath> {
+    let named = |name: String| LinearPath::ALL.into_iter().find(|p| p.name() == name).expect("a name from the list");
+    PossibleValuesParser::new(LinearPath::ALL.map(LinearPath::name)).map(named)
 }
 
 /// A megabyte a second is slower than any link, and slow enough to wait for.
@@ -297,7 +299,9 @@ impl DeviceArgs {
             device_budget: self.vram_budget,
             host_budget: self.host_kv_budget,
             pipeline: self.pipeline,
+            linear: self.linear,
             delta: !self.no_delta,
+            graph: !self.no_graph,
             gather_threads: self.gather_threads.map(usize::from),
             link: LinkOptions { gbps: self.sim_pcie_gbps, latency_us: self.sim_copy_latency_us },
             pin: self.mlock.then(|| Arc::new(Mlock) as Arc<dyn Pin>),

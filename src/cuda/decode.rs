@@ -1,13 +1,16 @@
 //! A decode pass on the GPU: its memory, what each group of sequences is told, and the launches.
 //!
 //! A **group** is up to eight neighbouring sequences of a batch with the same KV options: sixteen rows, which is what the
-//! dense kernels take, and one launch per operation and layer. Which sequences share a group changes no number: no row's
-//! sums depend on the rows beside it.
+//! fused dense kernels take, and one launch per operation and layer. Which sequences share a group changes no number: no
+//! row's sums depend on the rows beside it. Products by cuBLASLt are over the rows of all groups at once; there the order
+//! of a sum may depend on how many rows there are.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use bytemuck::{Pod, bytes_of, cast_slice};
 
+use super::dense::{self, Between};
 use super::dtype_code;
 use super::rows::{Dense, MAX_ROWS, Rows};
 use super::weights::GpuModel;
@@ -18,6 +21,7 @@ use crate::device::cuda::bindings::abi::{
     specache_fetch_params, specache_fetch_plan, specache_layer_cache, specache_select_merge_plan,
     specache_select_params, specache_select_plan, specache_select_scratch_bytes, specache_seq,
 };
+use crate::device::cuda::graph::{Exclusive, Graph};
 use crate::device::cuda::{Gpu, PinnedMemory};
 use crate::device::order::StreamId;
 use crate::device::{Buffer, Device, Event};
@@ -48,6 +52,8 @@ pub(crate) struct Place {
     pub shape: KvShape,
     /// How its cache is kept.
     pub options: KvOptions,
+    /// Whether there is a pair that it could select in this pass.
+    pub selects: bool,
 }
 
 impl Place {
@@ -76,8 +82,9 @@ impl Group {
 #[derive(Clone, Copy, Default, PartialEq)]
 struct Sizes {
     rows: usize,
+    /// Rows whose products cuBLASLt makes: all or none.
+    cublas_rows: usize,
     seqs: usize,
-    groups: usize,
     /// Tokens of the longest sequence, rounded up so that it changes rarely.
     capacity: usize,
     top_k: usize,
@@ -87,7 +94,7 @@ impl Sizes {
     fn covers(&self, other: &Sizes) -> bool {
         self.rows >= other.rows
             && self.seqs >= other.seqs
-            && self.groups >= other.groups
+            && self.cublas_rows >= other.cublas_rows
             && self.capacity >= other.capacity
             && self.top_k >= other.top_k
     }
@@ -96,7 +103,7 @@ impl Sizes {
         Sizes {
             rows: self.rows.max(other.rows),
             seqs: self.seqs.max(other.seqs),
-            groups: self.groups.max(other.groups),
+            cublas_rows: self.cublas_rows.max(other.cublas_rows),
             capacity: self.capacity.max(other.capacity),
             top_k: self.top_k.max(other.top_k),
         }
@@ -127,6 +134,8 @@ struct Scratch {
     k: usize,
     attn: usize,
     inner: usize,
+    operand: usize,
+    products: usize,
     rope: usize,
     append: usize,
     scores: usize,
@@ -162,9 +171,25 @@ struct Results {
     bytes: usize,
 }
 
+/// Everything that a pass's launches depend on, apart from what it is told: passes with equal keys have equal graphs.
+#[derive(Clone, PartialEq)]
+struct Key {
+    model: usize,
+    turn: usize,
+    with_selections: bool,
+    groups: Vec<(Range<usize>, Range<usize>, KvMode, KvShape, u32)>,
+    /// Of the two modes that fetch: whether there is anything to select.
+    selects: [bool; 2],
+}
+
+/// Graphs that are kept: for both turns of a step and a pre-decode, of some sizes of a batch.
+const GRAPHS: usize = 16;
+
 /// Memory of passes, kept between calls.
 #[derive(Default)]
 pub(crate) struct Workspace {
+    /// The passes that were seen before, the latest last, and their graphs from the second time on.
+    graphs: Vec<(Key, Option<Arc<Graph>>)>,
     memory: Option<Memory>,
     groups: Vec<Group>,
     /// First row of each sequence.
@@ -197,7 +222,13 @@ impl Workspace {
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`], [`crate::Error::Device`]; nothing has changed then that matters.
-    pub(crate) fn reserve(&mut self, device: &Device, config: &Config, places: &[Place]) -> Result<()> {
+    pub(crate) fn reserve(
+        &mut self,
+        device: &Device,
+        model: &GpuModel,
+        config: &Config,
+        places: &[Place],
+    ) -> Result<()> {
         self.groups.clear();
         self.real_rows.clear();
         let mut row = 0;
@@ -223,13 +254,14 @@ impl Workspace {
         let needed = Sizes {
             rows: row,
             seqs: places.len(),
-            groups: self.groups.len(),
+            cublas_rows: model.cublas(row).map_or(0, |_| row),
             capacity: places.iter().map(|p| p.room).max().unwrap_or(0).next_multiple_of(1024),
             top_k: places.iter().map(|p| p.top_k).max().unwrap_or(0),
         };
         if self.memory.as_ref().is_some_and(|memory| memory.sizes.covers(&needed)) {
             return Ok(());
         }
+        self.graphs.clear(); // they know the memory by its address
         let sizes = self.memory.take().map_or(needed, |memory| memory.sizes.max(&needed));
         self.memory = Some(Memory::new(device, config, sizes)?);
         Ok(())
@@ -237,6 +269,57 @@ impl Workspace {
 
     fn memory(&self) -> &Memory {
         self.memory.as_ref().expect("reserved before the pass")
+    }
+
+    /// Begins a pass that was seen before as a graph: it becomes one the second time, and is replayed from then on. `None`:
+    /// the pass goes to the driver call by call. `with_selections` as in [`Workspace::end`].
+    ///
+    /// Not where somebody wants to know when each operation runs, nor in `offload`, whose copies come from other pages when the
+    /// sequence has grown, nor with drivers that cannot capture launches which overlap (before CUDA 12.3).
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`].
+    pub(crate) fn begin_graph<'a>(
+        &mut self,
+        device: &'a Device,
+        model: &GpuModel,
+        places: &[Place],
+        with_selections: bool,
+    ) -> Result<Option<Exclusive<'a>>> {
+        let gpu = device.gpu().expect("a GPU's workspace");
+        let offload = self.groups.iter().any(|group| group.mode == KvMode::Offload);
+        let timed = device.measures_waits() || device.trace().is_some();
+        if offload || timed || !device.options().graph || gpu.facts().driver_version < 12_030 {
+            return Ok(None);
+        }
+        let selects = |mode| places.iter().any(|place| place.options.mode == mode && place.selects);
+        let group = |g: &Group| (g.seqs.clone(), g.rows.clone(), g.mode, g.shape, g.top_k);
+        let key = Key {
+            model: std::ptr::from_ref(model).addr(),
+            turn: self.memory().turn ^ 1,
+            with_selections,
+            groups: self.groups.iter().map(group).collect(),
+            selects: [selects(KvMode::SpeCache), selects(KvMode::Fetch)],
+        };
+        let seen = self.graphs.iter().position(|(seen, _)| *seen == key);
+        let graph = seen.map(|i| self.graphs.remove(i).1);
+        // The first time loads kernels and permits them their shared memory.
+        let pass = graph.clone().map(|graph| Exclusive::begin(gpu.queues(), graph)).transpose()?;
+        self.graphs.push((key, graph.flatten()));
+        if self.graphs.len() > GRAPHS {
+            self.graphs.remove(0); // its last pass is over: every call waits for its own
+        }
+        Ok(pass)
+    }
+
+    /// The end of a pass that [`Workspace::begin_graph`] began: the GPU is given its graph.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`]; nothing of the pass has run then.
+    pub(crate) fn end_graph(&mut self, pass: Exclusive<'_>) -> Result<()> {
+        let graph = pass.end()?;
+        self.graphs.last_mut().expect("this pass's").1 = Some(graph);
+        Ok(())
     }
 
     /// Tells the GPU what the pass is about, and embeds its tokens. `cache(l, i)`: where layer l of sequence i lies.
@@ -261,8 +344,8 @@ impl Workspace {
             device.after(StreamId::Compute, event, "a gather has read its state before the state is overwritten");
         }
         gpu.send(StreamId::Compute, memory.told(), &memory.told_host, 0..memory.told_at.bytes);
-        for (number, group) in groups.iter().enumerate() {
-            let rows = memory.rows(config, number, group);
+        for group in groups.iter() {
+            let rows = memory.rows(config, 0, &group.rows);
             let params = specache_embed_params {
                 table: model.embed.weight,
                 tokens: memory.told() + (memory.told_at.tokens + group.rows.start * 4) as u64,
@@ -271,7 +354,7 @@ impl Workspace {
                 inv_freq: model.inv_freq,
                 x: rows.x,
                 rope: rows.rope,
-                append: memory.append(config, number, 0),
+                append: rows.append,
                 bad_layer: rows.bad_layer,
                 n_rows: rows.n,
                 n_seqs: group.n_seqs() as u32,
@@ -282,7 +365,7 @@ impl Workspace {
                 head_dim: config.head_dim as u32,
                 attention_factor,
                 dtype: model.embed.dtype,
-                append_stride: MAX_ROWS as u32,
+                append_stride: memory.sizes.rows as u32,
             };
             gpu.launch(specache_embed_plan, &params);
         }
@@ -290,41 +373,71 @@ impl Workspace {
 
     /// RMS norm, q, k, v, RoPE; K and V go to the caches.
     pub(crate) fn norm_qkv_rope(&self, gpu: &Gpu, model: &GpuModel, config: &Config, l: usize) {
-        let dense = Dense { gpu, model, config };
-        for (number, group) in self.groups.iter().enumerate() {
-            let memory = self.memory();
-            let rows = Rows { append: memory.append(config, number, l), ..memory.rows(config, number, group) };
-            dense.norm_qkv_rope(l, &rows, &group.shape);
+        let memory = self.memory();
+        let Some((dense, all, between)) = self.by_cublas(gpu, model, config, l) else {
+            return self
+                .each_group(config, l, |rows, shape| Dense { gpu, model, config }.norm_qkv_rope(l, rows, shape));
+        };
+        dense.norm_qkv(l, &all, &between);
+        for group in &self.groups {
+            let first = group.rows.start * (config.n_heads + 2 * config.n_kv_heads) * config.head_dim * 4;
+            let rows = memory.rows(config, l, &group.rows);
+            dense.finish_qkv(l, &rows, between.products + first as u64, &group.shape);
         }
     }
 
     /// `x += W_o attn`.
     pub(crate) fn out_residual(&self, gpu: &Gpu, model: &GpuModel, config: &Config, l: usize) {
-        self.each_rows(config, |rows| Dense { gpu, model, config }.out_residual(l, rows));
+        match self.by_cublas(gpu, model, config, l) {
+            Some((dense, all, between)) => dense.out_residual(l, &all, &between),
+            None => self.each_group(config, l, |rows, _| Dense { gpu, model, config }.out_residual(l, rows)),
+        }
     }
 
     /// RMS norm, then `silu(W_gate x) * W_up x`.
     pub(crate) fn norm_gate_up(&self, gpu: &Gpu, model: &GpuModel, config: &Config, l: usize) {
-        self.each_rows(config, |rows| Dense { gpu, model, config }.norm_gate_up(l, rows));
+        match self.by_cublas(gpu, model, config, l) {
+            Some((dense, all, between)) => dense.norm_gate_up(l, &all, &between),
+            None => self.each_group(config, l, |rows, _| Dense { gpu, model, config }.norm_gate_up(l, rows)),
+        }
     }
 
     /// `x += W_down inner`.
     pub(crate) fn down_residual(&self, gpu: &Gpu, model: &GpuModel, config: &Config, l: usize) {
-        self.each_rows(config, |rows| Dense { gpu, model, config }.down_residual(l, rows));
+        match self.by_cublas(gpu, model, config, l) {
+            Some((dense, all, between)) => dense.down_residual(l, &all, &between),
+            None => self.each_group(config, l, |rows, _| Dense { gpu, model, config }.down_residual(l, rows)),
+        }
     }
 
-    fn each_rows(&self, config: &Config, mut launch: impl FnMut(&Rows)) {
+    /// Where cuBLASLt makes the products of this pass: all of its rows.
+    fn by_cublas<'a>(
+        &self,
+        gpu: &'a Gpu,
+        model: &'a GpuModel,
+        config: &'a Config,
+        l: usize,
+    ) -> Option<(dense::Dense<'a>, Rows, Between)> {
+        let n = self.groups.last().map_or(0, |group| group.rows.end);
+        let cublas = model.cublas(n)?;
         let memory = self.memory();
-        self.groups.iter().enumerate().for_each(|(number, group)| launch(&memory.rows(config, number, group)));
+        let at = |part: usize| memory.scratch.address() + part as u64;
+        let between = Between { operand: at(memory.scratch_at.operand), products: at(memory.scratch_at.products) };
+        Some((dense::Dense { gpu, cublas, model, config }, memory.rows(config, l, &(0..n)), between))
+    }
+
+    fn each_group(&self, config: &Config, l: usize, mut launch: impl FnMut(&Rows, &KvShape)) {
+        let memory = self.memory();
+        self.groups.iter().for_each(|group| launch(&memory.rows(config, l, &group.rows), &group.shape));
     }
 
     /// Attention of all sequences over layer `l`; or only of those of one mode, without their prefetched pairs.
     pub(crate) fn attend(&self, gpu: &Gpu, config: &Config, l: usize, low_bit_only: Option<KvMode>) {
-        for (number, group) in self.groups.iter().enumerate() {
+        for group in &self.groups {
             if low_bit_only.is_some_and(|mode| mode != group.mode) {
                 continue;
             }
-            let params = self.memory().attention(gpu, config, number, group, l, low_bit_only.is_none());
+            let params = self.memory().attention(gpu, config, group, l, low_bit_only.is_none());
             gpu.launch(specache_attn_plan, &params);
             gpu.launch(specache_attn_combine_plan, &params);
         }
@@ -337,8 +450,8 @@ impl Workspace {
         if let Some(event) = self.memory().gathered[l] {
             device.after(StreamId::Compute, event, "a gather has read its list before the next selection");
         }
-        for (number, group) in self.groups.iter().enumerate().filter(|(_, g)| g.mode == mode && g.top_k > 0) {
-            let params = self.memory().selection(gpu, config, number, group, l);
+        for group in self.groups.iter().filter(|g| g.mode == mode && g.top_k > 0) {
+            let params = self.memory().selection(gpu, config, group, l);
             gpu.launch(specache_select_plan, &params);
             gpu.launch(specache_select_merge_plan, &params);
         }
@@ -375,18 +488,22 @@ impl Workspace {
     /// Logits and their argmax; then everything that the host asks for is on its way there: the logits of real rows, and
     /// what was selected if that is wanted.
     pub(crate) fn end(&mut self, gpu: &Gpu, model: &GpuModel, config: &Config, with_selections: bool) {
-        let dense = Dense { gpu, model, config };
-        for (number, group) in self.groups.iter().enumerate() {
-            let memory = self.memory();
-            let rows = memory.rows(config, number, group);
-            let logits = memory.result(memory.results_at.logits, group.rows.start * config.vocab_size * 4);
-            dense.norm_logits(rows.n, rows.x, logits);
+        let memory = self.memory();
+        let logits = |row: usize| memory.result(memory.results_at.logits, row * config.vocab_size * 4);
+        match self.by_cublas(gpu, model, config, 0) {
+            Some((dense, all, between)) => dense.norm_logits(all.n, all.x, &between, logits(0)),
+            None => self.groups.iter().for_each(|group| {
+                let rows = memory.rows(config, 0, &group.rows);
+                Dense { gpu, model, config }.norm_logits(rows.n, rows.x, logits(group.rows.start));
+            }),
+        }
+        for group in &self.groups {
             let params = specache_argmax_params {
-                logits,
+                logits: logits(group.rows.start),
                 scratch: memory.scratch.address() + memory.scratch_at.argmax as u64,
                 choices: memory.result(memory.results_at.choices, group.rows.start * size_of::<specache_choice>()),
                 tokens: 0,
-                n_rows: rows.n,
+                n_rows: group.rows.len() as u32,
                 vocab: config.vocab_size as u32,
             };
             gpu.launch(specache_argmax_slices_plan, &params);
@@ -542,23 +659,20 @@ impl Memory {
         self.told() + (self.told_at.caches + entry * size_of::<specache_layer_cache>()) as u64
     }
 
-    fn append(&self, config: &Config, group: usize, l: usize) -> u64 {
-        self.scratch.address() + (self.scratch_at.append + (group * config.n_layers + l) * MAX_ROWS * 8) as u64
-    }
-
-    fn rows(&self, config: &Config, number: usize, group: &Group) -> Rows {
-        let first = group.rows.start;
+    /// Some of the pass's rows in layer `l`.
+    fn rows(&self, config: &Config, l: usize, rows: &Range<usize>) -> Rows {
+        let first = rows.start;
         let at = |part: usize, width: usize| self.scratch.address() + (part + first * width * 4) as u64;
         let (at_, heads) = (self.scratch_at, config.n_heads * config.head_dim);
         Rows {
-            n: group.rows.len() as u32,
+            n: rows.len() as u32,
             x: at(at_.x, config.hidden_size),
             q: at(at_.q, heads),
             k: at(at_.k, config.n_kv_heads * config.head_dim),
             attn: at(at_.attn, heads),
             inner: at(at_.inner, config.intermediate_size),
             rope: at(at_.rope, config.head_dim),
-            append: self.append(config, number, 0),
+            append: self.scratch.address() + (at_.append + (l * self.sizes.rows + first) * 8) as u64,
             bad_layer: self.result(self.results_at.bad_layer, first * 4),
         }
     }
@@ -573,16 +687,8 @@ impl Memory {
         cast_slice(&bytes[..bytes.len() / size_of::<T>() * size_of::<T>()])
     }
 
-    fn attention(
-        &self,
-        gpu: &Gpu,
-        config: &Config,
-        number: usize,
-        group: &Group,
-        l: usize,
-        replace: bool,
-    ) -> specache_attn_params {
-        let (rows, at) = (self.rows(config, number, group), |part: usize| self.scratch.address() + part as u64);
+    fn attention(&self, gpu: &Gpu, config: &Config, group: &Group, l: usize, replace: bool) -> specache_attn_params {
+        let (rows, at) = (self.rows(config, l, &group.rows), |part: usize| self.scratch.address() + part as u64);
         let selects = group.top_k > 0;
         specache_attn_params {
             seqs: self.seqs(group),
@@ -599,8 +705,8 @@ impl Memory {
         }
     }
 
-    fn selection(&self, gpu: &Gpu, config: &Config, number: usize, group: &Group, l: usize) -> specache_select_params {
-        let attention = self.attention(gpu, config, number, group, l, true);
+    fn selection(&self, gpu: &Gpu, config: &Config, group: &Group, l: usize) -> specache_select_params {
+        let attention = self.attention(gpu, config, group, l, true);
         let (fetches, fetch_counts) = self.fetches(config, group, l);
         let lists = (l * self.sizes.seqs + group.seqs.start) * config.n_kv_heads;
         specache_select_params {
@@ -693,8 +799,10 @@ impl Scratch {
             k: parts.next(rows * kv * 4),
             attn: parts.next(rows * heads * 4),
             inner: parts.next(rows * config.intermediate_size * 4),
+            operand: parts.next(sizes.cublas_rows * Between::operand_width(config) * 2),
+            products: parts.next(sizes.cublas_rows * Between::product_width(config) * 4),
             rope: parts.next(rows * config.head_dim * 4),
-            append: parts.next(sizes.groups * config.n_layers * MAX_ROWS * 8),
+            append: parts.next(config.n_layers * rows * 8),
             scores: parts.next(select_rows * 4),
             lse: parts.next(group * config.n_heads * 4),
             first_scores: parts.next(select_rows * 4),

@@ -5,6 +5,7 @@
 
 mod bandwidth;
 mod decode;
+mod dense;
 mod prefill;
 mod rows;
 mod weights;
@@ -12,7 +13,7 @@ mod weights;
 pub(crate) use bandwidth::read_gbps;
 pub(crate) use decode::{Place, Workspace};
 
-pub(crate) use prefill::PromptStream;
+pub(crate) use prefill::{ChunkMemory, PromptStream};
 pub(crate) use weights::{GpuModel, check_shape};
 
 use crate::device::cuda::Gpu;

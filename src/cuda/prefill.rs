@@ -1,8 +1,11 @@
 //! A prefill on the GPU: one prompt's residual stream, and the launches that take it through a layer chunk by chunk.
 
+use std::ops::Range;
+
 use bytemuck::{Pod, bytes_of, cast_slice, cast_slice_mut};
 
 use super::decode::Parts;
+use super::dense::{self, Between};
 use super::dtype_code;
 use super::rows::{Dense, MAX_ROWS, Rows};
 use super::weights::GpuModel;
@@ -18,8 +21,102 @@ use crate::kv::host::WidePage;
 use crate::kv::{KvShape, PAGE};
 use crate::model::Config;
 
+/// Working rows of a chunk take at most so many bytes, or those of the fewest rows.
+const CHUNK_BYTES: usize = 256 << 20;
+const FEWEST_ROWS: usize = 512;
+const MOST_ROWS: usize = 4096;
+const ROWS_STEP: usize = 256;
+
+/// Rows of a chunk. With 512 a product does 512 multiply-adds for each weight that it reads, beyond the 200 to 300 where
+/// GPUs from A100 to H200 stop to wait for memory; more fill the last wave of a product's tiles better, and cost working
+/// memory, 172 KiB a row for Llama-3-8B: 1,280 rows. The model's shape alone decides, so that a prompt's bits depend
+/// neither on free memory nor on the prompts beside it.
+pub(crate) fn chunk_rows(config: &Config) -> usize {
+    let numbers = 2 * config.n_heads * config.head_dim + Between::product_width(config);
+    let row_bytes = numbers * 4 + Between::operand_width(config) * 2;
+    (CHUNK_BYTES / row_bytes / ROWS_STEP * ROWS_STEP).clamp(FEWEST_ROWS, MOST_ROWS)
+}
+
+/// What the rows of a chunk are computed in. The prompts of a prefill take turns with it.
+pub(crate) struct ChunkMemory {
+    device: Device,
+    memory: Buffer,
+    at: ChunkLayout,
+}
+
+/// Offsets in it.
+#[derive(Clone, Copy, Default)]
+struct ChunkLayout {
+    q: usize,
+    attn: usize,
+    /// Of the fused kernels: a launch's rows.
+    k: usize,
+    inner: usize,
+    /// Of cuBLASLt.
+    operand: usize,
+    products: usize,
+    logits: usize,
+    bytes: usize,
+}
+
+impl ChunkLayout {
+    fn new(model: &GpuModel, config: &Config, rows: usize) -> ChunkLayout {
+        let (mut parts, heads) = (Parts::default(), config.n_heads * config.head_dim);
+        let cublas_rows = model.cublas(rows).map_or(0, |_| rows);
+        ChunkLayout {
+            q: parts.next(rows * heads * 4),
+            attn: parts.next(rows * heads * 4),
+            k: parts.next(MAX_ROWS * config.n_kv_heads * config.head_dim * 4),
+            inner: parts.next(MAX_ROWS * config.intermediate_size * 4),
+            operand: parts.next(cublas_rows * Between::operand_width(config) * 2),
+            products: parts.next(cublas_rows * Between::product_width(config) * 4),
+            logits: parts.next(config.vocab_size * 4),
+            bytes: parts.bytes(),
+        }
+    }
+}
+
+impl ChunkMemory {
+    /// Bytes on the device for prompts of at most `longest` tokens.
+    pub(crate) fn bytes(model: &GpuModel, config: &Config, longest: usize) -> u64 {
+        ChunkLayout::new(model, config, longest.min(chunk_rows(config))).bytes as u64
+    }
+
+    /// Room for chunks of prompts of at most `longest` tokens.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`], [`crate::Error::Device`].
+    pub(crate) fn new(
+        device: &Device,
+        grants: &mut Grants,
+        model: &GpuModel,
+        config: &Config,
+        longest: usize,
+    ) -> Result<ChunkMemory> {
+        let at = ChunkLayout::new(model, config, longest.min(chunk_rows(config)));
+        let memory = grants.device(at.bytes, "the working rows of a prefill")?;
+        Ok(ChunkMemory { device: device.clone(), memory, at })
+    }
+
+    fn address(&self, part: usize) -> u64 {
+        self.memory.address() + part as u64
+    }
+
+    fn between(&self) -> Between {
+        Between { operand: self.address(self.at.operand), products: self.address(self.at.products) }
+    }
+}
+
+impl Drop for ChunkMemory {
+    /// A prefill that was given up may still run.
+    fn drop(&mut self) {
+        self.device.finish(self.device.record(StreamId::Compute));
+    }
+}
+
 /// A prompt on its way through the layers.
 pub(crate) struct PromptStream {
+    device: Device,
     memory: Buffer,
     at: Layout,
     host: PinnedMemory,
@@ -34,17 +131,12 @@ pub(crate) struct PromptStream {
     sent: [Option<Event>; 2],
 }
 
-/// Offsets on the device, and from `tokens` to `told_end` on the host too, relative to `tokens`.
+/// Offsets on the device, and from `tokens` to the end on the host too, relative to `tokens`.
 #[derive(Clone, Copy, Default)]
 struct Layout {
     x: usize,
     rope: usize,
     bad_layer: usize,
-    q: usize,
-    k: usize,
-    attn: usize,
-    inner: usize,
-    logits: usize,
     tokens: usize,
     seqs: usize,
     caches: usize,
@@ -53,20 +145,14 @@ struct Layout {
 }
 
 impl Layout {
-    fn new(config: &Config, n: usize, chunk: usize) -> Layout {
-        let (mut parts, heads) = (Parts::default(), config.n_heads * config.head_dim);
-        let rows = n.min(chunk);
+    fn new(config: &Config, n: usize) -> Layout {
+        let mut parts = Parts::default();
         Layout {
             x: parts.next(n * config.hidden_size * 4),
             rope: parts.next(n * config.head_dim * 4),
             bad_layer: parts.next(n * 4),
-            q: parts.next(rows * heads * 4),
-            k: parts.next(MAX_ROWS * config.n_kv_heads * config.head_dim * 4),
-            attn: parts.next(rows * heads * 4),
-            inner: parts.next(MAX_ROWS * config.intermediate_size * 4),
-            logits: parts.next(config.vocab_size * 4),
             tokens: parts.next(n * 4),
-            seqs: parts.next(n.div_ceil(chunk) * size_of::<specache_seq>()),
+            seqs: parts.next(n.div_ceil(chunk_rows(config)) * size_of::<specache_seq>()),
             caches: parts.next(config.n_layers * size_of::<specache_layer_cache>()),
             append: [parts.next(n * 8), parts.next(n * 8)],
             bytes: parts.bytes(),
@@ -79,10 +165,17 @@ impl Layout {
     }
 }
 
+impl Drop for PromptStream {
+    /// A prefill that was given up may still run.
+    fn drop(&mut self) {
+        self.device.finish(self.device.record(StreamId::Compute));
+    }
+}
+
 impl PromptStream {
-    /// Bytes on the device that a prompt of `n` tokens takes beside its cache.
-    pub(crate) fn bytes(config: &Config, n: usize, chunk: usize) -> u64 {
-        Layout::new(config, n, chunk).bytes as u64
+    /// Bytes on the device that a prompt of `n` tokens takes beside its cache and the working rows.
+    pub(crate) fn bytes(config: &Config, n: usize) -> u64 {
+        Layout::new(config, n).bytes as u64
     }
 
     /// A prompt of `tokens` behind `start` tokens that are there, embedded. `nq`: positions that are read low-bit;
@@ -100,12 +193,11 @@ impl PromptStream {
         shape: KvShape,
         (start, nq): (usize, usize),
         tokens: &[u32],
-        chunk: usize,
         cache: impl Fn(usize) -> specache_layer_cache,
     ) -> Result<PromptStream> {
         let gpu = device.gpu().expect("a prompt on a GPU");
-        let n = tokens.len();
-        let at = Layout::new(config, n, chunk);
+        let (n, chunk) = (tokens.len(), chunk_rows(config));
+        let at = Layout::new(config, n);
         let memory = grants.device(at.bytes, "the rows of a prompt")?;
         let mut host = PinnedMemory::new(gpu.driver(), at.told())?;
         let told = host.bytes_mut();
@@ -122,7 +214,7 @@ impl PromptStream {
             put(told, at.seqs - at.tokens, i, &seq);
         }
         (0..config.n_layers).for_each(|l| put(told, at.caches - at.tokens, l, &cache(l)));
-        let stream = PromptStream { memory, at, host, shape, start, n, chunk, sent: [None; 2] };
+        let stream = PromptStream { device: device.clone(), memory, at, host, shape, start, n, chunk, sent: [None; 2] };
         let address = |part: usize| stream.memory.address() + part as u64;
         // The lists of places follow layer by layer.
         gpu.send(StreamId::Compute, address(at.tokens), &stream.host, 0..at.append[0] - at.tokens);
@@ -166,9 +258,9 @@ impl PromptStream {
         Ok(stream)
     }
 
-    /// Rows of chunk `i`: where they begin among the prompt's, and how many.
-    fn chunk_rows(&self, i: usize) -> (usize, usize) {
-        (i * self.chunk, self.chunk.min(self.n - i * self.chunk))
+    /// Rows of chunk `i` among the prompt's.
+    pub(crate) fn rows_of_chunk(&self, i: usize) -> Range<usize> {
+        i * self.chunk..self.n.min((i + 1) * self.chunk)
     }
 
     /// Chunks of the prompt.
@@ -193,46 +285,70 @@ impl PromptStream {
         self.sent[l % 2] = Some(device.record(StreamId::Compute));
     }
 
-    /// Rows `first ..` of the prompt, at most [`MAX_ROWS`], the `in_chunk`-th of their chunk.
-    fn rows(&self, config: &Config, l: usize, first: usize, in_chunk: usize, n: usize) -> Rows {
-        let at = |part: usize, row: usize, width: usize| self.memory.address() + (part + row * width * 4) as u64;
+    /// Some rows of the prompt, the `in_chunk`-th of their chunk and those behind it.
+    fn rows(&self, config: &Config, memory: &ChunkMemory, l: usize, rows: Range<usize>, in_chunk: usize) -> Rows {
+        let own = |part: usize, width: usize| self.memory.address() + (part + rows.start * width * 4) as u64;
         let heads = config.n_heads * config.head_dim;
+        let in_chunk = |part: usize, width: usize| memory.address(part + in_chunk * width * 4);
         Rows {
-            n: n as u32,
-            x: at(self.at.x, first, config.hidden_size),
-            q: at(self.at.q, in_chunk, heads),
-            k: at(self.at.k, 0, 0),
-            attn: at(self.at.attn, in_chunk, heads),
-            inner: at(self.at.inner, 0, 0),
-            rope: at(self.at.rope, first, config.head_dim),
-            append: at(self.at.append[l % 2], first, 2),
-            bad_layer: at(self.at.bad_layer, first, 1),
+            n: rows.len() as u32,
+            x: own(self.at.x, config.hidden_size),
+            q: in_chunk(memory.at.q, heads),
+            k: memory.address(memory.at.k),
+            attn: in_chunk(memory.at.attn, heads),
+            inner: memory.address(memory.at.inner),
+            rope: own(self.at.rope, config.head_dim),
+            append: own(self.at.append[l % 2], 2),
+            bad_layer: own(self.at.bad_layer, 1),
         }
     }
 
-    fn each_rows(&self, config: &Config, l: usize, chunk: usize, mut launch: impl FnMut(&Rows)) {
-        let (first, n) = self.chunk_rows(chunk);
-        for row in (0..n).step_by(MAX_ROWS) {
-            launch(&self.rows(config, l, first + row, row, MAX_ROWS.min(n - row)));
+    /// Rows of a chunk as the fused kernels take them.
+    fn each_rows(
+        &self,
+        config: &Config,
+        memory: &ChunkMemory,
+        l: usize,
+        chunk: Range<usize>,
+        mut launch: impl FnMut(&Rows),
+    ) {
+        for first in chunk.clone().step_by(MAX_ROWS) {
+            let rows = first..chunk.end.min(first + MAX_ROWS);
+            launch(&self.rows(config, memory, l, rows, first - chunk.start));
         }
     }
 
     /// RMS norm, q, k, v, RoPE of a chunk; K and V go to the pages.
-    pub(crate) fn norm_qkv_rope(&self, gpu: &Gpu, model: &GpuModel, config: &Config, l: usize, chunk: usize) {
-        let dense = Dense { gpu, model, config };
-        self.each_rows(config, l, chunk, |rows| dense.norm_qkv_rope(l, rows, &self.shape));
+    pub(crate) fn norm_qkv_rope(
+        &self,
+        gpu: &Gpu,
+        model: &GpuModel,
+        config: &Config,
+        memory: &ChunkMemory,
+        l: usize,
+        chunk: usize,
+    ) {
+        let chunk = self.rows_of_chunk(chunk);
+        let Some(cublas) = model.cublas(chunk.len()) else {
+            let dense = Dense { gpu, model, config };
+            return self.each_rows(config, memory, l, chunk, |rows| dense.norm_qkv_rope(l, rows, &self.shape));
+        };
+        let (dense, between) = (dense::Dense { gpu, cublas, model, config }, memory.between());
+        let rows = self.rows(config, memory, l, chunk, 0);
+        dense.norm_qkv(l, &rows, &between);
+        dense.finish_qkv(l, &rows, between.products, &self.shape);
     }
 
     /// Causal attention of a chunk.
-    pub(crate) fn attend(&self, gpu: &Gpu, config: &Config, l: usize, chunk: usize) {
+    pub(crate) fn attend(&self, gpu: &Gpu, config: &Config, memory: &ChunkMemory, l: usize, chunk: usize) {
         let at = |part: usize| self.memory.address() + part as u64;
         let params = specache_prefill_params {
             seqs: at(self.at.seqs + chunk * size_of::<specache_seq>()),
             caches: at(self.at.caches + l * size_of::<specache_layer_cache>()),
-            q: at(self.at.q),
-            out: at(self.at.attn),
+            q: memory.address(memory.at.q),
+            out: memory.address(memory.at.attn),
             n_seqs: 1,
-            n_rows: self.chunk_rows(chunk).1 as u32,
+            n_rows: self.rows_of_chunk(chunk).len() as u32,
             n_heads: config.n_heads as u32,
             n_kv_heads: config.n_kv_heads as u32,
             head_dim: config.head_dim as u32,
@@ -246,22 +362,47 @@ impl PromptStream {
     }
 
     /// Output projection and MLP of a chunk.
-    pub(crate) fn rest_of_layer(&self, gpu: &Gpu, model: &GpuModel, config: &Config, l: usize, chunk: usize) {
-        let dense = Dense { gpu, model, config };
-        self.each_rows(config, l, chunk, |rows| {
-            dense.out_residual(l, rows);
-            dense.norm_gate_up(l, rows);
-            dense.down_residual(l, rows);
-        });
+    pub(crate) fn rest_of_layer(
+        &self,
+        gpu: &Gpu,
+        model: &GpuModel,
+        config: &Config,
+        memory: &ChunkMemory,
+        l: usize,
+        chunk: usize,
+    ) {
+        let chunk = self.rows_of_chunk(chunk);
+        let Some(cublas) = model.cublas(chunk.len()) else {
+            let dense = Dense { gpu, model, config };
+            return self.each_rows(config, memory, l, chunk, |rows| {
+                dense.out_residual(l, rows);
+                dense.norm_gate_up(l, rows);
+                dense.down_residual(l, rows);
+            });
+        };
+        let (dense, between) = (dense::Dense { gpu, cublas, model, config }, memory.between());
+        let rows = self.rows(config, memory, l, chunk, 0);
+        dense.out_residual(l, &rows, &between);
+        dense.norm_gate_up(l, &rows, &between);
+        dense.down_residual(l, &rows, &between);
     }
 
     /// The logits of the last row, and the first layer whose input was not finite in some row. Waits for them.
-    pub(crate) fn end(&self, gpu: &Gpu, model: &GpuModel, config: &Config) -> (Vec<f32>, Option<usize>) {
-        let at = |part: usize| self.memory.address() + part as u64;
-        let last = at(self.at.x + (self.n - 1) * config.hidden_size * 4);
-        Dense { gpu, model, config }.norm_logits(1, last, at(self.at.logits));
+    pub(crate) fn end(
+        &self,
+        gpu: &Gpu,
+        model: &GpuModel,
+        config: &Config,
+        memory: &ChunkMemory,
+    ) -> (Vec<f32>, Option<usize>) {
+        let last = self.memory.address() + (self.at.x + (self.n - 1) * config.hidden_size * 4) as u64;
+        let to = memory.address(memory.at.logits);
+        match model.cublas(1) {
+            Some(cublas) => dense::Dense { gpu, cublas, model, config }.norm_logits(1, last, &memory.between(), to),
+            None => Dense { gpu, model, config }.norm_logits(1, last, to),
+        }
         let mut logits = vec![0.0; config.vocab_size];
-        self.memory.read(self.at.logits, cast_slice_mut(&mut logits));
+        memory.memory.read(memory.at.logits, cast_slice_mut(&mut logits));
         let mut bad_layers = vec![SPECACHE_NONE; self.n];
         self.memory.read(self.at.bad_layer, cast_slice_mut(&mut bad_layers));
         let first = bad_layers.into_iter().min().filter(|&layer| layer != SPECACHE_NONE);

@@ -1,6 +1,7 @@
-//! The dense half of a layer for up to 16 rows: every weight is read once for all of them.
+//! The dense half of a layer for up to 16 rows by the fused kernels: every weight is read once for all of them.
 
 use super::weights::{GpuLayer, GpuModel, Projection};
+use crate::device::LinearPath;
 use crate::device::cuda::Gpu;
 use crate::device::cuda::bindings::abi::{
     SPECACHE_MAX_ROWS, specache_gate_up_params, specache_gate_up_plan, specache_head_norm_plan, specache_linear_params,
@@ -11,11 +12,12 @@ use crate::model::Config;
 
 /// Rows of a launch.
 pub(super) const MAX_ROWS: usize = SPECACHE_MAX_ROWS as usize;
+const _: () = assert!(MAX_ROWS == LinearPath::FUSED_ROWS);
 
 /// Addresses of the activations of some rows, f32.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Rows {
-    /// At most [`MAX_ROWS`].
+    /// At most [`MAX_ROWS`] for the fused kernels.
     pub n: u32,
     /// `[n, hidden]`.
     pub x: u64,
@@ -112,10 +114,15 @@ impl Dense<'_> {
         self.gpu.launch(specache_residual_plan, &self.linear(self.model.layers[l].down, rows.n, rows.inner, 0, rows.x));
     }
 
-    /// Final norm and LM head of `n` rows of x.
+    /// Final norm and LM head of `n` rows of x, any number.
     pub(super) fn norm_logits(&self, n: u32, x: u64, logits: u64) {
-        let params = self.linear(self.model.lm_head, n, x, self.model.final_norm, logits);
-        self.gpu.launch(specache_logits_plan, &params);
+        let head = self.model.lm_head;
+        for first in (0..n).step_by(MAX_ROWS) {
+            let of_row = |part: u64, width: u32| part + u64::from(first) * u64::from(width) * 4;
+            let (x, logits) = (of_row(x, head.k), of_row(logits, head.n));
+            let params = self.linear(head, SPECACHE_MAX_ROWS.min(n - first), x, self.model.final_norm, logits);
+            self.gpu.launch(specache_logits_plan, &params);
+        }
     }
 
     fn linear(&self, w: Projection, n_rows: u32, x: u64, norm: u64, y: u64) -> specache_linear_params {

@@ -3,10 +3,12 @@
 use bytemuck::cast_slice;
 
 use super::dtype_code;
-use crate::device::{Buffer, Device};
+use crate::device::cuda::bindings::abi::SPECACHE_FP32;
+use crate::device::cuda::cublas::Cublas;
+use crate::device::{Buffer, Device, LinearPath};
 use crate::error::{Error, Result};
 use crate::model::rope::RopeTable;
-use crate::model::{Linear, Matrix, Model};
+use crate::model::{Dtype, Layer, Linear, Matrix, Model};
 
 /// Addresses of a model's tensors, and the memory that they are in.
 pub(crate) struct GpuModel {
@@ -18,6 +20,9 @@ pub(crate) struct GpuModel {
     pub lm_head: Projection,
     /// `[head_dim / 2]` f32.
     pub inv_freq: u64,
+    /// What makes products beside the fused kernels.
+    cublas: Option<Cublas>,
+    path: LinearPath,
 }
 
 /// `y = W x + b` on the GPU.
@@ -32,6 +37,18 @@ pub(crate) struct Projection {
     pub n: u32,
     /// Inputs.
     pub k: u32,
+}
+
+impl Projection {
+    /// Whether its numbers have 16 bits, as the operands of cuBLASLt have.
+    pub(super) fn is_16_bit(&self) -> bool {
+        self.dtype != SPECACHE_FP32
+    }
+
+    /// Where a weight of 16-bit numbers ends.
+    pub(super) fn end(&self) -> u64 {
+        self.weight + u64::from(self.n) * u64::from(self.k) * 2
+    }
 }
 
 /// One decoder layer. Norms are f32, 0 where there is none.
@@ -79,8 +96,14 @@ impl<'a> Layout<'a> {
     }
 
     fn linear(&mut self, linear: &'a Linear) -> Projection {
-        let bias = self.numbers(linear.bias.as_ref());
-        Projection { bias, ..self.matrix(&linear.weight) }
+        self.linears([linear])[0]
+    }
+
+    /// Matrices side by side, then their biases: where nothing has to be filled up between them, they are one matrix.
+    fn linears<const N: usize>(&mut self, linears: [&'a Linear; N]) -> [Projection; N] {
+        let mut placed = linears.map(|linear| self.matrix(&linear.weight));
+        placed.iter_mut().zip(linears).for_each(|(p, linear)| p.bias = self.numbers(linear.bias.as_ref()));
+        placed
     }
 }
 
@@ -99,31 +122,41 @@ impl GpuModel {
             (layout.place(cast_slice(&weights.final_norm)), layout.place(cast_slice(&rope.inv_freq)));
         let mut layers: Vec<GpuLayer> = Vec::with_capacity(weights.layers.len());
         for layer in &weights.layers {
+            let [q, k, v] = layout.linears([&layer.q, &layer.k, &layer.v]);
+            let [gate, up] = layout.linears([&layer.gate, &layer.up]);
             layers.push(GpuLayer {
                 input_norm: layout.place(cast_slice(&layer.input_norm)),
-                q: layout.linear(&layer.q),
-                k: layout.linear(&layer.k),
-                v: layout.linear(&layer.v),
+                q,
+                k,
+                v,
                 q_norm: layout.numbers(layer.q_norm.as_ref()),
                 k_norm: layout.numbers(layer.k_norm.as_ref()),
                 o: layout.linear(&layer.o),
                 post_norm: layout.place(cast_slice(&layer.post_norm)),
-                gate: layout.linear(&layer.gate),
-                up: layout.linear(&layer.up),
+                gate,
+                up,
                 down: layout.linear(&layer.down),
             });
         }
         let mut memory = device.grant(layout.bytes as u64, 0, "the weights")?.device(layout.bytes, "the weights")?;
         layout.parts.iter().for_each(|(at, bytes)| memory.write(*at, bytes));
         let base = memory.address();
-        let mut placed = GpuModel { _memory: memory, embed, layers, final_norm, lm_head, inv_freq };
+        let path = device.options().linear;
+        let cublas = open_cublas(device, model)?;
+        let mut placed = GpuModel { _memory: memory, embed, layers, final_norm, lm_head, inv_freq, cublas, path };
         placed.addresses().into_iter().filter(|at| **at != 0).for_each(|at| *at += base - 1);
         Ok(placed)
     }
 
+    /// cuBLASLt, if it makes the products of so many rows. In a prefill these are a chunk's, so that nobody else's prompt
+    /// has a say; in a decode step they are the batch's.
+    pub(crate) fn cublas(&self, n_rows: usize) -> Option<&Cublas> {
+        self.cublas.as_ref().filter(|_| self.path == LinearPath::Cublas || n_rows > LinearPath::FUSED_ROWS)
+    }
+
     /// Every address, as [`Layout::place`] gave it.
     fn addresses(&mut self) -> Vec<&mut u64> {
-        let GpuModel { _memory, embed, layers, final_norm, lm_head, inv_freq } = self;
+        let GpuModel { embed, layers, final_norm, lm_head, inv_freq, .. } = self;
         let mut all = vec![final_norm, inv_freq];
         let mut projections = vec![embed, lm_head];
         for GpuLayer { input_norm, q, k, v, q_norm, k_norm, o, post_norm, gate, up, down } in layers {
@@ -134,6 +167,31 @@ impl GpuModel {
             all.extend([weight, bias]);
         }
         all
+    }
+}
+
+/// cuBLASLt for a model, where the device's options want it.
+///
+/// # Errors
+/// [`Error::Usage`] for fp32 weights, and as [`Cublas::open`]; with [`LinearPath::Auto`] neither: the fused kernels do
+/// without.
+fn open_cublas(device: &Device, model: &Model) -> Result<Option<Cublas>> {
+    let gpu = device.gpu().expect("a model on a GPU");
+    let is_fp32 = |linear: &Linear| linear.weight.dtype() == Dtype::F32;
+    let has_fp32 = |layer: &Layer| {
+        let Layer { q, k, v, o, gate, up, down, .. } = layer;
+        [q, k, v, o, gate, up, down].into_iter().any(is_fp32)
+    };
+    match (device.options().linear, model.weights.layers.iter().position(has_fp32)) {
+        (LinearPath::Fused, _) | (LinearPath::Auto, Some(_)) => Ok(None),
+        (LinearPath::Cublas, Some(l)) => Err(Error::Usage(format!(
+            "--linear cublas: layer {l} has fp32 weights, for which there are no 16-bit products; use --linear fused, or \
+             convert the model"
+        ))),
+        (LinearPath::Cublas, None) => Cublas::open(device, gpu).map(Some),
+        (LinearPath::Auto, None) => Ok(Cublas::open(device, gpu)
+            .inspect_err(|why| eprintln!("specache: the fused kernels compute all products: {why}"))
+            .ok()),
     }
 }
 

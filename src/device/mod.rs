@@ -5,10 +5,12 @@
 
 pub mod arena;
 pub mod buffer;
+pub mod choice;
 pub mod cuda;
 pub mod fault;
 pub mod in_flight;
 pub mod interrupt;
+pub mod linear;
 pub mod link;
 pub mod map;
 pub(crate) mod nvtx;
@@ -24,7 +26,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 pub use buffer::{Buffer, Grant, Meter};
+pub use choice::DeviceChoice;
 pub use in_flight::{Carried, InFlight};
+pub use linear::LinearPath;
 pub use schedule::Schedule;
 pub use stream::{Event, Job};
 
@@ -40,18 +44,6 @@ use pin::Pin;
 use stream::Streams;
 use trace::{Place, Trace, Visit};
 
-/// Which device computes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum DeviceChoice {
-    /// A GPU if one can be used, else the CPU.
-    #[default]
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// This GPU, as the driver counts them, and no other device.
-    Cuda(usize),
-}
-
 /// What a device is to be like.
 #[derive(Clone)]
 pub struct DeviceOptions {
@@ -65,8 +57,12 @@ pub struct DeviceOptions {
     pub host_budget: Option<u64>,
     /// How computation waits for copies.
     pub pipeline: Schedule,
+    /// How a GPU computes the dense part of a layer.
+    pub linear: LinearPath,
     /// Keep the pairs that stay selected where they are and fetch only the others.
     pub delta: bool,
+    /// On a GPU: give a step that was seen before to it in one call, as a CUDA graph.
+    pub graph: bool,
     /// Threads that gather, the gather stream's own among them; `None`: a quarter of those that can run, at least 1 and at
     /// most 16, as all cores compute on this device.
     pub gather_threads: Option<usize>,
@@ -92,7 +88,9 @@ impl Default for DeviceOptions {
             device_budget: None,
             host_budget: None,
             pipeline: Schedule::default(),
+            linear: LinearPath::default(),
             delta: true,
+            graph: true,
             gather_threads: None,
             link: LinkOptions::default(),
             pin: None,
@@ -150,7 +148,7 @@ impl Device {
     /// The CPU device.
     ///
     /// # Errors
-    /// [`Error::Usage`] for an unknown `SPECACHE_ISA` or zero threads.
+    /// [`Error::Usage`] for an unknown `SPECACHE_ISA`, zero threads, or [`LinearPath::Cublas`].
     pub fn cpu(options: &DeviceOptions) -> Result<Device> {
         Device::new(options, None, None)
     }
@@ -175,6 +173,10 @@ impl Device {
     }
 
     fn new(options: &DeviceOptions, gpu: Option<Arc<Gpu>>, why_no_gpu: Option<String>) -> Result<Device> {
+        if options.linear == LinearPath::Cublas && gpu.is_none() {
+            let why = why_no_gpu.as_deref().unwrap_or("--device cpu was asked for");
+            return Err(Error::Usage(format!("--linear cublas needs a GPU: {why}")));
+        }
         let isa = Isa::from_env()?;
         let threads = match options.threads {
             Some(0) => return Err(Error::Usage("--threads 0: at least one thread is needed".into())),

@@ -6,6 +6,7 @@ use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::io::{self, Write};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::nvtx;
@@ -110,13 +111,14 @@ impl Slice {
 /// Slices as they end.
 pub struct Trace {
     begin: Instant,
+    paused: AtomicBool,
     slices: Mutex<Vec<Slice>>,
 }
 
 impl Trace {
     pub(super) fn new() -> Trace {
         // Room for some steps of a large model, so that the first of them do not pay for growing.
-        Trace { begin: Instant::now(), slices: Mutex::new(Vec::with_capacity(1 << 14)) }
+        Trace { begin: Instant::now(), paused: AtomicBool::new(false), slices: Mutex::new(Vec::with_capacity(1 << 14)) }
     }
 
     pub(super) fn add(
@@ -146,7 +148,15 @@ impl Trace {
     }
 
     pub(super) fn push(&self, slice: Slice) {
+        if self.paused.load(Ordering::Relaxed) {
+            return;
+        }
         self.slices.lock().unwrap_or_else(|e| e.into_inner()).push(slice);
+    }
+
+    /// Keeps nothing from now on, or everything again.
+    pub fn pause(&self, paused: bool) {
+        self.paused.store(paused, Ordering::Relaxed);
     }
 
     /// All slices so far, in the order of their ends. Takes them out.

@@ -17,3 +17,4 @@ pub use cache::{Cache, LayerCache};
 pub use counters::Counters;
 pub use layout::KvShape;
 pub use options::{KvMode, KvOptions, PAGE};
+pub use plan::CacheBytes;

@@ -199,6 +199,15 @@ impl Config {
         }
     }
 
+    /// Numbers in all matrices; a tied LM head counts once.
+    pub fn n_weights(&self) -> u64 {
+        let n = |count: usize| count as u64; // the caps above keep products below 2^63
+        let attention = 2 * n(self.head_dim) * n(self.hidden_size) * n(self.n_heads + self.n_kv_heads);
+        let mlp = 3 * n(self.hidden_size) * n(self.intermediate_size);
+        let embeddings = if self.tie_word_embeddings { 1 } else { 2 };
+        n(self.n_layers) * (attention + mlp) + embeddings * n(self.hidden_size) * n(self.vocab_size)
+    }
+
     /// Query heads per KV head, G = H / Hkv.
     pub fn group_heads(&self) -> usize {
         self.n_heads / self.n_kv_heads

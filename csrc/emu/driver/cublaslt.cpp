@@ -1,5 +1,5 @@
 // The part of cuBLASLt that the engine calls: D = alpha op(A) op(B) + beta C of fp16, bf16 or fp32 matrices, summed in
-// fp32, one product after the other in a batch. What is not here is refused, not ignored.
+// fp32, one product after the other in a batch; with a bias for each row of D where that is the epilogue. What is not here is refused, not ignored.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -12,17 +12,18 @@
 namespace emu::driver {
 
 // Numbers of cublas_api.h, cublasLt.h and library_types.h.
-enum Status { kOk = 0, kInvalidValue = 7, kArchMismatch = 8, kExecutionFailed = 13, kNotSupported = 15 };
+enum Status { kOk = 0, kNotInitialised = 1, kInvalidValue = 7, kArchMismatch = 8, kExecutionFailed = 13, kNotSupported = 15 };
 enum DataType { kF32 = 0, kF16 = 2, kBf16 = 14 };
 enum Compute { kCompute32F = 68, kFast16F = 74, kFast16Bf = 75, kFastTf32 = 77 };
 enum Operation { kN = 0, kT = 1 };
 enum Order { kColumns = 0, kRows = 1 };
-enum DescAttribute { kComputeType = 0, kScaleType = 1, kPointerMode = 2, kTransA = 3, kTransB = 4, kEpilogue = 7 };
+enum DescAttribute { kComputeType = 0, kScaleType = 1, kPointerMode = 2, kTransA = 3, kTransB = 4, kEpilogue = 7, kBiasPointer = 8 };
 enum LayoutAttribute { kType = 0, kOrder = 1, kNRows = 2, kNCols = 3, kLd = 4, kBatchCount = 5, kBatchOffset = 6 };
-constexpr int kDefaultEpilogue = 1;
+enum Epilogue { kDefaultEpilogue = 1, kBias = 4 };
 
 struct Matmul {
-    int32_t compute, scale, trans_a = kN, trans_b = kN;
+    int32_t compute, scale, trans_a = kN, trans_b = kN, epilogue = kDefaultEpilogue;
+    uint64_t bias = 0;   // fp32, as long as a column of D
 };
 
 struct Layout {
@@ -116,6 +117,8 @@ void Product::run_one(int batch) const {
     right.access(false);
     if (beta != 0) in.access(false);
     out.access(true);
+    const float* bias = desc.epilogue == kBias ? reinterpret_cast<const float*>(desc.bias) : nullptr;
+    if (bias) device().memory.access(desc.bias, d.rows * sizeof(float), false);
     // A row of the result at a time: its loop over columns is the one that the compiler turns into vectors.
     const uint64_t k = depth(), n = d.cols;
     std::vector<float> wide(k * n), sums(n);
@@ -128,7 +131,7 @@ void Product::run_one(int batch) const {
             for (uint64_t col = 0; col < n; col++) sums[col] += x * wide[i * n + col];
         }
         for (uint64_t col = 0; col < n; col++)
-            out.set(row, col, alpha * sums[col] + (beta == 0 ? 0.0f : beta * in(row, col)));
+            out.set(row, col, alpha * sums[col] + (beta == 0 ? 0.0f : beta * in(row, col)) + (bias ? bias[row] : 0.0f));
     }
 }
 
@@ -153,8 +156,9 @@ static Status set_desc(Matmul& m, int which, const void* from, size_t bytes) {
             if (set(must_be_default, from, bytes) != kOk) return kInvalidValue;
             return must_be_default == 0 ? kOk : kNotSupported;
         case kEpilogue:
-            if (set(must_be_default, from, bytes) != kOk) return kInvalidValue;
-            return must_be_default == kDefaultEpilogue ? kOk : kNotSupported;
+            return set(m.epilogue, from, bytes);
+        case kBiasPointer:
+            return set(m.bias, from, bytes);
         default:
             return kNotSupported;
     }
@@ -184,7 +188,8 @@ static Status set_layout(Layout& l, int which, const void* from, size_t bytes) {
 static bool is_supported(const Matmul& m) {
     const bool sums =
         m.compute == kCompute32F || m.compute == kFast16F || m.compute == kFast16Bf || m.compute == kFastTf32;
-    return sums && m.scale == kF32 && (m.trans_a == kN || m.trans_a == kT) && (m.trans_b == kN || m.trans_b == kT);
+    const bool epilogue = m.epilogue == kDefaultEpilogue || m.epilogue == kBias;
+    return sums && epilogue && m.scale == kF32 && (m.trans_a == kN || m.trans_a == kT) && (m.trans_b == kN || m.trans_b == kT);
 }
 
 static Status enqueue_product(const Product& p, CUstream handle) {
@@ -211,6 +216,7 @@ using namespace emu::driver;
 #define API extern "C" __attribute__((visibility("default")))
 
 API Status cublasLtCreate(void** handle) {
+    if (CUresult result; must_fail(__func__, &result)) return kNotInitialised;
     if (!handle) return kInvalidValue;
     static int any;
     *handle = &any;
@@ -270,6 +276,7 @@ API Status cublasLtMatmulAlgoGetHeuristic(void*, Matmul* desc, Layout* a, Layout
                                           int wanted, Heuristic* out, int* found) {
     if (!desc || !a || !b || !c || !d || !out || !found || wanted < 1) return kInvalidValue;
     *found = 0;
+    if (CUresult result; must_fail(__func__, &result)) return kNotSupported;
     const Product product{*desc, *a, *b, *c, *d, 0, 0, 0, 0, 1, 0};
     if (!is_supported(*desc) || !product.is_valid()) return kNotSupported;
     *out = Heuristic{{1}, 0, kOk, 1, {}};
@@ -286,5 +293,6 @@ API Status cublasLtMatmul(void*, Matmul* desc, const void* alpha, const void* a,
     std::memcpy(&p.alpha, alpha, sizeof p.alpha);
     std::memcpy(&p.beta, beta, sizeof p.beta);
     if (!is_supported(*desc)) return kNotSupported;
+    if (desc->epilogue == kBias && (desc->bias == 0 || p.d.type != kF32 || p.d.order != kColumns)) return kInvalidValue;
     return p.is_valid() ? enqueue_product(p, stream) : kInvalidValue;
 }

@@ -89,6 +89,7 @@ impl Kernels {
 
     /// Launches what `plan` makes of `params`. What fails is kept for [`Driver::sound`].
     pub(crate) fn launch<P>(&self, queues: &Queues, stream: StreamId, plan: Plan<P>, params: &P) {
+        let Some(_use) = queues.call() else { return };
         if self.driver.has_failed() {
             return;
         }

@@ -5,8 +5,10 @@
 #[allow(missing_docs, unsafe_code, non_camel_case_types, non_snake_case, non_upper_case_globals, dead_code)]
 #[allow(clippy::all, clippy::undocumented_unsafe_blocks)]
 pub(crate) mod bindings;
+pub(crate) mod cublas;
 pub(crate) mod driver;
 pub(crate) mod gpu;
+pub(crate) mod graph;
 pub(crate) mod images;
 pub(crate) mod kernels;
 mod library;

@@ -3,18 +3,20 @@
 #![allow(unsafe_code)] // Streams, events and copies of the driver.
 
 use std::ptr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use super::bindings::driver::{CUevent, CUresult, CUstream};
+use super::bindings::driver::{CUevent, CUgraphExec, CUresult, CUstream};
 use super::driver::Driver;
+use super::graph::{self, Calls};
 use crate::device::order::StreamId;
 use crate::error::Result;
 
 /// Events of a queue that are used by turns. A wait for one that was recorded again since waits for the later point: more
 /// than it must, and never less. A step records about two a layer.
 const RING: u64 = 256;
-const QUEUES: usize = 4;
+/// As many as there are values of [`StreamId`].
+pub(super) const QUEUES: usize = 4;
 /// CU_STREAM_NON_BLOCKING: not ordered with the legacy default stream, which other code of the process may use.
 const NON_BLOCKING: u32 = 1;
 /// CU_EVENT_DISABLE_TIMING: cheaper, and nobody asks these for the time.
@@ -24,11 +26,17 @@ const NO_TIMING: u32 = 2;
 pub(crate) struct Queues {
     driver: Arc<Driver>,
     queues: Vec<Queue>,
+    /// Shared by calls, exclusive for a pass that is captured or replayed.
+    use_: RwLock<()>,
 }
 
 struct Queue {
     stream: CUstream,
     events: Vec<CUevent>,
+    /// For edges within a graph.
+    edge: CUevent,
+    /// One thread at a time makes a point.
+    recording: Mutex<()>,
     /// Points that were recorded.
     recorded: AtomicU64,
     /// Points that are known to have passed.
@@ -49,24 +57,48 @@ impl Queues {
     /// [`crate::Error::Device`].
     pub(crate) fn new(driver: &Arc<Driver>) -> Result<Queues> {
         driver.enter();
-        let mut made = Queues { driver: driver.clone(), queues: Vec::new() };
+        let mut made = Queues { driver: driver.clone(), queues: Vec::new(), use_: RwLock::new(()) };
         for number in 0..QUEUES {
             let mut stream = ptr::null_mut();
             let priority = if number == StreamId::Compute as usize { 0 } else { -1 };
             // SAFETY: writes one handle.
             let result = unsafe { driver.api.cuStreamCreateWithPriority(&mut stream, NON_BLOCKING, priority) };
             driver.check("cuStreamCreateWithPriority", result)?;
-            let (recorded, passed, awaited) = Default::default();
-            made.queues.push(Queue { stream, events: Vec::new(), recorded, passed, awaited });
+            made.queues.push(Queue {
+                stream,
+                events: Vec::new(),
+                edge: ptr::null_mut(),
+                recording: Mutex::new(()),
+                recorded: AtomicU64::new(0),
+                passed: AtomicU64::new(0),
+                awaited: Default::default(),
+            });
+            made.queues[number].edge = event(driver)?;
             for _ in 0..RING {
-                let mut event = ptr::null_mut();
-                // SAFETY: writes one handle.
-                let result = unsafe { driver.api.cuEventCreate(&mut event, NO_TIMING) };
-                driver.check("cuEventCreate", result)?;
-                made.queues[number].events.push(event);
+                made.queues[number].events.push(event(driver)?);
             }
         }
         Ok(made)
+    }
+
+    /// The driver.
+    pub(super) fn driver(&self) -> &Arc<Driver> {
+        &self.driver
+    }
+
+    /// Keeps all other threads away.
+    pub(super) fn exclude(&self) -> RwLockWriteGuard<'_, ()> {
+        self.use_.write().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// For a call that goes to the driver: `None` if it must not, because it is a part of a graph that is replayed. While it
+    /// is held, no other thread captures.
+    pub(super) fn call(&self) -> Option<Option<RwLockReadGuard<'_, ()>>> {
+        match graph::calls(self) {
+            Calls::Direct => Some(Some(self.use_.read().unwrap_or_else(|e| e.into_inner()))),
+            Calls::Captured => Some(None),
+            Calls::Replayed => None,
+        }
     }
 
     fn of(&self, stream: StreamId) -> &Queue {
@@ -78,12 +110,33 @@ impl Queues {
         self.of(stream).stream
     }
 
-    /// A point behind everything that `stream` has been given so far.
+    /// A point behind everything that `stream` has been given so far. In a graph: its end.
     pub(crate) fn record(&self, stream: StreamId) -> u64 {
         let queue = self.of(stream);
-        let at = queue.recorded.load(Ordering::Relaxed) + 1;
+        match graph::calls(self) {
+            Calls::Direct => {
+                let _use = self.use_.read().unwrap_or_else(|e| e.into_inner());
+                let _one = queue.recording.lock().unwrap_or_else(|e| e.into_inner());
+                self.record_in(stream, stream)
+            }
+            Calls::Captured if graph::is_captured(stream) => {
+                // SAFETY: both handles live as long as `self`.
+                let result = unsafe { self.driver.api.cuEventRecord(queue.edge, queue.stream) };
+                self.driver.note("cuEventRecord", result);
+                queue.recorded() + 1
+            }
+            // Nobody else has given it anything since its last point.
+            Calls::Captured => queue.recorded(),
+            Calls::Replayed => queue.recorded() + 1,
+        }
+    }
+
+    /// Makes the next point of `stream`, behind what `from` has been given.
+    fn record_in(&self, stream: StreamId, from: StreamId) -> u64 {
+        let queue = self.of(stream);
+        let at = queue.recorded() + 1;
         // SAFETY: both handles live as long as `self`.
-        let result = unsafe { self.driver.api.cuEventRecord(queue.event(at), queue.stream) };
+        let result = unsafe { self.driver.api.cuEventRecord(queue.event(at), self.handle(from)) };
         self.driver.note("cuEventRecord", result);
         queue.recorded.store(at, Ordering::Release);
         at
@@ -102,10 +155,52 @@ impl Queues {
             return;
         }
         let from = self.of(other);
+        match (graph::calls(self), at > from.recorded()) {
+            (Calls::Direct, _) => {
+                let _use = self.use_.read().unwrap_or_else(|e| e.into_inner());
+                self.wait(stream, from.event(at));
+                self.of(stream).awaited[other as usize].fetch_max(at, Ordering::AcqRel);
+            }
+            (Calls::Captured, true) => {
+                self.wait(stream, from.edge);
+                graph::capture(stream);
+            }
+            (Calls::Replayed, true) => {}
+            (Calls::Captured | Calls::Replayed, false) => graph::wait_before(other, at),
+        }
+    }
+
+    fn wait(&self, stream: StreamId, event: CUevent) {
         // SAFETY: both handles live as long as `self`; the event was recorded.
-        let result = unsafe { self.driver.api.cuStreamWaitEvent(self.handle(stream), from.event(at), 0) };
+        let result = unsafe { self.driver.api.cuStreamWaitEvent(self.handle(stream), event, 0) };
         self.driver.note("cuStreamWaitEvent", result);
-        self.of(stream).awaited[other as usize].fetch_max(at, Ordering::AcqRel);
+    }
+
+    /// The streams that have joined a capture come together again, as they must before its end.
+    pub(super) fn join_captured(&self) {
+        for stream in [StreamId::Gather, StreamId::CopyIn, StreamId::CopyOut] {
+            if graph::is_captured(stream) {
+                let at = self.record(stream);
+                self.after(StreamId::Compute, stream, at);
+            }
+        }
+    }
+
+    /// Gives a graph to the compute stream, behind the points `before` of all streams. Its end is the next point of every
+    /// stream that the pass may have made one of.
+    pub(super) fn launch_graph(&self, exec: CUgraphExec, before: [u64; QUEUES]) {
+        for ((from, at), awaited) in self.queues.iter().zip(before).zip(&self.of(StreamId::Compute).awaited) {
+            if at > 0 && from.passed.load(Ordering::Acquire) < at {
+                self.wait(StreamId::Compute, from.event(at));
+                awaited.fetch_max(at, Ordering::AcqRel);
+            }
+        }
+        // SAFETY: both handles are alive: the graph's owner waits before it drops it.
+        let result = unsafe { self.driver.api.cuGraphLaunch(exec, self.handle(StreamId::Compute)) };
+        self.driver.note("cuGraphLaunch", result);
+        for stream in [StreamId::Compute, StreamId::CopyIn] {
+            self.record_in(stream, StreamId::Compute);
+        }
     }
 
     /// Blocks the calling thread until point `at` of `stream` has passed.
@@ -125,6 +220,9 @@ impl Queues {
         if queue.passed.load(Ordering::Acquire) >= at {
             return true;
         }
+        if at > queue.recorded() {
+            return false; // the end of a graph that has not been launched
+        }
         // SAFETY: the handle lives as long as `self`; the event was recorded.
         match unsafe { self.driver.api.cuEventQuery(queue.event(at)) } {
             CUresult::CUDA_ERROR_NOT_READY => false,
@@ -141,7 +239,7 @@ impl Queues {
     /// # Safety
     /// `to` has room for them, and they stay as they are until the copy is done.
     pub(crate) unsafe fn upload(&self, stream: StreamId, to: u64, from: &[u8]) {
-        if !from.is_empty() {
+        if let (false, Some(_use)) = (from.is_empty(), self.call()) {
             // SAFETY: the caller's promise.
             let result = unsafe {
                 self.driver.api.cuMemcpyHtoDAsync_v2(to, from.as_ptr().cast(), from.len(), self.handle(stream))
@@ -155,7 +253,7 @@ impl Queues {
     /// # Safety
     /// `from` has as many, and nobody reads, writes or frees `to` until the copy is done.
     pub(crate) unsafe fn download(&self, stream: StreamId, to: &mut [u8], from: u64) {
-        if !to.is_empty() {
+        if let (false, Some(_use)) = (to.is_empty(), self.call()) {
             // SAFETY: the caller's promise.
             let result = unsafe {
                 self.driver.api.cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, to.len(), self.handle(stream))
@@ -169,7 +267,7 @@ impl Queues {
     /// # Safety
     /// Both ranges are allocated, and stay so until the copy is done.
     pub(crate) unsafe fn copy(&self, stream: StreamId, to: u64, from: u64, len: usize) {
-        if len > 0 {
+        if let (true, Some(_use)) = (len > 0, self.call()) {
             // SAFETY: the caller's promise.
             let result = unsafe { self.driver.api.cuMemcpyDtoDAsync_v2(to, from, len, self.handle(stream)) };
             self.driver.note("cuMemcpyDtoDAsync", result);
@@ -181,7 +279,7 @@ impl Queues {
     /// # Safety
     /// The range is allocated, and stays so until it is filled.
     pub(crate) unsafe fn fill(&self, stream: StreamId, to: u64, byte: u8, len: usize) {
-        if len > 0 {
+        if let (true, Some(_use)) = (len > 0, self.call()) {
             // SAFETY: the caller's promise.
             let result = unsafe { self.driver.api.cuMemsetD8Async(to, byte, len, self.handle(stream)) };
             self.driver.note("cuMemsetD8Async", result);
@@ -199,6 +297,18 @@ impl Queue {
     fn event(&self, at: u64) -> CUevent {
         self.events[(at % RING) as usize]
     }
+
+    fn recorded(&self) -> u64 {
+        self.recorded.load(Ordering::Acquire)
+    }
+}
+
+/// An event without times.
+fn event(driver: &Driver) -> Result<CUevent> {
+    let mut event = ptr::null_mut();
+    // SAFETY: writes one handle.
+    driver.check("cuEventCreate", unsafe { driver.api.cuEventCreate(&mut event, NO_TIMING) })?;
+    Ok(event)
 }
 
 impl Drop for Queues {
@@ -209,7 +319,7 @@ impl Drop for Queues {
             // SAFETY: handles made in `new`, destroyed once, when the GPU is done with them.
             unsafe {
                 self.driver.note("cuStreamSynchronize", self.driver.api.cuStreamSynchronize(queue.stream));
-                for &event in &queue.events {
+                for &event in queue.events.iter().chain([&queue.edge]).filter(|event| !event.is_null()) {
                     self.driver.note("cuEventDestroy", self.driver.api.cuEventDestroy_v2(event));
                 }
                 self.driver.note("cuStreamDestroy", self.driver.api.cuStreamDestroy_v2(queue.stream));

@@ -44,6 +44,18 @@ pub struct CUstream_st {
 pub type CUstream = *mut CUstream_st;
 #[repr(C)]
 #[derive(Debug)]
+pub struct CUgraph_st {
+    _unused: [u8; 0],
+}
+pub type CUgraph = *mut CUgraph_st;
+#[repr(C)]
+#[derive(Debug)]
+pub struct CUgraphExec_st {
+    _unused: [u8; 0],
+}
+pub type CUgraphExec = *mut CUgraphExec_st;
+#[repr(C)]
+#[derive(Debug)]
 pub struct CUgraphDeviceUpdatableNode_st {
     _unused: [u8; 0],
 }
@@ -443,6 +455,15 @@ pub struct CUlaunchConfig_st {
     pub numAttrs: ::std::os::raw::c_uint,
 }
 pub type CUlaunchConfig = CUlaunchConfig_st;
+impl CUstreamCaptureMode_enum {
+    pub const CU_STREAM_CAPTURE_MODE_GLOBAL: CUstreamCaptureMode_enum = CUstreamCaptureMode_enum(0);
+    pub const CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: CUstreamCaptureMode_enum = CUstreamCaptureMode_enum(1);
+    pub const CU_STREAM_CAPTURE_MODE_RELAXED: CUstreamCaptureMode_enum = CUstreamCaptureMode_enum(2);
+}
+#[repr(transparent)]
+#[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
+pub struct CUstreamCaptureMode_enum(pub ::std::os::raw::c_uint);
+pub use self::CUstreamCaptureMode_enum as CUstreamCaptureMode;
 impl cudaError_enum {
     pub const CUDA_SUCCESS: cudaError_enum = cudaError_enum(0);
     pub const CUDA_ERROR_INVALID_VALUE: cudaError_enum = cudaError_enum(1);
@@ -632,6 +653,8 @@ pub struct Cuda {
     ) -> CUresult,
     pub cuStreamWaitEvent:
         unsafe extern "C" fn(hStream: CUstream, hEvent: CUevent, Flags: ::std::os::raw::c_uint) -> CUresult,
+    pub cuStreamBeginCapture_v2: unsafe extern "C" fn(hStream: CUstream, mode: CUstreamCaptureMode) -> CUresult,
+    pub cuStreamEndCapture: unsafe extern "C" fn(hStream: CUstream, phGraph: *mut CUgraph) -> CUresult,
     pub cuStreamQuery: unsafe extern "C" fn(hStream: CUstream) -> CUresult,
     pub cuStreamSynchronize: unsafe extern "C" fn(hStream: CUstream) -> CUresult,
     pub cuStreamDestroy_v2: unsafe extern "C" fn(hStream: CUstream) -> CUresult,
@@ -653,6 +676,14 @@ pub struct Cuda {
         kernelParams: *mut *mut ::std::os::raw::c_void,
         extra: *mut *mut ::std::os::raw::c_void,
     ) -> CUresult,
+    pub cuGraphInstantiateWithFlags: unsafe extern "C" fn(
+        phGraphExec: *mut CUgraphExec,
+        hGraph: CUgraph,
+        flags: ::std::os::raw::c_ulonglong,
+    ) -> CUresult,
+    pub cuGraphLaunch: unsafe extern "C" fn(hGraphExec: CUgraphExec, hStream: CUstream) -> CUresult,
+    pub cuGraphExecDestroy: unsafe extern "C" fn(hGraphExec: CUgraphExec) -> CUresult,
+    pub cuGraphDestroy: unsafe extern "C" fn(hGraph: CUgraph) -> CUresult,
     pub cuEventElapsedTime: unsafe extern "C" fn(ms: *mut f32, start: CUevent, end: CUevent) -> CUresult,
 }
 impl Cuda {
@@ -702,6 +733,8 @@ impl Cuda {
         let cuMemsetD32Async = unsafe { __library.get(b"cuMemsetD32Async\0") }.map(|sym| *sym)?;
         let cuStreamCreateWithPriority = unsafe { __library.get(b"cuStreamCreateWithPriority\0") }.map(|sym| *sym)?;
         let cuStreamWaitEvent = unsafe { __library.get(b"cuStreamWaitEvent\0") }.map(|sym| *sym)?;
+        let cuStreamBeginCapture_v2 = unsafe { __library.get(b"cuStreamBeginCapture_v2\0") }.map(|sym| *sym)?;
+        let cuStreamEndCapture = unsafe { __library.get(b"cuStreamEndCapture\0") }.map(|sym| *sym)?;
         let cuStreamQuery = unsafe { __library.get(b"cuStreamQuery\0") }.map(|sym| *sym)?;
         let cuStreamSynchronize = unsafe { __library.get(b"cuStreamSynchronize\0") }.map(|sym| *sym)?;
         let cuStreamDestroy_v2 = unsafe { __library.get(b"cuStreamDestroy_v2\0") }.map(|sym| *sym)?;
@@ -713,6 +746,10 @@ impl Cuda {
         let cuFuncGetAttribute = unsafe { __library.get(b"cuFuncGetAttribute\0") }.map(|sym| *sym)?;
         let cuFuncSetAttribute = unsafe { __library.get(b"cuFuncSetAttribute\0") }.map(|sym| *sym)?;
         let cuLaunchKernelEx = unsafe { __library.get(b"cuLaunchKernelEx\0") }.map(|sym| *sym)?;
+        let cuGraphInstantiateWithFlags = unsafe { __library.get(b"cuGraphInstantiateWithFlags\0") }.map(|sym| *sym)?;
+        let cuGraphLaunch = unsafe { __library.get(b"cuGraphLaunch\0") }.map(|sym| *sym)?;
+        let cuGraphExecDestroy = unsafe { __library.get(b"cuGraphExecDestroy\0") }.map(|sym| *sym)?;
+        let cuGraphDestroy = unsafe { __library.get(b"cuGraphDestroy\0") }.map(|sym| *sym)?;
         let cuEventElapsedTime = unsafe { __library.get(b"cuEventElapsedTime\0") }.map(|sym| *sym)?;
         Ok(Cuda {
             __library,
@@ -747,6 +784,8 @@ impl Cuda {
             cuMemsetD32Async,
             cuStreamCreateWithPriority,
             cuStreamWaitEvent,
+            cuStreamBeginCapture_v2,
+            cuStreamEndCapture,
             cuStreamQuery,
             cuStreamSynchronize,
             cuStreamDestroy_v2,
@@ -758,6 +797,10 @@ impl Cuda {
             cuFuncGetAttribute,
             cuFuncSetAttribute,
             cuLaunchKernelEx,
+            cuGraphInstantiateWithFlags,
+            cuGraphLaunch,
+            cuGraphExecDestroy,
+            cuGraphDestroy,
             cuEventElapsedTime,
         })
     }
@@ -929,6 +972,12 @@ impl Cuda {
     ) -> CUresult {
         unsafe { (self.cuStreamWaitEvent)(hStream, hEvent, Flags) }
     }
+    pub unsafe fn cuStreamBeginCapture_v2(&self, hStream: CUstream, mode: CUstreamCaptureMode) -> CUresult {
+        unsafe { (self.cuStreamBeginCapture_v2)(hStream, mode) }
+    }
+    pub unsafe fn cuStreamEndCapture(&self, hStream: CUstream, phGraph: *mut CUgraph) -> CUresult {
+        unsafe { (self.cuStreamEndCapture)(hStream, phGraph) }
+    }
     pub unsafe fn cuStreamQuery(&self, hStream: CUstream) -> CUresult {
         unsafe { (self.cuStreamQuery)(hStream) }
     }
@@ -977,6 +1026,23 @@ impl Cuda {
         extra: *mut *mut ::std::os::raw::c_void,
     ) -> CUresult {
         unsafe { (self.cuLaunchKernelEx)(config, f, kernelParams, extra) }
+    }
+    pub unsafe fn cuGraphInstantiateWithFlags(
+        &self,
+        phGraphExec: *mut CUgraphExec,
+        hGraph: CUgraph,
+        flags: ::std::os::raw::c_ulonglong,
+    ) -> CUresult {
+        unsafe { (self.cuGraphInstantiateWithFlags)(phGraphExec, hGraph, flags) }
+    }
+    pub unsafe fn cuGraphLaunch(&self, hGraphExec: CUgraphExec, hStream: CUstream) -> CUresult {
+        unsafe { (self.cuGraphLaunch)(hGraphExec, hStream) }
+    }
+    pub unsafe fn cuGraphExecDestroy(&self, hGraphExec: CUgraphExec) -> CUresult {
+        unsafe { (self.cuGraphExecDestroy)(hGraphExec) }
+    }
+    pub unsafe fn cuGraphDestroy(&self, hGraph: CUgraph) -> CUresult {
+        unsafe { (self.cuGraphDestroy)(hGraph) }
     }
     pub unsafe fn cuEventElapsedTime(&self, ms: *mut f32, start: CUevent, end: CUevent) -> CUresult {
         unsafe { (self.cuEventElapsedTime)(ms, start, end) }

@@ -1,0 +1,350 @@
+//! Engines: a model on a device, with its tokenizer, its chat template and whoever listens to it.
+
+use std::ffi::{CString, c_char, c_void};
+use std::path::Path;
+use std::str::FromStr;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::handles::{self, EngineHandle};
+use super::memory::{c_text, give, give_text, set};
+use super::status::{Fail, Result, Status, guard};
+use super::structs::{self, EngineOptions, LogFn, Memory, MemoryPlan, ModelInfo};
+use super::{KvOptionsC, SPECACHE_ABI_VERSION};
+use crate::chat::ChatTemplate;
+use crate::device::DeviceOptions;
+use crate::device::choice::DeviceChoice;
+use crate::device::pin::{Mlock, Pin};
+use crate::device::trace::write_chrome;
+use crate::error::Error;
+use crate::kv::{CacheBytes, KvMode, KvOptions, KvShape};
+use crate::model::{self, Dtype};
+use crate::tokenizer::Tokenizer;
+use crate::{Buffers, Engine, engine};
+
+/// What an engine handle stands for.
+pub struct EngineObject {
+    pub(super) engine: Engine,
+    pub(super) tokenizer: Option<Tokenizer>,
+    pub(super) chat: Option<ChatTemplate>,
+    log: Log,
+    /// Of calls that are over: their number is that of the calls that ran at once, not that of the sessions.
+    buffers: Mutex<Vec<Buffers>>,
+}
+
+/// Levels of log messages, as in the header.
+#[derive(Clone, Copy)]
+pub(super) enum Level {
+    Error = 1,
+    Warn = 2,
+    Info = 3,
+    Debug = 4,
+}
+
+struct Log {
+    callback: Option<LogFn>,
+    user_data: *mut c_void,
+    level: i32,
+}
+
+// SAFETY: the pointer is only passed on; by the header's contract the callback is called on any thread.
+unsafe impl Send for Log {}
+// SAFETY: as above.
+unsafe impl Sync for Log {}
+
+impl EngineObject {
+    fn load(spec: &str, options: &EngineOptions) -> Result<EngineObject> {
+        let log = Log { callback: options.log, user_data: options.log_user_data, level: options.log_level };
+        let engine = Engine::load(spec, &device_options(options)?)?;
+        let folder = (!spec.starts_with("synthetic:")).then(|| Path::new(spec));
+        let tokenizer = folder.map(Tokenizer::load).transpose()?.flatten();
+        if let Some(tokenizer) = &tokenizer {
+            tokenizer.check_vocab(engine.model().config.vocab_size)?;
+        }
+        let chat = folder.map(ChatTemplate::load).transpose()?.flatten();
+        if let Some(trace) = engine.device().trace() {
+            trace.pause(true);
+        }
+        Ok(EngineObject { engine, tokenizer, chat, log, buffers: Mutex::default() })
+    }
+
+    pub(super) fn describe(&self) -> String {
+        let config = &self.engine.model().config;
+        let (name, device) = (&self.engine.model().name, self.engine.device().describe());
+        format!("{name}: {} layers, {} tokens in the vocabulary; {device}", config.n_layers, config.vocab_size)
+    }
+
+    /// Sends a message to whoever listens.
+    pub(super) fn log(&self, level: Level, message: impl FnOnce() -> String) {
+        let Some(callback) = self.log.callback.filter(|_| level as i32 <= self.log.level) else { return };
+        let Ok(text) = CString::new(message().replace('\0', "\u{FFFD}")) else { return };
+        // SAFETY: the caller's function and what it asked to be called with; the text lives until it returns.
+        unsafe { callback(self.log.user_data, level as i32, text.as_ptr()) }
+    }
+
+    /// Runs a call with buffers that it gives back. After a panic they are not used again.
+    pub(super) fn with_buffers<T>(&self, call: impl FnOnce(&mut Buffers) -> T) -> T {
+        let pool = || self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        let _watch = Watch(self);
+        let mut buffers = pool().pop().unwrap_or_default();
+        let result = call(&mut buffers);
+        pool().push(buffers);
+        result
+    }
+}
+
+/// Tells whoever listens of a panic on its way to [`guard`].
+struct Watch<'a>(&'a EngineObject);
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.log(Level::Error, || "a call panicked: its sessions are dead; please report this bug".into());
+        }
+    }
+}
+
+fn device_options(options: &EngineOptions) -> Result<DeviceOptions> {
+    let mut choice = DeviceChoice::default();
+    if !options.device.is_null() {
+        // SAFETY: not NULL, so a C string by the header's contract.
+        let device = unsafe { c_text(options.device, "device") }?;
+        choice = DeviceChoice::from_str(device).map_err(|why| Fail::usage(format!("device {device:?}: {why}")))?;
+    }
+    if options.threads > 1024 {
+        return Err(Fail::usage(format!("threads {}: at most 1024", options.threads)));
+    }
+    Ok(DeviceOptions {
+        choice,
+        threads: (options.threads > 0).then_some(options.threads as usize),
+        device_budget: (options.device_kv_budget > 0).then_some(options.device_kv_budget),
+        host_budget: (options.host_kv_budget > 0).then_some(options.host_kv_budget),
+        pin: (options.lock_memory != 0).then(|| Arc::new(Mlock) as Arc<dyn Pin>),
+        trace: options.trace != 0,
+        ..DeviceOptions::default()
+    })
+}
+
+/// The caller's ABI version: the same major, and no higher minor.
+fn check_abi(version: u32) -> Result<()> {
+    let (major, minor) = (version >> 16, version & 0xffff);
+    let (own_major, own_minor) = (SPECACHE_ABI_VERSION >> 16, SPECACHE_ABI_VERSION & 0xffff);
+    if major == own_major && (1..=own_minor).contains(&minor) {
+        return Ok(());
+    }
+    Err(Fail::new(
+        Status::Abi,
+        format!(
+            "this program was compiled for version {major}.{minor} of the ABI, the library has {own_major}.{own_minor}; \
+             pass SPECACHE_ABI_VERSION, and compile with the header of the library that is installed"
+        ),
+    ))
+}
+
+/// The engine's form of KV options.
+pub(super) fn kv_options(options: &KvOptionsC) -> Result<KvOptions> {
+    let mode = usize::try_from(options.mode).ok().and_then(|mode| KvMode::ALL.get(mode));
+    let mode = *mode.ok_or_else(|| Fail::usage(format!("mode {}: must be one of SPECACHE_KV_*", options.mode)))?;
+    let dtype = match options.dtype {
+        0 => None,
+        1 => Some(Dtype::Bf16),
+        2 => Some(Dtype::F16),
+        3 => Some(Dtype::F32),
+        other => return Err(Fail::usage(format!("dtype {other}: must be one of SPECACHE_DTYPE_*"))),
+    };
+    Ok(KvOptions {
+        mode,
+        bits: options.bits as usize,
+        group_size: options.group_size as usize,
+        residual_len: options.residual_len as usize,
+        top_k: options.top_k as usize,
+        dtype,
+    })
+}
+
+/// A number of tokens; what is beyond a `usize` is beyond any context, which the engine says.
+pub(super) fn tokens(n: u64) -> usize {
+    usize::try_from(n).unwrap_or(usize::MAX)
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn specache_engine_options_init(options: *mut EngineOptions, struct_size: u32) -> i32 {
+    // SAFETY: the header's contract.
+    guard(|| unsafe { structs::init(options, &structs::Sized32::defaults(), struct_size) })
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn specache_engine_create(
+    abi_version: u32,
+    model: *const c_char,
+    options: *const EngineOptions,
+    engine: *mut *mut EngineHandle,
+) -> i32 {
+    guard(|| {
+        // SAFETY: the header's contract.
+        unsafe { set(engine, std::ptr::null_mut(), "engine") }?;
+        check_abi(abi_version)?;
+        // SAFETY: as above.
+        let (model, options) = unsafe { (c_text(model, "model")?, structs::read(options)?) };
+        let made = EngineObject::load(model, &options)?;
+        made.log(Level::Info, || made.describe());
+        // SAFETY: as above.
+        unsafe { set(engine, handles::add_engine(made), "engine") }
+    })
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub extern "C" fn specache_engine_free(engine: *mut EngineHandle) {
+    guard(|| {
+        handles::free_engine(engine);
+        Ok(())
+    });
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn specache_engine_model_info(engine: *mut EngineHandle, info: *mut ModelInfo) -> i32 {
+    guard(|| {
+        let engine = handles::engine(engine)?;
+        let model = engine.engine.model();
+        let config = &model.config;
+        let filled = ModelInfo {
+            vocab_size: config.vocab_size as u32, // all of these have caps far below 2^32
+            n_layers: config.n_layers as u32,
+            n_heads: config.n_heads as u32,
+            n_kv_heads: config.n_kv_heads as u32,
+            head_dim: config.head_dim as u32,
+            hidden_size: config.hidden_size as u32,
+            has_tokenizer: engine.tokenizer.is_some().into(),
+            has_chat_template: engine.chat.is_some().into(),
+            n_eos: config.eos_token_ids.len() as u32,
+            max_positions: config.max_positions as u64,
+            weight_bytes: model.weights.bytes(config.tie_word_embeddings),
+            ..structs::Sized32::defaults()
+        };
+        // SAFETY: the header's contract.
+        unsafe { structs::write(info, &filled) }
+    })
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn specache_engine_eos_tokens(
+    engine: *mut EngineHandle,
+    ids: *mut u32,
+    capacity: usize,
+    n: *mut usize,
+) -> i32 {
+    guard(|| {
+        let engine = handles::engine(engine)?;
+        // SAFETY: the header's contract.
+        unsafe { give(&engine.engine.model().config.eos_token_ids, ids, capacity, n, "ids") }
+    })
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn specache_engine_describe(
+    engine: *mut EngineHandle,
+    text: *mut c_char,
+    capacity: usize,
+    n: *mut usize,
+) -> i32 {
+    // SAFETY: the header's contract.
+    guard(|| unsafe { give_text(&handles::engine(engine)?.describe(), text, capacity, n) })
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn specache_engine_memory(engine: *mut EngineHandle, memory: *mut Memory) -> i32 {
+    guard(|| {
+        let engine = handles::engine(engine)?;
+        let (model, device, pages) = (engine.engine.model(), engine.engine.device(), engine.engine.host_pages());
+        let options = device.options();
+        let filled = Memory {
+            weight_bytes: model.weights.bytes(model.config.tie_word_embeddings),
+            device_kv_bytes: device.device_memory().used(),
+            device_kv_budget: options.device_budget.unwrap_or(u64::MAX),
+            host_mapped_bytes: pages.bytes,
+            host_kv_budget: options.host_budget.unwrap_or(u64::MAX),
+            host_page_bytes: pages.page_bytes as u64,
+            host_pages_leased: pages.leased as u64,
+            host_pages_reserved: pages.reserved as u64,
+            host_pages_free: (pages.free - pages.reserved) as u64,
+            ..structs::Sized32::defaults()
+        };
+        // SAFETY: the header's contract.
+        unsafe { structs::write(memory, &filled) }
+    })
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub extern "C" fn specache_engine_trace(engine: *mut EngineHandle, on: i32) -> i32 {
+    guard(|| {
+        let engine = handles::engine(engine)?;
+        engine.engine.device().trace().ok_or_else(not_traced)?.pause(on == 0);
+        Ok(())
+    })
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn specache_engine_trace_write(engine: *mut EngineHandle, path: *const c_char) -> i32 {
+    guard(|| {
+        let engine = handles::engine(engine)?;
+        // SAFETY: the header's contract.
+        let path = Path::new(unsafe { c_text(path, "path") }?);
+        let trace = engine.engine.device().trace().ok_or_else(not_traced)?;
+        let file = std::fs::File::create(path).map_err(|e| Error::io(path, e))?;
+        let mut out = std::io::BufWriter::new(file);
+        let written = write_chrome(&trace.take(), &mut out).and_then(|()| std::io::Write::flush(&mut out));
+        Ok(written.map_err(|e| Error::io(path, e))?)
+    })
+}
+
+fn not_traced() -> Fail {
+    Fail::usage("this engine cannot be traced: set `trace` in the options that it is created with")
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn specache_kv_options_init(options: *mut KvOptionsC, struct_size: u32) -> i32 {
+    // SAFETY: the header's contract.
+    guard(|| unsafe { structs::init(options, &structs::Sized32::defaults(), struct_size) })
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn specache_plan(
+    abi_version: u32,
+    model: *const c_char,
+    options: *const KvOptionsC,
+    max_tokens: u64,
+    plan: *mut MemoryPlan,
+) -> i32 {
+    guard(|| {
+        check_abi(abi_version)?;
+        // SAFETY: the header's contract.
+        let (model, options) = unsafe { (c_text(model, "model")?, structs::read(options)?) };
+        let kv = kv_options(&options)?;
+        let config = model::config_of(model)?;
+        let bytes = engine::plan(&config, &kv, tokens(max_tokens))?;
+        let weight = if config.dtype == Some(Dtype::F32) { 4 } else { 2 };
+        let filled = MemoryPlan {
+            packed_bytes: bytes.packed,
+            wide_bytes: bytes.wide,
+            slot_bytes: bytes.slots,
+            load_bytes: bytes.loads,
+            device_bytes: bytes.device(),
+            prefill_bytes: CacheBytes::prefill_scratch(&KvShape::new(&config, &kv), &kv, tokens(max_tokens)),
+            host_bytes: bytes.host,
+            weight_bytes: config.n_weights().saturating_mul(weight),
+            ..structs::Sized32::defaults()
+        };
+        // SAFETY: as above.
+        unsafe { structs::write(plan, &filled) }
+    })
+}

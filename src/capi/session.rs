@@ -1,0 +1,489 @@
+//! Sessions: a sequence, what is known of its next token, and how that is chosen.
+
+use std::ffi::c_char;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+
+use super::engine::{EngineObject, Level, kv_options, tokens};
+use super::handles::{self, EngineHandle, SessionHandle};
+use super::memory::{give, set, slice, text};
+use super::status::{Fail, Result, Status, guard};
+use super::structs::{self, KvOptionsC, SamplingOptionsC};
+use crate::kv::KvOptions;
+use crate::sampler::{Sampler, SamplingOptions};
+use crate::{Buffers, Next, Prompt, Session};
+
+/// What a session handle stands for.
+pub struct SessionObject {
+    pub(super) engine: Arc<EngineObject>,
+    /// Stops the call that runs, or the next one.
+    cancel: Arc<AtomicBool>,
+    state: Mutex<State>,
+}
+
+/// What one call at a time may use.
+pub(super) struct State {
+    /// `None` while a reset has not found the memory.
+    session: Option<Session>,
+    kv: KvOptions,
+    max_tokens: usize,
+    /// The tokens that the session holds.
+    pub tokens: Vec<u32>,
+    /// `[vocab]` of what follows them, or nothing where that is not known.
+    pub logits: Vec<f32>,
+    /// Chosen to follow them, and not fed yet.
+    pub chosen: Option<u32>,
+    pub sampler: Sampler,
+}
+
+impl SessionObject {
+    fn new(engine: Arc<EngineObject>, session: Session, rest: impl FnOnce(Session) -> State) -> SessionObject {
+        let cancel = Arc::<AtomicBool>::default();
+        let mut session = session;
+        session.stop_when(cancel.clone());
+        SessionObject { engine, cancel, state: Mutex::new(rest(session)) }
+    }
+
+    /// The session for one call.
+    pub(super) fn lock(&self) -> Result<MutexGuard<'_, State>> {
+        match self.state.try_lock() {
+            Ok(state) => Ok(state),
+            Err(TryLockError::WouldBlock) => Err(Fail::new(
+                Status::Busy,
+                "another call with this session is running; wait for it, or end it with specache_session_cancel",
+            )),
+            Err(TryLockError::Poisoned(_)) => {
+                Err(Fail::internal("an earlier call with this session panicked; free it"))
+            }
+        }
+    }
+
+    /// Heeds a request to cancel, which is over with that.
+    pub(super) fn check_cancel(&self) -> Result<()> {
+        match self.cancel.load(Ordering::Relaxed) && self.cancel.swap(false, Ordering::Relaxed) {
+            true => Err(Fail::cancelled()),
+            false => Ok(()),
+        }
+    }
+
+    /// The same for a call that may have been stopped half way.
+    pub(super) fn heed<T>(&self, result: crate::Result<T>) -> Result<T> {
+        result.map_err(|error| {
+            let fail = Fail::from(error);
+            if fail.status == Status::Cancelled {
+                self.cancel.store(false, Ordering::Relaxed);
+            }
+            fail
+        })
+    }
+
+    /// Adds tokens behind what there is.
+    pub(super) fn prefill(&self, state: &mut State, ids: &[u32]) -> Result<()> {
+        self.check_cancel()?;
+        let mut prompt = Vec::from_iter(state.chosen);
+        prompt.extend_from_slice(ids);
+        let session = state.session()?;
+        let run = |buffers: &mut Buffers| {
+            self.engine.engine.prefill(&mut [Prompt { session, tokens: &prompt }], buffers)?.remove(0)
+        };
+        state.logits = self.heed(self.engine.with_buffers(run))?;
+        state.fed(&prompt);
+        state.max_tokens = state.max_tokens.max(state.tokens.len());
+        Ok(())
+    }
+
+    /// One step; the logits stay in `buffers`.
+    pub(super) fn feed(&self, state: &mut State, token: u32, buffers: &mut Buffers) -> Result<()> {
+        let session = state.session()?;
+        self.heed(self.engine.engine.decode(&mut [Next { session, token }], buffers))?;
+        buffers.logits(0)?;
+        state.logits.clear();
+        state.fed(&[token]);
+        Ok(())
+    }
+}
+
+impl State {
+    pub fn session(&mut self) -> Result<&mut Session> {
+        self.session.as_mut().ok_or_else(|| {
+            Fail::usage("this session is without memory since a reset failed: call specache_session_reset again")
+        })
+    }
+
+    /// These tokens are in the session now.
+    pub fn fed(&mut self, ids: &[u32]) {
+        self.tokens.extend_from_slice(ids);
+        self.chosen = None;
+    }
+
+    /// The tokens that the session holds from now on; what follows them is not known.
+    fn forget(&mut self, n_tokens: usize) {
+        self.tokens.truncate(n_tokens);
+        self.logits.clear();
+        self.chosen = None;
+    }
+
+    pub fn known_logits(&self) -> Result<&[f32]> {
+        match self.logits.is_empty() {
+            false => Ok(&self.logits),
+            true => Err(Fail::usage(
+                "no logits: they come from a prefill, a step or a generate call that was the last to change the session",
+            )),
+        }
+    }
+}
+
+/// A sampler with these options, or with the model's.
+fn sampler(engine: &EngineObject, options: Option<SamplingOptionsC>) -> Result<Sampler> {
+    let options = match options {
+        None => SamplingOptions::from_layers(&Default::default(), &engine.engine.model().generation)?,
+        Some(o) => SamplingOptions {
+            temperature: o.temperature,
+            top_k: o.top_k as usize,
+            top_p: o.top_p,
+            min_p: o.min_p,
+            repeat_penalty: o.repeat_penalty,
+            seed: o.seed,
+        },
+    };
+    Ok(Sampler::new(options)?)
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn specache_session_create(
+    engine: *mut EngineHandle,
+    options: *const KvOptionsC,
+    max_tokens: u64,
+    session: *mut *mut SessionHandle,
+) -> i32 {
+    guard(|| {
+        // SAFETY: the header's contract.
+        unsafe { set(session, std::ptr::null_mut(), "session") }?;
+        let engine = handles::engine(engine)?;
+        // SAFETY: as above.
+        let kv = kv_options(&unsafe { structs::read(options) }?)?;
+        let max_tokens = tokens(max_tokens);
+        let sampler = sampler(&engine, None)?;
+        let made = engine.engine.session(kv, max_tokens)?;
+        let most = engine.engine.model().config.max_positions;
+        if max_tokens > most {
+            engine.log(Level::Warn, || {
+                format!("a session of {max_tokens} tokens, but the model's max_position_embeddings is {most}")
+            });
+        }
+        engine.log(Level::Debug, || format!("a session of {max_tokens} tokens, {}", kv.mode.name()));
+        let rest = |session| State {
+            session: Some(session),
+            kv,
+            max_tokens,
+            tokens: Vec::new(),
+            logits: Vec::new(),
+            chosen: None,
+            sampler,
+        };
+        // SAFETY: as above.
+        unsafe { set(session, handles::add_session(SessionObject::new(engine, made, rest)), "session") }
+    })
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub extern "C" fn specache_session_free(session: *mut SessionHandle) {
+    guard(|| {
+        handles::free_session(session);
+        Ok(())
+    });
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn specache_session_fork(session: *mut SessionHandle, fork: *mut *mut SessionHandle) -> i32 {
+    guard(|| {
+        // SAFETY: the header's contract.
+        unsafe { set(fork, std::ptr::null_mut(), "fork") }?;
+        let object = handles::session(session)?;
+        let mut state = object.lock()?;
+        let made = state.session()?.fork()?;
+        let rest = |session| State {
+            session: Some(session),
+            kv: state.kv,
+            max_tokens: state.max_tokens,
+            tokens: state.tokens.clone(),
+            logits: state.logits.clone(),
+            chosen: state.chosen,
+            sampler: state.sampler.clone(),
+        };
+        // SAFETY: as above.
+        unsafe { set(fork, handles::add_session(SessionObject::new(object.engine.clone(), made, rest)), "fork") }
+    })
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub extern "C" fn specache_session_truncate(session: *mut SessionHandle, n_tokens: u64) -> i32 {
+    guard(|| {
+        let object = handles::session(session)?;
+        let mut state = object.lock()?;
+        state.session()?.truncate(tokens(n_tokens))?;
+        state.forget(tokens(n_tokens));
+        Ok(())
+    })
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub extern "C" fn specache_session_reset(session: *mut SessionHandle) -> i32 {
+    guard(|| {
+        let object = handles::session(session)?;
+        let mut state = object.lock()?;
+        state.sampler = Sampler::new(*state.sampler.options())?;
+        state.forget(0);
+        // The old one goes first: its memory is what the new one takes.
+        state.session = None;
+        let mut made = object.engine.engine.session(state.kv, state.max_tokens)?;
+        made.stop_when(object.cancel.clone());
+        state.session = Some(made);
+        Ok(())
+    })
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub extern "C" fn specache_session_reserve(session: *mut SessionHandle, max_tokens: u64) -> i32 {
+    guard(|| {
+        let object = handles::session(session)?;
+        let mut state = object.lock()?;
+        state.session()?.reserve(tokens(max_tokens))?;
+        state.max_tokens = state.session()?.max_tokens();
+        Ok(())
+    })
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub extern "C" fn specache_session_cancel(session: *mut SessionHandle) -> i32 {
+    guard(|| {
+        handles::session(session)?.cancel.store(true, Ordering::Relaxed);
+        Ok(())
+    })
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub extern "C" fn specache_session_clear_cancel(session: *mut SessionHandle) -> i32 {
+    guard(|| {
+        handles::session(session)?.cancel.store(false, Ordering::Relaxed);
+        Ok(())
+    })
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn specache_session_prefill(session: *mut SessionHandle, ids: *const u32, n_ids: usize) -> i32 {
+    guard(|| {
+        let object = handles::session(session)?;
+        // SAFETY: the header's contract.
+        let ids = unsafe { slice(ids, n_ids, "ids") }?;
+        object.prefill(&mut *object.lock()?, ids)
+    })
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn specache_session_prefill_text(
+    session: *mut SessionHandle,
+    text: *const c_char,
+    n_bytes: usize,
+    flags: u32,
+) -> i32 {
+    guard(|| {
+        let object = handles::session(session)?;
+        // SAFETY: the header's contract.
+        let ids = object.engine.encode(unsafe { self::text(text, n_bytes, "text") }?, flags)?;
+        object.prefill(&mut *object.lock()?, &ids)
+    })
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn specache_sampling_options_init(
+    engine: *mut EngineHandle,
+    options: *mut SamplingOptionsC,
+    struct_size: u32,
+) -> i32 {
+    guard(|| {
+        let sampler = sampler(&*handles::engine(engine)?, None)?;
+        let own = sampler.options();
+        let filled = SamplingOptionsC {
+            temperature: own.temperature,
+            top_k: u32::try_from(own.top_k).unwrap_or(0), // more than any vocabulary: all of it
+            top_p: own.top_p,
+            min_p: own.min_p,
+            repeat_penalty: own.repeat_penalty,
+            seed: own.seed,
+            ..structs::Sized32::defaults()
+        };
+        // SAFETY: the header's contract.
+        unsafe { structs::init(options, &filled, struct_size) }
+    })
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn specache_session_set_sampling(
+    session: *mut SessionHandle,
+    options: *const SamplingOptionsC,
+) -> i32 {
+    guard(|| {
+        let object = handles::session(session)?;
+        // SAFETY: the header's contract.
+        let options = if options.is_null() { None } else { Some(unsafe { structs::read(options) }?) };
+        object.lock()?.sampler = sampler(&object.engine, options)?;
+        Ok(())
+    })
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn specache_session_step(
+    session: *mut SessionHandle,
+    token: u32,
+    logits: *mut f32,
+    n_logits: usize,
+) -> i32 {
+    guard(|| {
+        let object = handles::session(session)?;
+        let out = LogitsOut::new(&object, logits, n_logits)?;
+        let mut state = object.lock()?;
+        object.check_cancel()?;
+        object.engine.with_buffers(|buffers| {
+            object.feed(&mut state, token, buffers)?;
+            state.logits.extend_from_slice(buffers.logits(0)?);
+            // SAFETY: the header's contract.
+            unsafe { out.write(&state.logits) };
+            Ok(())
+        })
+    })
+}
+
+/// Where logits go: nowhere, or room for exactly the vocabulary. A pointer, as callers may give several steps the same.
+pub(super) struct LogitsOut(*mut f32);
+
+impl LogitsOut {
+    pub fn new(object: &SessionObject, logits: *mut f32, n_logits: usize) -> Result<LogitsOut> {
+        let vocab = object.engine.engine.model().config.vocab_size;
+        match logits {
+            logits if logits.is_null() => Ok(LogitsOut(logits)),
+            _ if n_logits != vocab => {
+                Err(Fail::usage(format!("n_logits {n_logits}: must be the vocabulary's {vocab}")))
+            }
+            logits if !logits.is_aligned() => Err(Fail::usage("logits: the pointer is not aligned to 4 bytes")),
+            logits => Ok(LogitsOut(logits)),
+        }
+    }
+
+    /// # Safety
+    /// The pointer that it was made from is NULL or has room for `logits`, which lies elsewhere.
+    pub unsafe fn write(&self, logits: &[f32]) {
+        if !self.0.is_null() {
+            // SAFETY: the caller's promise.
+            unsafe { std::ptr::copy_nonoverlapping(logits.as_ptr(), self.0, logits.len()) };
+        }
+    }
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn specache_session_logits(
+    session: *mut SessionHandle,
+    logits: *mut f32,
+    capacity: usize,
+    n: *mut usize,
+) -> i32 {
+    guard(|| {
+        let object = handles::session(session)?;
+        let state = object.lock()?;
+        // SAFETY: the header's contract.
+        unsafe { give(state.known_logits()?, logits, capacity, n, "logits") }
+    })
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn specache_session_sample(session: *mut SessionHandle, token: *mut u32) -> i32 {
+    guard(|| {
+        // SAFETY: the header's contract.
+        unsafe { set(token, u32::MAX, "token") }?;
+        let object = handles::session(session)?;
+        let mut state = object.lock()?;
+        let State { sampler, logits, tokens, .. } = &mut *state;
+        if logits.is_empty() {
+            return state.known_logits().map(|_| ());
+        }
+        let chosen = sampler.sample(logits, tokens)?;
+        state.chosen = Some(chosen);
+        // SAFETY: as above.
+        unsafe { set(token, chosen, "token") }
+    })
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn specache_session_tokens(
+    session: *mut SessionHandle,
+    ids: *mut u32,
+    capacity: usize,
+    n: *mut usize,
+) -> i32 {
+    guard(|| {
+        let object = handles::session(session)?;
+        let state = object.lock()?;
+        // SAFETY: the header's contract.
+        unsafe { give(&state.tokens, ids, capacity, n, "ids") }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::CStr;
+    use std::ptr;
+
+    use super::*;
+    use crate::capi::*;
+
+    /// A panic within a call kills the sessions of that call, and nothing else.
+    #[test]
+    fn a_session_whose_call_panicked_is_dead() {
+        let (mut engine, mut dead, mut alive) = (ptr::null_mut(), ptr::null_mut(), ptr::null_mut());
+        // SAFETY: pointers to values of this function, C strings.
+        unsafe {
+            let model = c"synthetic:tiny".as_ptr();
+            assert_eq!(specache_engine_create(SPECACHE_ABI_VERSION, model, ptr::null(), &mut engine), 0);
+            for session in [&mut dead, &mut alive] {
+                assert_eq!(specache_session_create(engine, ptr::null(), 300, session), 0);
+                assert_eq!(specache_session_prefill(*session, [1, 2, 3].as_ptr(), 3), 0);
+            }
+        }
+        let status = guard(|| {
+            let object = handles::session(dead)?;
+            let _state = object.lock()?;
+            object.engine.with_buffers(|_| panic!("something is wrong"))
+        });
+        assert_eq!(status, Status::Internal as i32);
+        // SAFETY: as above.
+        unsafe {
+            let step = |session| specache_session_step(session, 4, ptr::null_mut(), 0);
+            assert_eq!((step(dead), step(alive)), (Status::Internal as i32, 0));
+            assert_eq!(specache_session_reset(dead), Status::Internal as i32);
+            assert!(CStr::from_ptr(specache_last_error()).to_str().unwrap().contains("free it"));
+            assert_eq!(specache_session_cancel(dead), 0);
+            specache_session_free(dead);
+            specache_session_free(alive);
+            let mut memory: Memory = structs::Sized32::defaults();
+            assert_eq!(specache_engine_memory(engine, &mut memory), 0);
+            assert_eq!((memory.host_pages_leased, memory.host_pages_reserved), (0, 0));
+        }
+        specache_engine_free(engine);
+    }
+}

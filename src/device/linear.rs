@@ -1,0 +1,31 @@
+//! Who makes the matrix products of a GPU.
+
+/// How a GPU computes the dense part of a layer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum LinearPath {
+    /// The fused kernels for at most [`LinearPath::FUSED_ROWS`] rows, cuBLASLt for more; the fused kernels alone where
+    /// cuBLASLt or its workspace cannot be had (a line on stderr says so) and for fp32 weights.
+    #[default]
+    Auto,
+    /// The fused kernels, for any number of rows: sixteen at a time.
+    Fused,
+    /// cuBLASLt, for any number of rows.
+    Cublas,
+}
+
+impl LinearPath {
+    /// All of them.
+    pub const ALL: [LinearPath; 3] = [LinearPath::Auto, LinearPath::Fused, LinearPath::Cublas];
+
+    /// Rows of one launch of the fused kernels. With more they read every weight again, and cuBLASLt does not.
+    pub const FUSED_ROWS: usize = 16;
+
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            LinearPath::Auto => "auto",
+            LinearPath::Fused => "fused",
+            LinearPath::Cublas => "cublas",
+        }
+    }
+}

@@ -1,0 +1,922 @@
+//! The C interface, call by call: what it gives, and what bad input comes to. In Rust, so that it runs under sanitizers;
+//! tests/capi.rs does it from C and Python.
+#![allow(unsafe_code)] // Calls of C functions.
+
+mod common;
+
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::ptr;
+use std::sync::Mutex;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::capi::*;
+use common::fixture;
+use specache::capi;
+
+const NULL_ENGINE: EnginePtr = ptr::null_mut();
+const NULL_SESSION: SessionPtr = ptr::null_mut();
+
+fn prompt_text() -> String {
+    std::fs::read_to_string(fixture("recall_prompt.txt")).unwrap()
+}
+
+fn free(session: SessionPtr) {
+    specache_session_free(session);
+}
+
+/// An engine whose sessions are all gone holds no page.
+fn close(engine: EnginePtr) {
+    let memory = memory(engine);
+    assert_eq!((memory.host_pages_leased, memory.host_pages_reserved, memory.device_kv_bytes), (0, 0, 0));
+    specache_engine_free(engine);
+}
+
+/// The same ids and text as the command line, with the same options.
+#[test]
+fn tokens_are_those_of_the_command_line() {
+    let engine = recall();
+    let prompt = fixture("recall_prompt.txt");
+    let ids = tokenize(engine, &prompt_text());
+    for (mode, name) in ["full", "kivi", "offload", "fetch", "specache"].into_iter().enumerate() {
+        for (temperature, seed) in [(0.0, 0), (1.5, 7)] {
+            let mut cli = std::process::Command::new(env!("CARGO_BIN_EXE_specache-engine"));
+            let output = cli
+                .args(["generate", "-m", fixture("recall").to_str().unwrap(), "-f", prompt.to_str().unwrap()])
+                .args(["-n", "40", "--json", "--ignore-eos", "--kv-bits", "1", "--kv-top-k", "16", "--kv", name])
+                .args(["--repeat-penalty", "1.1", "--top-p", "0.95"])
+                .args(["--temp", &format!("{temperature}"), "--seed", &format!("{seed}")])
+                .output()
+                .unwrap();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+
+            let kv = KvOptionsC { mode: mode as i32, bits: 1, top_k: 16, ..kv_options() };
+            let session = session(engine, &kv, ids.len() as u64 + 40);
+            // SAFETY: zero is a value of every field.
+            let mut sampling: SamplingOptionsC = unsafe { std::mem::zeroed() };
+            let size = size_of::<SamplingOptionsC>() as u32;
+            // SAFETY: a struct of this function, here and below.
+            ok(unsafe { specache_sampling_options_init(engine, &mut sampling, size) });
+            sampling = SamplingOptionsC { temperature, seed, repeat_penalty: 1.1, top_p: 0.95, ..sampling };
+            // SAFETY: as above.
+            ok(unsafe { specache_session_set_sampling(session, &sampling) });
+            ok(prefill(session, &ids));
+            // In pieces: each call goes on where the one before ended.
+            let (mut given, mut text) = (Vec::new(), String::new());
+            for n in [1, 0, 24, 15] {
+                let (status, shown, stop) = generate(session, n, 1, None);
+                ok(status);
+                assert_eq!((shown.ids.len() as u64, stop), (n, 0));
+                given.extend(shown.ids);
+                text += &shown.text;
+            }
+            let expected: Vec<u32> = serde_json::from_value(json["tokens"].clone()).unwrap();
+            assert_eq!((given, text.as_str()), (expected, json["text"].as_str().unwrap()), "{name} {temperature}");
+            let stats = stats(session);
+            assert_eq!(stats.steps, 39);
+            let close = |a: f64, b: &serde_json::Value| b.as_f64().is_none_or(|b| (a - b).abs() < 1e-9);
+            let figures = &json["specache"];
+            assert!(close(stats.acceptance, &figures["acceptance"]) && close(stats.hit_rate, &figures["hit_rate"]));
+            assert!(close(stats.fetched_bytes as f64 / 39.0, &figures["fetched_bytes_per_step"]));
+            assert_eq!(json["cache"]["host_bytes"].as_u64(), Some(stats.host_bytes));
+            free(session);
+        }
+    }
+    close(engine);
+}
+
+/// Steps, batches, forks and generations all give the same logits and tokens.
+#[test]
+fn one_step_is_like_another() {
+    let engine = recall();
+    let ids = tokenize(engine, &prompt_text());
+    let prompts = [&ids[..], &ids[..200], &ids[100..]];
+    let n = 24;
+    let lone: Vec<Vec<u32>> = prompts
+        .iter()
+        .map(|prompt| {
+            let session = session(engine, &kv_options(), 1100);
+            ok(prefill(session, prompt));
+            let (status, shown, _) = generate(session, n as u64, 1, None);
+            ok(status);
+            // The last token is chosen and not fed: it counts as soon as it is.
+            assert_eq!(tokens(session).len(), prompt.len() + n - 1);
+            ok(step(session, *shown.ids.last().unwrap()));
+            assert_eq!(tokens(session), [prompt, &shown.ids[..]].concat());
+            free(session);
+            shown.ids
+        })
+        .collect();
+
+    let sessions = prompts.map(|prompt| {
+        let session = session(engine, &kv_options(), 1100);
+        ok(prefill(session, prompt));
+        session
+    });
+    let fork = fork(sessions[0]);
+    let vocab = logits(fork).len();
+    assert_eq!(logits(fork), logits(sessions[0]));
+    let mut rows = vec![vec![0.0f32; vocab]; 3];
+    let mut steps: Vec<Step> = sessions
+        .iter()
+        .zip(&mut rows)
+        .map(|(&session, row)| {
+            let mut token = 0;
+            // SAFETY: a number of this function.
+            ok(unsafe { specache_session_sample(session, &mut token) });
+            let (logits, n_logits) = (row.as_mut_ptr(), vocab as u64);
+            Step { session, logits, n_logits, token, next: 0, status: -1, reserved: 0 }
+        })
+        .collect();
+    for t in 0..n - 1 {
+        assert_eq!(steps.iter().map(|s| s.token).collect::<Vec<_>>(), lone.iter().map(|l| l[t]).collect::<Vec<_>>());
+        // SAFETY: as many steps as there are, each with room for its logits.
+        ok(unsafe { specache_step_batch(steps.as_mut_ptr(), steps.len(), size_of::<Step>()) });
+        assert!(steps.iter().all(|step| step.status == 0));
+        // The fork goes alone.
+        let mut alone = vec![0.0f32; vocab];
+        // SAFETY: room for the vocabulary.
+        ok(unsafe { specache_session_step(fork, steps[0].token, alone.as_mut_ptr(), vocab) });
+        // SAFETY: the row that the batch has filled, which nobody changes meanwhile.
+        assert_eq!(alone, unsafe { std::slice::from_raw_parts(steps[0].logits, vocab) });
+        assert_eq!(alone, logits(fork));
+        steps.iter_mut().for_each(|step| step.token = step.next);
+    }
+    // A batch leaves its choices with the sessions: a generation goes on from them.
+    let (status, shown, _) = generate(sessions[1], 3, 1, None);
+    ok(status);
+    assert_eq!(tokens(sessions[1]).len(), 200 + n - 1 + 3);
+    assert_eq!(shown.ids.len(), 3);
+    sessions.into_iter().chain([fork]).for_each(free);
+    close(engine);
+}
+
+fn fork(session: SessionPtr) -> SessionPtr {
+    let mut fork = ptr::null_mut();
+    // SAFETY: a pointer of this function.
+    ok(unsafe { specache_session_fork(session, &mut fork) });
+    fork
+}
+
+/// Truncation, reset, more room, prompts behind prompts, ends of text.
+#[test]
+fn a_session_can_go_back_and_begin_anew() {
+    let engine = recall();
+    let ids = tokenize(engine, &prompt_text());
+    let session = session(engine, &kv_options(), 64);
+    ok(prefill(session, &ids)); // makes room for itself
+    ok(specache_session_reserve(session, ids.len() as u64 + 60));
+    let (_, first, _) = generate(session, 30, 1, Some(12));
+    assert_eq!(first.ids.len(), 12, "the callback has ended it");
+
+    // From the end of the prompt again: its last token fed anew gives the same.
+    ok(specache_session_truncate(session, ids.len() as u64 - 1));
+    let mut n = 0;
+    // SAFETY: a number of this function.
+    fails(unsafe { specache_session_logits(session, ptr::null_mut(), 0, &mut n) }, Status::Usage, "no logits");
+    fails(generate(session, 1, 0, None).0, Status::Usage, "nothing to go on from");
+    ok(step(session, *ids.last().unwrap()));
+    assert_eq!(generate(session, 12, 1, None).1.ids, first.ids);
+
+    ok(specache_session_reset(session));
+    assert_eq!((tokens(session).len(), stats(session).steps), (0, 0));
+    fails(step(session, 5), Status::Usage, "empty");
+    ok(prefill(session, &ids));
+    assert_eq!(generate(session, 12, 1, None).1.ids, first.ids);
+
+    // A prompt behind a generation: the token that was chosen last is fed first.
+    ok(prefill(session, &ids[..10]));
+    let held = tokens(session);
+    assert_eq!(held.len(), ids.len() + 12 + 10);
+    assert_eq!(held[ids.len()..ids.len() + 12], first.ids);
+
+    // Until there is no room: that is an end and not an error.
+    let room = stats(session).max_tokens;
+    let (status, shown, stop) = generate(session, 1 << 40, 1, None);
+    ok(status);
+    assert_eq!((stop, tokens(session).len() as u64), (2, room));
+    assert_eq!(shown.ids.len() as u64, room - held.len() as u64 + 1);
+    fails(step(session, 5), Status::Usage, "full");
+    ok(specache_session_reserve(session, room + 10));
+    assert_eq!(generate(session, 5, 1, None).2, 0);
+    free(session);
+    close(engine);
+}
+
+/// The end of a text is shown without text, and ends the generation unless it is to be ignored.
+#[test]
+fn ends_of_text() {
+    let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("capi-eos");
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(&folder).unwrap();
+    for file in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(fixture("recall").join(file), folder.join(file)).unwrap();
+    }
+    let plain = recall();
+    let ids = tokenize(plain, &prompt_text());
+    let session_of = |engine| {
+        let session = session(engine, &kv_options(), 1100);
+        ok(prefill(session, &ids));
+        session
+    };
+    let expected = generate(session_of(plain), 6, 0, None).1.ids;
+    let eos = serde_json::json!({"eos_token_id": [7, expected[3]], "do_sample": true, "temperature": 0.5, "top_k": 3});
+    std::fs::write(folder.join("generation_config.json"), eos.to_string()).unwrap();
+    let engine = common::capi::engine(&folder, &engine_options());
+    // SAFETY: `list` passes room for as many as it says.
+    let known = list(0, |ids, capacity, n| unsafe { specache_engine_eos_tokens(engine, ids, capacity, n) });
+    assert_eq!(known, [7, expected[3]]);
+
+    // SAFETY: zero is a value of every field.
+    let mut sampling: SamplingOptionsC = unsafe { std::mem::zeroed() };
+    // SAFETY: a struct of this function.
+    ok(unsafe { specache_sampling_options_init(engine, &mut sampling, size_of::<SamplingOptionsC>() as u32) });
+    assert_eq!((sampling.temperature, sampling.top_k), (0.5, 3), "the model's own");
+    sampling.temperature = 0.0;
+    for (flags, n, stop) in [(0, 4, 1), (1, 6, 0)] {
+        let session = session_of(engine);
+        // SAFETY: as above.
+        ok(unsafe { specache_session_set_sampling(session, &sampling) });
+        let (status, shown, why) = generate(session, 6, flags, None);
+        ok(status);
+        assert_eq!((&shown.ids[..], why), (&expected[..n], stop));
+        assert_eq!(shown.eos.iter().position(|&eos| eos), (flags == 0).then_some(3));
+        // Without text.
+        ok(specache_session_reset(session));
+        ok(prefill(session, &ids));
+        let (_, silent, _) = generate(session, 6, flags | 2, None);
+        assert_eq!((silent.ids, silent.text.as_str()), (shown.ids, ""));
+        free(session);
+    }
+    specache_engine_free(engine);
+    specache_engine_free(plain);
+}
+
+#[test]
+fn text_and_back() {
+    let engine = recall();
+    let text = "The password of kose 🦀 zesi.";
+    let ids = tokenize(engine, text);
+    // SAFETY: `list` passes room for as many as it says.
+    let bytes = list(0, |text: *mut c_char, capacity, n| unsafe {
+        specache_detokenize(engine, ids.as_ptr(), ids.len(), text, capacity, n)
+    });
+    assert_eq!(bytes.iter().map(|&b| b as u8).collect::<Vec<_>>(), text.as_bytes());
+    // One byte too little, for the NUL: nothing is written.
+    let (mut small, mut n) = (vec![1 as c_char; text.len()], 0);
+    // SAFETY: buffers of this function, with their lengths.
+    let status =
+        unsafe { specache_detokenize(engine, ids.as_ptr(), ids.len(), small.as_mut_ptr(), small.len(), &mut n) };
+    fails(status, Status::Buffer, "are needed");
+    assert!(n == text.len() && small.iter().all(|&b| b == 1));
+
+    let bad = b"abc\xff";
+    // SAFETY: as above.
+    let tokenize =
+        |flags| unsafe { specache_tokenize(engine, bad.as_ptr().cast(), bad.len(), flags, ptr::null_mut(), 0, &mut 0) };
+    fails(tokenize(0), Status::Usage, "byte 3 is not valid UTF-8");
+    let session = session(engine, &kv_options(), 64);
+    // SAFETY: as above.
+    let status = unsafe { specache_session_prefill_text(session, bad.as_ptr().cast(), bad.len(), 0) };
+    fails(status, Status::Usage, "UTF-8");
+    // SAFETY: as above.
+    let status = unsafe { specache_session_prefill_text(session, text.as_ptr().cast(), text.len(), 64) };
+    fails(status, Status::Usage, "0x40 is unknown");
+    // SAFETY: as above.
+    let status = unsafe { specache_detokenize(engine, [1u32, 5000].as_ptr(), 2, ptr::null_mut(), 0, &mut 0) };
+    fails(status, Status::Usage, "entry 1 is 5000");
+    let role = ChatMessage { role: c"user".as_ptr(), content: c"hi".as_ptr() };
+    // SAFETY: as above.
+    let status = unsafe { specache_chat_prompt(engine, &role, 1, 1, ptr::null_mut(), 0, &mut 0) };
+    fails(status, Status::Usage, "no chat template");
+    free(session);
+    close(engine);
+
+    let synthetic = common::capi::engine("synthetic:tiny".as_ref(), &engine_options());
+    // SAFETY: as above.
+    let status =
+        unsafe { specache_tokenize(synthetic, text.as_ptr().cast(), text.len(), 0, ptr::null_mut(), 0, &mut 0) };
+    fails(status, Status::Usage, "no tokenizer.json");
+    close(synthetic);
+}
+
+#[test]
+fn chats() {
+    let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("capi-chat");
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(&folder).unwrap();
+    for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+        std::fs::copy(fixture("recall").join(file), folder.join(file)).unwrap();
+    }
+    let template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}\
+                    {% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}";
+    std::fs::write(folder.join("chat_template.jinja"), template).unwrap();
+    let engine = common::capi::engine(&folder, &engine_options());
+    let chat = |role: &CStr, add| {
+        let messages = [role, c"assistant"].map(|role| ChatMessage { role: role.as_ptr(), content: c"hé".as_ptr() });
+        let mut n = 0;
+        // SAFETY: messages of this function.
+        let status = unsafe { specache_chat_prompt(engine, messages.as_ptr(), 2, add, ptr::null_mut(), 0, &mut n) };
+        (status == 0).then(|| {
+            // SAFETY: as above.
+            let text = list(0, |text: *mut c_char, capacity, n| unsafe {
+                specache_chat_prompt(engine, messages.as_ptr(), 2, add, text, capacity, n)
+            });
+            String::from_utf8(text.iter().map(|&b| b as u8).collect()).unwrap()
+        })
+    };
+    assert_eq!(chat(c"user", 1).unwrap(), "<user>hé<assistant>hé<a>");
+    assert_eq!(chat(c"user", 0).unwrap(), "<user>hé<assistant>hé");
+    assert!(chat(c"system", 1).is_none() && last_error().contains("no system"));
+    // SAFETY: no messages are read.
+    let status = unsafe { specache_chat_prompt(engine, ptr::null(), 0, 1, ptr::null_mut(), 0, &mut 0) };
+    fails(status, Status::Usage, "without messages");
+    // SAFETY: NULL is refused.
+    let status = unsafe {
+        let message = ChatMessage { role: c"user".as_ptr(), content: ptr::null() };
+        specache_chat_prompt(engine, &message, 1, 1, ptr::null_mut(), 0, &mut 0)
+    };
+    fails(status, Status::Usage, "content is NULL");
+    close(engine);
+}
+
+/// Every function says what a wrong handle is.
+#[test]
+fn wrong_handles() {
+    let engine = recall();
+    let alive = session(engine, &kv_options(), 64);
+    let freed = session(engine, &kv_options(), 64);
+    free(freed);
+    let freed_engine = recall();
+    specache_engine_free(freed_engine);
+    let mut n = 0;
+    let sessions: [(SessionPtr, &str); 4] =
+        [(NULL_SESSION, "NULL"), (freed, "freed"), (engine.cast(), "never was a session"), (64 as _, "never was")];
+    for (session, words) in sessions {
+        let mut handle = alive;
+        // SAFETY: handles are names; all else is of this function or NULL.
+        let statuses = unsafe {
+            [
+                specache_session_fork(session, &mut handle),
+                specache_session_truncate(session, 1),
+                specache_session_reset(session),
+                specache_session_reserve(session, 1),
+                specache_session_cancel(session),
+                specache_session_clear_cancel(session),
+                specache_session_prefill(session, [1].as_ptr(), 1),
+                specache_session_prefill_text(session, c"a".as_ptr(), 1, 0),
+                specache_session_set_sampling(session, ptr::null()),
+                specache_session_generate(session, 1, 0, None, ptr::null_mut(), ptr::null_mut(), ptr::null_mut()),
+                specache_session_step(session, 1, ptr::null_mut(), 0),
+                specache_session_logits(session, ptr::null_mut(), 0, &mut n),
+                specache_session_sample(session, &mut 0),
+                specache_session_tokens(session, ptr::null_mut(), 0, &mut n),
+                specache_session_get_stats(session, ptr::null_mut()),
+                specache_session_layer_stats(session, ptr::null_mut(), 0, &mut n),
+            ]
+        };
+        statuses.into_iter().for_each(|status| fails(status, Status::Handle, words));
+        assert!(handle.is_null(), "a failed fork gives none");
+        free(session);
+    }
+    let engines: [(EnginePtr, &str); 3] =
+        [(NULL_ENGINE, "NULL"), (freed_engine, "freed"), (alive.cast(), "never was an engine")];
+    for (engine, words) in engines {
+        // SAFETY: as above.
+        let statuses = unsafe {
+            [
+                specache_engine_model_info(engine, ptr::null_mut()),
+                specache_engine_eos_tokens(engine, ptr::null_mut(), 0, &mut n),
+                specache_engine_describe(engine, ptr::null_mut(), 0, &mut n),
+                specache_engine_memory(engine, ptr::null_mut()),
+                specache_engine_trace(engine, 1),
+                specache_engine_trace_write(engine, c"x".as_ptr()),
+                specache_tokenize(engine, c"a".as_ptr(), 1, 0, ptr::null_mut(), 0, &mut n),
+                specache_detokenize(engine, [1].as_ptr(), 1, ptr::null_mut(), 0, &mut n),
+                specache_chat_prompt(engine, ptr::null(), 0, 0, ptr::null_mut(), 0, &mut n),
+                specache_session_create(engine, ptr::null(), 64, &mut ptr::null_mut()),
+                specache_sampling_options_init(engine, ptr::null_mut(), 32),
+            ]
+        };
+        statuses.into_iter().for_each(|status| fails(status, Status::Handle, words));
+        specache_engine_free(engine);
+    }
+    // The living were not touched.
+    ok(prefill(alive, &[1, 2]));
+    let mut steps = [alive, freed].map(|session| Step {
+        session,
+        logits: ptr::null_mut(),
+        n_logits: 0,
+        token: 1,
+        next: 0,
+        status: 0,
+        reserved: 0,
+    });
+    // SAFETY: two steps.
+    fails(unsafe { specache_step_batch(steps.as_mut_ptr(), 2, size_of::<Step>()) }, Status::Handle, "step 1");
+    assert_eq!((steps[0].status, steps[1].status), (0, Status::Handle as i32));
+    assert!(steps[0].next < 1536 && tokens(alive).len() == 3, "the other has gone on");
+    free(alive);
+    close(engine);
+}
+
+/// NULL where something is needed.
+#[test]
+fn null_arguments() {
+    let engine = recall();
+    let alive = session(engine, &kv_options(), 64);
+    let mut n = 0;
+    // SAFETY: NULL is what is tried; all else is of this function.
+    let statuses = unsafe {
+        [
+            specache_engine_create(1, ptr::null(), ptr::null(), &mut ptr::null_mut()),
+            specache_engine_create(1, c"x".as_ptr(), ptr::null(), ptr::null_mut()),
+            specache_engine_options_init(ptr::null_mut(), 64),
+            specache_kv_options_init(ptr::null_mut(), 28),
+            specache_sampling_options_init(engine, ptr::null_mut(), 32),
+            specache_engine_model_info(engine, ptr::null_mut()),
+            specache_engine_memory(engine, ptr::null_mut()),
+            specache_engine_describe(engine, ptr::null_mut(), 0, ptr::null_mut()),
+            specache_engine_describe(engine, ptr::null_mut(), 5, &mut n),
+            specache_engine_eos_tokens(engine, ptr::null_mut(), 0, ptr::null_mut()),
+            specache_tokenize(engine, ptr::null(), 3, 0, ptr::null_mut(), 0, &mut n),
+            specache_detokenize(engine, ptr::null(), 3, ptr::null_mut(), 0, &mut n),
+            specache_chat_prompt(engine, ptr::null(), 3, 0, ptr::null_mut(), 0, &mut n),
+            specache_plan(1, ptr::null(), ptr::null(), 10, ptr::null_mut()),
+            specache_plan(1, c"synthetic:tiny".as_ptr(), ptr::null(), 10, ptr::null_mut()),
+            specache_session_create(engine, ptr::null(), 10, ptr::null_mut()),
+            specache_session_fork(alive, ptr::null_mut()),
+            specache_session_prefill(alive, ptr::null(), 3),
+            specache_session_prefill(alive, ptr::null(), 0),
+            specache_session_sample(alive, ptr::null_mut()),
+            specache_session_tokens(alive, ptr::null_mut(), 0, ptr::null_mut()),
+            specache_session_get_stats(alive, ptr::null_mut()),
+            specache_session_layer_stats(alive, ptr::null_mut(), 0, ptr::null_mut()),
+            specache_step_batch(ptr::null_mut(), 2, size_of::<Step>()),
+        ]
+    };
+    // A model that has no template says so first, and an engine that is not traced.
+    statuses.into_iter().enumerate().for_each(|(i, status)| assert_eq!(status, Status::Usage as i32, "call {i}"));
+    // SAFETY: NULL is allowed for nothing at all.
+    ok(unsafe { specache_step_batch(ptr::null_mut(), 0, size_of::<Step>()) });
+    free(NULL_SESSION);
+    specache_engine_free(NULL_ENGINE);
+    free(alive);
+    close(engine);
+}
+
+#[test]
+fn versions_and_sizes() {
+    let create = |version, options: &EngineOptions| {
+        let mut engine = 8 as EnginePtr;
+        // SAFETY: a C string and structs of this function.
+        let status = unsafe { specache_engine_create(version, c"synthetic:tiny".as_ptr(), options, &mut engine) };
+        assert_eq!(status == 0, !engine.is_null());
+        specache_engine_free(engine);
+        status
+    };
+    for (version, words) in [(0, "0.0"), (2, "0.2"), (0x1_0001, "1.1"), (u32::MAX, "65535.65535")] {
+        fails(create(version, &engine_options()), Status::Abi, words);
+    }
+    assert_eq!(specache_abi_version(), SPECACHE_ABI_VERSION);
+    for size in [0, 1, 4, 7, 9, 63, 65, 72, u32::MAX] {
+        let options = EngineOptions { struct_size: size, ..engine_options() };
+        fails(create(1, &options), Status::Abi, "struct_size of specache_engine_options");
+        // SAFETY: a struct that is larger than what may be written.
+        let status = unsafe { specache_engine_options_init(&mut engine_options(), size) };
+        fails(status, Status::Abi, "struct_size");
+    }
+
+    // An older caller, whose struct ends early: what lies behind it is neither read nor written, and has its default.
+    let bad = EngineOptions { struct_size: 8, threads: 2, device: ptr::dangling(), ..engine_options() };
+    ok(create(1, &bad));
+    let mut short = EngineOptions { device: ptr::dangling(), threads: 9, ..engine_options() };
+    // SAFETY: a struct that is larger than what may be written.
+    ok(unsafe { specache_engine_options_init(&mut short, 8) });
+    assert_eq!((short.struct_size, short.threads, short.device), (8, 0, ptr::dangling()));
+
+    let engine = recall();
+    let kv = KvOptionsC { struct_size: 12, bits: 1, group_size: 5, residual_len: 1, dtype: 77, ..kv_options() };
+    let with_defaults = session(engine, &kv, 64);
+    fails(step(with_defaults, 1), Status::Usage, "empty");
+    let mut stats = SessionStats { struct_size: 16, max_tokens: 5, ..stats(with_defaults) };
+    // SAFETY: a struct of this function.
+    ok(unsafe { specache_session_get_stats(with_defaults, &mut stats) });
+    assert_eq!((stats.struct_size, stats.n_tokens, stats.max_tokens), (16, 0, 5), "only what it has room for");
+    stats.struct_size = 15;
+    // SAFETY: as above.
+    fails(
+        unsafe { specache_session_get_stats(with_defaults, &mut stats) },
+        Status::Abi,
+        "specache_session_stats is 15",
+    );
+    // SAFETY: no step is read.
+    fails(unsafe { specache_step_batch(ptr::null_mut(), 0, 39) }, Status::Abi, "step_size 39");
+    free(with_defaults);
+    close(engine);
+}
+
+#[test]
+fn options_out_of_range() {
+    let create = |options: &EngineOptions| {
+        let mut engine = ptr::null_mut();
+        // SAFETY: a C string and structs of this function.
+        unsafe { specache_engine_create(1, c"synthetic:tiny".as_ptr(), options, &mut engine) }
+    };
+    let device = |device: &CStr| create(&EngineOptions { device: device.as_ptr(), ..engine_options() });
+    fails(device(c"tpu"), Status::Usage, "device \"tpu\": must be auto, cpu, cuda or cuda:N");
+    fails(device(c"cuda:99"), Status::Usage, "device cuda:99");
+    fails(create(&EngineOptions { threads: 5000, ..engine_options() }), Status::Usage, "threads 5000");
+    for (model, status, words) in [
+        (c"/no/such/folder", Status::Model, "no such folder"),
+        (c"synthetic:no-such", Status::Usage, "no-such"),
+        (c"\xff", Status::Usage, "UTF-8"),
+    ] {
+        // SAFETY: as above.
+        fails(unsafe { specache_engine_create(1, model.as_ptr(), ptr::null(), &mut ptr::null_mut()) }, status, words);
+        // SAFETY: as above.
+        fails(unsafe { specache_plan(1, model.as_ptr(), ptr::null(), 9, ptr::null_mut()) }, status, words);
+    }
+
+    let engine = recall();
+    let kv = kv_options();
+    for (options, words) in [
+        (KvOptionsC { mode: 5, ..kv }, "mode 5"),
+        (KvOptionsC { mode: -1, ..kv }, "mode -1"),
+        (KvOptionsC { bits: 3, ..kv }, "bits 3: must be 1, 2 or 4"),
+        (KvOptionsC { group_size: 48, ..kv }, "group_size 48"),
+        (KvOptionsC { residual_len: 0, ..kv }, "residual_len 0"),
+        (KvOptionsC { top_k: u32::MAX, ..kv }, "top_k 4294967295"),
+        (KvOptionsC { dtype: 9, ..kv }, "dtype 9"),
+        (KvOptionsC { dtype: 3, ..kv }, "dtype fp32 works with mode full only"),
+    ] {
+        let mut session = 8 as SessionPtr;
+        // SAFETY: structs of this function.
+        fails(unsafe { specache_session_create(engine, &options, 64, &mut session) }, Status::Usage, words);
+        assert!(session.is_null());
+    }
+    // SAFETY: as above.
+    let status = unsafe { specache_session_create(engine, &kv, u64::MAX, &mut ptr::null_mut()) };
+    fails(status, Status::Usage, "a context of");
+
+    let alive = session(engine, &kv, 64);
+    fails(prefill(alive, &[1, 1536]), Status::Usage, "token 1536 at place 1");
+    // SAFETY: the list is refused before it is read.
+    let status = unsafe { specache_session_prefill(alive, ptr::dangling(), usize::MAX) };
+    fails(status, Status::Usage, "too many");
+    ok(prefill(alive, &[1, 2]));
+    fails(step(alive, 1536), Status::Usage, "token 1536");
+    fails(specache_session_truncate(alive, 0), Status::Usage, "from 1 to the 2");
+    fails(specache_session_truncate(alive, 3), Status::Usage, "from 1 to the 2");
+    fails(specache_session_reserve(alive, u64::MAX), Status::Usage, "a context of");
+    fails(generate(alive, 1, 8, None).0, Status::Usage, "0x8 is unknown");
+    let mut row = [0.0f32; 8];
+    // SAFETY: room for as many as it says.
+    fails(
+        unsafe { specache_session_step(alive, 1, row.as_mut_ptr(), 8) },
+        Status::Usage,
+        "must be the vocabulary's 1536",
+    );
+    // SAFETY: zero is a value of every field.
+    let mut sampling: SamplingOptionsC = unsafe { std::mem::zeroed() };
+    // SAFETY: a struct of this function.
+    ok(unsafe { specache_sampling_options_init(engine, &mut sampling, size_of::<SamplingOptionsC>() as u32) });
+    for (options, words) in [
+        (SamplingOptionsC { temperature: -1.0, ..sampling }, "temperature -1"),
+        (SamplingOptionsC { temperature: f32::NAN, ..sampling }, "temperature NaN"),
+        (SamplingOptionsC { top_p: 0.0, ..sampling }, "top_p 0"),
+        (SamplingOptionsC { min_p: 1.0, ..sampling }, "min_p 1"),
+        (SamplingOptionsC { repeat_penalty: 0.0, ..sampling }, "repeat_penalty 0"),
+    ] {
+        // SAFETY: as above.
+        fails(unsafe { specache_session_set_sampling(alive, &options) }, Status::Usage, words);
+    }
+    assert_eq!(tokens(alive), [1, 2], "nothing has changed");
+    free(alive);
+    close(engine);
+}
+
+#[test]
+fn budgets() {
+    let options = EngineOptions { host_kv_budget: 4 << 20, device_kv_budget: 64 << 20, ..engine_options() };
+    let engine = engine(&fixture("recall"), &options);
+    let kv = kv_options();
+    let create = |max_tokens, session: &mut SessionPtr| {
+        // SAFETY: structs of this function.
+        unsafe { specache_session_create(engine, &kv, max_tokens, session) }
+    };
+    let mut small = ptr::null_mut();
+    ok(create(600, &mut small));
+    fails(create(3500, &mut ptr::null_mut()), Status::OutOfMemory, "raise host_kv_budget");
+    // A session that has lost its memory at a reset says so, and comes back when there is some.
+    let ids = tokenize(engine, &prompt_text());
+    ok(prefill(small, &ids[..500]));
+    fails(specache_session_reserve(small, 100_000), Status::OutOfMemory, "bytes are available");
+    let expected = generate(small, 5, 1, None).1.ids;
+    ok(specache_session_reset(small));
+    ok(prefill(small, &ids[..500]));
+    assert_eq!(generate(small, 5, 1, None).1.ids, expected);
+    let memory = memory(engine);
+    assert_eq!((memory.host_kv_budget, memory.device_kv_budget), (4 << 20, 64 << 20));
+    assert!(memory.host_pages_leased > 0 && memory.device_kv_bytes > 0);
+    free(small);
+
+    let options = EngineOptions { device_kv_budget: 1 << 16, ..engine_options() };
+    let tight = common::capi::engine(&fixture("recall"), &options);
+    // SAFETY: as above.
+    let status = unsafe { specache_session_create(tight, &kv, 1000, &mut ptr::null_mut()) };
+    fails(status, Status::OutOfMemory, "raise device_kv_budget");
+    close(tight);
+    close(engine);
+}
+
+/// The plan of a folder is what a session of it then takes.
+#[test]
+fn plans() {
+    let engine = recall();
+    let model = CString::new(fixture("recall").to_str().unwrap()).unwrap();
+    for mode in 0..5 {
+        let kv = KvOptionsC { mode, ..kv_options() };
+        // SAFETY: zero is a value of every field.
+        let mut plan: MemoryPlan = unsafe { std::mem::zeroed() };
+        plan.struct_size = size_of::<MemoryPlan>() as u32;
+        // SAFETY: structs of this function.
+        ok(unsafe { specache_plan(1, model.as_ptr(), &kv, 1000, &mut plan) });
+        let session = session(engine, &kv, 1000);
+        let stats = stats(session);
+        let device = plan.packed_bytes + plan.wide_bytes + plan.slot_bytes + plan.load_bytes;
+        assert_eq!((plan.device_bytes, memory(engine).device_kv_bytes), (device, device), "mode {mode}");
+        assert_eq!(
+            (plan.packed_bytes, plan.wide_bytes, plan.slot_bytes, plan.load_bytes, plan.host_bytes),
+            (stats.packed_bytes, stats.wide_bytes, stats.slot_bytes, stats.load_bytes, stats.host_bytes)
+        );
+        assert_eq!(plan.weight_bytes, memory(engine).weight_bytes);
+        free(session);
+    }
+    close(engine);
+}
+
+/// From another thread, in a prefill and in a generation; before a call; in vain.
+#[test]
+fn cancel() {
+    let engine = recall();
+    let ids = tokenize(engine, &prompt_text());
+    let one = session(engine, &kv_options(), 4000);
+    let expected = {
+        ok(prefill(one, &ids));
+        generate(one, 20, 1, None).1.ids
+    };
+    ok(specache_session_reset(one));
+
+    // Before a call: it heeds it, and the next one does not.
+    ok(specache_session_cancel(one));
+    fails(prefill(one, &ids), Status::Cancelled, "cancelled");
+    ok(specache_session_cancel(one));
+    ok(specache_session_clear_cancel(one));
+    ok(prefill(one, &ids));
+    ok(specache_session_cancel(one));
+    let (status, shown, _) = generate(one, 20, 1, None);
+    fails(status, Status::Cancelled, "cancelled");
+    assert!(shown.ids.is_empty());
+    ok(specache_session_cancel(one));
+    fails(step(one, 5), Status::Cancelled, "cancelled");
+    let mut steps = [one, fork(one)].map(|session| Step {
+        session,
+        logits: ptr::null_mut(),
+        n_logits: 0,
+        token: expected[0],
+        next: 0,
+        status: 0,
+        reserved: 0,
+    });
+    ok(specache_session_cancel(one));
+    // SAFETY: two steps.
+    fails(unsafe { specache_step_batch(steps.as_mut_ptr(), 2, 40) }, Status::Cancelled, "step 0: cancelled");
+    assert_eq!((steps[0].status, steps[1].status, steps[1].next), (Status::Cancelled as i32, 0, expected[1]));
+    free(steps[1].session);
+
+    // While it runs, again and again: whatever it has come to, it goes on with the same tokens.
+    let mut given = Vec::new();
+    let handle = Handle(one);
+    for i in 0..20 {
+        let canceller = thread::spawn(move || {
+            thread::sleep(Duration::from_micros(300 * i));
+            ok(specache_session_cancel(handle.get()));
+        });
+        let (status, shown, _) = generate(one, 1, 1, None);
+        canceller.join().unwrap();
+        assert!(status == 0 || status == Status::Cancelled as i32, "{}", last_error());
+        given.extend(shown.ids);
+        ok(specache_session_clear_cancel(one));
+    }
+    given.extend(generate(one, 20 - given.len() as u64, 1, None).1.ids);
+    assert_eq!(given, expected);
+
+    // A prefill stops within a layer, and the session is as before.
+    let long: Vec<u32> = ids.iter().copied().cycle().take(3000).collect();
+    let before = tokens(one);
+    let canceller = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(20));
+        ok(specache_session_cancel(handle.get()));
+        Instant::now()
+    });
+    fails(prefill(one, &long), Status::Cancelled, "cancelled");
+    let took = canceller.join().unwrap().elapsed();
+    assert!(took < Duration::from_secs(10), "{took:?}: a chunk of a layer takes milliseconds");
+    assert_eq!(tokens(one), before);
+    free(one);
+    close(engine);
+}
+
+/// What a callback has seen, and does.
+struct Inside {
+    session: SessionPtr,
+    statuses: Vec<i32>,
+    seen: usize,
+}
+
+/// # Safety
+/// `user_data` is an [`Inside`].
+unsafe extern "C" fn misbehave(user_data: *mut c_void, _: *const TokenC) -> i32 {
+    // SAFETY: the caller's promise.
+    let inside = unsafe { &mut *user_data.cast::<Inside>() };
+    inside.seen += 1;
+    if inside.seen == 1 {
+        inside.statuses = vec![
+            step(inside.session, 1),
+            prefill(inside.session, &[1]),
+            specache_session_reset(inside.session),
+            generate(inside.session, 1, 0, None).0,
+        ];
+    }
+    if inside.seen == 2 {
+        free(inside.session);
+        free(inside.session);
+    }
+    0
+}
+
+/// Calls with a session that is in a call, and its end in the middle of one.
+#[test]
+fn freed_while_it_works() {
+    let engine = recall();
+    let ids = tokenize(engine, &prompt_text());
+    let one = session(engine, &kv_options(), 1100);
+    ok(prefill(one, &ids));
+    let mut inside = Inside { session: one, statuses: vec![], seen: 0 };
+    let user_data = (&raw mut inside).cast();
+    let mut n = 0;
+    // SAFETY: values of this function.
+    ok(unsafe { specache_session_generate(one, 9, 1, Some(misbehave), user_data, &mut n, ptr::null_mut()) });
+    assert_eq!((n, inside.seen), (9, 9), "it has gone on to its end");
+    assert_eq!(inside.statuses, [Status::Busy as i32; 4]);
+    fails(step(one, 1), Status::Handle, "freed");
+
+    // From another thread; engine and session are both gone before the work is.
+    let (two, handle) = (session(engine, &kv_options(), 1100), Handle(engine));
+    let work = Handle(two);
+    let worker = thread::spawn(move || {
+        let two = work.get();
+        let ids: Vec<u32> = (0..900).collect();
+        (prefill(two, &ids), generate(two, 100, 1, None))
+    });
+    thread::sleep(Duration::from_millis(30));
+    specache_engine_free(handle.get());
+    free(two);
+    let (first, (second, shown, _)) = worker.join().unwrap();
+    // The second call may have come too late to find its session.
+    let gone = Status::Handle as i32;
+    assert!(first == 0 || first == gone, "{first}");
+    assert!((second == 0 && shown.ids.len() == 100) || second == gone, "{second}");
+}
+
+/// A batch with what cannot take part: the others go on.
+#[test]
+fn batches_with_faults() {
+    let (engine, other) = (recall(), recall());
+    let make = |engine, prompt: &[u32]| {
+        let session = session(engine, &kv_options(), 70);
+        if !prompt.is_empty() {
+            ok(prefill(session, prompt));
+        }
+        session
+    };
+    let (good, empty, full) = (make(engine, &[1, 2]), make(engine, &[]), make(engine, &[1; 70]));
+    let step =
+        |session, token| Step { session, logits: ptr::null_mut(), n_logits: 0, token, next: 0, status: 0, reserved: 0 };
+    let mut steps = [step(good, 3), step(empty, 3), step(full, 3), step(make(engine, &[1]), 9999), step(good, 3)];
+    // SAFETY: as many steps as there are.
+    let status = unsafe { specache_step_batch(steps.as_mut_ptr(), steps.len(), size_of::<Step>()) };
+    fails(status, Status::Usage, "step 1: decode: the session is empty");
+    let text = last_error();
+    for words in ["step 2: decode: the session is full", "step 3: token 9999", "step 4: another call"] {
+        assert!(text.contains(words), "{text}");
+    }
+    let statuses: Vec<i32> = steps.iter().map(|step| step.status).collect();
+    assert_eq!(statuses, [0, 2, 2, 2, Status::Busy as i32]);
+    assert_eq!(tokens(good), [1, 2, 3]);
+
+    let foreign = make(other, &[1]);
+    let mut mixed = [step(good, 3), step(foreign, 3)];
+    // SAFETY: as above.
+    fails(unsafe { specache_step_batch(mixed.as_mut_ptr(), 2, size_of::<Step>()) }, Status::Usage, "two engines");
+    assert_eq!((tokens(good).len(), tokens(foreign).len()), (3, 1), "nobody has gone on");
+    steps.iter().map(|step| step.session).chain([foreign]).for_each(free);
+    close(engine);
+    close(other);
+}
+
+/// # Safety
+/// `user_data` is a `Mutex<Vec<(i32, String)>>`.
+unsafe extern "C" fn keep(user_data: *mut c_void, level: i32, message: *const c_char) {
+    // SAFETY: the caller's promise, and the library's.
+    let (log, text) = unsafe { (&*user_data.cast::<Mutex<Vec<(i32, String)>>>(), CStr::from_ptr(message)) };
+    log.lock().unwrap().push((level, text.to_str().unwrap().to_string()));
+}
+
+#[test]
+fn log_and_trace() {
+    let log = Mutex::new(Vec::<(i32, String)>::new());
+    for (log_level, levels) in [(4, vec![3, 2, 4]), (3, vec![3, 2]), (0, vec![])] {
+        log.lock().unwrap().clear();
+        let log_user_data = (&raw const log).cast_mut().cast();
+        let options = EngineOptions { log: Some(keep), log_user_data, log_level, trace: 1, ..engine_options() };
+        let engine = engine(&fixture("recall"), &options);
+        let one = session(engine, &kv_options(), 5000); // more than the model was trained for
+        let given: Vec<i32> = log.lock().unwrap().iter().map(|(level, _)| *level).collect();
+        assert_eq!(given, levels);
+
+        let path = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("capi-trace.json");
+        let c_path = CString::new(path.to_str().unwrap()).unwrap();
+        let events = || {
+            // SAFETY: a C string.
+            ok(unsafe { specache_engine_trace_write(engine, c_path.as_ptr()) });
+            let json: serde_json::Value = common::json(&path);
+            json["traceEvents"].as_array().unwrap().iter().filter(|event| event["ph"] == "X").count()
+        };
+        ok(prefill(one, &[1, 2, 3]));
+        assert_eq!(events(), 0, "off until it is switched on");
+        ok(specache_engine_trace(engine, 1));
+        ok(step(one, 4));
+        assert!(events() > 20);
+        ok(step(one, 4));
+        ok(specache_engine_trace(engine, 0));
+        ok(step(one, 4));
+        let one_step = events();
+        assert!((20..200).contains(&one_step), "{one_step}");
+        // SAFETY: as above.
+        let status = unsafe { specache_engine_trace_write(engine, c"/no/such/folder/x".as_ptr()) };
+        fails(status, Status::Failed, "/no/such/folder/x");
+        free(one);
+        close(engine);
+    }
+    assert!(log.lock().unwrap().is_empty());
+    let engine = recall();
+    fails(specache_engine_trace(engine, 1), Status::Usage, "set `trace`");
+    close(engine);
+}
+
+#[test]
+fn what_an_engine_is() {
+    let engine = recall();
+    // SAFETY: zero is a value of every field.
+    let mut info: ModelInfo = unsafe { std::mem::zeroed() };
+    info.struct_size = size_of::<ModelInfo>() as u32;
+    // SAFETY: a struct of this function.
+    ok(unsafe { specache_engine_model_info(engine, &mut info) });
+    let ModelInfo { vocab_size, n_layers, n_heads, n_kv_heads, head_dim, hidden_size, .. } = info;
+    assert_eq!((vocab_size, n_layers, n_heads, n_kv_heads, head_dim, hidden_size), (1536, 4, 4, 2, 64, 256));
+    assert_eq!((info.has_tokenizer, info.has_chat_template, info.n_eos, info.max_positions), (1, 0, 1, 4096));
+    // SAFETY: `list` passes room for as many as it says.
+    let text = list(0, |text: *mut c_char, capacity, n| unsafe { specache_engine_describe(engine, text, capacity, n) });
+    let text: String = text.iter().map(|&b| b as u8 as char).collect();
+    assert!(text.starts_with("recall: 4 layers") && text.contains("CPU"), "{text}");
+    let names: Vec<String> = (-1..13)
+        // SAFETY: C strings that are never freed.
+        .map(|status| unsafe { CStr::from_ptr(specache_status_name(status)) }.to_str().unwrap().to_string())
+        .collect();
+    assert_eq!(
+        (names[0].as_str(), names[5].as_str(), names[13].as_str()),
+        ("unknown status", "out of memory", "unknown status")
+    );
+    // SAFETY: as above.
+    assert!(unsafe { CStr::from_ptr(specache_version()) }.to_str().unwrap().starts_with(env!("CARGO_PKG_VERSION")));
+
+    let one = session(engine, &kv_options(), 1100);
+    ok(prefill(one, &tokenize(engine, &prompt_text())));
+    ok(generate(one, 20, 1, None).0);
+    // SAFETY: as above.
+    let layers = list(capi::LayerStats::default(), |layers, capacity, n| unsafe {
+        specache_session_layer_stats(one, layers, capacity, n)
+    });
+    let stats = stats(one);
+    assert_eq!((layers.len(), stats.n_layers), (4, 4));
+    let (hits, of) = layers.iter().fold((0, 0), |sum, l| (sum.0 + l.hits, sum.1 + l.hits_of));
+    assert!((stats.hit_rate - hits as f64 / of as f64).abs() < 1e-12 && stats.hit_rate > 0.2, "{stats:?}");
+    let fetched: u64 = layers.iter().map(|l| l.fetched).sum();
+    assert_eq!(fetched * 2 * 64 * 2, stats.fetched_bytes, "K and V of 64 numbers of 2 bytes");
+    assert!(layers.iter().all(|l| l.selected >= l.fetched));
+    free(one);
+    close(engine);
+}
