@@ -289,7 +289,7 @@ impl Workspace {
         let gpu = device.gpu().expect("a GPU's workspace");
         let offload = self.groups.iter().any(|group| group.mode == KvMode::Offload);
         let timed = device.measures_waits() || device.trace().is_some();
-        if offload || timed || !device.options().graph || gpu.facts().driver_version < 12_030 {
+        if offload || timed || !device.options().graph || gpu.facts().gpu.driver < 12_030 {
             return Ok(None);
         }
         let selects = |mode| places.iter().any(|place| place.options.mode == mode && place.selects);
@@ -788,6 +788,7 @@ impl Scratch {
             n_kv_heads: attention.n_kv_heads,
             top_k: attention.top_k,
             capacity: attention.capacity,
+            hits: 1, // not null: row 0's own best are looked for too
             ..Default::default()
         };
         let lists = config.n_layers * sizes.seqs * config.n_kv_heads * sizes.top_k;
