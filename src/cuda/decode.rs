@@ -289,7 +289,7 @@ impl Workspace {
         let gpu = device.gpu().expect("a GPU's workspace");
         let offload = self.groups.iter().any(|group| group.mode == KvMode::Offload);
         let timed = device.measures_waits() || device.trace().is_some();
-        if offload || timed || !device.options().graph || gpu.facts().driver_version < 12_030 {
+        if offload || timed || !device.options().graph || gpu.facts().gpu.driver < 12_030 {
             return Ok(None);
         }
         let selects = |mode| places.iter().any(|place| place.options.mode == mode && place.selects);
@@ -776,7 +776,7 @@ fn attention_shape(
         dtype: dtype_code(shape.dtype),
         window: config.sliding_window.unwrap_or(0) as u32,
         capacity: capacity as u32,
-        n_sms: gpu.facts().n_sms,
+        n_sms: gpu.facts().gpu.n_sms,
         shared_limit: gpu.facts().shared_limit,
         ..Default::default()
     }

@@ -243,6 +243,25 @@ impl Device {
         })
     }
 
+    /// Whether a GPU computes.
+    pub fn is_gpu(&self) -> bool {
+        self.0.gpu.is_some()
+    }
+
+    /// Gigabytes (10^9) per second that this device reads from its memory, measured now; `None` where memory is too short
+    /// for that.
+    ///
+    /// # Errors
+    /// [`Error::Device`] and [`Error::OutOfMemory`] of a GPU; on the CPU as [`crate::cpu::bandwidth::read_gbps`].
+    pub fn read_gbps(&self) -> Result<Option<f64>> {
+        if self.is_gpu() {
+            return self.run(|| crate::cuda::read_gbps(self));
+        }
+        // The measurement reads 1 GiB.
+        let enough = ram::available().is_none_or(|bytes| bytes > 2 << 30);
+        enough.then(|| crate::cpu::bandwidth::read_gbps(self.threads())).transpose()
+    }
+
     /// The GPU that computes; `None`: the CPU does.
     pub(crate) fn gpu(&self) -> Option<&Arc<Gpu>> {
         self.0.gpu.as_ref()

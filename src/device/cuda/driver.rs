@@ -13,14 +13,10 @@ use crate::error::{Error, Result};
 /// What is known about a GPU.
 #[derive(Clone, Debug)]
 pub(crate) struct Facts {
-    /// Name, number, memory.
+    /// Name, number, memory, what its driver supports.
     pub gpu: Gpu,
-    /// Multiprocessors.
-    pub n_sms: u32,
     /// The most dynamic shared memory of a block, bytes.
     pub shared_limit: u32,
-    /// `CUDA 13.0`'s 13000.
-    pub driver_version: i32,
 }
 
 /// The driver of one GPU, with its primary context. Shared by everything that lives on that GPU.
@@ -59,7 +55,7 @@ impl Driver {
             api,
             context: ptr::null_mut(),
             device: 0,
-            facts: Facts { gpu, n_sms: 0, shared_limit: 0, driver_version: 0 },
+            facts: Facts { gpu, shared_limit: 0 },
             failure: Mutex::new(None),
         };
         driver.begin(index)?;
@@ -67,19 +63,15 @@ impl Driver {
     }
 
     fn begin(&mut self, index: usize) -> Result<()> {
-        let (mut device, mut context, mut version) = (0, ptr::null_mut(), 0);
+        let (mut device, mut context) = (0, ptr::null_mut());
         // SAFETY: initialises the library; flags must be 0.
         self.check("cuInit", unsafe { self.api.cuInit(0) })?;
-        // SAFETY: writes one int.
-        self.check("cuDriverGetVersion", unsafe { self.api.cuDriverGetVersion(&mut version) })?;
         // SAFETY: writes one int.
         self.check("cuDeviceGet", unsafe { self.api.cuDeviceGet(&mut device, index as i32) })?;
         // SAFETY: writes one handle, which `drop` gives back.
         let retained = unsafe { self.api.cuDevicePrimaryCtxRetain(&mut context, device) };
         self.check("cuDevicePrimaryCtxRetain", retained)?;
         (self.device, self.context) = (device, context);
-        self.facts.driver_version = version;
-        self.facts.n_sms = self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         self.facts.shared_limit = self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         if self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM)? == 0 {
             return Err(Error::Device(

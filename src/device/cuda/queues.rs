@@ -146,7 +146,9 @@ impl Queues {
     /// not been told to wait for it.
     pub(crate) fn must_wait(&self, stream: StreamId, other: StreamId, at: u64) -> bool {
         let known = |point: &AtomicU64| point.load(Ordering::Acquire) >= at;
-        stream != other && !known(&self.of(other).passed) && !known(&self.of(stream).awaited[other as usize])
+        // Streams of a graph begin with the compute stream, and know nothing of their own past.
+        let awaited = graph::calls(self) == Calls::Direct && known(&self.of(stream).awaited[other as usize]);
+        stream != other && !known(&self.of(other).passed) && !awaited
     }
 
     /// What `stream` is given from now on comes after point `at` of `other`.
