@@ -28,8 +28,9 @@ use crate::session::{Buffers, Member, Next, Session};
 /// # Errors
 /// Before anything has changed: a token beyond the vocabulary, a session that is full or has failed. Between two
 /// layers: [`Error::Interrupted`], which leaves every session as it was, so that the same call gives the same bits
-/// later. A pre-decode that was complete stays, as it is no part of the step. A sequence that meets NaN fails alone:
-/// see [`Buffers::logits`].
+/// later. A pre-decode that was complete stays, as it is no part of the step. A GPU that fails: [`Error::Device`], and
+/// nobody knows what the caches of this batch hold, so that its sessions have failed. A sequence that meets NaN fails
+/// alone: see [`Buffers::logits`].
 pub fn decode(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> Result<()> {
     buffers.results.clear();
     for Next { session, token } in batch.iter() {
@@ -41,17 +42,25 @@ pub fn decode(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> R
     for Next { session, .. } in batch.iter_mut() {
         session.cache.take_waited(); // by prefills, forks and truncations: not this step's
     }
+    if let Err(given_up) = passes(context, batch, buffers) {
+        buffers.results.clear(); // a pre-decode's
+        return Err(given_up);
+    }
+    for next in batch.iter_mut() {
+        next.session.stats.offloaded_bytes += next.session.cache.advance();
+        let waited = next.session.cache.take_waited();
+        next.session.stats.wait(waited);
+        next.session.stats.steps += 1;
+    }
+    Ok(())
+}
+
+fn passes(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> Result<()> {
     let fresh = |session: &Session| session.needs_pre_decode();
     if batch.iter().any(|next| fresh(next.session)) {
         pass(context, batch, buffers, fresh, Pass::PreDecode)?;
     }
-    pass(context, batch, buffers, |_| true, Pass::Step)?;
-    for next in batch.iter_mut() {
-        next.session.stats.offloaded_bytes += next.session.cache.advance();
-        next.session.stats.exposed += next.session.cache.take_waited();
-        next.session.stats.steps += 1;
-    }
-    Ok(())
+    pass(context, batch, buffers, |_| true, Pass::Step)
 }
 
 fn check_room(session: &Session) -> Result<()> {
@@ -107,7 +116,6 @@ fn pass(
         // A GPU is given a whole pass in less time than a layer takes the CPU: it is asked before the pass only.
         if let Err(interrupted) = if l == 0 || device.gpu().is_none() { context.check_interrupt() } else { Ok(()) } {
             undo(device, config, batch, members, l, kind, rows, fetches);
-            buffers.results.clear(); // a pre-decode's
             return Err(interrupted);
         }
         let written = |uses: &mut Uses| {
@@ -261,7 +269,7 @@ fn arrive(device: &Device, batch: &mut [Next], members: &[Member], layer: usize)
         batch[m.index].session.cache.arrive(layer, for_all, &mut waited);
     }
     // Whoever's copy it was, all of them waited.
-    members.iter().for_each(|m| batch[m.index].session.stats.exposed += waited);
+    members.iter().for_each(|m| batch[m.index].session.stats.wait(waited));
 }
 
 /// `specache`: the last row's attention selects what the next step will read at 16 bits.
@@ -336,7 +344,7 @@ fn fetch_on_demand(
         }
     }
     let exposed = start.elapsed();
-    members.iter().for_each(|m| batch[m.index].session.stats.exposed += exposed);
+    members.iter().for_each(|m| batch[m.index].session.stats.wait(exposed));
 }
 
 /// Begins to fetch what the sequences of one mode have selected in a layer: all of them at once, or one by one in the
@@ -454,7 +462,7 @@ fn end_on_gpu(
     rows.gpu.end(gpu, model, config, traced);
     device.finish(device.record(StreamId::Compute));
     drop(logits);
-    if let Err(failed) = gpu.driver().sound() {
+    if let Err(failed) = device.sound() {
         members.iter().for_each(|m| batch[m.index].session.fail_device(&failed));
         return Err(failed);
     }

@@ -69,8 +69,8 @@ impl Session {
 
     fn around(cache: Cache) -> Session {
         Session {
-            stats: Stats::new(cache.shape.n_layers),
-            stats_before: Stats::new(cache.shape.n_layers),
+            stats: Stats::new(&cache),
+            stats_before: Stats::new(&cache),
             cache,
             max_context: None,
             speculative: None,
@@ -331,11 +331,16 @@ pub struct Stats {
     pub pre_decode_bytes: u64,
     /// Bytes from device to host, prefill included.
     pub offloaded_bytes: u64,
-    /// Time that computation waited for copies.
-    pub exposed: Duration,
+    /// Time that computation waited for copies. `None` on a GPU, whose queues wait by themselves.
+    pub exposed: Option<Duration>,
 }
 
 impl Stats {
+    /// Computation has waited for copies.
+    pub(crate) fn wait(&mut self, time: Duration) {
+        self.exposed.iter_mut().for_each(|exposed| *exposed += time);
+    }
+
     /// Compares a step's real token with what was guessed for it, if anything was.
     pub(crate) fn compare(&mut self, guess: Option<u32>, token: u32) {
         if let Some(guess) = guess {
@@ -352,8 +357,10 @@ impl Stats {
         *self = Stats { hits, fetched, ..*from };
     }
 
-    fn new(n_layers: usize) -> Stats {
-        Stats { hits: vec![(0, 0); n_layers], fetched: vec![(0, 0); n_layers], ..Stats::default() }
+    fn new(cache: &Cache) -> Stats {
+        let per_layer = vec![(0, 0); cache.shape.n_layers];
+        let exposed = cache.device().gpu().is_none().then_some(Duration::ZERO);
+        Stats { hits: per_layer.clone(), fetched: per_layer, exposed, ..Stats::default() }
     }
 
     /// Share of the selected pairs of one layer that were in their slots already; `None` before anything was selected.
@@ -390,9 +397,9 @@ impl Stats {
         (self.steps > 0).then(|| self.fetched_bytes as f64 / self.steps as f64)
     }
 
-    /// Waiting time per step, microseconds.
+    /// Waiting time per step, microseconds; `None` where it is not measured.
     pub fn exposed_us_per_step(&self) -> Option<f64> {
-        (self.steps > 0).then(|| self.exposed.as_secs_f64() * 1e6 / self.steps as f64)
+        self.exposed.filter(|_| self.steps > 0).map(|time| time.as_secs_f64() * 1e6 / self.steps as f64)
     }
 }
 

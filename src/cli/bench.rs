@@ -231,7 +231,10 @@ impl Case {
             bytes: self.session.cache_bytes(),
             prefill_tok_s: self.prefill_tok_s,
             fetched_bytes_per_step: copies((stats.fetched_bytes - before.fetched_bytes) as f64 / steps),
-            exposed_us_per_step: copies((stats.exposed - before.exposed).as_secs_f64() * 1e6 / steps),
+            exposed_us_per_step: stats
+                .exposed
+                .zip(before.exposed)
+                .and_then(|(now, before)| copies((now - before).as_secs_f64() * 1e6 / steps)),
             hit_rate: figures.hit_rate,
             acceptance: figures.acceptance,
             tok_s: self.tok_s,

@@ -174,6 +174,7 @@ pub(crate) struct Workspace {
 
 struct Memory {
     device: Device,
+    config: Config,
     sizes: Sizes,
     scratch: Buffer,
     scratch_at: Scratch,
@@ -227,10 +228,13 @@ impl Workspace {
             capacity: places.iter().map(|p| p.room).max().unwrap_or(0).next_multiple_of(1024),
             top_k: places.iter().map(|p| p.top_k).max().unwrap_or(0),
         };
-        if self.memory.as_ref().is_some_and(|memory| memory.sizes.covers(&needed)) {
+        // Whose memory it is decides where it lies, and the model what the parts of it are.
+        let own = self.memory.as_ref().filter(|memory| memory.device.is(device) && memory.config == *config);
+        if own.is_some_and(|memory| memory.sizes.covers(&needed)) {
             return Ok(());
         }
-        let sizes = self.memory.take().map_or(needed, |memory| memory.sizes.max(&needed));
+        let sizes = own.map_or(needed, |memory| memory.sizes.max(&needed));
+        self.memory = None;
         self.memory = Some(Memory::new(device, config, sizes)?);
         Ok(())
     }
@@ -467,7 +471,9 @@ impl Workspace {
 impl Drop for Memory {
     /// Sessions wait for their own pairs, and may outlive what the gathers read here.
     fn drop(&mut self) {
+        self.device.enter();
         self.gathered.iter().flatten().for_each(|&event| self.device.finish(event));
+        self.device.finish_compute(); // a pass may have been given up
     }
 }
 
@@ -480,6 +486,7 @@ impl Memory {
         let mut grants = device.grant(total as u64, 0, "the workspace of decode steps")?;
         Ok(Memory {
             device: device.clone(),
+            config: config.clone(),
             sizes,
             scratch: grants.device(scratch_at.bytes, "the workspace of decode steps")?,
             scratch_at,
@@ -623,6 +630,8 @@ impl Memory {
             top_k: group.top_k,
             window: attention.window,
             capacity: attention.capacity,
+            forget: u32::from(!self.device.options().delta),
+            reserved: 0,
         }
     }
 
@@ -682,6 +691,7 @@ impl Scratch {
             n_kv_heads: attention.n_kv_heads,
             top_k: attention.top_k,
             capacity: attention.capacity,
+            hits: 1, // wanted: a second set of candidates
             ..Default::default()
         };
         let lists = config.n_layers * sizes.seqs * config.n_kv_heads * sizes.top_k;

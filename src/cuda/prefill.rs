@@ -20,6 +20,7 @@ use crate::model::Config;
 
 /// A prompt on its way through the layers.
 pub(crate) struct PromptStream {
+    // Dropped first: it waits for the copies out of `host` too.
     memory: Buffer,
     at: Layout,
     host: PinnedMemory,

@@ -115,6 +115,7 @@ impl GpuModel {
         }
         let mut memory = device.grant(layout.bytes as u64, 0, "the weights")?.device(layout.bytes, "the weights")?;
         layout.parts.iter().for_each(|(at, bytes)| memory.write(*at, bytes));
+        device.sound()?;
         let base = memory.address();
         let mut placed = GpuModel { _memory: memory, embed, layers, final_norm, lm_head, inv_freq };
         placed.addresses().into_iter().filter(|at| **at != 0).for_each(|at| *at += base - 1);

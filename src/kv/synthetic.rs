@@ -22,17 +22,23 @@ impl Cache {
         self.begin_prefill(n, &mut admission)?;
         let width = self.shape.n_kv_heads * self.shape.head_dim;
         let (mut k, mut v) = (vec![0.0; width], vec![0.0; width]);
+        let mut bytes = vec![0; self.shape.wide_page_bytes()];
         let mut random = Random(seed);
         let (mut sent, device) = (0, self.device().clone());
         for layer in 0..self.shape.n_layers {
             let mut pages = self.prefill_pages(layer, n);
-            for token in 0..n {
-                let page = WidePage::get_mut(&mut pages[token / PAGE]).expect("a page that is filled has one owner");
-                k.iter_mut().chain(&mut v).for_each(|x| *x = random.normal());
-                ops::kv::write_pairs(&device, &self.shape, page, token % PAGE, &k, &v);
+            self.list_pages(layer, 0, &pages);
+            for (index, page) in pages.iter_mut().enumerate() {
+                for token in 0..PAGE.min(n - index * PAGE) {
+                    k.iter_mut().chain(&mut v).for_each(|x| *x = random.normal());
+                    ops::kv::write_pairs(&device, &self.shape, &mut bytes, token, &k, &v);
+                }
+                let page = WidePage::get_mut(page).expect("a page that is filled has one owner");
+                page.write(0, &bytes);
             }
             sent += self.settle_prefill(layer, n, pages);
         }
+        self.check_device()?;
         self.end_prefill(n);
         Ok(sent)
     }

@@ -3,8 +3,8 @@
 #![allow(unsafe_code)] // Streams, events and copies of the driver.
 
 use std::ptr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use super::bindings::driver::{CUevent, CUresult, CUstream};
 use super::driver::Driver;
@@ -29,8 +29,8 @@ pub(crate) struct Queues {
 struct Queue {
     stream: CUstream,
     events: Vec<CUevent>,
-    /// Points that were recorded.
-    recorded: AtomicU64,
+    /// Points that were recorded. Locked while one is, so that their order is that of the queue whoever records them.
+    recorded: Mutex<u64>,
     /// Points that are known to have passed.
     passed: AtomicU64,
 }
@@ -54,7 +54,7 @@ impl Queues {
             // SAFETY: writes one handle.
             let result = unsafe { driver.api.cuStreamCreateWithPriority(&mut stream, NON_BLOCKING, priority) };
             driver.check("cuStreamCreateWithPriority", result)?;
-            let (recorded, passed) = (AtomicU64::new(0), AtomicU64::new(0));
+            let (recorded, passed) = (Mutex::new(0), AtomicU64::new(0));
             made.queues.push(Queue { stream, events: Vec::new(), recorded, passed });
             for _ in 0..RING {
                 let mut event = ptr::null_mut();
@@ -76,18 +76,25 @@ impl Queues {
         self.of(stream).stream
     }
 
-    /// A point behind everything that `stream` has been given so far.
+    /// A point behind everything that `stream` has been given so far. If it cannot be recorded, the calling thread waits
+    /// for all of that instead: whatever fails, nothing is in use when its owner takes it for free.
     pub(crate) fn record(&self, stream: StreamId) -> u64 {
         let queue = self.of(stream);
-        let at = queue.recorded.load(Ordering::Relaxed) + 1;
+        let mut recorded = queue.recorded.lock().unwrap_or_else(|e| e.into_inner());
+        let at = *recorded + 1;
         // SAFETY: both handles live as long as `self`.
         let result = unsafe { self.driver.api.cuEventRecord(queue.event(at), queue.stream) };
-        self.driver.note("cuEventRecord", result);
-        queue.recorded.store(at, Ordering::Release);
+        if result != CUresult::CUDA_SUCCESS {
+            self.driver.note("cuEventRecord", result);
+            self.synchronize(queue);
+            queue.passed.fetch_max(at, Ordering::AcqRel);
+        }
+        *recorded = at;
         at
     }
 
-    /// What `stream` is given from now on comes after point `at` of `other`.
+    /// What `stream` is given from now on comes after point `at` of `other`. If the queue cannot wait, the calling thread
+    /// does.
     pub(crate) fn after(&self, stream: StreamId, other: StreamId, at: u64) {
         let from = self.of(other);
         if stream == other || from.passed.load(Ordering::Acquire) >= at {
@@ -95,7 +102,10 @@ impl Queues {
         }
         // SAFETY: both handles live as long as `self`; the event was recorded.
         let result = unsafe { self.driver.api.cuStreamWaitEvent(self.handle(stream), from.event(at), 0) };
-        self.driver.note("cuStreamWaitEvent", result);
+        if result != CUresult::CUDA_SUCCESS {
+            self.driver.note("cuStreamWaitEvent", result);
+            self.finish(other, at);
+        }
     }
 
     /// Blocks the calling thread until point `at` of `stream` has passed.
@@ -105,8 +115,18 @@ impl Queues {
             return;
         }
         // SAFETY: the handle lives as long as `self`; the event was recorded.
-        self.driver.note("cuEventSynchronize", unsafe { self.driver.api.cuEventSynchronize(queue.event(at)) });
+        let result = unsafe { self.driver.api.cuEventSynchronize(queue.event(at)) };
+        if result != CUresult::CUDA_SUCCESS {
+            self.driver.note("cuEventSynchronize", result);
+            self.synchronize(queue);
+        }
         queue.passed.fetch_max(at, Ordering::AcqRel);
+    }
+
+    /// Blocks the calling thread until the queue is empty.
+    fn synchronize(&self, queue: &Queue) {
+        // SAFETY: the handle lives as long as `self`.
+        self.driver.note("cuStreamSynchronize", unsafe { self.driver.api.cuStreamSynchronize(queue.stream) });
     }
 
     /// Whether point `at` of `stream` has passed; does not wait.
@@ -117,13 +137,15 @@ impl Queues {
         }
         // SAFETY: the handle lives as long as `self`; the event was recorded.
         match unsafe { self.driver.api.cuEventQuery(queue.event(at)) } {
-            CUresult::CUDA_ERROR_NOT_READY => false,
-            result => {
-                self.driver.note("cuEventQuery", result);
-                queue.passed.fetch_max(at, Ordering::AcqRel);
-                true
+            CUresult::CUDA_ERROR_NOT_READY => return false,
+            CUresult::CUDA_SUCCESS => {}
+            failed => {
+                self.driver.note("cuEventQuery", failed);
+                self.synchronize(queue);
             }
         }
+        queue.passed.fetch_max(at, Ordering::AcqRel);
+        true
     }
 
     /// Copies host bytes to the GPU.
@@ -198,7 +220,7 @@ impl Drop for Queues {
         for queue in &self.queues {
             // SAFETY: handles made in `new`, destroyed once, when the GPU is done with them.
             unsafe {
-                self.driver.note("cuStreamSynchronize", self.driver.api.cuStreamSynchronize(queue.stream));
+                self.synchronize(queue);
                 for &event in &queue.events {
                     self.driver.note("cuEventDestroy", self.driver.api.cuEventDestroy_v2(event));
                 }
