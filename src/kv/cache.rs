@@ -16,7 +16,7 @@ use super::slab::{PageRef, Reservation, Slab, UniquePage};
 use super::tables::{List, Tables};
 use super::view::{Far, KvView, Replaced};
 use crate::device::cuda::bindings::abi::specache_layer_cache;
-use crate::device::order::{Resource, Site, Uses};
+use crate::device::order::{Resource, Site, StreamId, Uses};
 use crate::device::{Buffer, Device, Event, Grants, InFlight};
 use crate::error::{Error, Result};
 use crate::ops;
@@ -749,6 +749,9 @@ impl Cache {
             let pages = layer.host.iter().flat_map(|table| table.pages());
             host.iter_mut().zip(pages).for_each(|(to, page)| *to = page.bytes().as_ptr() as u64);
         }
+        // Those of the pass before may still be under way: a layer waits for its own later.
+        let gathered = self.device.record(StreamId::CopyIn);
+        self.device.after(StreamId::Compute, gathered, "gathers have read the lists of pages before they change");
         tables.send();
     }
 

@@ -1,6 +1,7 @@
 //! What the integration tests share: fixtures, NPY files, distances between logits.
 #![allow(dead_code)] // Each test binary uses its own part.
 
+pub mod emulated;
 pub mod tiny;
 
 use std::fs;
