@@ -54,7 +54,7 @@ pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers)
         prompts.iter_mut().for_each(|prompt| prompt.session.cache.free_working_pages());
         return Err(refused);
     }
-    prompts.iter_mut().for_each(|prompt| prompt.session.begin_pass());
+    prompts.iter_mut().for_each(|prompt| prompt.session.begin_call(false));
     let streams = prompts.iter_mut().map(|prompt| Stream::new(context, prompt, &mut admission));
     let mut streams = match streams.collect::<Result<Vec<Stream>>>() {
         Ok(streams) => streams,
@@ -122,7 +122,7 @@ fn undo(prompts: &mut [Prompt], layer: usize, i: usize, pages: Vec<WidePage>) {
     for (j, prompt) in prompts.iter_mut().enumerate() {
         let (end, settled) = (prompt.end(), layer + usize::from(j < i));
         prompt.session.cache.undo_prefill(end, settled, if j == i { pages.take() } else { None });
-        prompt.session.undo_figures();
+        prompt.session.undo_call();
     }
 }
 
