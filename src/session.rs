@@ -267,7 +267,8 @@ impl Session {
         }
         let guess = self.speculative.take();
         if self.n_forced() < self.before.forced {
-            self.forced.as_mut().zip(guess).map_or((), |(forced, guess)| forced.push_front(guess));
+            let forced = self.forced.as_mut().zip(guess);
+            forced.into_iter().for_each(|(forced, guess)| forced.push_front(guess));
         }
         self.trace.iter_mut().for_each(|trace| trace.pre_decode.clear());
     }
