@@ -590,7 +590,7 @@ impl Grants {
     /// system does not.
     pub fn device(&mut self, len: usize, what: &str) -> Result<Buffer> {
         if len > 0 && self.faults.as_ref().is_some_and(|faults| faults.strikes(Fault::Buffer)) {
-            return Err(self.device.refusal(len as u64, what));
+            return Err(self.device.system_refusal(len as u64, what));
         }
         Buffer::new(len, &mut self.device, self.gpu.as_ref(), self.poison, what)
     }
