@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Files of csrc/ that are programs for the GPU.
-const KERNELS: [&str; 10] =
-    ["attn_decode", "attn_prefill", "dense", "draw", "embed", "fetch", "linear", "pack", "sample", "select"];
+const KERNELS: [&str; 11] =
+    ["attn_decode", "attn_prefill", "dense", "draw", "embed", "fetch", "linear", "pack", "read", "sample", "select"];
 
 /// What one image serves: Ampere (A100; A10, 3090, A6000), Ada, Hopper, Blackwell (data centre; consumer), and what comes
 /// later by way of PTX.

@@ -28,14 +28,23 @@ pub struct Session {
     /// What was selected, if it is to be kept.
     pub(crate) trace: Option<Trace>,
     pub(crate) stats: Stats,
-    /// The figures before the pass that is under way, which may be given up.
-    stats_before: Stats,
+    /// What it was before the call that is under way, which may be given up.
+    before: Before,
     /// First layer whose input was not finite in this call.
     pub(crate) bad_layer: Option<usize>,
     /// The speculative token of the step before; this step's real token tells whether it was right.
     pub(crate) last_guess: Option<u32>,
     pub(crate) stop: Stop,
     failure: Option<Failure>,
+}
+
+/// What a call may have to give back, beside the cache.
+struct Before {
+    stats: Stats,
+    /// The call begins with its pre-decode.
+    fresh: bool,
+    /// Speculative tokens that were still to be forced.
+    forced: usize,
 }
 
 /// What stops the calls that a session takes part in.
@@ -86,8 +95,8 @@ impl Session {
 
     fn around(cache: Cache) -> Session {
         Session {
-            stats: Stats::new(cache.shape.n_layers),
-            stats_before: Stats::new(cache.shape.n_layers),
+            stats: Stats::new(&cache),
+            before: Before { stats: Stats::new(&cache), fresh: false, forced: 0 },
             cache,
             max_context: None,
             speculative: None,
@@ -235,16 +244,37 @@ impl Session {
         }
     }
 
-    /// A pass begins, which may be given up.
-    pub(crate) fn begin_pass(&mut self) {
+    /// A call begins, which may be given up. `fresh`: it begins with a pre-decode of this session.
+    pub(crate) fn begin_call(&mut self, fresh: bool) {
         self.bad_layer = None;
-        self.stats_before.copy_from(&self.stats);
+        self.before.stats.copy_from(&self.stats);
+        self.before.fresh = fresh;
+        self.before.forced = self.n_forced();
     }
 
-    /// The pass is given up: the figures count what is complete.
-    pub(crate) fn undo_figures(&mut self) {
+    /// Whether the call that is under way began with a pre-decode of this session.
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.before.fresh
+    }
+
+    /// The call is given up: figures count what is complete, and a guess that it has made is forgotten.
+    pub(crate) fn undo_call(&mut self) {
         self.bad_layer = None;
-        self.stats.copy_from(&self.stats_before);
+        self.failure = None; // a sound session was given; what the cache knows of failed copies stays
+        self.stats.copy_from(&self.before.stats);
+        if !self.before.fresh {
+            return;
+        }
+        let guess = self.speculative.take();
+        if self.n_forced() < self.before.forced {
+            let forced = self.forced.as_mut().zip(guess);
+            forced.into_iter().for_each(|(forced, guess)| forced.push_front(guess));
+        }
+        self.trace.iter_mut().for_each(|trace| trace.pre_decode.clear());
+    }
+
+    fn n_forced(&self) -> usize {
+        self.forced.as_ref().map_or(0, VecDeque::len)
     }
 
     /// Checks this call's logits. A failure is final for the session: its cache holds what it should not.
@@ -368,6 +398,11 @@ pub struct Stats {
 }
 
 impl Stats {
+    /// Computation has waited for copies.
+    pub(crate) fn wait(&mut self, time: Duration) {
+        self.exposed += time;
+    }
+
     /// Compares a step's real token with what was guessed for it, if anything was.
     pub(crate) fn compare(&mut self, guess: Option<u32>, token: u32) {
         if let Some(guess) = guess {
@@ -384,8 +419,9 @@ impl Stats {
         *self = Stats { hits, fetched, ..*from };
     }
 
-    fn new(n_layers: usize) -> Stats {
-        Stats { hits: vec![(0, 0); n_layers], fetched: vec![(0, 0); n_layers], ..Stats::default() }
+    fn new(cache: &Cache) -> Stats {
+        let per_layer = vec![(0, 0); cache.shape.n_layers];
+        Stats { hits: per_layer.clone(), fetched: per_layer, ..Stats::default() }
     }
 
     /// Share of the selected pairs of one layer that were in their slots already; `None` before anything was selected.

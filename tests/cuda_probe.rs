@@ -28,7 +28,8 @@ int cuDeviceGet(int *device, int i) { *device = i + 40; return 0; }
 int cuDeviceGetName(char *name, int length, int device) { strncpy(name, "Test GPU", length); return device < 40; }
 int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = (size_t)(device - 39) << 33; return 0; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
-    *value = attribute == 75 ? (device == 40 ? 9 : 7) : attribute == 76 ? (device == 40 ? 0 : 5) : -1;
+    *value = attribute == 75 ? (device == 40 ? 9 : 7) : attribute == 76 ? (device == 40 ? 0 : 5)
+           : attribute == 16 ? 132 : -1;
     return 0;
 }
 "#;
@@ -69,12 +70,12 @@ fn every_way_of_having_no_gpu_is_named() {
 fn gpus_are_described() {
     let gpus = probe(Some(&driver("good", &[]))).unwrap();
     let expected = [
-        Gpu { index: 0, name: "Test GPU".into(), arch: (9, 0), memory: 8 << 30 },
-        Gpu { index: 1, name: "Test GPU".into(), arch: (7, 5), memory: 16 << 30 },
+        Gpu { index: 0, name: "Test GPU".into(), arch: (9, 0), n_sms: 132, memory: 8 << 30, driver: 13_000 },
+        Gpu { index: 1, name: "Test GPU".into(), arch: (7, 5), n_sms: 132, memory: 16 << 30, driver: 13_000 },
     ];
     assert_eq!(gpus, expected);
-    assert_eq!(gpus[0].to_string(), "cuda:0: Test GPU, sm_90, 8.0 GiB");
-    assert!(gpus[1].to_string().ends_with("sm_75, 16.0 GiB (too old: sm_80 or newer is needed)"));
+    assert_eq!(gpus[0].to_string(), "cuda:0: Test GPU, sm_90, 132 SMs, 8.0 GiB, driver for CUDA 13.0");
+    assert!(gpus[1].to_string().ends_with("16.0 GiB, driver for CUDA 13.0 (too old: sm_80 or newer is needed)"));
 }
 
 /// The binary lists what there is and says in one line why it computes on the CPU; asking for a GPU is an error.

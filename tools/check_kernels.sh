@@ -105,7 +105,7 @@ done
 report "${attention[@]}" || fail "registers or spills"
 
 # The dense half of a step.
-dense=(csrc/embed.cu csrc/linear.cu csrc/dense.cu csrc/sample.cu csrc/draw.cu)
+dense=(csrc/embed.cu csrc/linear.cu csrc/dense.cu csrc/sample.cu csrc/draw.cu csrc/read.cu)
 for source in "${dense[@]}"; do
   for arch in "${architectures[@]}"; do compile "$source" "$arch"; done
   if [ "${1:-}" = --all ]; then compile_ptx "$source"; fi
@@ -115,7 +115,7 @@ report "${dense[@]}" || fail "registers or spills"
 if [ "${1:-}" = --all ]; then
   "$nvcc" -std=c++17 -Werror all-warnings -gencode arch=compute_90a,code=sm_90a -c csrc/linear_bench.cu \
     -o "$out/linear_bench.o" || fail "linear_bench does not build"
-  for test in attn_prefill fetch embed linear dense sample draw step; do
+  for test in attn_prefill fetch embed linear dense sample draw read step; do
     "$nvcc" -std=c++17 -Werror all-warnings -Xcompiler -Wno-unknown-pragmas -gencode arch=compute_90a,code=sm_90a \
       -x cu -c "csrc/tests/${test}_test.cpp" -o "$out/$test.gpu.o" || fail "${test}_test does not build for a GPU"
   done
@@ -156,7 +156,7 @@ build() { # test, suffix, flags...
   "${emulated[@]}" "$@" "csrc/tests/${test}_test.cpp" "${plans[@]}" -o "$out/$test$suffix"
 }
 
-for test in emu layout pack attn_decode attn_prefill select fetch decode_chain embed linear dense sample draw step; do
+for test in emu layout pack attn_decode attn_prefill select fetch decode_chain embed linear dense sample draw read step; do
   for kind in plain sanitized; do
     flags=()
     [ "$kind" = sanitized ] && flags=("${sanitizers[@]}")

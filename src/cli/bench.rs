@@ -9,11 +9,10 @@ mod timeline;
 use std::time::Instant;
 
 use specache::context::MAX_CONTEXT;
-use specache::cpu::bandwidth;
-use specache::device::{Device, interrupt, ram};
+use specache::device::{Device, interrupt};
 use specache::error::{Error, Result};
 use specache::kv::cache::CacheBytes;
-use specache::kv::{KvMode, KvOptions};
+use specache::kv::{KvMode, KvOptions, KvShape};
 use specache::sampler::argmax;
 use specache::session::Stats;
 use specache::{Buffers, Engine, Next, Prompt, Session};
@@ -44,7 +43,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
     }
     let start = Instant::now();
     let mut progress = Progress::new();
-    progress.show("measuring how fast this machine reads memory");
+    progress.show("measuring how fast this device reads its memory");
     let mut report = Report::new(&args.output, machine(&args)?);
     let models = models::chosen(&args.model);
     progress.clear();
@@ -91,18 +90,19 @@ fn check(args: &BenchArgs) -> Result<()> {
 pub struct Machine {
     /// Model name of the CPU.
     pub cpu: String,
+    /// Threads that compute on the CPU device.
     pub threads: usize,
     pub isa: String,
     /// The device, and why this one.
     pub device: String,
-    /// Gigabytes per second read from memory; `None` where memory is too short to measure it.
+    /// Whether it is a GPU: then the CPU only launches.
+    pub is_gpu: bool,
+    /// Gigabytes per second that the device reads from its memory; `None` where memory is too short to measure it.
     pub read_gbps: Option<f64>,
 }
 
 fn machine(args: &BenchArgs) -> Result<Machine> {
     let device = Device::open(&args.device.options()?)?;
-    // The measurement reads 1 GiB.
-    let enough = ram::available().is_none_or(|bytes| bytes > 2 << 30);
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let cpu = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
     Ok(Machine {
@@ -110,7 +110,8 @@ fn machine(args: &BenchArgs) -> Result<Machine> {
         threads: device.threads(),
         isa: device.isa().to_string(),
         device: device.why_no_gpu().map_or(device.describe(), |why| format!("{}; {why}", device.describe())),
-        read_gbps: if enough { Some(bandwidth::read_gbps(device.threads())?) } else { None },
+        is_gpu: device.is_gpu(),
+        read_gbps: device.read_gbps()?,
     })
 }
 
@@ -135,6 +136,8 @@ pub struct ModeResult {
     /// `None` where the cache was filled with random pairs.
     pub prefill_tok_s: Option<f64>,
     pub bytes: CacheBytes,
+    /// Bytes of the cache that a step reads at least, from the device's memory.
+    pub kv_reads: u64,
     pub fetched_bytes_per_step: Option<f64>,
     pub exposed_us_per_step: Option<f64>,
     pub hit_rate: Option<f64>,
@@ -150,8 +153,9 @@ fn bench(args: &BenchArgs, model: &str, progress: &mut Progress) -> Result<Model
     let weight_bytes = engine.model().weights.bytes(true);
     let n = args.n_predict.unwrap_or(if weight_bytes < 1_000_000_000 { 64 } else { 6 });
     let fill = models::fill(&engine, model, args.depth)?;
+    let waits = if engine.device().is_gpu() { n.div_ceil(8) } else { 0 };
     // Each repetition has a step that is not timed.
-    let steps = n.checked_add(1).and_then(|n| n.checked_mul(args.repetitions));
+    let steps = n.checked_add(1 + waits).and_then(|n| n.checked_mul(args.repetitions));
     let steps = steps.and_then(|steps| steps.checked_add(WARM_UP + fill.depth()));
     let capacity = steps.ok_or_else(|| Error::Usage("-n, -d, -r: too many tokens for any context".into()))?;
 
@@ -165,10 +169,10 @@ fn bench(args: &BenchArgs, model: &str, progress: &mut Progress) -> Result<Model
         for case in &mut cases {
             let mode = case.session.kv().mode.name();
             progress.show(format_args!("{model}: repetition {repetition} of {}, {mode}", args.repetitions));
-            case.repeat(&engine, n, &mut buffers)?;
+            case.repeat(&engine, n, waits, &mut buffers)?;
         }
     }
-    let modes = cases.into_iter().map(|case| case.result(&engine)).collect();
+    let modes = cases.into_iter().map(|case| case.result(&engine, fill.depth())).collect();
     let (model, synthetic) = (engine.model().name.clone(), engine.model().synthetic);
     Ok(ModelResult { model, synthetic, depth: fill.depth(), n, weight_bytes, modes })
 }
@@ -204,15 +208,19 @@ impl Case {
         Ok(case)
     }
 
-    /// A step that is not timed, as another mode has just had the CPU's caches, and `n` that are.
-    fn repeat(&mut self, engine: &Engine, n: usize, buffers: &mut Buffers) -> Result<()> {
+    /// A step that is not timed, as another mode has just had the caches, `n` that are, and `waits` in which a GPU measures how
+    /// long it waits for copies: the events for that would cost the others some percent.
+    fn repeat(&mut self, engine: &Engine, n: usize, waits: usize, buffers: &mut Buffers) -> Result<()> {
         self.step(engine, buffers)?;
         let start = Instant::now();
         for _ in 0..n {
             self.step(engine, buffers)?;
         }
         self.tok_s.push(n as f64 / start.elapsed().as_secs_f64());
-        Ok(())
+        engine.device().measure_waits(true);
+        let measured = (0..waits).try_for_each(|_| self.step(engine, buffers));
+        engine.device().measure_waits(false);
+        measured
     }
 
     fn step(&mut self, engine: &Engine, buffers: &mut Buffers) -> Result<()> {
@@ -221,17 +229,21 @@ impl Case {
         Ok(())
     }
 
-    fn result(self, engine: &Engine) -> ModeResult {
+    fn result(self, engine: &Engine, depth: usize) -> ModeResult {
         let figures = Figures::of(engine, &self.session);
         let (stats, before) = (self.session.stats(), &self.before);
         let steps = (stats.steps - before.steps) as f64;
         let copies = |per_step: f64| self.session.kv().mode.on_host().then_some(per_step);
+        let measured = (stats.exposed_steps - before.exposed_steps) as f64;
+        let exposed_us = (stats.exposed - before.exposed).as_secs_f64() * 1e6;
+        let shape = KvShape::new(&engine.model().config, self.session.kv());
         ModeResult {
             kv: *self.session.kv(),
             bytes: self.session.cache_bytes(),
+            kv_reads: CacheBytes::step_reads(&shape, self.session.kv(), depth),
             prefill_tok_s: self.prefill_tok_s,
             fetched_bytes_per_step: copies((stats.fetched_bytes - before.fetched_bytes) as f64 / steps),
-            exposed_us_per_step: copies((stats.exposed - before.exposed).as_secs_f64() * 1e6 / steps),
+            exposed_us_per_step: copies(exposed_us / measured).filter(|us| us.is_finite()),
             hit_rate: figures.hit_rate,
             acceptance: figures.acceptance,
             tok_s: self.tok_s,

@@ -325,8 +325,9 @@ pub fn say_cache(engine: &Engine, session: &Session) {
         size::show(bytes.host)
     ));
     let figures = Figures::of(engine, session);
-    if let (Some(bytes), Some(us)) = (figures.fetched_bytes_per_step, figures.exposed_us_per_step) {
-        say(format_args!("per step: {} from the host, {us:.1} us waited for them", size::show(bytes as u64)));
+    if let Some(bytes) = figures.fetched_bytes_per_step {
+        let waited = figures.exposed_us_per_step.map_or("n/a (--trace measures it)".into(), |us| format!("{us:.1} us"));
+        say(format_args!("per step: {} from the host, waited for them: {waited}", size::show(bytes as u64)));
     }
     if kv.mode == KvMode::SpeCache {
         let share = |x: Option<f64>| x.map_or("n/a".to_string(), |x| format!("{x:.3}"));

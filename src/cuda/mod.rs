@@ -3,12 +3,14 @@
 //!
 //! A call gives the GPU all of its work and waits once, at its end.
 
+mod bandwidth;
 mod decode;
 mod dense;
 mod prefill;
 mod rows;
 mod weights;
 
+pub(crate) use bandwidth::read_gbps;
 pub(crate) use decode::{Place, Workspace};
 
 pub(crate) use prefill::{ChunkMemory, PromptStream};

@@ -70,6 +70,7 @@ impl Meter {
         Ok(Grant { meter: self.clone(), left: bytes })
     }
 
+    /// The budget has only `available` bytes.
     pub(crate) fn refusal(&self, needed: u64, available: u64, what: &str) -> Error {
         let (memory, fix) = match (self.0.budget, self.0.memory) {
             (u64::MAX, _) => ("system", "free memory or shorten the context"),
@@ -77,6 +78,13 @@ impl Meter {
             (_, memory) => (memory, "raise --host-kv-budget or shorten the context"),
         };
         Error::OutOfMemory { memory, what: what.to_string(), needed, available, fix: fix.into() }
+    }
+
+    /// The system has no `needed` bytes for `what`, though the budget has.
+    pub(crate) fn system_refusal(&self, needed: u64, what: &str) -> Error {
+        let fix = "the budget has room, but the system refused; free memory, or raise the system's limits: `ulimit -v`, \
+                   vm.overcommit_memory, the memory limit of the container or control group";
+        Error::OutOfMemory { memory: "system", what: what.to_string(), needed, available: 0, fix: fix.into() }
     }
 
     pub(crate) fn give_back(&self, bytes: u64) {
@@ -92,8 +100,8 @@ pub struct Grant {
 
 impl Grant {
     /// The system has no `bytes` bytes for `what`, though they were granted.
-    pub(super) fn refusal(&self, bytes: u64, what: &str) -> Error {
-        self.meter.refusal(bytes, 0, what)
+    pub(super) fn system_refusal(&self, bytes: u64, what: &str) -> Error {
+        self.meter.system_refusal(bytes, what)
     }
 
     /// Draws bytes, from the budget itself where the grant falls short.
@@ -128,9 +136,6 @@ pub struct Buffer {
     len: usize,
     meter: Meter,
     id: u64,
-    /// On a GPU: the point of the compute queue where it is filled. A request that is refused something else lets go of it
-    /// before that.
-    filled: u64,
 }
 
 enum Memory {
@@ -158,14 +163,14 @@ impl Buffer {
         // 0xFF in every byte is NaN as f32, fp16 and bf16, and an absurd position as u32.
         let filling = if poison { 0xFF } else { 0 };
         let memory = match gpu {
-            None => Memory::lines(n_lines, filling).ok_or_else(|| grant.meter.refusal(bytes, 0, what)),
+            None => Memory::lines(n_lines, filling).ok_or_else(|| grant.system_refusal(bytes, what)),
             Some(gpu) => GpuMemory::new(gpu.driver(), bytes as usize, what).map(|m| Memory::Gpu(m, gpu.clone())),
         };
         let memory = memory.inspect_err(|_| grant.meter.give_back(bytes))?;
-        let mut buffer = Buffer { memory, len, meter: grant.meter.clone(), id: unique_id(), filled: 0 };
+        let mut buffer = Buffer { memory, len, meter: grant.meter.clone(), id: unique_id() };
         if let Some(gpu) = gpu {
             buffer.fill(filling);
-            buffer.filled = gpu.queues().record(StreamId::Compute);
+            gpu.driver().sound()?;
         }
         Ok(buffer)
     }
@@ -242,7 +247,7 @@ impl Buffer {
             }
             (Memory::Gpu(to, gpu), Memory::Gpu(from, _)) => {
                 let (to, from) = (to.address() + at as u64, from.address() + range.start as u64);
-                // SAFETY: within both, as was just checked; whoever frees a buffer has waited for the compute stream.
+                // SAFETY: within both, as was just checked; both wait for the compute stream before they are freed.
                 unsafe { gpu.queues().copy(StreamId::Compute, to, from, range.len()) };
             }
             _ => panic!("buffers of two devices"),
@@ -253,7 +258,7 @@ impl Buffer {
     pub(crate) fn fill(&mut self, byte: u8) {
         match &mut self.memory {
             Memory::Cpu(_) => self.bytes_mut().fill(byte),
-            // SAFETY: all of it is allocated; whoever frees it has waited for the compute stream.
+            // SAFETY: all of it is allocated, and waits for the compute stream before it is freed.
             Memory::Gpu(memory, gpu) => unsafe {
                 gpu.driver().enter();
                 gpu.queues().fill(StreamId::Compute, memory.address(), byte, memory.len());
@@ -291,10 +296,14 @@ impl Memory {
 }
 
 impl Drop for Buffer {
+    /// On a GPU this waits for the compute stream, which may still read or write it (as freeing memory does there anyway).
+    /// What the other streams do with it, its owner waits for.
     fn drop(&mut self) {
-        if let Memory::Gpu(_, gpu) = &self.memory {
+        if let Memory::Gpu(memory, gpu) = &self.memory
+            && memory.len() > 0
+        {
             gpu.driver().enter();
-            gpu.queues().finish(StreamId::Compute, self.filled);
+            gpu.queues().drain(StreamId::Compute);
         }
         self.meter.give_back(self.metered_bytes());
     }
@@ -317,6 +326,20 @@ mod tests {
         assert_eq!(meter.used(), 128, "a refusal takes nothing");
         drop(a);
         assert_eq!((meter.used(), meter.peak()), (0, 128));
+    }
+
+    /// The knob is then not a budget, whatever memory it is and whether there is a budget or none.
+    #[test]
+    fn what_the_system_refuses_is_not_blamed_on_a_budget() {
+        for (memory, budget) in [("device", Some(u64::MAX - 1)), ("device", None), ("host", Some(u64::MAX - 1))] {
+            let meter = Meter::new(memory, budget);
+            let len = 1 << 60;
+            let refused = Buffer::new(len, &mut meter.grant(0, "all").unwrap(), None, false, "all").err().unwrap();
+            let text = refused.to_string();
+            assert!(text.contains("ulimit -v") && text.contains("control group"), "{text}");
+            assert!(text.contains("system memory") && !text.contains("budget or"), "{text}");
+            assert_eq!((refused.exit_code(), meter.used()), (4, 0));
+        }
     }
 
     #[test]

@@ -238,14 +238,57 @@ impl Device {
     /// Runs `work` with this device's compute threads as the current rayon pool.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         self.0.pool.install(|| {
-            self.0.gpu.iter().for_each(|gpu| gpu.driver().enter());
+            self.0.gpu.iter().for_each(|gpu| gpu.driver().begin_request());
             work()
         })
+    }
+
+    /// Whether a GPU computes.
+    pub fn is_gpu(&self) -> bool {
+        self.0.gpu.is_some()
+    }
+
+    /// Gigabytes (10^9) per second that this device reads from its memory, measured now; `None` where memory is too short
+    /// for that.
+    ///
+    /// # Errors
+    /// [`Error::Device`] and [`Error::OutOfMemory`] of a GPU; on the CPU as [`crate::cpu::bandwidth::read_gbps`].
+    pub fn read_gbps(&self) -> Result<Option<f64>> {
+        if self.is_gpu() {
+            return self.run(|| crate::cuda::read_gbps(self));
+        }
+        // The measurement reads 1 GiB.
+        let enough = ram::available().is_none_or(|bytes| bytes > 2 << 30);
+        enough.then(|| crate::cpu::bandwidth::read_gbps(self.threads())).transpose()
     }
 
     /// The GPU that computes; `None`: the CPU does.
     pub(crate) fn gpu(&self) -> Option<&Arc<Gpu>> {
         self.0.gpu.as_ref()
+    }
+
+    /// Whether all work that the calling thread has given to a GPU since the last time has been accepted, and has run as
+    /// far as is known.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    pub(crate) fn sound(&self) -> Result<()> {
+        self.0.gpu.as_ref().map_or(Ok(()), |gpu| gpu.driver().sound())
+    }
+
+    /// The calling thread is about to use the GPU, if there is one.
+    pub(crate) fn enter(&self) {
+        self.0.gpu.iter().for_each(|gpu| gpu.driver().enter());
+    }
+
+    /// Blocks until the compute stream of a GPU has done everything that it was given, so that memory which it used may
+    /// be freed or written by the host. Any thread may call this. On the CPU device the calling thread is that stream.
+    pub(crate) fn finish_compute(&self) {
+        if let Some(gpu) = &self.0.gpu {
+            gpu.driver().enter();
+            gpu.queues().drain(StreamId::Compute);
+            gpu.release();
+        }
     }
 
     /// The streams of the CPU device.
@@ -547,7 +590,7 @@ impl Grants {
     /// system does not.
     pub fn device(&mut self, len: usize, what: &str) -> Result<Buffer> {
         if len > 0 && self.faults.as_ref().is_some_and(|faults| faults.strikes(Fault::Buffer)) {
-            return Err(self.device.refusal(len as u64, what));
+            return Err(self.device.system_refusal(len as u64, what));
         }
         Buffer::new(len, &mut self.device, self.gpu.as_ref(), self.poison, what)
     }

@@ -165,6 +165,13 @@ impl Trace {
     }
 }
 
+/// The streams that have a row: all but that of a CPU's gather threads where none gathered, as on a GPU, whose copy-in queue
+/// does it.
+pub fn streams(slices: &[Slice]) -> impl Iterator<Item = StreamId> {
+    let gathers = slices.iter().any(|slice| slice.stream == StreamId::Gather);
+    StreamId::ALL.into_iter().filter(move |&stream| gathers || stream != StreamId::Gather)
+}
+
 /// A row of the picture: a stream, or the threads of a node in a gather.
 type Row = (StreamId, Option<NodeId>);
 
@@ -189,7 +196,7 @@ fn row_name((stream, node): Row) -> String {
 /// What writing gives.
 pub fn write_chrome(slices: &[Slice], mut out: impl Write) -> io::Result<()> {
     write!(out, "{{\"displayTimeUnit\":\"ns\",\"traceEvents\":[")?;
-    let streams = StreamId::ALL.into_iter().map(|stream| (stream, None));
+    let streams = streams(slices).map(|stream| (stream, None));
     let nodes: BTreeSet<Row> = slices.iter().filter(|s| s.node.is_some()).map(|s| (s.stream, s.node)).collect();
     for (i, row) in streams.chain(nodes).enumerate() {
         let comma = if i == 0 { "" } else { "," };
@@ -271,5 +278,22 @@ mod tests {
             (&gather["args"]["schedule"], &events[events.len() - 1]["name"]),
             (&"stream".into(), &"wait: gather".into())
         );
+    }
+
+    #[test]
+    fn there_is_no_row_for_gather_threads_that_do_not_gather() {
+        let slice = |stream| Slice {
+            stream,
+            node: None,
+            name: "prefetch",
+            waits: false,
+            place: Place::default(),
+            begin_us: 0.0,
+            end_us: 1.0,
+            bytes: 0,
+        };
+        assert_eq!(streams(&[slice(StreamId::Gather)]).count(), 4);
+        let rows: Vec<_> = streams(&[slice(StreamId::CopyIn)]).collect();
+        assert_eq!(rows, [StreamId::Compute, StreamId::CopyIn, StreamId::CopyOut]);
     }
 }

@@ -31,6 +31,21 @@ impl CacheBytes {
         wide_page_bytes(shape).saturating_mul(prefill_pages(options, n) as u64)
     }
 
+    /// Bytes of the cache that the attention of a decode step behind `n` tokens reads at least: packed or wide pages up to the
+    /// residual, the residual, and prefetched pairs. (`fetch` reads its packed pages twice.)
+    pub fn step_reads(shape: &KvShape, options: &KvOptions, n: usize) -> u64 {
+        let mut counters = Counters::new(options);
+        counters.after_prefill(n);
+        let pairs = |tokens: usize| (tokens * shape.n_kv_heads * shape.pair_bytes()) as u64;
+        let far = if options.mode.low_bit() {
+            (counters.nq / PAGE * shape.packed_page_bytes()) as u64
+        } else {
+            pairs(counters.nq)
+        };
+        let selected = if options.mode.fetches() { slots_per_head(options, counters.nq / PAGE) } else { 0 };
+        shape.n_layers as u64 * (far + pairs(n - counters.nq) + pairs(selected))
+    }
+
     /// The plan for a sequence of at most `capacity` tokens. Saturates where no machine could follow.
     pub fn plan(shape: &KvShape, options: &KvOptions, capacity: usize) -> CacheBytes {
         let line = |bytes: u64| bytes.saturating_add(63) / 64 * 64;
@@ -80,4 +95,26 @@ pub(super) fn prefill_pages(options: &KvOptions, n: usize) -> usize {
 /// Host pages of a sequence of at most `capacity` tokens, over all layers.
 pub(super) fn host_pages(shape: &KvShape, options: &KvOptions, capacity: usize) -> usize {
     if options.mode.on_host() { shape.n_layers.saturating_mul(page_counts(options, capacity).0) } else { 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::synthetic;
+
+    /// Llama-3-8B: 8 KV heads of 128, 32 layers; 2 bits in groups of 64 are 80 bytes a pair, 16 bits 512.
+    #[test]
+    fn a_step_reads_what_lies_on_the_device() {
+        let config = synthetic::config("llama-3-8b").unwrap();
+        let reads = |mode| {
+            let options = KvOptions { mode, ..KvOptions::default() };
+            CacheBytes::step_reads(&KvShape::new(&config, &options), &options, 1000)
+        };
+        // R = 64: 896 tokens are offloaded, 104 are not; k = 64.
+        let heads = 32 * 8;
+        assert_eq!(reads(KvMode::Full), heads * 1000 * 512);
+        assert_eq!(reads(KvMode::Offload), heads * 1000 * 512);
+        assert_eq!(reads(KvMode::Kivi), heads * (896 * 80 + 104 * 512));
+        assert_eq!(reads(KvMode::SpeCache), heads * (896 * 80 + (104 + 64) * 512));
+    }
 }

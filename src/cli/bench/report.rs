@@ -10,10 +10,11 @@ use crate::cli::generate::tuning;
 use crate::cli::output::{print, table};
 use crate::cli::size;
 
-const COLUMNS: [&str; 11] = [
+const COLUMNS: [&str; 12] = [
     "mode",
     "bits/g/R/k",
     "decode tok/s",
+    "GB/s",
     "prefill tok/s",
     "device KV",
     "host KV",
@@ -24,7 +25,7 @@ const COLUMNS: [&str; 11] = [
     "vs full",
 ];
 
-/// Weights of more bytes stay in no last-level cache, so their speed is that of memory.
+/// More bytes of weights stay in no last-level cache, so their speed is that of memory.
 const LARGEST_CACHE: u64 = 1 << 30;
 
 /// Tables as they are measured, or JSON at the end.
@@ -45,9 +46,10 @@ impl Report {
         if self.json {
             return Ok(());
         }
-        let Machine { cpu, threads, device, read_gbps, .. } = &self.machine;
+        let Machine { cpu, threads, device, is_gpu, read_gbps, .. } = &self.machine;
+        let who = if *is_gpu { "the GPU reads".into() } else { format!("{threads} threads read") };
         let reads = match read_gbps {
-            Some(gbps) => format!("{threads} threads read {gbps:.1} GB/s from memory (measured now)"),
+            Some(gbps) => format!("{who} {gbps:.1} GB/s from memory (measured now)"),
             None => "not enough free memory to measure how fast it is read".into(),
         };
         print(&format!("specache-engine {} on {device}\n{cpu}; {reads}\n", version()))
@@ -75,17 +77,21 @@ impl Report {
         let Some(best) = result.modes.iter().max_by(|a, b| mean(&a.tok_s).total_cmp(&mean(&b.tok_s))) else {
             return String::new();
         };
-        let gbps = weight_gbps(best, result);
-        let mb = result.weight_bytes as f64 / 1e6;
-        let mut line = format!("Weights: {mb:.1} MB a step, read at {gbps:.1} GB/s in `{}`", best.kv.mode.name());
+        let (gbps, mb) = (gbps(best, result), |bytes: u64| bytes as f64 / 1e6);
+        let mut line = format!(
+            "`{}` reads {:.1} MB of weights and {:.1} MB of KV a step, at {gbps:.1} GB/s",
+            best.kv.mode.name(),
+            mb(result.weight_bytes),
+            mb(best.kv_reads)
+        );
         match self.machine.read_gbps {
-            _ if result.weight_bytes < LARGEST_CACHE => line += "; so few may stay in the CPU's caches",
+            _ if result.weight_bytes < LARGEST_CACHE => line += "; so few weights may stay in caches",
             Some(limit) if gbps <= limit => line += &format!(", {:.0} % of what memory gives", 100.0 * gbps / limit),
             Some(_) => line += "; more than was measured above: the machine was busier then",
             None => {}
         }
         if result.synthetic {
-            line += "\nRandom weights: hit rate and acceptance mean nothing (n/a)";
+            line += ".\nRandom weights: hit rate and acceptance mean nothing (n/a)";
         }
         line + "."
     }
@@ -95,11 +101,11 @@ impl Report {
         if !self.json {
             return Ok(());
         }
-        let Machine { cpu, threads, isa, device, read_gbps } = &self.machine;
+        let Machine { cpu, threads, isa, device, is_gpu, read_gbps } = &self.machine;
         let all = json!({
             "version": env!("CARGO_PKG_VERSION"),
             "commit": option_env!("SPECACHE_COMMIT"),
-            "hardware": {"cpu": cpu, "threads": threads, "isa": isa, "device": device, "read_gb_s": read_gbps},
+            "hardware": {"cpu": cpu, "threads": threads, "isa": isa, "device": device, "gpu": is_gpu, "read_gb_s": read_gbps},
             "models": self.models,
         });
         print(&format!("{all:#}\n"))
@@ -122,11 +128,15 @@ fn row(mode: &ModeResult, result: &ModelResult) -> Vec<String> {
         mode.kv.mode.name().into(),
         tuning(&mode.kv),
         speed,
+        format!("{:.1}", gbps(mode, result)),
         mode.prefill_tok_s.map_or("n/a".into(), |x| format!("{x:.0}")),
         size::show(mode.bytes.device()),
         size::show(mode.bytes.host),
         or_dash(mode.fetched_bytes_per_step.map(|bytes| size::show(bytes as u64))),
-        or_dash(mode.exposed_us_per_step.map(|us| format!("{us:.1}"))),
+        match mode.exposed_us_per_step {
+            Some(us) => format!("{us:.1}"),
+            None => if mode.kv.mode.on_host() { "n/a" } else { "-" }.into(),
+        },
         quality(mode.hit_rate),
         quality(mode.acceptance),
         ratio_to_full(mode, result).map_or("n/a".into(), |x| format!("{x:.2}x")),
@@ -150,7 +160,8 @@ fn model_json(result: &ModelResult) -> Value {
             "hit_rate": mode.hit_rate,
             "acceptance": mode.acceptance,
             "ratio_to_full": ratio_to_full(mode, result),
-            "weight_gb_s": weight_gbps(mode, result),
+            "kv_bytes_read_per_step": mode.kv_reads,
+            "read_gb_s": gbps(mode, result),
         })
     };
     json!({
@@ -168,8 +179,9 @@ fn ratio_to_full(mode: &ModeResult, result: &ModelResult) -> Option<f64> {
     Some(mean(&mode.tok_s) / mean(&full.tok_s))
 }
 
-fn weight_gbps(mode: &ModeResult, result: &ModelResult) -> f64 {
-    result.weight_bytes as f64 * mean(&mode.tok_s) / 1e9
+/// Weights and KV that are read a second.
+fn gbps(mode: &ModeResult, result: &ModelResult) -> f64 {
+    (result.weight_bytes + mode.kv_reads) as f64 * mean(&mode.tok_s) / 1e9
 }
 
 fn mean(xs: &[f64]) -> f64 {

@@ -1,9 +1,10 @@
 //! A picture of what the streams did in a step: one panel a schedule, one row a stream, as SVG.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use specache::device::order::StreamId;
-use specache::device::trace::Slice;
+use specache::device::trace::{Slice, streams};
 
 const WIDTH: f64 = 1200.0;
 /// Left of the rows: their names.
@@ -81,7 +82,9 @@ impl Kind {
 
 /// The whole picture. All panels share one scale.
 pub fn svg(heading: &str, panels: &[Panel]) -> String {
-    let panel_height = TITLE + StreamId::ALL.len() as f64 * (ROW + GAP) + AXIS;
+    let rows: BTreeSet<StreamId> = panels.iter().flat_map(|panel| streams(&panel.slices)).collect();
+    let rows: Vec<StreamId> = rows.into_iter().collect();
+    let panel_height = TITLE + rows.len() as f64 * (ROW + GAP) + AXIS;
     let height = LEGEND + TITLE + panels.len() as f64 * panel_height;
     let longest = panels.iter().map(|p| p.end_us - p.begin_us).fold(0.0, f64::max);
     let mut out = format!(
@@ -99,7 +102,7 @@ pub fn svg(heading: &str, panels: &[Panel]) -> String {
         writeln!(out, "<text x=\"8\" y=\"20\" font-size=\"14\" font-weight=\"bold\"{fit}>{}</text>", escaped(heading));
     legend(&mut out, TITLE);
     for (i, panel) in panels.iter().enumerate() {
-        draw(&mut out, panel, LEGEND + TITLE + i as f64 * panel_height, longest);
+        draw(&mut out, panel, &rows, LEGEND + TITLE + i as f64 * panel_height, longest);
     }
     out + "</svg>\n"
 }
@@ -118,12 +121,13 @@ fn legend(out: &mut String, y: f64) {
     }
 }
 
-fn draw(out: &mut String, panel: &Panel, top: f64, longest: f64) {
+fn draw(out: &mut String, panel: &Panel, rows: &[StreamId], top: f64, longest: f64) {
     let scale = (WIDTH - MARGIN - 16.0) / longest;
     let x = |us: f64| MARGIN + (us - panel.begin_us) * scale;
     let _ = writeln!(out, "<text x=\"8\" y=\"{}\" font-weight=\"bold\">{}</text>", top + 20.0, escaped(&panel.title));
-    let y = |stream: StreamId| top + TITLE + stream as usize as f64 * (ROW + GAP);
-    for stream in StreamId::ALL {
+    let row = |stream| rows.iter().position(|&s| s == stream).expect("the rows are those of the slices");
+    let y = |stream| top + TITLE + row(stream) as f64 * (ROW + GAP);
+    for &stream in rows {
         let (y, end) = (y(stream), x(panel.end_us));
         let _ = writeln!(
             out,
@@ -158,7 +162,7 @@ fn draw(out: &mut String, panel: &Panel, top: f64, longest: f64) {
             );
         }
     }
-    axis(out, panel, top + TITLE + StreamId::ALL.len() as f64 * (ROW + GAP), scale);
+    axis(out, panel, top + TITLE + rows.len() as f64 * (ROW + GAP), scale);
 }
 
 /// Ticks at round times.

@@ -117,6 +117,12 @@ impl Gpu {
         unsafe { self.queues.upload(StreamId::CopyIn, to, from) };
     }
 
+    /// Fills memory with one byte, in the order of the compute queue. Its owner waits for the queue before it is freed.
+    pub(crate) fn fill(&self, to: u64, byte: u8, bytes: usize) {
+        // SAFETY: the owner's promise, above; the caller's buffer has as many.
+        unsafe { self.queues.fill(StreamId::Compute, to, byte, bytes) };
+    }
+
     /// Writes host bytes to the GPU, and waits until they are there: for what is set up once.
     pub(crate) fn put(&self, to: u64, from: &[u8]) {
         self.driver.enter();

@@ -26,6 +26,7 @@ pub(crate) const KERNELS: &[Source] = sources![
     "fetch.cu",
     "linear.cu",
     "pack.cu",
+    "read.cu",
     "sample.cu",
     "select.cu",
 ];

@@ -85,7 +85,7 @@ impl Nvrtc {
             hash.add(text.text.as_bytes());
         }
         options(facts).iter().for_each(|option| hash.add(option.as_bytes()));
-        hash.add(format!("{:?} {}", self.version, facts.driver_version).as_bytes());
+        hash.add(format!("{:?} {}", self.version, facts.gpu.driver).as_bytes());
         let stem = Path::new(source.name).file_stem()?.to_str()?;
         Some(folder()?.join(format!("{stem}-{}-{:016x}.cubin", architecture(facts), hash.0)))
     }

@@ -28,8 +28,12 @@ pub struct Gpu {
     pub name: String,
     /// Major and minor compute capability.
     pub arch: (u32, u32),
+    /// Multiprocessors.
+    pub n_sms: u32,
     /// Bytes of its memory.
     pub memory: u64,
+    /// What its driver supports: 13000 for CUDA 13.0.
+    pub driver: i32,
 }
 
 impl Gpu {
@@ -41,8 +45,13 @@ impl Gpu {
 
 impl fmt::Display for Gpu {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let Gpu { index, name, arch: (major, minor), memory } = self;
-        write!(f, "cuda:{index}: {name}, sm_{major}{minor}, {:.1} GiB", *memory as f64 / (1u64 << 30) as f64)?;
+        let Gpu { index, name, arch: (major, minor), n_sms, memory, driver } = self;
+        let (gib, cuda) = (*memory as f64 / (1u64 << 30) as f64, (driver / 1000, driver % 1000 / 10));
+        write!(
+            f,
+            "cuda:{index}: {name}, sm_{major}{minor}, {n_sms} SMs, {gib:.1} GiB, driver for CUDA {}.{}",
+            cuda.0, cuda.1
+        )?;
         if self.is_supported() { Ok(()) } else { write!(f, " (too old: sm_80 or newer is needed)") }
     }
 }
@@ -118,7 +127,7 @@ pub fn probe(library: Option<&Path>) -> Result<Vec<Gpu>, NoGpu> {
         unsafe { get(&mut count) }
     })?;
     match count {
-        1.. => (0..count).map(|i| driver.gpu(i)).collect(),
+        1.. => (0..count).map(|i| driver.gpu(i, version)).collect(),
         _ => Err(NoGpu::NoDevice),
     }
 }
@@ -156,7 +165,7 @@ impl Driver {
         }
     }
 
-    fn gpu(&self, index: c_int) -> Result<Gpu, NoGpu> {
+    fn gpu(&self, index: c_int, version: c_int) -> Result<Gpu, NoGpu> {
         let mut device = 0;
         self.call("cuDeviceGet", |get: unsafe extern "C" fn(*mut c_int, c_int) -> c_int| {
             // SAFETY: writes one int, the handle.
@@ -174,9 +183,11 @@ impl Driver {
         })?;
         // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR.
         let arch = (self.attribute(75, device)?, self.attribute(76, device)?);
+        // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT.
+        let n_sms = self.attribute(16, device)?;
         // SAFETY: zero-terminated, as said above.
         let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
-        Ok(Gpu { index: index as usize, name, arch, memory: memory as u64 })
+        Ok(Gpu { index: index as usize, name, arch, n_sms, memory: memory as u64, driver: version })
     }
 
     fn attribute(&self, attribute: c_int, device: c_int) -> Result<u32, NoGpu> {

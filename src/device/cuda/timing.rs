@@ -74,8 +74,9 @@ impl Timing {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Records an event behind everything that `stream` has been given; `None` if the driver refuses.
+    /// Records an event behind everything that `stream` has been given; `None` if the driver refuses, and in a graph.
     fn mark(&self, queues: &Queues, stream: StreamId) -> Option<Handle> {
+        let _use = queues.call()??;
         let event = self.lock().free.pop().map_or_else(|| self.new_event(), Some)?;
         // SAFETY: both handles live as long as the GPU.
         self.driver.note("cuEventRecord", unsafe { self.driver.api.cuEventRecord(event.0, queues.handle(stream)) });
