@@ -4,13 +4,16 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Does what a profiler does: asks for the tables of NVTX 3, and fills in what it listens to. The thread is in front of each
-/// line. `-DREFUSES`, `-DDEAF`: one that does not want to, or listens to nothing.
+/// line. `-DREFUSES`, `-DDEAF=1`: one that does not want to, or listens to nothing.
 const PROFILER: &str = r#"
 #define _GNU_SOURCE
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
+#ifndef DEAF
+#define DEAF 0
+#endif
 typedef void (*Function)(void);
 typedef struct { size_t bytes; int (*table)(unsigned module, Function ***table, unsigned *size); } Callbacks;
 typedef struct { size_t bytes; unsigned version, reserved; void (*set_version)(unsigned); } Version;
@@ -32,9 +35,7 @@ int InitializeInjectionNvtx2(const void *(*export_table)(unsigned)) {
         unsigned size = 0;
         if (!callbacks->table(module, &table, &size) || size != sizes[module] || table[0] || table[size]) return 0;
         for (unsigned i = 1; i < size; i++) if (!table[i]) return 0;
-#ifndef DEAF
-        if (module == 1) *table[9] = (Function)push, *table[11] = (Function)pop;
-#endif
+        if (module == 1 && !DEAF) *table[9] = (Function)push, *table[11] = (Function)pop;
     }
     Function **none;
     unsigned size;
@@ -109,7 +110,7 @@ fn a_profiler_that_cannot_be_used_is_a_warning_and_nothing_else() {
     let without = run(Path::new("")).0;
     for (library, why) in [
         (profiler("nvtx_refuses", &["-DREFUSES"]), "it refused"),
-        (profiler("nvtx_deaf", &["-DDEAF"]), "it does not listen to ranges"),
+        (profiler("nvtx_deaf", &["-DDEAF=1"]), "it does not listen to ranges"),
         (PathBuf::from("/nowhere/libprofiler.so"), "cannot open shared object file"),
     ] {
         let (stdout, stderr, ranges) = run(&library);
