@@ -562,18 +562,28 @@ impl Workspace {
         self.sum_of_heads(config, l, seq, |r| r.hits)
     }
 
+    fn group_of(&self, seq: usize) -> &Group {
+        self.groups.iter().find(|group| group.seqs.contains(&seq)).expect("a sequence of the pass")
+    }
+
     fn sum_of_heads(&self, config: &Config, l: usize, seq: usize, part: impl FnOnce(&Results) -> usize) -> u64 {
         let (memory, heads) = (self.memory(), config.n_kv_heads);
+        if self.group_of(seq).top_k == 0 {
+            // A sequence so short that it selects nothing: no kernel has counted.
+            return 0;
+        }
         let counts: &[u32] = memory.told_back(part);
         counts[(l * memory.sizes.seqs + seq) * heads..][..heads].iter().map(|&n| u64::from(n)).sum()
     }
 
     /// Positions that sequence `seq` selected for a KV head in layer `l`, once the pass is over.
     pub(crate) fn selected(&self, config: &Config, l: usize, seq: usize, head: usize) -> &[u32] {
-        let memory = self.memory();
+        let (memory, group) = (self.memory(), self.group_of(seq));
+        if group.top_k == 0 {
+            return &[];
+        }
         let at = (l * memory.sizes.seqs + seq) * config.n_kv_heads + head;
         let count: u32 = memory.told_back(|r| r.select_counts)[at];
-        let group = self.groups.iter().find(|group| group.seqs.contains(&seq)).expect("a sequence of the pass");
         // Lists of a group are as long as its own top-k.
         let first = memory.first_list(config, l, group.seqs.start);
         let list = first + ((seq - group.seqs.start) * config.n_kv_heads + head) * group.top_k as usize;
@@ -788,7 +798,8 @@ impl Scratch {
             n_kv_heads: attention.n_kv_heads,
             top_k: attention.top_k,
             capacity: attention.capacity,
-            hits: 1, // not null: row 0's own best are looked for too
+            // Counting them takes twice the room; any address will do.
+            hits: 1,
             ..Default::default()
         };
         let lists = config.n_layers * sizes.seqs * config.n_kv_heads * sizes.top_k;
