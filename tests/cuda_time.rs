@@ -86,7 +86,8 @@ fn a_trace_names_what_ran_as_on_the_cpu() {
     let same = |(_, name, step, _): &(String, String, u64, Option<u64>)| *step > 1 && !name.starts_with("wait: ");
     let lost: Vec<_> = cpu.iter().filter(|s| same(s) && !gpu.contains(s)).collect();
     let new: Vec<_> = gpu.iter().filter(|s| same(s) && !cpu.contains(s)).collect();
-    assert!(lost.is_empty() && new.is_empty(), "{lost:#?} {new:#?}");
+    // A GPU launches a fetch before anybody knows whether there is something to fetch.
+    assert!(lost.is_empty() && new.iter().all(|s| s.1 == "prefetch"), "{lost:#?} {new:#?}");
     let rows: BTreeSet<_> = gpu.iter().map(|s| &s.0[..]).collect();
     assert_eq!(rows, BTreeSet::from(["compute", "copy-in", "copy-out"]));
 }
