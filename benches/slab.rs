@@ -153,7 +153,9 @@ fn fault(arena: &Arena, begin: Instant) -> Duration {
 fn prepare(arena: &Arc<Arena>, threads: usize, begin: Instant) -> Duration {
     let chunks = arena.chunks().len();
     let (ready, done) = std::sync::mpsc::channel();
-    arena.prepare_in_background(threads, move |chunk| ready.send((chunk, begin.elapsed())).expect("the bench listens"));
+    arena.prepare_in_background(threads, move |chunk| {
+        ready.send((chunk.expect("pages may stay pageable"), begin.elapsed())).expect("the bench listens")
+    });
     let times: Vec<_> = done.iter().take(chunks).collect();
     times[0].1
 }
@@ -196,7 +198,7 @@ fn pinning(gib: usize) {
         let plan = ArenaPlan::new(PAGE_BYTES, bytes / PAGE_BYTES, locked.chunk_bytes, u64::MAX);
         let arena = Arena::map(plan, &locked, &host(), "the bench").expect("enough memory");
         while let Some(chunk) = arena.claim() {
-            arena.prepare(chunk);
+            arena.prepare(chunk).expect("pages may stay pageable");
         }
         let share = arena.stats().pinned_bytes * 100 / bytes as u64;
         drop(arena);

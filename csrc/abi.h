@@ -176,8 +176,10 @@ typedef struct specache_select_params {
     uint32_t top_k;         /* k: at most 2048; with 0 there is nothing to launch */
     uint32_t window;        /* w; 0: none */
     uint32_t capacity;      /* as in attention */
+    uint32_t forget;        /* 1: everything is fetched anew, also what the slots hold; 0: only the rest */
+    uint32_t reserved;      /* 0 */
 } specache_select_params;
-SPECACHE_ASSERT_SIZE(specache_select_params, 128);
+SPECACHE_ASSERT_SIZE(specache_select_params, 136);
 
 #ifndef __CUDACC_RTC__
 /* In this order, on one stream: attention, its combine, then with top_k > 0 the two of the selection. */

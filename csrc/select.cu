@@ -259,7 +259,7 @@ SPECACHE_DEVICE uint32_t lower_bound(const uint32_t* positions, uint32_t count, 
     return low;
 }
 
-// Step 2: slots whose position is selected again stay; the others are emptied, and listed.
+// Step 2: slots whose position is selected again stay, unless all is to be forgotten; the others are emptied, and listed.
 SPECACHE_DEVICE void empty_slots(const specache_select_params& p, const HeadTables& tables, uint32_t count,
                                  HeadShared& shared) {
     uint32_t emptied = 0;
@@ -268,7 +268,7 @@ SPECACHE_DEVICE void empty_slots(const specache_select_params& p, const HeadTabl
         const uint32_t slot = start + threadIdx.x;
         const uint32_t position = slot < p.top_k ? load_device(tables.slots + slot) : SPECACHE_EMPTY_SLOT;
         const uint32_t index = lower_bound(shared.positions, count, position);
-        const bool stays = index < count && shared.positions[index] == position;
+        const bool stays = p.forget == 0 && index < count && shared.positions[index] == position;
         const bool is_free = slot < p.top_k && !stays;
         if (stays) shared.kept[index] = 1;
         uint32_t all;

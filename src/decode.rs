@@ -29,8 +29,9 @@ use crate::session::{Buffers, Member, Next, Session};
 /// # Errors
 /// Before anything has changed: a token beyond the vocabulary, a session that is full or has failed. Between two
 /// layers: [`Error::Interrupted`], which leaves every session as it was, so that the same call gives the same bits
-/// later. A pre-decode that was complete stays, as it is no part of the step. A sequence that meets NaN fails alone:
-/// see [`Buffers::logits`].
+/// later. A pre-decode that was complete stays, as it is no part of the step. A GPU that fails: [`Error::Device`], and
+/// nobody knows what the caches of this batch hold, so that its sessions have failed. A sequence that meets NaN fails
+/// alone: see [`Buffers::logits`].
 pub fn decode(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> Result<()> {
     buffers.results.clear();
     batch.iter().try_for_each(|next| check(context, next))?;
@@ -38,11 +39,10 @@ pub fn decode(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> R
     for Next { session, .. } in batch.iter_mut() {
         session.cache.take_waited(); // by prefills, forks and truncations: not this step's
     }
-    let fresh = |session: &Session| session.needs_pre_decode();
-    if batch.iter().any(|next| fresh(next.session)) {
-        pass(context, batch, buffers, fresh, Pass::PreDecode)?;
+    if let Err(given_up) = passes(context, batch, buffers) {
+        buffers.results.clear(); // a pre-decode's
+        return Err(given_up);
     }
-    pass(context, batch, buffers, |_| true, Pass::Step)?;
     for next in batch.iter_mut() {
         next.session.stats.offloaded_bytes += next.session.cache.advance();
         next.session.stats.exposed += next.session.cache.take_waited();
@@ -50,6 +50,14 @@ pub fn decode(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> R
         next.session.stats.exposed_steps += u64::from(context.device.measures_waits());
     }
     Ok(())
+}
+
+fn passes(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> Result<()> {
+    let fresh = |session: &Session| session.needs_pre_decode();
+    if batch.iter().any(|next| fresh(next.session)) {
+        pass(context, batch, buffers, fresh, Pass::PreDecode)?;
+    }
+    pass(context, batch, buffers, |_| true, Pass::Step)
 }
 
 /// Whether [`decode`] takes this token of this session.
@@ -120,7 +128,6 @@ fn pass(
         let asks = l == 0 || device.gpu().is_none();
         if asks && let Err(interrupted) = context.check_interrupt().and_then(|()| stopped()) {
             undo(device, config, batch, members, l, kind, rows, fetches);
-            buffers.results.clear(); // a pre-decode's
             return Err(interrupted);
         }
         let written = |uses: &mut Uses| {
@@ -274,7 +281,7 @@ fn arrive(device: &Device, batch: &mut [Next], members: &[Member], layer: usize)
         batch[m.index].session.cache.arrive(layer, for_all, &mut waited);
     }
     // Whoever's copy it was, all of them waited.
-    members.iter().for_each(|m| batch[m.index].session.stats.exposed += waited);
+    members.iter().for_each(|m| batch[m.index].session.stats.wait(waited));
 }
 
 /// `specache`: the last row's attention selects what the next step will read at 16 bits.
@@ -480,7 +487,7 @@ fn end_on_gpu(
     drop(logits);
     let launched = graph.map_or(Ok(()), |graph| rows.gpu.end_graph(graph));
     device.finish(device.record(StreamId::Compute));
-    if let Err(failed) = launched.and_then(|()| gpu.driver().sound()) {
+    if let Err(failed) = launched.and_then(|()| device.sound()) {
         members.iter().for_each(|m| batch[m.index].session.fail_device(&failed));
         return Err(failed);
     }

@@ -7,7 +7,7 @@
 use crate::context::Context;
 use crate::cuda::{ChunkMemory, PromptStream};
 use crate::device::Device;
-use crate::device::order::{Resource, StreamId};
+use crate::device::order::Resource;
 use crate::error::{Error, Result};
 use crate::kv::PAGE;
 use crate::kv::cache::Admission;
@@ -29,7 +29,8 @@ const PANEL_MIN: usize = 8;
 /// # Errors
 /// Before anything has changed: a prompt that is empty or has ids beyond the vocabulary, a context that the model or a
 /// memory budget does not allow, or the system's memory (then sessions may have more room). Between two chunks of a
-/// layer: [`crate::Error::Interrupted`], which leaves the sessions as they were, though with room for the prompt.
+/// layer: [`crate::Error::Interrupted`], which leaves the sessions as they were, though with room for the prompt. A GPU
+/// that fails: [`crate::Error::Device`], and all these sessions have failed.
 pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers) -> Result<Vec<Result<Vec<f32>>>> {
     for prompt in prompts.iter() {
         prompt.session.check_usable(context)?;
@@ -78,21 +79,24 @@ pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers)
             if let Err(Stopped { pages, why }) =
                 prefill_layer(context, &mut prompts[i], layer, x, working.as_ref(), buffers)
             {
-                if context.device.gpu().is_some() {
-                    // It may still compute what is freed now.
-                    context.device.finish(context.device.record(StreamId::Compute));
-                }
-                undo(prompts, layer, i, pages);
+                context.device.finish_compute(); // it may still compute what is freed now
+                undo(prompts, layer, i, Some(pages));
                 return Err(why);
             }
         }
     }
     context.device.at_layer(None);
-    Ok(prompts
-        .iter_mut()
-        .zip(&streams)
-        .map(|(prompt, x)| finish(context, prompt, x, working.as_ref(), buffers))
-        .collect())
+    let mut logits = Vec::with_capacity(prompts.len());
+    for (prompt, stream) in prompts.iter_mut().zip(&streams) {
+        logits.push(end(context, prompt, stream, working.as_ref(), buffers));
+    }
+    if let Err(failed) = context.device.sound() {
+        undo(prompts, context.model.config.n_layers, 0, None);
+        prompts.iter_mut().for_each(|prompt| prompt.session.fail_device(&failed));
+        return Err(failed);
+    }
+    // A GPU is done with what is freed now.
+    Ok(prompts.iter_mut().zip(logits).map(|(prompt, logits)| settle(prompt, logits)).collect())
 }
 
 /// The residual stream of a prompt.
@@ -134,9 +138,8 @@ struct Stopped {
     why: Error,
 }
 
-/// All sessions are as before, where prompt `i` has stopped in `layer`: those before it had passed it.
-fn undo(prompts: &mut [Prompt], layer: usize, i: usize, pages: Vec<WidePage>) {
-    let mut pages = Some(pages);
+/// All sessions are as before, where prompt `i` has stopped in `layer`, with `pages`: those before it had passed it.
+fn undo(prompts: &mut [Prompt], layer: usize, i: usize, mut pages: Option<Vec<WidePage>>) {
     for (j, prompt) in prompts.iter_mut().enumerate() {
         let (end, settled) = (prompt.end(), layer + usize::from(j < i));
         prompt.session.cache.undo_prefill(end, settled, if j == i { pages.take() } else { None });
@@ -249,40 +252,41 @@ fn write_chunk(device: &Device, shape: &crate::kv::KvShape, pages: &mut [WidePag
     for (row, (k, v)) in rows.k.chunks_exact(width).zip(rows.v.chunks_exact(width)).enumerate() {
         let (page, token) = ((at + row) / PAGE, (at + row) % PAGE);
         let page = WidePage::get_mut(&mut pages[page]).expect("a page that is filled has one owner");
-        crate::ops::kv::write_pairs(device, shape, page, token, k, v);
+        crate::ops::kv::write_pairs(device, shape, page.bytes_mut(), token, k, v);
     }
 }
 
-/// The counters move, and the last row's logits are what the first token is taken from.
-fn finish(
+/// The logits of the last row, which the first token is taken from.
+fn end(
     context: &Context,
     prompt: &mut Prompt,
     stream: &Stream,
     working: Option<&ChunkMemory>,
     buffers: &mut Buffers,
-) -> Result<Vec<f32>> {
+) -> Vec<f32> {
     let (config, device) = (&context.model.config, &context.device);
-    let (end, session) = (prompt.end(), &mut *prompt.session);
-    let mut logits;
     match (stream, device.gpu(), &context.gpu, working) {
         (Stream::Gpu(stream), Some(gpu), Some(model), Some(working)) => {
             let operation = device.operation("norm_logits", |_| {});
-            (logits, session.bad_layer) = stream.end(gpu, model, config, working);
+            let (logits, bad_layer) = stream.end(gpu, model, config, working);
             drop(operation);
             device.end_step(); // how long a prefill waits for copies is no figure of decoding
-            if let Err(failed) = gpu.driver().sound() {
-                session.fail_device(&failed);
-                return Err(failed);
-            }
+            prompt.session.bad_layer = bad_layer;
+            logits
         }
         (Stream::Cpu(x), ..) => {
             let last = &x[x.len() - config.hidden_size..];
-            logits = vec![0.0; config.vocab_size];
+            let mut logits = vec![0.0; config.vocab_size];
             linear::norm_logits(device, &context.model, last, 1, &mut buffers.rows.normed, &mut logits);
+            logits
         }
         _ => unreachable!("a stream of another device"),
     }
-    // A GPU is done with what is freed now.
+}
+
+/// The counters move.
+fn settle(prompt: &mut Prompt, logits: Vec<f32>) -> Result<Vec<f32>> {
+    let (end, session) = (prompt.end(), &mut *prompt.session);
     session.cache.end_prefill(end);
     session.speculative = None;
     session.check_finite(logits.iter().all(|x| x.is_finite()))?;

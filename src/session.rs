@@ -86,8 +86,8 @@ impl Session {
 
     fn around(cache: Cache) -> Session {
         Session {
-            stats: Stats::new(cache.shape.n_layers),
-            stats_before: Stats::new(cache.shape.n_layers),
+            stats: Stats::new(&cache),
+            stats_before: Stats::new(&cache),
             cache,
             max_context: None,
             speculative: None,
@@ -368,6 +368,11 @@ pub struct Stats {
 }
 
 impl Stats {
+    /// Computation has waited for copies.
+    pub(crate) fn wait(&mut self, time: Duration) {
+        self.exposed += time;
+    }
+
     /// Compares a step's real token with what was guessed for it, if anything was.
     pub(crate) fn compare(&mut self, guess: Option<u32>, token: u32) {
         if let Some(guess) = guess {
@@ -384,8 +389,9 @@ impl Stats {
         *self = Stats { hits, fetched, ..*from };
     }
 
-    fn new(n_layers: usize) -> Stats {
-        Stats { hits: vec![(0, 0); n_layers], fetched: vec![(0, 0); n_layers], ..Stats::default() }
+    fn new(cache: &Cache) -> Stats {
+        let per_layer = vec![(0, 0); cache.shape.n_layers];
+        Stats { hits: per_layer.clone(), fetched: per_layer, ..Stats::default() }
     }
 
     /// Share of the selected pairs of one layer that were in their slots already; `None` before anything was selected.

@@ -1,32 +1,18 @@
 //! Time on a GPU, on the emulated driver: traces, what a step waits for, and what `bench` and `devices` say of it.
-//!
-//! Needs `tools/emulated_driver.sh`. Without it the tests say so and pass; SPECACHE_REQUIRE_EMULATION=1 makes that a
-//! failure.
+
+mod common;
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
+use common::emulated::{emulate, folder};
 use serde_json::Value;
-
-/// The folder with the emulated libraries.
-fn emulation() -> Option<PathBuf> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/emulated");
-    if folder.join("libspecache_emu.so").is_file() {
-        return Some(folder);
-    }
-    let asked = std::env::var_os("SPECACHE_REQUIRE_EMULATION").is_some_and(|v| v == "1");
-    assert!(!asked, "no emulated driver in {}: run tools/emulated_driver.sh", folder.display());
-    eprintln!("not tested: no emulated driver (tools/emulated_driver.sh)");
-    None
-}
 
 /// Runs the program with `folder`'s libraries: exit code, stdout, stderr.
 fn run(folder: &Path, args: &[&str]) -> (Option<i32>, String, String) {
-    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cuda_time_cache");
     let mut command = Command::new(env!("CARGO_BIN_EXE_specache-engine"));
-    command.env("LD_LIBRARY_PATH", folder).env("XDG_CACHE_HOME", cache).args(args);
-    let output = command.output().unwrap();
+    let output = emulate(&mut command, folder).args(args).output().unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (output.status.code(), text(&output.stdout), text(&output.stderr))
 }
@@ -71,10 +57,10 @@ fn slices(file: &str) -> BTreeSet<(String, String, u64, Option<u64>)> {
 /// A GPU's rows have the CPU's names, steps and layers where both do the same.
 #[test]
 fn a_trace_names_what_ran_as_on_the_cpu() {
-    let Some(folder) = emulation() else { return };
+    let Some(folder) = folder() else { return };
     let (ids, out) = files("trace");
     let mut traces = ["cpu", "cuda"].map(|device| {
-        let (code, text, err) = run(&folder, &generate(device, &ids, &["--trace", &out]));
+        let (code, text, err) = run(folder, &generate(device, &ids, &["--trace", &out]));
         assert_eq!(code, Some(0), "{err}");
         (parse(&text)["tokens"].clone(), slices(&out))
     });
@@ -95,10 +81,10 @@ fn a_trace_names_what_ran_as_on_the_cpu() {
 /// Nothing is timed that nobody asks for, and what is not measured is not 0.
 #[test]
 fn waits_are_measured_where_somebody_asks() {
-    let Some(folder) = emulation() else { return };
+    let Some(folder) = folder() else { return };
     let (ids, out) = files("waits");
     let exposed = |rest: &[&str]| {
-        let (code, text, err) = run(&folder, &generate("cuda", &ids, rest));
+        let (code, text, err) = run(folder, &generate("cuda", &ids, rest));
         assert_eq!(code, Some(0), "{err}");
         parse(&text)["specache"]["exposed_us_per_step"].clone()
     };
@@ -110,9 +96,9 @@ fn waits_are_measured_where_somebody_asks() {
 
 #[test]
 fn bench_names_the_gpu_and_what_it_reads() {
-    let Some(folder) = emulation() else { return };
+    let Some(folder) = folder() else { return };
     let bench = ["bench", "-m", "synthetic:tiny", "-d", "200", "-n", "2", "-r", "1", "--kv", "full,specache"];
-    let run = |rest: &[&str]| run(&folder, &[&bench[..], &["--device", "cuda"], rest].concat());
+    let run = |rest: &[&str]| run(folder, &[&bench[..], &["--device", "cuda"], rest].concat());
     // Too little memory to measure how fast it is read: in the emulation that takes long.
     let (code, text, err) = run(&["-o", "json", "--vram-budget", "100MiB"]);
     assert_eq!(code, Some(0), "{err}");
@@ -130,8 +116,8 @@ fn bench_names_the_gpu_and_what_it_reads() {
 
 #[test]
 fn devices_says_what_the_driver_knows() {
-    let Some(folder) = emulation() else { return };
-    let (code, text, err) = run(&folder, &["devices"]);
+    let Some(folder) = folder() else { return };
+    let (code, text, err) = run(folder, &["devices"]);
     assert_eq!(code, Some(0), "{err}");
     assert!(text.contains("cuda:0: Emulated GPU, sm_90, 4 SMs, 4.0 GiB, driver for CUDA 13.0"), "{text}");
 }

@@ -60,7 +60,7 @@ impl Cache {
                 let at = |x: &[Vec<Vec<f32>>]| {
                     x.iter().flat_map(|head| head[page * PAGE + token].clone()).collect::<Vec<_>>()
                 };
-                write_pairs(&device, &shape, &mut wide, token, &at(&k), &at(&v));
+                write_pairs(&device, &shape, wide.bytes_mut(), token, &at(&k), &at(&v));
             }
             pages.push(Arc::new(wide));
         }
@@ -544,7 +544,7 @@ fn a_pair_that_fp16_cannot_hold_is_heard() {
         let mut page = alloc(&device, shape.wide_page_bytes());
         let mut k = vec![0.5; 32];
         k[7] = x;
-        write_pairs(&device, &shape, &mut page, 3, &k, &[0.25; 32]);
+        write_pairs(&device, &shape, page.bytes_mut(), 3, &k, &[0.25; 32]);
         let pair = &page.as_slice::<half::f16>()[3 * 64..][..64];
         let expected = if fits { half::f16::from_f32(x) } else { half::f16::NAN };
         assert_eq!(pair[7].to_bits(), expected.to_bits(), "{x}");

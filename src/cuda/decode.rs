@@ -199,6 +199,7 @@ pub(crate) struct Workspace {
 
 struct Memory {
     device: Device,
+    config: Config,
     sizes: Sizes,
     scratch: Buffer,
     scratch_at: Scratch,
@@ -258,11 +259,14 @@ impl Workspace {
             capacity: places.iter().map(|p| p.room).max().unwrap_or(0).next_multiple_of(1024),
             top_k: places.iter().map(|p| p.top_k).max().unwrap_or(0),
         };
-        if self.memory.as_ref().is_some_and(|memory| memory.sizes.covers(&needed)) {
+        // Whose memory it is decides where it lies, and the model what the parts of it are.
+        let own = self.memory.as_ref().filter(|memory| memory.device.is(device) && memory.config == *config);
+        if own.is_some_and(|memory| memory.sizes.covers(&needed)) {
             return Ok(());
         }
+        let sizes = own.map_or(needed, |memory| memory.sizes.max(&needed));
         self.graphs.clear(); // they know the memory by its address
-        let sizes = self.memory.take().map_or(needed, |memory| memory.sizes.max(&needed));
+        self.memory = None;
         self.memory = Some(Memory::new(device, config, sizes)?);
         Ok(())
     }
@@ -594,7 +598,9 @@ impl Workspace {
 impl Drop for Memory {
     /// Sessions wait for their own pairs, and may outlive what the gathers read here.
     fn drop(&mut self) {
+        self.device.enter();
         self.gathered.iter().flatten().for_each(|&event| self.device.finish(event));
+        self.device.finish_compute(); // a pass may have been given up
     }
 }
 
@@ -607,6 +613,7 @@ impl Memory {
         let mut grants = device.grant(total as u64, 0, "the workspace of decode steps")?;
         Ok(Memory {
             device: device.clone(),
+            config: config.clone(),
             sizes,
             scratch: grants.device(scratch_at.bytes, "the workspace of decode steps")?,
             scratch_at,
@@ -739,6 +746,8 @@ impl Memory {
             top_k: group.top_k,
             window: attention.window,
             capacity: attention.capacity,
+            forget: u32::from(!self.device.options().delta),
+            reserved: 0,
         }
     }
 

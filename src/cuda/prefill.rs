@@ -117,6 +117,7 @@ impl Drop for ChunkMemory {
 /// A prompt on its way through the layers.
 pub(crate) struct PromptStream {
     device: Device,
+    // Dropped before `host`: it waits for the copies out of that too.
     memory: Buffer,
     at: Layout,
     host: PinnedMemory,

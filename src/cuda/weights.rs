@@ -140,6 +140,7 @@ impl GpuModel {
         }
         let mut memory = device.grant(layout.bytes as u64, 0, "the weights")?.device(layout.bytes, "the weights")?;
         layout.parts.iter().for_each(|(at, bytes)| memory.write(*at, bytes));
+        device.sound()?;
         let base = memory.address();
         let path = device.options().linear;
         let cublas = open_cublas(device, model)?;

@@ -26,11 +26,11 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
-use std::sync::{Arc, Once, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock};
 
 use super::buffer::Meter;
 use super::pin::Pin;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// What the system maps and pins by.
 const SYSTEM_PAGE: usize = 4 << 10;
@@ -188,6 +188,8 @@ pub struct Arena {
     meter: Meter,
     /// The next chunk that nobody has claimed.
     next: AtomicUsize,
+    /// Chunks that had to be pinned and could not: cold, to be claimed again.
+    given_back: Mutex<Vec<usize>>,
     stages: Vec<AtomicU8>,
     abandoned: AtomicBool,
     not_pinned: OnceLock<String>,
@@ -197,7 +199,7 @@ impl Arena {
     /// Maps what was planned; no memory is behind it yet.
     ///
     /// # Errors
-    /// [`crate::Error::OutOfMemory`] if the meter or the system refuses.
+    /// [`Error::OutOfMemory`] if the meter or the system refuses.
     pub fn map(plan: ArenaPlan, options: &ArenaOptions, meter: &Meter, what: &str) -> Result<Arena> {
         let bytes = plan.bytes();
         meter.take(bytes as u64, what)?;
@@ -213,6 +215,7 @@ impl Arena {
             options: options.clone(),
             meter: meter.clone(),
             next: AtomicUsize::new(0),
+            given_back: Mutex::default(),
             abandoned: AtomicBool::new(false),
             not_pinned: OnceLock::new(),
         })
@@ -251,39 +254,64 @@ impl Arena {
     /// The next cold chunk, for the caller alone to prepare; `None` when there is none.
     pub fn claim(&self) -> Option<usize> {
         let next = |n: usize| (n < self.plan.chunks.len()).then_some(n + 1);
-        self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next).ok()
+        let fresh = self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next).ok();
+        fresh.or_else(|| self.given_back().pop())
+    }
+
+    fn given_back(&self) -> MutexGuard<'_, Vec<usize>> {
+        self.given_back.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// Touches and pins a chunk that the caller has claimed. Memory that cannot be pinned stays pageable, with one
     /// warning per process.
     ///
+    /// # Errors
+    /// [`Error::Device`] if it had to be pinned and could not: it is cold again.
+    ///
     /// # Panics
     /// If the chunk was prepared before: its pages may be in use.
-    pub fn prepare(&self, chunk: usize) {
+    pub fn prepare(&self, chunk: usize) -> Result<()> {
         assert_eq!(self.stages[chunk].load(Ordering::Relaxed), COLD, "a chunk is prepared once");
         let Chunk { start, bytes, .. } = self.plan.chunks[chunk];
         // SAFETY: the chunk lies in the mapping.
         let base = unsafe { self.mapping.base.add(start) };
         for offset in (0..bytes).step_by(TOUCH_STEP) {
             if self.abandoned.load(Ordering::Relaxed) {
-                return;
+                return Ok(());
             }
             // SAFETY: the step lies in the chunk, which nobody else uses before it is prepared.
             unsafe { touch(base.add(offset), TOUCH_STEP.min(bytes - offset), self.options.poison) };
         }
-        let stage = if self.pin(base, bytes) { PINNED } else { PAGEABLE };
+        let stage = match self.pin(base, bytes) {
+            Ok(true) => PINNED,
+            Ok(false) => PAGEABLE,
+            Err(why) => {
+                self.given_back().push(chunk);
+                return Err(why);
+            }
+        };
         self.stages[chunk].store(stage, Ordering::Release);
+        Ok(())
     }
 
     /// Prepares all that is cold on `threads` threads of their own. `ready` hears of each prepared chunk, on the thread
-    /// that prepared it. Fewer threads than wanted, or none, only means that more is prepared on demand.
-    pub fn prepare_in_background(self: &Arc<Self>, threads: usize, ready: impl Fn(usize) + Clone + Send + 'static) {
+    /// that prepared it. Fewer threads than wanted, or none, only means that more is prepared on demand. So does a chunk that
+    /// cannot be: `ready` hears of an error then, and the thread ends.
+    pub fn prepare_in_background(
+        self: &Arc<Self>,
+        threads: usize,
+        ready: impl Fn(Result<usize>) + Clone + Send + 'static,
+    ) {
         for i in 0..threads.min(self.plan.chunks.len()) {
             let (arena, ready) = (self.clone(), ready.clone());
             let work = move || {
                 while let Some(chunk) = arena.claim() {
-                    arena.prepare(chunk);
-                    ready(chunk);
+                    let prepared = arena.prepare(chunk).map(|()| chunk);
+                    let failed = prepared.is_err();
+                    ready(prepared);
+                    if failed {
+                        return;
+                    }
                 }
             };
             if std::thread::Builder::new().name(format!("touch-{i}")).spawn(work).is_err() {
@@ -296,20 +324,25 @@ impl Arena {
     pub fn abandon(&self) {
         self.abandoned.store(true, Ordering::Relaxed);
         self.next.store(self.plan.chunks.len(), Ordering::Relaxed);
+        self.given_back().clear();
     }
 
     /// Pins a range if there is a hook for it and the hook can; says why not once.
-    fn pin(&self, start: NonNull<u8>, bytes: usize) -> bool {
+    ///
+    /// # Errors
+    /// [`Error::Device`] if it cannot and must.
+    fn pin(&self, start: NonNull<u8>, bytes: usize) -> Result<bool> {
         static WARNING: Once = Once::new();
-        let Some(pin) = &self.options.pin else { return false };
+        let Some(pin) = &self.options.pin else { return Ok(false) };
         // Whoever waits for this chunk would wait for ever if a hook's panic went further.
         let pinned = catch_unwind(AssertUnwindSafe(|| pin.pin(start, bytes)));
         match pinned.unwrap_or_else(|_| Err("the pin hook panicked".into())) {
-            Ok(()) => true,
+            Ok(()) => Ok(true),
+            Err(why) if pin.is_required() => Err(Error::Device(why)),
             Err(why) => {
                 WARNING.call_once(|| eprintln!("warning: KV pages in host memory stay pageable: {why}"));
                 let _first_reason_wins = self.not_pinned.set(why);
-                false
+                Ok(false)
             }
         }
     }
@@ -585,7 +618,7 @@ mod tests {
         let arena = Arena::map(plan, &options, &meter, "a test").unwrap();
         assert_eq!(meter.used(), 14 * MIB as u64);
         while let Some(chunk) = arena.claim() {
-            arena.prepare(chunk);
+            arena.prepare(chunk).unwrap();
         }
         let stats = arena.stats();
         assert_eq!((stats.prepared_bytes, stats.pinned_bytes), (14 * MIB as u64, 6 * MIB as u64), "2 + 4 of 2 + 4 + 8");

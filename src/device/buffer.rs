@@ -160,8 +160,9 @@ impl Buffer {
         };
         let memory = memory.inspect_err(|_| grant.meter.give_back(bytes))?;
         let mut buffer = Buffer { memory, len, meter: grant.meter.clone(), id: unique_id() };
-        if gpu.is_some() {
+        if let Some(gpu) = gpu {
             buffer.fill(filling);
+            gpu.driver().sound()?;
         }
         Ok(buffer)
     }
@@ -238,7 +239,7 @@ impl Buffer {
             }
             (Memory::Gpu(to, gpu), Memory::Gpu(from, _)) => {
                 let (to, from) = (to.address() + at as u64, from.address() + range.start as u64);
-                // SAFETY: within both, as was just checked; whoever frees a buffer has waited for the compute stream.
+                // SAFETY: within both, as was just checked; both wait for the compute stream before they are freed.
                 unsafe { gpu.queues().copy(StreamId::Compute, to, from, range.len()) };
             }
             _ => panic!("buffers of two devices"),
@@ -249,7 +250,7 @@ impl Buffer {
     pub(crate) fn fill(&mut self, byte: u8) {
         match &mut self.memory {
             Memory::Cpu(_) => self.bytes_mut().fill(byte),
-            // SAFETY: all of it is allocated; whoever frees it has waited for the compute stream.
+            // SAFETY: all of it is allocated, and waits for the compute stream before it is freed.
             Memory::Gpu(memory, gpu) => unsafe {
                 gpu.driver().enter();
                 gpu.queues().fill(StreamId::Compute, memory.address(), byte, memory.len());
@@ -287,7 +288,15 @@ impl Memory {
 }
 
 impl Drop for Buffer {
+    /// On a GPU this waits for the compute stream, which may still read or write it (as freeing memory does there anyway).
+    /// What the other streams do with it, its owner waits for.
     fn drop(&mut self) {
+        if let Memory::Gpu(memory, gpu) = &self.memory
+            && memory.len() > 0
+        {
+            gpu.driver().enter();
+            gpu.queues().drain(StreamId::Compute);
+        }
         self.meter.give_back(self.metered_bytes());
     }
 }

@@ -238,7 +238,7 @@ impl Device {
     /// Runs `work` with this device's compute threads as the current rayon pool.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         self.0.pool.install(|| {
-            self.0.gpu.iter().for_each(|gpu| gpu.driver().enter());
+            self.0.gpu.iter().for_each(|gpu| gpu.driver().begin_request());
             work()
         })
     }
@@ -265,6 +265,30 @@ impl Device {
     /// The GPU that computes; `None`: the CPU does.
     pub(crate) fn gpu(&self) -> Option<&Arc<Gpu>> {
         self.0.gpu.as_ref()
+    }
+
+    /// Whether all work that the calling thread has given to a GPU since the last time has been accepted, and has run as
+    /// far as is known.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    pub(crate) fn sound(&self) -> Result<()> {
+        self.0.gpu.as_ref().map_or(Ok(()), |gpu| gpu.driver().sound())
+    }
+
+    /// The calling thread is about to use the GPU, if there is one.
+    pub(crate) fn enter(&self) {
+        self.0.gpu.iter().for_each(|gpu| gpu.driver().enter());
+    }
+
+    /// Blocks until the compute stream of a GPU has done everything that it was given, so that memory which it used may
+    /// be freed or written by the host. Any thread may call this. On the CPU device the calling thread is that stream.
+    pub(crate) fn finish_compute(&self) {
+        if let Some(gpu) = &self.0.gpu {
+            gpu.driver().enter();
+            gpu.queues().drain(StreamId::Compute);
+            gpu.release();
+        }
     }
 
     /// The streams of the CPU device.

@@ -10,8 +10,14 @@ pub trait Pin: Send + Sync {
     /// Pins the mapped range of `bytes` bytes from `start` on, both multiples of the system's page size.
     ///
     /// # Errors
-    /// Why the range stays pageable and what the user can change, in one line. The range is then used as it is.
+    /// Why the range stays pageable and what the user can change, in one line. The range is then used as it is, unless
+    /// [`Pin::is_required`].
     fn pin(&self, start: NonNull<u8>, bytes: usize) -> Result<(), String>;
+
+    /// Whether pageable memory is of no use: then whoever asks for pages has them pinned, or hears why not.
+    fn is_required(&self) -> bool {
+        false
+    }
 
     /// Undoes one successful [`Pin::pin`], with the same arguments, before the range is unmapped.
     fn unpin(&self, start: NonNull<u8>, bytes: usize);

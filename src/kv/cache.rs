@@ -100,6 +100,7 @@ impl Drop for Cache {
     /// Copies still hold pages: whoever comes next is to find them free.
     fn drop(&mut self) {
         self.come_to_rest();
+        let _nobody_is_left_to_hear = self.device.sound();
     }
 }
 
@@ -221,6 +222,7 @@ impl Cache {
             to.packed.copy(0, &from.packed, 0..to.packed.len().min(from.packed.len()));
             to.prefetch.copy_from(&from.prefetch, &shape);
         }
+        self.device.sound()?;
         Ok(fork)
     }
 
@@ -256,7 +258,7 @@ impl Cache {
             }
         }
         self.counters = counters;
-        Ok(())
+        self.check_device()
     }
 
     /// The tail of a layer becomes that of `counters`, up to page `end`: pages that lie low-bit on the device now and are
@@ -289,6 +291,7 @@ impl Cache {
     /// Waits for all copies: afterwards everything is here, and held by nobody else.
     pub(crate) fn come_to_rest(&mut self) {
         const SITE: Option<Site> = Some("a cache comes to rest");
+        self.device.enter();
         for l in 0..self.layers.len() {
             let arrived = self.layers[l].prefetch.arrive(&self.device, SITE, &mut self.waited);
             self.note(arrived);
@@ -301,10 +304,8 @@ impl Cache {
             self.waited += self.device.wait(event, SITE.expect("above"));
         }
         self.layers.iter_mut().for_each(|layer| layer.completion = Completion::default());
-        if self.device.gpu().is_some() {
-            // The calling thread has not waited yet, and what is freed next must not be in use.
-            self.device.finish(self.device.record(StreamId::Compute));
-        }
+        // On a GPU the calling thread has not waited yet, and what is freed next must not be in use.
+        self.device.finish_compute();
         self.tables.iter_mut().for_each(Tables::outdate);
     }
 
@@ -325,6 +326,13 @@ impl Cache {
         if let Err(why) = copied {
             self.failure.get_or_insert(why);
         }
+    }
+
+    /// Keeps why the GPU has failed, if it has: pairs may not have come to where they are looked for.
+    pub(super) fn check_device(&mut self) -> Result<()> {
+        let sound = self.device.sound();
+        self.note(sound.as_ref().copied().map_err(ToString::to_string));
+        sound
     }
 
     /// Why a copy has failed, if one has: then the cache does not hold what it should, and its sequence cannot go on.
@@ -359,6 +367,14 @@ impl Cache {
         if capacity <= self.capacity {
             return Ok(());
         }
+        let grown = self.grow_to(capacity, admission);
+        if let Err(Error::Device(why)) = &grown {
+            self.note(Err(why.clone()));
+        }
+        grown.and_then(|()| self.check_device())
+    }
+
+    fn grow_to(&mut self, capacity: usize, admission: &mut Admission) -> Result<()> {
         self.come_to_rest();
         let device = self.device.clone();
         let _grow = device.operation("grow", |uses| self.declare(uses));
@@ -468,7 +484,7 @@ impl Cache {
         let page = position / PAGE - self.counters.nq / PAGE;
         let page = Arc::get_mut(&mut self.layers[layer].tail[page]).expect("an incomplete page has one owner");
         let _append = self.device.operation("append", |uses| uses.writes.push(Resource::DevicePage(page.id())));
-        ops::kv::write_pairs(&self.device, &self.shape, page, position % PAGE, k, v);
+        ops::kv::write_pairs(&self.device, &self.shape, page.bytes_mut(), position % PAGE, k, v);
     }
 
     /// The end of a decode step: the counters move, and a page that counts as offloaded from now on is packed and sent
@@ -491,7 +507,9 @@ impl Cache {
             let wide = self.layers[l].tail[in_tail].clone();
             self.pack_and_stage(l, page, std::slice::from_ref(&wide));
         }
-        self.page_out(0..self.layers.len(), page)
+        let sent = self.page_out(0..self.layers.len(), page);
+        let _told_by_the_next_step = self.check_device(); // the pass itself was sound
+        sent
     }
 
     /// Packs complete wide pages, beginning with page `first`, and gives them to the next page-out.
@@ -731,6 +749,9 @@ impl Cache {
             let pages = layer.host.iter().flat_map(|table| table.pages());
             host.iter_mut().zip(pages).for_each(|(to, page)| *to = page.bytes().as_ptr() as u64);
         }
+        // Those of the pass before may still be under way: a layer waits for its own later.
+        let gathered = self.device.record(StreamId::CopyIn);
+        self.device.after(StreamId::Compute, gathered, "gathers have read the lists of pages before they change");
         tables.send();
     }
 

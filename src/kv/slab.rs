@@ -163,7 +163,8 @@ impl Slab {
     /// Leases one page that is not reserved. Its content is that of its last use (poison if that is on).
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] if all pages are leased or reserved and the budget has no room for more.
+    /// [`Error::OutOfMemory`] if all pages are leased or reserved and the budget has no room for more; [`Error::Device`] if
+    /// pages must be pinned and cannot be.
     pub fn alloc(&self) -> Result<PageRef> {
         let state = self.0.admit(1)?;
         Ok(self.0.draw_one(state).1)
@@ -190,7 +191,8 @@ impl Slab {
     /// Promises `n` pages: maps arenas until that many are free and not promised to anybody else.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] with the bytes needed and available; nothing has changed then.
+    /// [`Error::OutOfMemory`] with the bytes needed and available, [`Error::Device`] as [`Slab::alloc`]; nothing has changed
+    /// then.
     pub fn reserve(&self, n: usize) -> Result<Reservation> {
         let mut reservation = Reservation::none(self);
         if n > 0 {
@@ -245,11 +247,21 @@ impl Inner {
             let mut state = lock(&self.state);
             if state.unreserved() >= n {
                 state.reserved += n;
-                return Ok(state);
+                return self.prepare_promised(state, n);
             }
             drop(state);
             self.grow(n)?;
         }
+    }
+
+    /// Where pages are of no use unless they are pinned: prepares as many as are promised, now, as a request that has begun
+    /// could not be told that one of them cannot be. Takes the last promise, of `n`, back if one cannot.
+    fn prepare_promised<'a>(&'a self, mut state: MutexGuard<'a, State>, n: usize) -> Result<MutexGuard<'a, State>> {
+        let must_pin = self.options.arena.pin.as_ref().is_some_and(|pin| pin.is_required());
+        while must_pin && state.untouched_of(0) > 0 {
+            state = self.prepare(state).inspect_err(|_| lock(&self.state).reserved -= n)?;
+        }
+        Ok(state)
     }
 
     /// Leases `n` reserved pages.
@@ -276,7 +288,7 @@ impl Inner {
                 };
                 return (state, page);
             }
-            state = self.prepare(state);
+            state = self.prepare(state).expect("what must be pinned was prepared when it was promised");
         }
     }
 
@@ -325,15 +337,30 @@ impl Inner {
     /// All prepared pages are leased: prepares a cold chunk, or waits for one that another thread is at. Waits for one
     /// chunk at most unless others take its pages first, and never for nothing: a page is reserved for the caller, so
     /// when no page is on the stack or fresh, one is cold.
-    fn prepare<'a>(&'a self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+    ///
+    /// # Errors
+    /// As [`Arena::prepare`].
+    fn prepare<'a>(&'a self, state: MutexGuard<'a, State>) -> Result<MutexGuard<'a, State>> {
         let Some((region, chunk)) = state.claim() else {
-            return self.prepared.wait(state).unwrap_or_else(|e| e.into_inner());
+            return Ok(self.prepared.wait(state).unwrap_or_else(|e| e.into_inner()));
         };
         let arena = state.regions[region].arena.clone();
         drop(state);
-        arena.prepare(chunk);
-        self.publish(region, chunk);
-        lock(&self.state)
+        let prepared = arena.prepare(chunk);
+        self.ready(region, prepared.as_ref().map(|()| chunk).ok());
+        prepared.map(|()| lock(&self.state))
+    }
+
+    /// A chunk's pages are fresh from now on, or somebody else must prepare it.
+    fn ready(&self, region: usize, chunk: Option<usize>) {
+        match chunk {
+            Some(chunk) => self.publish(region, chunk),
+            None => {
+                // Whoever holds the lock has found nothing to claim, and is not waiting yet.
+                drop(lock(&self.state));
+                self.prepared.notify_all();
+            }
+        }
     }
 
     /// The pages of a prepared chunk are fresh from now on.
@@ -361,7 +388,7 @@ impl Inner {
         let slab = Arc::downgrade(self);
         arena.prepare_in_background(self.options.touch_threads, move |chunk| {
             if let Some(slab) = slab.upgrade() {
-                slab.publish(region, chunk);
+                slab.ready(region, chunk.ok());
             }
         });
         Ok(())

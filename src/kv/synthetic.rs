@@ -53,6 +53,7 @@ impl Cache {
         }
         // What is freed now must not be in use.
         device.finish(device.record(StreamId::Compute));
+        self.check_device()?;
         self.end_prefill(n);
         Ok(sent)
     }

@@ -2,14 +2,15 @@
 
 use crate::cpu::Isa;
 use crate::cpu::round::round_into;
-use crate::device::{Buffer, Device};
+use crate::device::Device;
 use crate::kv::layout::KvShape;
 
-/// Rounds K (after RoPE) and V of one token to the cache's number type and writes them as `token` of a wide page.
+/// Rounds K (after RoPE) and V of one token to the cache's number type and writes them as `token` of a wide page in the
+/// CPU's memory.
 ///
 /// `k`, `v`: `[n_kv_heads, head_dim]`.
-pub fn write_pairs(device: &Device, shape: &KvShape, page: &mut Buffer, token: usize, k: &[f32], v: &[f32]) {
-    round_pairs(device.isa(), shape, page.bytes_mut(), token, k, v);
+pub fn write_pairs(device: &Device, shape: &KvShape, page: &mut [u8], token: usize, k: &[f32], v: &[f32]) {
+    round_pairs(device.isa(), shape, page, token, k, v);
 }
 
 /// As [`write_pairs`], into the bytes of a page.

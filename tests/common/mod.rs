@@ -2,6 +2,7 @@
 #![allow(dead_code)] // Each test binary uses its own part.
 
 pub mod capi;
+pub mod emulated;
 pub mod tiny;
 
 use std::fs;

@@ -1,10 +1,10 @@
-//! The driver of one GPU: every call is checked, and the first failure of work in a queue is kept until somebody asks.
+//! The driver of one GPU: every call is checked, and a thread's first failure of work in a queue is kept until it asks.
 #![allow(unsafe_code)] // Calls into the driver.
 
+use std::cell::RefCell;
 use std::ffi::CStr;
 use std::path::Path;
 use std::ptr;
-use std::sync::{Mutex, MutexGuard};
 
 use super::bindings::driver::{CUcontext, CUdevice, CUdevice_attribute_enum as Attribute, CUresult, Cuda};
 use super::probe::{self, Gpu};
@@ -19,6 +19,12 @@ pub(crate) struct Facts {
     pub shared_limit: u32,
 }
 
+thread_local! {
+    /// The first failure in what this thread has asked of a GPU. Its own, as the last error is in CUDA's runtime: threads
+    /// that share an engine fail one by one, unless the GPU itself is lost, which every later call tells of.
+    static FAILURE: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
 /// The driver of one GPU, with its primary context. Shared by everything that lives on that GPU.
 pub(crate) struct Driver {
     pub(super) api: Cuda,
@@ -26,12 +32,11 @@ pub(crate) struct Driver {
     device: CUdevice,
     /// What is known about the GPU.
     pub facts: Facts,
-    failure: Mutex<Option<String>>,
 }
 
 // SAFETY: the driver's functions may be called from any thread, and a context is a handle that any thread may use.
 unsafe impl Send for Driver {}
-// SAFETY: as above; what is of our own is behind a mutex or does not change.
+// SAFETY: as above; what is of our own does not change.
 unsafe impl Sync for Driver {}
 
 impl Driver {
@@ -51,13 +56,7 @@ impl Driver {
         // SAFETY: the probe has called this library; the symbols have the types of cuda.h.
         let api = unsafe { Cuda::from_library(library) }
             .map_err(|e| Error::Device(format!("{name}: {}; install a newer NVIDIA driver", probe::reason(&e))))?;
-        let mut driver = Driver {
-            api,
-            context: ptr::null_mut(),
-            device: 0,
-            facts: Facts { gpu, shared_limit: 0 },
-            failure: Mutex::new(None),
-        };
+        let mut driver = Driver { api, context: ptr::null_mut(), device: 0, facts: Facts { gpu, shared_limit: 0 } };
         driver.begin(index)?;
         Ok(driver)
     }
@@ -97,6 +96,12 @@ impl Driver {
         self.note("cuCtxSetCurrent", unsafe { self.api.cuCtxSetCurrent(self.context) });
     }
 
+    /// A request begins on the calling thread: this GPU is the thread's, and what failed before it is nobody's any more.
+    pub(crate) fn begin_request(&self) {
+        FAILURE.take();
+        self.enter();
+    }
+
     /// `Err` for any code but success.
     pub(super) fn check(&self, call: &'static str, result: CUresult) -> Result<()> {
         if result == CUresult::CUDA_SUCCESS { Ok(()) } else { Err(Error::Device(self.explain(call, result))) }
@@ -112,24 +117,21 @@ impl Driver {
 
     /// Keeps the first failure.
     pub(crate) fn fail(&self, why: String) {
-        self.lock().get_or_insert(why);
+        FAILURE.with_borrow_mut(|failure| failure.get_or_insert(why).len());
     }
 
-    /// Whether everything since the last time has gone well. A failure is told once.
+    /// Whether everything that the calling thread has asked for since the last time has gone well. A failure is told once.
     ///
     /// # Errors
     /// [`Error::Device`] with the first failure.
     pub(crate) fn sound(&self) -> Result<()> {
-        self.lock().take().map_or(Ok(()), |why| Err(Error::Device(why)))
+        FAILURE.take().map_or(Ok(()), |why| Err(Error::Device(why)))
     }
 
-    /// Whether something has failed that nobody has asked for yet: then there is no point in launching more.
+    /// Whether something has failed that the calling thread has not asked for yet. Then kernels must not run: what they are
+    /// told may not have arrived.
     pub(crate) fn has_failed(&self) -> bool {
-        self.lock().is_some()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<String>> {
-        self.failure.lock().unwrap_or_else(|e| e.into_inner())
+        FAILURE.with_borrow(Option::is_some)
     }
 
     fn explain(&self, call: &str, result: CUresult) -> String {

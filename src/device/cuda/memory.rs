@@ -136,6 +136,11 @@ impl Pin for Register {
         })
     }
 
+    /// Kernels read the pages where they are.
+    fn is_required(&self) -> bool {
+        true
+    }
+
     fn unpin(&self, start: NonNull<u8>, _bytes: usize) {
         self.0.enter();
         // SAFETY: registered by `pin`; whoever unmaps it knows that no queue uses it any more.

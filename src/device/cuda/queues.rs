@@ -131,13 +131,18 @@ impl Queues {
         }
     }
 
-    /// Makes the next point of `stream`, behind what `from` has been given.
+    /// Makes the next point of `stream`, behind what `from` has been given. If it cannot be recorded, the calling thread
+    /// waits for all of that instead: whatever fails, nothing is in use when its owner takes it for free.
     fn record_in(&self, stream: StreamId, from: StreamId) -> u64 {
         let queue = self.of(stream);
         let at = queue.recorded() + 1;
         // SAFETY: both handles live as long as `self`.
         let result = unsafe { self.driver.api.cuEventRecord(queue.event(at), self.handle(from)) };
-        self.driver.note("cuEventRecord", result);
+        if result != CUresult::CUDA_SUCCESS {
+            self.driver.note("cuEventRecord", result);
+            self.synchronize(self.of(from));
+            queue.passed.fetch_max(at, Ordering::AcqRel);
+        }
         queue.recorded.store(at, Ordering::Release);
         at
     }
@@ -175,7 +180,12 @@ impl Queues {
     fn wait(&self, stream: StreamId, event: CUevent) {
         // SAFETY: both handles live as long as `self`; the event was recorded.
         let result = unsafe { self.driver.api.cuStreamWaitEvent(self.handle(stream), event, 0) };
-        self.driver.note("cuStreamWaitEvent", result);
+        if result != CUresult::CUDA_SUCCESS {
+            self.driver.note("cuStreamWaitEvent", result);
+            if graph::calls(self) == Calls::Direct {
+                self.queues.iter().for_each(|queue| self.synchronize(queue)); // nobody runs ahead then
+            }
+        }
     }
 
     /// The streams that have joined a capture come together again, as they must before its end.
@@ -212,8 +222,18 @@ impl Queues {
             return;
         }
         // SAFETY: the handle lives as long as `self`; the event was recorded.
-        self.driver.note("cuEventSynchronize", unsafe { self.driver.api.cuEventSynchronize(queue.event(at)) });
+        let result = unsafe { self.driver.api.cuEventSynchronize(queue.event(at)) };
+        if result != CUresult::CUDA_SUCCESS {
+            self.driver.note("cuEventSynchronize", result);
+            self.synchronize(queue);
+        }
         queue.passed.fetch_max(at, Ordering::AcqRel);
+    }
+
+    /// Blocks the calling thread until the queue is empty.
+    fn synchronize(&self, queue: &Queue) {
+        // SAFETY: the handle lives as long as `self`.
+        self.driver.note("cuStreamSynchronize", unsafe { self.driver.api.cuStreamSynchronize(queue.stream) });
     }
 
     /// Whether point `at` of `stream` has passed; does not wait.
@@ -227,13 +247,15 @@ impl Queues {
         }
         // SAFETY: the handle lives as long as `self`; the event was recorded.
         match unsafe { self.driver.api.cuEventQuery(queue.event(at)) } {
-            CUresult::CUDA_ERROR_NOT_READY => false,
-            result => {
-                self.driver.note("cuEventQuery", result);
-                queue.passed.fetch_max(at, Ordering::AcqRel);
-                true
+            CUresult::CUDA_ERROR_NOT_READY => return false,
+            CUresult::CUDA_SUCCESS => {}
+            failed => {
+                self.driver.note("cuEventQuery", failed);
+                self.synchronize(queue);
             }
         }
+        queue.passed.fetch_max(at, Ordering::AcqRel);
+        true
     }
 
     /// Copies host bytes to the GPU.
@@ -320,7 +342,7 @@ impl Drop for Queues {
         for queue in &self.queues {
             // SAFETY: handles made in `new`, destroyed once, when the GPU is done with them.
             unsafe {
-                self.driver.note("cuStreamSynchronize", self.driver.api.cuStreamSynchronize(queue.stream));
+                self.synchronize(queue);
                 for &event in queue.events.iter().chain([&queue.edge]).filter(|event| !event.is_null()) {
                     self.driver.note("cuEventDestroy", self.driver.api.cuEventDestroy_v2(event));
                 }

@@ -137,6 +137,8 @@ pub struct specache_select_params {
     pub top_k: u32,
     pub window: u32,
     pub capacity: u32,
+    pub forget: u32,
+    pub reserved: u32,
 }
 pub type specache_select_params_size = [::std::os::raw::c_char; 1usize];
 #[repr(C)]
