@@ -92,14 +92,18 @@ fn the_command_line_says_what_there_is() {
     assert!(code == Some(0) && out.contains("cpu: ") && out.contains("cuda:0: Test GPU, sm_90"), "{out}");
     let (code, out, _) = run(Path::new("nowhere.so"), &["--list-devices"]);
     assert!(code == Some(0) && out.contains("no CUDA device: no NVIDIA driver"), "{out}");
-    let generate = ["generate", "-m", "synthetic:tiny", "--tokens", "/dev/null", "-n", "1", "--device"];
-    for (library, device, words) in [
-        (&good, "cuda", "this version computes on the CPU only"),
-        (&good, "cuda:5", "there are cuda:0 to cuda:1"),
-        (&PathBuf::from("nowhere.so"), "cuda:0", "no NVIDIA driver"),
-        (&good, "gpu", "auto, cpu, cuda or cuda:N"),
+    let ids = Path::new(env!("CARGO_TARGET_TMPDIR")).join("probe_ids.json");
+    std::fs::write(&ids, "[1]").unwrap();
+    let ids = ids.display().to_string();
+    let generate = ["generate", "-m", "synthetic:tiny", "--tokens", &ids, "-n", "1", "--device"];
+    for (library, device, expected, words) in [
+        (&good, "cuda", 5, "undefined symbol"),
+        (&good, "cuda", 5, "install a newer NVIDIA driver"),
+        (&good, "cuda:5", 2, "there are 2 GPUs, counted from 0"),
+        (&PathBuf::from("nowhere.so"), "cuda:0", 5, "no NVIDIA driver"),
+        (&good, "gpu", 2, "auto, cpu, cuda or cuda:N"),
     ] {
         let (code, _, err) = run(library, &[&generate[..], &[device]].concat());
-        assert!(code == Some(2) && err.contains(words), "{device}: {err}");
+        assert!(code == Some(expected) && err.contains(words), "{device}: {err}");
     }
 }

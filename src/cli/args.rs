@@ -185,8 +185,8 @@ pub struct BenchArgs {
     /// Run one model under each schedule in turns, and show layer by layer what of its copies is hidden
     #[arg(long, env = "SPECACHE_BENCH_OVERLAP", conflicts_with = "simulate")]
     pub overlap: bool,
-    /// Sequences that are decoded together, for --overlap
-    #[arg(short, long, env = "SPECACHE_BENCH_BATCH", value_name = "B", default_value_t = 1, requires = "overlap")]
+    /// Sequences that are decoded together; of a real prompt they are forks, which share its pages on the host
+    #[arg(short, long, env = "SPECACHE_BENCH_BATCH", value_name = "B", default_value_t = 1)]
     pub batch: usize,
     /// Draw one step of each schedule of --overlap as a time line
     #[arg(long, env = "SPECACHE_BENCH_PLOT", value_name = "OUT.svg", requires = "overlap")]
@@ -221,7 +221,7 @@ pub struct DeviceArgs {
     #[arg(short, long, env = "SPECACHE_THREADS", value_name = "N", allow_negative_numbers = true,
           value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Most device memory for KV caches, such as 4GiB, 512MiB, 1000000
+    /// Most device memory, such as 4GiB, 512MiB, 1000000: for KV caches, on a GPU for weights and workspace too
     #[arg(long, env = "SPECACHE_VRAM_BUDGET", value_name = "SIZE", value_parser = size::parse)]
     vram_budget: Option<u64>,
     /// Most host memory for 16-bit KV copies

@@ -64,7 +64,7 @@ fn check_combination(args: &BenchArgs) -> Result<()> {
     match (args.overlap, args.simulate) {
         (false, _) if args.device.trace.is_some() => usage("--trace: bench writes one with --overlap only"),
         (false, _) if args.plot.is_some() => usage("--plot: bench draws with --overlap only"),
-        (false, _) if args.batch > 1 => usage("--batch: only --overlap decodes several sequences together"),
+        (false, true) if args.batch > 1 => usage("--batch: --simulate has batches of its own; leave it out"),
         (false, false) => Ok(()),
         _ if args.output != "md" => usage("-o: --overlap and --simulate print tables only"),
         _ if args.kv != KvMode::ALL => usage("--kv: --overlap and --simulate are about specache; leave it out"),
@@ -123,6 +123,8 @@ pub struct ModelResult {
     pub depth: usize,
     /// Decode steps of a repetition.
     pub n: usize,
+    /// Sequences that are decoded together.
+    pub batch: usize,
     /// Bytes of weights that a step reads.
     pub weight_bytes: u64,
     pub modes: Vec<ModeResult>,
@@ -131,12 +133,15 @@ pub struct ModelResult {
 /// What was measured with one mode.
 pub struct ModeResult {
     pub kv: KvOptions,
-    /// Decode speed of each repetition.
+    /// Tokens of all sequences a second, in each repetition.
     pub tok_s: Vec<f64>,
     /// `None` where the cache was filled with random pairs.
     pub prefill_tok_s: Option<f64>,
-    pub bytes: CacheBytes,
-    /// Bytes of the cache that a step reads at least, from the device's memory.
+    /// Of all sequences.
+    pub device_bytes: u64,
+    /// Of all sequences.
+    pub host_bytes: u64,
+    /// Bytes of all caches that a step reads at least, from the device's memory.
     pub kv_reads: u64,
     pub fetched_bytes_per_step: Option<f64>,
     pub exposed_us_per_step: Option<f64>,
@@ -163,24 +168,24 @@ fn bench(args: &BenchArgs, model: &str, progress: &mut Progress) -> Result<Model
     let mut cases = Vec::new();
     for kv in args.kv.iter().map(|&mode| args.tuning.options(mode)) {
         progress.show(format_args!("{model}: {} tokens into the cache, {}", fill.depth(), kv.mode.name()));
-        cases.push(Case::new(&engine, kv, capacity, &fill, &mut buffers)?);
+        cases.push(Case::new(&engine, kv, args.batch, capacity, &fill, &mut buffers)?);
     }
     for repetition in 1..=args.repetitions {
         for case in &mut cases {
-            let mode = case.session.kv().mode.name();
+            let mode = case.kv().mode.name();
             progress.show(format_args!("{model}: repetition {repetition} of {}, {mode}", args.repetitions));
             case.repeat(&engine, n, waits, &mut buffers)?;
         }
     }
     let modes = cases.into_iter().map(|case| case.result(&engine, fill.depth())).collect();
     let (model, synthetic) = (engine.model().name.clone(), engine.model().synthetic);
-    Ok(ModelResult { model, synthetic, depth: fill.depth(), n, weight_bytes, modes })
+    Ok(ModelResult { model, synthetic, depth: fill.depth(), n, batch: args.batch, weight_bytes, modes })
 }
 
 /// One mode under measurement.
 struct Case {
-    session: Session,
-    token: u32,
+    sessions: Vec<Session>,
+    tokens: Vec<u32>,
     prefill_tok_s: Option<f64>,
     /// Figures after the warm-up.
     before: Stats,
@@ -188,24 +193,47 @@ struct Case {
 }
 
 impl Case {
-    fn new(engine: &Engine, kv: KvOptions, capacity: usize, fill: &Fill, buffers: &mut Buffers) -> Result<Case> {
-        let mut session = engine.session(kv, capacity)?;
-        let (token, prefill_tok_s) = match fill {
+    /// Sequences of random pairs of their own; or forks of one prompt.
+    fn new(
+        engine: &Engine,
+        kv: KvOptions,
+        batch: usize,
+        capacity: usize,
+        fill: &Fill,
+        buffers: &mut Buffers,
+    ) -> Result<Case> {
+        let (mut sessions, mut prefill_tok_s) = (vec![engine.session(kv, capacity)?], None);
+        let first_token;
+        match fill {
             Fill::Random { tokens, first } => {
-                engine.device().run(|| session.fill_synthetic(*tokens, SEED))?;
-                (*first, None)
+                first_token = *first;
+                while sessions.len() < batch {
+                    sessions.push(engine.session(kv, capacity)?);
+                }
+                for (i, session) in sessions.iter_mut().enumerate() {
+                    engine.device().run(|| session.fill_synthetic(*tokens, SEED + i as u64))?;
+                }
             }
             Fill::Prompt(tokens) => {
-                let (logits, tok_s) = prefill(engine, &mut session, tokens, buffers)?;
-                (argmax(&logits), Some(tok_s))
+                let (logits, tok_s) = prefill(engine, &mut sessions[0], tokens, buffers)?;
+                (first_token, prefill_tok_s) = (argmax(&logits), Some(tok_s));
+                while sessions.len() < batch {
+                    let fork = engine.device().run(|| sessions[0].fork())?;
+                    sessions.push(fork);
+                }
             }
-        };
-        let mut case = Case { session, token, prefill_tok_s, before: Stats::default(), tok_s: Vec::new() };
+        }
+        let tokens = vec![first_token; batch];
+        let mut case = Case { sessions, tokens, prefill_tok_s, before: Stats::default(), tok_s: Vec::new() };
         for _ in 0..WARM_UP {
             case.step(engine, buffers)?;
         }
-        case.before = case.session.stats().clone();
+        case.before = case.sessions[0].stats().clone();
         Ok(case)
+    }
+
+    fn kv(&self) -> &KvOptions {
+        self.sessions[0].kv()
     }
 
     /// A step that is not timed, as another mode has just had the caches, `n` that are, and `waits` in which a GPU measures how
@@ -216,7 +244,7 @@ impl Case {
         for _ in 0..n {
             self.step(engine, buffers)?;
         }
-        self.tok_s.push(n as f64 / start.elapsed().as_secs_f64());
+        self.tok_s.push((n * self.sessions.len()) as f64 / start.elapsed().as_secs_f64());
         engine.device().measure_waits(true);
         let measured = (0..waits).try_for_each(|_| self.step(engine, buffers));
         engine.device().measure_waits(false);
@@ -224,25 +252,31 @@ impl Case {
     }
 
     fn step(&mut self, engine: &Engine, buffers: &mut Buffers) -> Result<()> {
-        engine.decode(&mut [Next { session: &mut self.session, token: self.token }], buffers)?;
-        self.token = argmax(buffers.logits(0)?);
+        let next = self.sessions.iter_mut().zip(&self.tokens).map(|(session, &token)| Next { session, token });
+        engine.decode(&mut next.collect::<Vec<_>>(), buffers)?;
+        for (i, token) in self.tokens.iter_mut().enumerate() {
+            *token = argmax(buffers.logits(i)?);
+        }
         Ok(())
     }
 
     fn result(self, engine: &Engine, depth: usize) -> ModeResult {
-        let figures = Figures::of(engine, &self.session);
-        let (stats, before) = (self.session.stats(), &self.before);
-        let steps = (stats.steps - before.steps) as f64;
-        let copies = |per_step: f64| self.session.kv().mode.on_host().then_some(per_step);
+        let (kv, batch) = (*self.kv(), self.sessions.len() as u64);
+        // Waits are the same for all sequences of a batch; what they fetch is much the same.
+        let (figures, stats, before) = (Figures::of(engine, &self.sessions[0]), self.sessions[0].stats(), &self.before);
+        let copies = |per_step: f64| kv.mode.on_host().then_some(per_step);
+        let fetched = (stats.fetched_bytes - before.fetched_bytes) as f64 / (stats.steps - before.steps) as f64;
         let measured = (stats.exposed_steps - before.exposed_steps) as f64;
         let exposed_us = (stats.exposed - before.exposed).as_secs_f64() * 1e6;
-        let shape = KvShape::new(&engine.model().config, self.session.kv());
+        let shape = KvShape::new(&engine.model().config, &kv);
+        let sum = |of: fn(&CacheBytes) -> u64| self.sessions.iter().map(|session| of(&session.cache_bytes())).sum();
         ModeResult {
-            kv: *self.session.kv(),
-            bytes: self.session.cache_bytes(),
-            kv_reads: CacheBytes::step_reads(&shape, self.session.kv(), depth),
+            kv,
+            device_bytes: sum(CacheBytes::device),
+            host_bytes: sum(|bytes| bytes.host),
+            kv_reads: batch * CacheBytes::step_reads(&shape, &kv, depth),
             prefill_tok_s: self.prefill_tok_s,
-            fetched_bytes_per_step: copies((stats.fetched_bytes - before.fetched_bytes) as f64 / steps),
+            fetched_bytes_per_step: copies(fetched * batch as f64),
             exposed_us_per_step: copies(exposed_us / measured).filter(|us| us.is_finite()),
             hit_rate: figures.hit_rate,
             acceptance: figures.acceptance,

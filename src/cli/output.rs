@@ -106,6 +106,7 @@ impl Drop for AtomicFile {
 /// The run's own; else as [`AtomicFile::write`].
 pub fn traced<T>(file: Option<AtomicFile>, device: &Device, mut slices: Vec<Slice>, outcome: Result<T>) -> Result<T> {
     let written = file.zip(device.trace()).map_or(Ok(()), |(mut file, trace)| {
+        device.finish_trace();
         slices.extend(trace.take());
         let mut text = Vec::new();
         write_chrome(&slices, &mut text).expect("memory takes everything");

@@ -465,6 +465,15 @@ impl Device {
         self.0.trace.as_deref()
     }
 
+    /// On a GPU: waits for all queues, so that what they still did behind the last pass is in the trace too.
+    pub fn finish_trace(&self) {
+        if let (Some(gpu), Some(trace)) = (&self.0.gpu, &self.0.trace) {
+            gpu.driver().enter();
+            StreamId::ALL.into_iter().for_each(|stream| gpu.queues().drain(stream));
+            gpu.timing().end_pass(gpu.queues(), Some(trace));
+        }
+    }
+
     fn checker(&self) -> Option<MutexGuard<'_, Checker>> {
         Some(self.0.order.as_ref()?.lock().unwrap_or_else(|e| e.into_inner()))
     }

@@ -14,6 +14,8 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 
 use libloading::Library;
 
+use super::cuda::probe::reason;
+
 /// Begins a range of the calling thread that lasts until it is dropped. Ranges of a thread nest.
 pub(crate) fn range(name: impl Display) -> Option<Range> {
     let profiler = PROFILER.get_or_init(Profiler::attach).as_ref()?;
@@ -68,9 +70,9 @@ impl Profiler {
     fn open(path: &std::ffi::OsStr) -> Result<Profiler, String> {
         type Initialize = unsafe extern "C" fn(unsafe extern "C" fn(u32) -> *const c_void) -> c_int;
         // SAFETY: a profiler's library is made to be loaded into programs.
-        let library = unsafe { Library::new(path) }.map_err(|e| e.to_string())?;
+        let library = unsafe { Library::new(path) }.map_err(|e| reason(&e))?;
         // SAFETY: the type that NVTX 3 gives this symbol.
-        let initialize = unsafe { library.get::<Initialize>("InitializeInjectionNvtx2") }.map_err(|e| e.to_string())?;
+        let initialize = unsafe { library.get::<Initialize>("InitializeInjectionNvtx2") }.map_err(|e| reason(&e))?;
         // SAFETY: as NVTX 3 calls it.
         if unsafe { initialize(export_table) } == 0 {
             return Err("it refused".into());

@@ -63,10 +63,11 @@ impl Report {
         }
         let repetitions = result.modes.first().map_or(0, |mode| mode.tok_s.len());
         let fill = if result.synthetic { "random pairs" } else { "prompt" };
-        let ModelResult { model, depth, n, modes, .. } = &result;
+        let ModelResult { model, depth, n, batch, modes, .. } = &result;
+        let sequences = if *batch > 1 { format!(", {batch} sequences") } else { String::new() };
         let rows: Vec<_> = modes.iter().map(|mode| row(mode, &result)).collect();
         print(&format!(
-            "\n## {model}: {depth} tokens in the cache ({fill}), {repetitions} x {n} steps\n\n{}\n{}\n",
+            "\n## {model}: {depth} tokens in the cache ({fill}){sequences}, {repetitions} x {n} steps\n\n{}\n{}\n",
             table(&COLUMNS, &rows),
             self.weights_line(&result)
         ))
@@ -130,8 +131,8 @@ fn row(mode: &ModeResult, result: &ModelResult) -> Vec<String> {
         speed,
         format!("{:.1}", gbps(mode, result)),
         mode.prefill_tok_s.map_or("n/a".into(), |x| format!("{x:.0}")),
-        size::show(mode.bytes.device()),
-        size::show(mode.bytes.host),
+        size::show(mode.device_bytes),
+        size::show(mode.host_bytes),
         or_dash(mode.fetched_bytes_per_step.map(|bytes| size::show(bytes as u64))),
         match mode.exposed_us_per_step {
             Some(us) => format!("{us:.1}"),
@@ -153,8 +154,8 @@ fn model_json(result: &ModelResult) -> Value {
             "top_k": mode.kv.top_k,
             "decode_tok_s": {"mean": mean(&mode.tok_s), "sd": deviation(&mode.tok_s), "repetitions": mode.tok_s},
             "prefill_tok_s": mode.prefill_tok_s,
-            "device_bytes": mode.bytes.device(),
-            "host_bytes": mode.bytes.host,
+            "device_bytes": mode.device_bytes,
+            "host_bytes": mode.host_bytes,
             "fetched_bytes_per_step": mode.fetched_bytes_per_step,
             "exposed_us_per_step": mode.exposed_us_per_step,
             "hit_rate": mode.hit_rate,
@@ -169,6 +170,7 @@ fn model_json(result: &ModelResult) -> Value {
         "synthetic": result.synthetic,
         "depth": result.depth,
         "n_predict": result.n,
+        "batch": result.batch,
         "weight_bytes_per_step": result.weight_bytes,
         "modes": result.modes.iter().map(mode).collect::<Vec<_>>(),
     })
@@ -181,7 +183,7 @@ fn ratio_to_full(mode: &ModeResult, result: &ModelResult) -> Option<f64> {
 
 /// Weights and KV that are read a second.
 fn gbps(mode: &ModeResult, result: &ModelResult) -> f64 {
-    (result.weight_bytes + mode.kv_reads) as f64 * mean(&mode.tok_s) / 1e9
+    (result.weight_bytes + mode.kv_reads) as f64 * mean(&mode.tok_s) / result.batch as f64 / 1e9
 }
 
 fn mean(xs: &[f64]) -> f64 {

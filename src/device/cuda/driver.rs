@@ -55,7 +55,7 @@ impl Driver {
         let (name, library) = probe::open(library).map_err(|why| Error::Device(why.to_string()))?;
         // SAFETY: the probe has called this library; the symbols have the types of cuda.h.
         let api = unsafe { Cuda::from_library(library) }
-            .map_err(|e| Error::Device(format!("{name}: {e}; install a newer NVIDIA driver")))?;
+            .map_err(|e| Error::Device(format!("{name}: {}; install a newer NVIDIA driver", probe::reason(&e))))?;
         let mut driver = Driver { api, context: ptr::null_mut(), device: 0, facts: Facts { gpu, shared_limit: 0 } };
         driver.begin(index)?;
         Ok(driver)

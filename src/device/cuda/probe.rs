@@ -132,6 +132,11 @@ pub fn probe(library: Option<&Path>) -> Result<Vec<Gpu>, NoGpu> {
     }
 }
 
+/// What the dynamic linker says, which libloading keeps behind its own words.
+pub(crate) fn reason(e: &libloading::Error) -> String {
+    e.source().map_or_else(|| e.to_string(), ToString::to_string)
+}
+
 pub(super) fn open(library: Option<&Path>) -> Result<(String, Library), NoGpu> {
     let usual = LIBRARIES.map(Path::new);
     let mut why = String::new();
@@ -139,7 +144,7 @@ pub(super) fn open(library: Option<&Path>) -> Result<(String, Library), NoGpu> {
         // SAFETY: the constructors of NVIDIA's driver library may be run on any thread at any time.
         match unsafe { Library::new(*path) } {
             Ok(library) => return Ok((path.display().to_string(), library)),
-            Err(e) if why.is_empty() => why = e.source().map_or_else(|| e.to_string(), ToString::to_string),
+            Err(e) if why.is_empty() => why = reason(&e),
             Err(_) => {} // the first name is the one that people know
         }
     }
