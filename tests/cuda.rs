@@ -35,6 +35,15 @@ const F16: Bounds = Bounds { max: 2e-2, median: 3e-3 };
 const SHARE_OF_CODES: f64 = 0.1;
 const MAX_OF_CODES: f32 = 1.0;
 
+/// Orders of execution to try: some, and more of them where there is time (`SPECACHE_TEST_SWEEP=1`).
+fn seeds(few: &'static [&'static str], more: &'static [&'static str]) -> impl Iterator<Item = &'static str> {
+    few.iter().chain(more.iter().filter(|_| sweeps())).copied()
+}
+
+fn sweeps() -> bool {
+    std::env::var_os("SPECACHE_TEST_SWEEP").is_some()
+}
+
 /// What a sequence goes through: prompt lengths, each with the steps behind it.
 type Script = [(usize, usize)];
 
@@ -120,7 +129,7 @@ fn live(engine: &Engine, members: &[Member], script: &Script, buffers: &mut Buff
 
 /// Lives on both devices are the same: logits within bounds, selections but for near-ties, and, where those are equal too,
 /// every figure. `codes`: what the low-bit codes cost in logits, where both devices may have other ones.
-fn compare(what: &str, member: &Member, ours: &Output, theirs: &Output, codes: Option<f64>) {
+fn compare(what: &str, member: &Member, ours: &Output, theirs: &Output, windowed: bool, codes: Option<f64>) {
     let distance = Distance::between(&ours.logits, &theirs.logits);
     let bounds = if member.kv.dtype == Some(Dtype::F16) { F16 } else { BF16 };
     match codes {
@@ -145,7 +154,15 @@ fn compare(what: &str, member: &Member, ours: &Output, theirs: &Output, codes: O
         assert!(missing <= 3.max(b.len() / 8), "{what}: {a:?} {b:?}");
     }
     if differ == 0 {
-        assert_eq!((&ours.fetched, ours.bytes), (&theirs.fetched, theirs.bytes), "{what}");
+        // The CPU device keeps a selection in the first slots: one that shrinks, behind a window, may move pairs.
+        let as_few = |(a, b): (&(u64, u64), &(u64, u64))| a.1 == b.1 && a.0 <= b.0 && (windowed || a.0 == b.0);
+        assert!(
+            ours.fetched.iter().zip(&theirs.fetched).all(as_few),
+            "{what}: {:?} {:?}",
+            ours.fetched,
+            theirs.fetched
+        );
+        assert!(windowed || ours.bytes == theirs.bytes, "{what}: {:?} {:?}", ours.bytes, theirs.bytes);
         let near = |(a, b): (&(u64, u64), &(u64, u64))| a.1 == b.1 && a.0.abs_diff(b.0) * 50 <= b.1;
         assert!(ours.hits.iter().zip(&theirs.hits).all(near), "{what}: {:?} {:?}", ours.hits, theirs.hits);
     }
@@ -177,7 +194,8 @@ fn check(what: &str, model: impl Fn() -> Model, options: DeviceOptions, members:
         let row = |mode| live(&cpu, &[of(mode)], script, &mut Buffers::default()).remove(0).logits;
         let exact = cpu.model().config.n_layers == 1 || !member.kv.mode.low_bit();
         let codes = (!exact).then(|| Distance::between(&row(KvMode::Kivi), &row(KvMode::Full)).mean_kld);
-        compare(&format!("{what}, {member:?}"), member, ours, theirs, codes);
+        let windowed = cpu.model().config.sliding_window.is_some();
+        compare(&format!("{what}, {member:?}"), member, ours, theirs, windowed, codes);
     }
 }
 
@@ -189,7 +207,7 @@ fn every_mode(bits: usize, group_size: usize, residual_len: usize, top_k: usize,
 /// Every width of codes with every group size and both number types, in one batch of all modes.
 #[test]
 fn every_code() {
-    for seed in ["0", "1", "2"] {
+    for seed in seeds(&["1"], &["0", "2", "3", "4"]) {
         on_gpu("every_code", &[("SPECACHE_EMU_SEED", seed)], || {
             let codes = [(1, 64), (1, 32), (2, 32), (2, 64), (4, 64), (4, 32)];
             for ((bits, group_size), dtype) in codes.into_iter().zip([Dtype::Bf16, Dtype::F16].into_iter().cycle()) {
@@ -350,7 +368,7 @@ fn batches() {
 /// Several threads share an engine: each has the bits that it has alone.
 #[test]
 fn threads() {
-    for seed in ["1"] {
+    for seed in seeds(&["1"], &["0", "2", "5"]) {
         on_gpu("threads", &[("SPECACHE_EMU_SEED", seed)], || {
             let device = Device::open(&DeviceOptions { threads: Some(3), ..gpu_options() }).unwrap();
             let engine = Engine::new(SMALL.model(), device).unwrap();
@@ -368,25 +386,34 @@ fn threads() {
     }
 }
 
-/// The same bits, whatever waits for what and however often pairs are fetched.
+/// The same bits, whatever waits for what. Without delta prefetch every pair is fetched, into other slots than with it: the
+/// same pairs, but the sums follow the slots.
 #[test]
 fn schedules_and_delta() {
     on_gpu("schedules_and_delta", &[("SPECACHE_EMU_SEED", "4")], || {
         let members = every_mode(2, 64, 32, 16, Dtype::F16);
-        let mut first: Option<Vec<Output>> = None;
-        for delta in [true, false] {
-            for pipeline in Schedule::ALL {
+        let script = &[(130, 8)];
+        let runs = [true, false].map(|delta| {
+            let lives = Schedule::ALL.map(|pipeline| {
                 let gpu = gpu(DeviceOptions { pipeline, delta, ..gpu_options() });
-                let engine = Engine::new(SMALL.model(), gpu.device.clone()).unwrap();
-                let outputs = live(&engine, &members, &[(130, 12)], &mut Buffers::default());
-                let first = first.get_or_insert_with(|| live(&engine, &members, &[(130, 12)], &mut Buffers::default()));
-                for ((a, b), member) in outputs.iter().zip(first.iter()).zip(&members) {
-                    let what = format!("{} delta {delta}, {member:?}", pipeline.name());
-                    assert!(a.logits == b.logits && a.selections == b.selections && a.hits == b.hits, "{what}");
-                    let all = a.fetched.iter().all(|(fetched, selected)| fetched == selected);
-                    assert!(all != delta || !member.kv.mode.fetches(), "{what}: {:?} {:?}", a.fetched, b.fetched);
-                }
-            }
+                let engine = Engine::new(ONE_LAYER.model(), gpu.device.clone()).unwrap();
+                live(&engine, &members, script, &mut Buffers::default())
+            });
+            assert!(lives[0] == lives[1] && lives[0] == lives[2], "delta {delta}");
+            lives.into_iter().next().unwrap()
+        });
+        for ((with, without), member) in runs[0].iter().zip(&runs[1]).zip(&members) {
+            let what = format!("{member:?}");
+            let distance = Distance::between(&with.logits, &without.logits);
+            assert!(distance.max < F16.max && distance.median < F16.median, "{what}: {distance:?}");
+            assert!(with.selections == without.selections && with.hits == without.hits, "{what}");
+            assert!(
+                without.fetched.iter().all(|(fetched, selected)| fetched == selected),
+                "{what}: {:?}",
+                without.fetched
+            );
+            let saves = with.fetched.iter().all(|(fetched, selected)| fetched < selected);
+            assert!(saves || !member.kv.mode.fetches(), "{what}: {:?}", with.fetched);
         }
     });
 }
@@ -451,7 +478,7 @@ fn forks_truncations_and_growth() {
 #[test]
 fn ends_in_any_order() {
     for seed in ["0", "3"] {
-        on_gpu("ends_in_any_order", &[("SPECACHE_EMU_SEED", seed), ("SPECACHE_EMU_SILENCE_MS", "1000")], || {
+        on_gpu("ends_in_any_order", &[("SPECACHE_EMU_SEED", seed)], || {
             for order in 0..6 {
                 let gpu = gpu(gpu_options());
                 let engine = Engine::new(SMALL.model(), gpu.device.clone()).unwrap();
@@ -683,8 +710,7 @@ fn request(engine: &Engine, mode: KvMode) -> Result<Vec<Vec<f32>>> {
 /// One call of the driver fails: that is an error with a reason, and nothing else; the next request has the right bits.
 #[test]
 fn a_failed_call() {
-    let sweep = std::env::var_os("SPECACHE_TEST_SWEEP").is_some();
-    let few = |all: &'static [u32]| if sweep { (1..=all[all.len() - 1]).collect() } else { all.to_vec() };
+    let few = |all: &'static [u32]| if sweeps() { (1..=all[all.len() - 1]).collect() } else { all.to_vec() };
     let calls: [(&str, u32, &[u32]); 17] = [
         ("cuMemAlloc_v2", 2, &[1, 2, 9, 40, 70]),
         ("cuMemHostAlloc", 2, &[1, 3, 5]),
