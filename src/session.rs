@@ -132,7 +132,8 @@ impl Session {
     /// # Errors
     /// [`Error::Usage`] for 0 tokens or more than there are, for a session that has failed, and in `kivi` for tokens whose
     /// 16-bit form is gone; [`Error::OutOfMemory`] if pages that a fork shares cannot be replaced. Nothing has changed
-    /// then.
+    /// then. [`Error::Device`] if a copy of this session's has failed, before this or in bringing pages back: it cannot go
+    /// on.
     pub fn truncate(&mut self, n_tokens: usize) -> Result<()> {
         self.cache.come_to_rest();
         self.check_sound().and_then(|()| self.check_copies())?;

@@ -248,14 +248,17 @@ impl Cache {
         if shared > 0 {
             self.host.promised.extend(shared)?;
         }
+        let mut lost = 0;
         for l in 0..self.layers.len() {
             self.truncate_tail(l, &counters, n.div_ceil(PAGE));
-            self.truncate_table(l, keep);
+            lost += self.truncate_table(l, keep);
             if self.options.mode.fetches() {
                 self.layers[l].prefetch.slots_mut().clear(true);
             }
         }
         self.counters = counters;
+        // A fork may have ended meanwhile on another thread, and left its pages to this cache.
+        self.host.promised.give_up(shared - lost);
         Ok(())
     }
 
@@ -277,13 +280,16 @@ impl Cache {
     }
 
     /// Leaves `keep` pages in the table of a layer. Those that nobody shares stay with this cache, to be used again.
-    fn truncate_table(&mut self, layer: usize, keep: usize) {
-        let Some(table) = self.layers[layer].host.take() else { return };
+    /// Returns how many are shared, and stay with others only.
+    fn truncate_table(&mut self, layer: usize, keep: usize) -> usize {
+        let Some(table) = self.layers[layer].host.take() else { return 0 };
         let dropped: Vec<PageRef> = table.pages().skip(keep).cloned().collect();
         let kept = HostLayer::new(&self.host.slab, table.room(), table.pages().take(keep).cloned());
         self.layers[layer].host = Some(Arc::new(kept));
         drop(table); // and its references with it
+        let (n_dropped, n_spare) = (dropped.len(), self.host.spare.len());
         self.host.spare.extend(dropped.into_iter().filter_map(|page| page.try_into_unique().ok()));
+        n_dropped - (self.host.spare.len() - n_spare)
     }
 
     /// Waits for all copies: afterwards everything is here, and held by nobody else.
