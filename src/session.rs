@@ -385,13 +385,13 @@ pub struct Stats {
     /// Per layer, decode steps only: pairs that were fetched, and pairs that were selected. Fewer are fetched than selected
     /// where delta prefetch finds them in their slots.
     pub fetched: Vec<(u64, u64)>,
-    /// Bytes from host to device in decode steps.
+    /// Bytes from host to device that decode steps have used or, where they select for the next one, asked for.
     pub fetched_bytes: u64,
     /// Bytes from host to device in pre-decodes, once per prefill.
     pub pre_decode_bytes: u64,
     /// Bytes from device to host, prefill included.
     pub offloaded_bytes: u64,
-    /// Time that computation waited for copies.
+    /// Time that decode steps waited for copies. As their bytes, what a pre-decode waited is not counted here.
     pub exposed: Duration,
 }
 

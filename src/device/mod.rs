@@ -280,6 +280,11 @@ impl Device {
         Place { layer: layer.map(|l| l as u32), ..Place::current() }.enter();
     }
 
+    /// What the calling thread launches is for another layer than the one that it is at, until what is returned is dropped.
+    pub(crate) fn for_layer(&self, layer: usize) -> Visit {
+        Place { layer: Some(layer as u32), ..Place::current() }.visit()
+    }
+
     /// Marks an operation of the compute stream: it uses what `uses` says, and lasts until the guard is dropped.
     pub(crate) fn operation(&self, name: &'static str, uses: impl FnOnce(&mut Uses)) -> Operation<'_> {
         self.declare(StreamId::Compute, name, uses);
