@@ -57,6 +57,9 @@ fn passes(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> Resul
     let fresh = |session: &Session| session.needs_pre_decode();
     if batch.iter().any(|next| fresh(next.session)) {
         pass(context, batch, buffers, fresh, Pass::PreDecode)?;
+        for Next { session, .. } in batch.iter_mut() {
+            session.cache.take_waited(); // no step's either
+        }
     }
     pass(context, batch, buffers, |_| true, Pass::Step)
 }
@@ -103,7 +106,6 @@ fn pass(
     buffers.on_gpu = context.gpu.is_some();
     let _step = device.begin_step();
     let Buffers { rows, attention, members, seqs, tokens, logits, fetches, results, .. } = buffers;
-    fetches.begin_pass(device);
     let n_rows = seqs.iter().map(|s| s.n_rows).sum();
     rows.resize(config, n_rows);
     tokens.clear();
@@ -113,6 +115,7 @@ fn pass(
         session.cache.begin_rows(s.n_rows);
         begin_loads(session);
     }
+    fetches.begin_pass(device);
     if let Err(stopped) = check_stop(context, batch, members) {
         undo(device, config, batch, members, 0, kind, rows, fetches);
         results.clear(); // a pre-decode's
@@ -149,7 +152,7 @@ fn pass(
                 append(batch[m.index].session, l, s, rows);
             }
         }
-        arrive(device, batch, members, l);
+        fetches.note_wait(arrive(device, batch, members, l, kind));
         if members.iter().any(|m| batch[m.index].session.kv().mode == KvMode::Fetch) {
             fetch_on_demand(context, batch, members, seqs, l, rows, attention, fetches);
         }
@@ -284,8 +287,8 @@ fn append(session: &mut Session, layer: usize, seq: &SeqRows, rows: &Rows) {
 }
 
 /// Waits for what an earlier step or layer has asked the host for: each sequence for its own, or, in the paper's schedule,
-/// all of them for everything that the copy stream has been given.
-fn arrive(device: &Device, batch: &mut [Next], members: &[Member], layer: usize) {
+/// all of them for everything that the copy stream has been given. Returns how long that took.
+fn arrive(device: &Device, batch: &mut [Next], members: &[Member], layer: usize, kind: Pass) -> Duration {
     let mut waited = Duration::ZERO;
     let for_all = device.pipeline() == Schedule::Stream;
     if for_all {
@@ -294,8 +297,11 @@ fn arrive(device: &Device, batch: &mut [Next], members: &[Member], layer: usize)
     for m in members {
         batch[m.index].session.cache.arrive(layer, for_all, &mut waited);
     }
-    // Whoever's copy it was, all of them waited.
-    members.iter().for_each(|m| batch[m.index].session.stats.wait(waited));
+    if kind == Pass::Step {
+        // Whoever's copy it was, all of them waited.
+        members.iter().for_each(|m| batch[m.index].session.stats.exposed += waited);
+    }
+    waited
 }
 
 /// `specache`: the last row's attention selects what the next step will read at 16 bits.
@@ -372,6 +378,7 @@ fn fetch_on_demand(
     }
     if device.gpu().is_none() {
         let exposed = start.elapsed();
+        fetches.note_wait(exposed);
         members.iter().for_each(|m| batch[m.index].session.stats.exposed += exposed);
     }
 }
@@ -409,11 +416,11 @@ fn fetch(
     }
     fetches.launch(device, layer, &mut gather);
     if schedule == Schedule::Serial && mode == KvMode::SpeCache {
-        arrive(device, batch, members, layer);
+        fetches.note_wait(arrive(device, batch, members, layer, kind));
     }
 }
 
-/// `offload`: the first two layers begin to come back.
+/// `offload`: the first two layers begin to come back, unless the step before has begun with that.
 fn begin_loads(session: &mut Session) {
     if session.kv().mode == KvMode::Offload {
         for layer in 0..session.cache.layers.len().min(2) {
@@ -422,10 +429,13 @@ fn begin_loads(session: &mut Session) {
     }
 }
 
-/// `offload`: the pages of this layer are free for the one after the next.
+/// `offload`: the pages of this layer are free for the one after the next, and behind the last two layers for those of
+/// the next step that come back into the same pages.
 fn load_ahead(session: &mut Session, layer: usize) {
     if layer + 2 < session.cache.layers.len() {
         session.stats.fetched_bytes += session.cache.begin_load(layer + 2);
+    } else {
+        session.cache.begin_next_load(layer % 2);
     }
 }
 

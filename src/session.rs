@@ -132,7 +132,8 @@ impl Session {
     /// # Errors
     /// [`Error::Usage`] for 0 tokens or more than there are, for a session that has failed, and in `kivi` for tokens whose
     /// 16-bit form is gone; [`Error::OutOfMemory`] if pages that a fork shares cannot be replaced. Nothing has changed
-    /// then.
+    /// then. [`Error::Device`] if a copy of this session's has failed, before this or in bringing pages back: it cannot go
+    /// on.
     pub fn truncate(&mut self, n_tokens: usize) -> Result<()> {
         self.cache.come_to_rest();
         self.check_sound().and_then(|()| self.check_copies())?;
@@ -384,13 +385,14 @@ pub struct Stats {
     /// Per layer, decode steps only: pairs that were fetched, and pairs that were selected. Fewer are fetched than selected
     /// where delta prefetch finds them in their slots.
     pub fetched: Vec<(u64, u64)>,
-    /// Bytes from host to device in decode steps.
+    /// Bytes from host to device that decode steps have used or, where they select for the next one, asked for.
     pub fetched_bytes: u64,
     /// Bytes from host to device in pre-decodes, once per prefill.
     pub pre_decode_bytes: u64,
     /// Bytes from device to host, prefill included.
     pub offloaded_bytes: u64,
-    /// Time that computation waited for copies, as far as that was measured.
+    /// Time that decode steps waited for copies, as far as that was measured. As their bytes, what a pre-decode waited is not
+    /// counted here.
     pub exposed: Duration,
     /// Decode steps in which it was: all of them on the CPU, and on a GPU where somebody asked
     /// ([`crate::device::Device::measure_waits`]).
@@ -398,11 +400,6 @@ pub struct Stats {
 }
 
 impl Stats {
-    /// Computation has waited for copies.
-    pub(crate) fn wait(&mut self, time: Duration) {
-        self.exposed += time;
-    }
-
     /// Compares a step's real token with what was guessed for it, if anything was.
     pub(crate) fn compare(&mut self, guess: Option<u32>, token: u32) {
         if let Some(guess) = guess {
