@@ -157,8 +157,9 @@ Examples:
   specache-engine plan -m synthetic:llama-3-8b --gpu h200 -c 131072 -b 16 --kv-bits 1
   specache-engine plan -m models/llama --vram 24GiB --host 64GiB -o json
 
-Only config.json is read. The bytes are those that the engine asks for. Every mode is a
-column; for those in which the batch does not fit, stderr says what is short and what fits.";
+Only config.json is read. The bytes are those that the engine asks for; a GPU's working rows
+are counted with their most, 256 MiB. Every mode is a column; for those in which the batch
+does not fit, stderr says what is short and what fits.";
 
 /// `plan`.
 #[derive(Args)]

@@ -5,6 +5,7 @@ use std::fmt::Write;
 use serde_json::{Value, json};
 use specache::context::MAX_CONTEXT;
 use specache::device::choice::gpus;
+use specache::device::cuda::probe;
 use specache::device::ram;
 use specache::engine;
 use specache::error::{Error, Result};
@@ -21,6 +22,9 @@ use super::size;
 /// Tokens of a context where none is given.
 const CONTEXT: usize = 32 << 10;
 
+/// Most bytes of the working rows of a prefill on a GPU, whatever the prompt's length.
+const GPU_ROWS: u64 = 256 << 20;
+
 /// Runs the command.
 ///
 /// # Errors
@@ -31,6 +35,10 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     }
     let plan = Plan::new(args)?;
     let modes = plan.modes(args)?;
+    let trained = plan.config.max_positions;
+    if plan.context > trained {
+        say(format_args!("warning: {} tokens, but the model's max_position_embeddings is {trained}", plan.context));
+    }
     modes.iter().filter_map(|mode| plan.shortage(mode)).for_each(|what| say(format_args!("note: {what}")));
     match args.output.as_str() {
         "json" => print(&format!("{:#}\n", plan.json(&modes))),
@@ -45,6 +53,8 @@ struct Plan {
     context: usize,
     batch: usize,
     gpu: Option<Gpu>,
+    /// Whether a GPU computes: the named one, or this machine's.
+    on_gpu: bool,
     device: Memory,
     host: Memory,
     /// Of all matrices, in the type that the model's config names.
@@ -80,13 +90,15 @@ impl Plan {
     fn new(args: &PlanArgs) -> Result<Plan> {
         let config = config_of(&args.model)?;
         let gpu = args.gpu.as_deref().map(|name| Gpu::named(name).expect("the command line knows the same names"));
+        let here = first_gpu();
         let given = |bytes: Option<u64>, option: &str| bytes.map(|bytes| Memory { bytes, source: option.into() });
         let number_bytes = if config.dtype == Some(Dtype::F32) { 4 } else { 2 };
         Ok(Plan {
             model: args.model.clone(),
             context: args.ctx_size.unwrap_or(CONTEXT.min(config.max_context().unwrap_or(CONTEXT))),
             batch: args.batch,
-            device: given(args.vram, "--vram").map_or_else(|| device_memory(gpu.as_ref()), Ok)?,
+            on_gpu: gpu.is_some() || here.is_some(),
+            device: given(args.vram, "--vram").map_or_else(|| device_memory(gpu.as_ref(), here), Ok)?,
             host: given(args.host, "--host").map_or_else(host_memory, Ok)?,
             weight_bytes: config.n_weights().saturating_mul(number_bytes),
             config,
@@ -122,12 +134,13 @@ impl Plan {
     }
 
     /// What the engine asks for: a cache, and while a prompt is prefilled two layers of it at 16 bits and its residual
-    /// stream in f32.
+    /// stream in f32; on a GPU working rows besides.
     fn need(&self, kv: &KvOptions, context: usize) -> Result<Need> {
         let cache = engine::plan(&self.config, kv, context)?;
         let pages = CacheBytes::prefill_scratch(&KvShape::new(&self.config, kv), kv, context);
         let stream = (context as u64).saturating_mul(self.config.hidden_size as u64 * 4);
-        Ok(Need { cache, workspace: pages.saturating_add(stream) })
+        let rows = if self.on_gpu { GPU_ROWS } else { 0 };
+        Ok(Need { cache, workspace: pages.saturating_add(stream).saturating_add(rows) })
     }
 
     /// Device and host bytes of `batch` sequences, of which one is prefilled at a time.
@@ -199,9 +212,11 @@ impl Plan {
         );
         let header: Vec<&str> = ["bytes"].into_iter().chain(modes.iter().map(|mode| mode.kv.mode.name())).collect();
         text.push_str(&table(&header, &self.rows(modes)));
-        text.push_str(
-            "\nWeights: all matrices. Workspace: one prompt at a time; a GPU adds working rows of some hundred MiB. The \
-             residual of `full` is all pairs.\n",
+        let rows = if self.on_gpu { ", with 256 MiB for the GPU's working rows" } else { "" };
+        let _ = writeln!(
+            text,
+            "\nWeights: all matrices (on the CPU device they are mapped files, and take memory only as they are read). \
+             Workspace: one prompt at a time{rows}. The residual of `full` is all pairs."
         );
         if let Some(gpu) = &self.gpu {
             let _ = writeln!(
@@ -303,13 +318,18 @@ fn step_us(gpu: &Gpu, config: &Config, kv: &KvOptions, context: usize, batch: us
     }
 }
 
-/// The named card's memory, else the first GPU's, else the machine's.
-fn device_memory(named: Option<&Gpu>) -> Result<Memory> {
-    if let Some(gpu) = named {
-        return Ok(Memory { bytes: (gpu.memory_gib * (1u64 << 30) as f64) as u64, source: gpu.name.into() });
-    }
-    match gpus().ok().and_then(|gpus| gpus.into_iter().find(|gpu| gpu.is_supported())) {
-        Some(gpu) => Ok(Memory { bytes: gpu.memory, source: gpu.name }),
+/// The GPU that `--device auto` would take.
+fn first_gpu() -> Option<probe::Gpu> {
+    gpus().ok().and_then(|gpus| gpus.into_iter().next()).filter(probe::Gpu::is_supported)
+}
+
+/// The named card's memory, else that of this machine's GPU, less what the engine leaves to the driver; else the machine's.
+fn device_memory(named: Option<&Gpu>, here: Option<probe::Gpu>) -> Result<Memory> {
+    let named = named.map(|gpu| ((gpu.memory_gib * (1u64 << 30) as f64) as u64, gpu.name.to_string()));
+    match named.or_else(|| here.map(|gpu| (gpu.memory, gpu.name))) {
+        Some((bytes, name)) => {
+            Ok(Memory { bytes: bytes - bytes / 32, source: format!("{name}, less 1/32 for its driver") })
+        }
         None => available("--vram", "no GPU: what this machine has free"),
     }
 }
