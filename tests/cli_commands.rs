@@ -221,6 +221,22 @@ fn turns_continue_one_cache() {
     }
 }
 
+/// Beyond the residual: the second turn continues, or cuts, a cache whose pages are offloaded, and grows it.
+#[test]
+fn long_conversations_in_every_mode() {
+    let long = "In the morning there was a letter. ".repeat(40) + FACT;
+    for (name, template) in [("long", PLAIN), ("long-forgetful", FORGETFUL)] {
+        let model = chat_model(name, template);
+        for kv in KvMode::ALL.map(KvMode::name) {
+            let input = format!("{long}\n Recall kose\n Recall kose\n/stats\n");
+            let (answers, notes) = chat(&model, &["-n", "4", "--kv", kv], &input);
+            assert_eq!(answers, " zesi rere bago.\n".repeat(3), "{name} {kv}: {notes}");
+            let on_host = !notes.contains("host KV 0 B");
+            assert_eq!(on_host, ["offload", "fetch", "specache"].contains(&kv), "{kv}: {notes}");
+        }
+    }
+}
+
 /// A template that rewrites what was said: what is still true of the cache stays, and the answer is that of the new text.
 #[test]
 fn a_template_may_rewrite_earlier_turns() {
