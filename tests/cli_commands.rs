@@ -62,7 +62,7 @@ fn number(of: &Value, name: &str) -> u64 {
     of[name].as_u64().unwrap_or_else(|| panic!("no {name} in {of}"))
 }
 
-/// Every number of bytes is what the engine then holds, and a budget of exactly that is enough, of one byte less is not.
+/// Every number of bytes is what the engine then holds; a budget of exactly that is enough, of one byte less is not.
 #[test]
 fn plan_says_what_the_engine_allocates() {
     const CONTEXT: usize = 700;
@@ -237,7 +237,7 @@ fn long_conversations_in_every_mode() {
     }
 }
 
-/// A template that rewrites what was said: what is still true of the cache stays, and the answer is that of the new text.
+/// A template that rewrites what was said: what is still true of the cache stays; the answer is that of the new text.
 #[test]
 fn a_template_may_rewrite_earlier_turns() {
     let model = chat_model("forgetful", FORGETFUL);

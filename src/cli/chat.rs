@@ -220,8 +220,8 @@ impl Chat<'_> {
         let (keep, rest) = self.split(&text, &ids)?;
         if keep + rest.len() >= self.limit {
             return Err(Error::Usage(format!(
-                "the context of {} tokens is full: this conversation has {}, and an answer needs room; /reset begins anew, \
-                 a larger -c has more room",
+                "the context of {} tokens is full: this conversation has {}, and an answer needs room; /reset begins \
+                 anew, a larger -c has more room",
                 self.limit,
                 keep + rest.len()
             )));
@@ -263,9 +263,9 @@ impl Chat<'_> {
         text
     }
 
-    /// How many cached tokens stay, and what comes behind them. Usually all stay: the ids begin with them, or, where the
-    /// tokenizer would have cut an answer differently than the model wrote it, the text begins with theirs. Where a template
-    /// rewrites what was said, the common beginning stays; `kivi` cannot go back and begins anew.
+    /// How many cached tokens stay, and what comes behind them. Usually all stay: the ids begin with them, or, where
+    /// the tokenizer would have cut an answer differently than the model wrote it, the text begins with theirs. Where a
+    /// template rewrites what was said, the common beginning stays; `kivi` cannot go back and begins anew.
     fn split(&self, text: &str, ids: &[u32]) -> Result<(usize, Vec<u32>)> {
         let Cached { tokens, pending, text: cached, .. } = &self.cache;
         let n = tokens.len();
@@ -309,8 +309,8 @@ impl Chat<'_> {
             if self.cache.tokens.len() + 1 >= self.limit {
                 let limit = self.limit;
                 break Err(Error::Usage(format!(
-                    "the context of {limit} tokens is full: the answer ends here; /reset begins anew, a larger -c has more \
-                     room"
+                    "the context of {limit} tokens is full: the answer ends here; /reset begins anew, a larger -c has \
+                     more room"
                 )));
             }
             if let Err(why) = self.step(chosen) {

@@ -1,4 +1,4 @@
-//! `plan`: what a model and its caches take in each KV mode, what fits, and about how fast it would be; nothing is loaded.
+//! `plan`: what a model and its caches take in each KV mode, what fits, and about how fast it would be; loads nothing.
 
 use std::fmt::Write;
 
@@ -160,8 +160,8 @@ impl Plan {
         free.checked_div(need.cache.device()).unwrap_or(0).min(by_host)
     }
 
-    /// The most tokens that this batch can have each, up to what the model and the engine support; `None` if not even one
-    /// fits. Bytes never fall with the context, so it is found by bisection.
+    /// The most tokens that this batch can have each, up to what the model and the engine support; `None` if not even
+    /// one fits. Bytes never fall with the context, so it is found by bisection.
     fn largest_context(&self, kv: &KvOptions) -> Option<usize> {
         let fits = |n: usize| self.need(kv, n).is_ok_and(|need| self.fits(&need, self.batch as u64));
         let (mut fitting, mut too_many) = (0, self.config.max_context().unwrap_or(MAX_CONTEXT).min(MAX_CONTEXT) + 1);
@@ -221,9 +221,9 @@ impl Plan {
         if let Some(gpu) = &self.gpu {
             let _ = writeln!(
                 text,
-                "Steps are estimated, not measured: bytes over bandwidth on {}, {:.0} GB/s of memory of which kernels read \
-                 {:.0} %, {:.1} GB/s of scattered rows over the link, {} us until a copy begins; weights are read once for \
-                 the batch, every selected pair is fetched; fetch waits for each layer's copy, specache hides what its \
+                "Steps are estimated, not measured: bytes over bandwidth on {}, {:.0} GB/s of memory of which kernels \
+                 read {:.0} %, {:.1} GB/s over the link (scattered rows), {} us until a copy begins; weights are read \
+                 once for the batch, every selected pair is fetched; fetch waits for each layer's copy, specache hides what its \
                  event schedule hides, offload is the slower of link and computation. Large batches are bound by \
                  arithmetic, which this does not count.",
                 gpu.name,
@@ -323,7 +323,8 @@ fn first_gpu() -> Option<probe::Gpu> {
     gpus().ok().and_then(|gpus| gpus.into_iter().next()).filter(probe::Gpu::is_supported)
 }
 
-/// The named card's memory, else that of this machine's GPU, less what the engine leaves to the driver; else the machine's.
+/// The named card's memory, else that of this machine's GPU, less what the engine leaves to the driver; else the
+/// machine's.
 fn device_memory(named: Option<&Gpu>, here: Option<probe::Gpu>) -> Result<Memory> {
     let named = named.map(|gpu| ((gpu.memory_gib * (1u64 << 30) as f64) as u64, gpu.name.to_string()));
     match named.or_else(|| here.map(|gpu| (gpu.memory, gpu.name))) {
