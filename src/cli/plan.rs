@@ -223,8 +223,8 @@ impl Plan {
                 text,
                 "Steps are estimated, not measured: bytes over bandwidth on {}, {:.0} GB/s of memory of which kernels \
                  read {:.0} %, {:.1} GB/s over the link (scattered rows), {} us until a copy begins; weights are read \
-                 once for the batch, every selected pair is fetched; fetch waits for each layer's copy, specache hides what its \
-                 event schedule hides, offload is the slower of link and computation. Large batches are bound by \
+                 once for the batch, every selected pair is fetched; fetch waits for each layer's copy, specache hides \
+                 what its event schedule hides, offload is the slower of link and computation. Large batches are bound by \
                  arithmetic, which this does not count.",
                 gpu.name,
                 gpu.memory_gbps,
