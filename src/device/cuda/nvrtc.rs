@@ -124,7 +124,7 @@ impl Nvrtc {
 }
 
 /// Where compiled kernels are kept: `$XDG_CACHE_HOME/specache`, else `~/.cache/specache`.
-fn folder() -> Option<PathBuf> {
+pub(super) fn folder() -> Option<PathBuf> {
     let set = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     let cache = set("XDG_CACHE_HOME").filter(|path| path.is_absolute());
     cache.or_else(|| set("HOME").map(|home| home.join(".cache"))).map(|cache| cache.join("specache"))
