@@ -5,7 +5,7 @@ mod common;
 
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::tiny::{Tiny, ids};
@@ -300,6 +300,38 @@ fn each_pin_may_fail() {
             std::thread::yield_now();
         }
     }
+}
+
+/// Pins for a device that cannot use pageable memory; they fail while the flag is set.
+struct Required(AtomicBool);
+
+impl Pin for Required {
+    fn pin(&self, _: NonNull<u8>, _: usize) -> Result<(), String> {
+        if self.0.load(Ordering::Relaxed) { Err("no more of that, said the test".into()) } else { Ok(()) }
+    }
+
+    fn is_required(&self) -> bool {
+        true
+    }
+
+    fn unpin(&self, _: NonNull<u8>, _: usize) {}
+}
+
+/// Where pages must be pinned, a request that needs them is refused whole while they cannot be, and served afterwards.
+#[test]
+fn pages_that_must_be_pinned() {
+    let kv = kv(KvMode::SpeCache, 1, 32, 33, 7);
+    let sound = life(&engine(options(1)), kv).unwrap();
+    let pin = Arc::new(Required(AtomicBool::new(true)));
+    let engine = engine(DeviceOptions { pin: Some(pin.clone()), ..options(1) });
+    for _ in 0..2 {
+        let refused = engine.session(kv, 300).err().unwrap();
+        assert!(refused.exit_code() == 5 && refused.to_string().contains("said the test"), "{refused}");
+        assert_balanced(&engine, "after a refusal");
+    }
+    pin.0.store(false, Ordering::Relaxed);
+    assert!(life(&engine, kv).unwrap() == sound);
+    assert_balanced(&engine, "after a life");
 }
 
 /// `mlock` beyond RLIMIT_MEMLOCK: needs a process of its own, as limits are for ever.
