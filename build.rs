@@ -11,7 +11,7 @@ use std::process::Command;
 const KERNELS: [&str; 11] =
     ["attn_decode", "attn_prefill", "dense", "draw", "embed", "fetch", "linear", "pack", "read", "sample", "select"];
 
-/// What one image serves: Ampere (A100; A10, 3090, A6000), Ada, Hopper, Blackwell (data centre; consumer), and what comes
+/// What one image serves, where SPECACHE_CUDA_ARCHS ("90a", "86,90a") does not name less: Ampere (A100; A10, 3090, A6000), Ada, Hopper, Blackwell (data centre; consumer), and what comes
 /// later by way of PTX.
 const ARCHITECTURES: [&str; 7] = [
     "arch=compute_80,code=sm_80",
@@ -91,6 +91,16 @@ fn nvcc() -> Option<PathBuf> {
     env::split_paths(&path).chain(homes).map(|folder| folder.join("nvcc")).find(|nvcc| nvcc.is_file())
 }
 
+fn architectures() -> Vec<String> {
+    println!("cargo:rerun-if-env-changed=SPECACHE_CUDA_ARCHS");
+    let asked = env::var("SPECACHE_CUDA_ARCHS").unwrap_or_default();
+    let asked: Vec<_> = asked.split(',').map(str::trim).filter(|arch| !arch.is_empty()).collect();
+    match asked[..] {
+        [] => ARCHITECTURES.map(String::from).to_vec(),
+        _ => asked.iter().map(|arch| format!("arch=compute_{arch},code=sm_{arch}")).collect(),
+    }
+}
+
 /// One image a kernel file. Returns them as Rust: `("name", include_bytes!(...)), ...`.
 fn images(nvcc: &Path) -> String {
     let mut list = String::new();
@@ -98,8 +108,8 @@ fn images(nvcc: &Path) -> String {
         let image = out_dir().join(format!("{name}.fatbin"));
         let mut command = Command::new(nvcc);
         command.args(["-fatbin", "-std=c++17", "-O3", "--threads", "0", "-o"]).arg(&image);
-        for architecture in ARCHITECTURES {
-            command.args(["-gencode", architecture]);
+        for architecture in architectures() {
+            command.args(["-gencode", &architecture]);
         }
         let status = command.arg(format!("csrc/{name}.cu")).status();
         assert!(

@@ -1,40 +1,23 @@
 #!/usr/bin/env bash
-# What to run first when a machine with an NVIDIA GPU is at hand; needs no Rust. Builds the kernel tests and the probe
-# with the nvcc that is there (or takes binaries that --build made elsewhere), runs them, keeps the results and prints
-# a table.
+# Everything that is to be known from a machine with an NVIDIA GPU, the most valuable first. That machine needs a driver, and
+# python3 for the tables; PyTorch for the rivals. It needs no Rust and no nvcc: --build makes what runs there.
 #
-# usage: tools/gpu.sh [FOOTPRINT_GIB ...]   tests, then measurements (about six minutes); default footprints 1 16
-#        tools/gpu.sh --build [ARCH]        builds only, for ARCH (default 90a), into target/gpu; needs no GPU
+# usage: tools/gpu.sh --build [ARCH]     where Rust and gcc are: target/gpu, below 64 MiB, for ARCH (default 90a)
+#        tools/gpu.sh [PHASE ...]        there: tests tokens sanitizer bench rivals trace probe; default all, in this order
+#        tools/gpu.sh --dry-run          all phases on the emulated driver with tiny shapes; needs what check_kernels.sh built
 #
-# Results: $OUT (default target/gpu/results): machine.txt, tests.txt, sanitizer.txt, probe.jsonl, linear.jsonl
+# SPECACHE_GPU_SECONDS (default 570): what has not begun by then is left out. Results: $OUT (default target/gpu/results) gets
+# summary.txt and results.tar.gz, after each phase anew.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 bin=target/gpu
-out=${OUT:-$bin/results}
+phases=(tests tokens sanitizer bench rivals trace probe)
 tests=(layout_test pack_test attn_decode_test attn_prefill_test select_test fetch_test decode_chain_test embed_test
-  linear_test dense_test sample_test draw_test step_test)
-programs=("${tests[@]}" probe linear_bench)
+  linear_test dense_test sample_test draw_test read_test step_test)
 
-find_nvcc() {
-  local candidate
-  for candidate in "${SPECACHE_NVCC:-}" "$(command -v nvcc || true)" "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" \
-    target/cuda/nvidia/cu13/bin/nvcc; do
-    if [ -n "$candidate" ] && [ -x "$candidate" ]; then
-      echo "$candidate"
-      return
-    fi
-  done
-  return 1
-}
-
-# The architecture of the first GPU: 90a for compute capability 9.0, whose own instructions need the a.
-gpu_arch() {
-  local capability
-  capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d ' .')
-  if [ "$capability" = 90 ]; then echo 90a; else echo "$capability"; fi
-}
+# ---- where it is built ----------------------------------------------------------------------------------------------
 
 source_of() {
   case "$1" in
@@ -43,87 +26,225 @@ source_of() {
   esac
 }
 
-build() { # nvcc, architecture, linker flags
-  local program source plans=() pids=() pid
-  mkdir -p "$bin"
+build() { # architecture
+  local nvcc program source plans=() limit=$((60 << 20)) bytes
+  nvcc=${SPECACHE_NVCC:-$(tools/cuda-toolkit.sh)}
+  rm -rf "$bin"
+  mkdir -p "$bin/plan"
+  # The kernels travel inside of the program.
+  SPECACHE_NVCC=$(realpath "$nvcc") SPECACHE_CUDA_ARCHS=$1 cargo build --release --locked --bin specache-engine
+  strip -o "$bin/specache-engine" target/release/specache-engine
   for source in csrc/plan/*.c; do
-    plans+=("$bin/$(basename "$source" .c).plan.o")
-    "$1" -O2 -c "$source" -o "${plans[-1]}" || return 1
+    plans+=("$bin/plan/$(basename "$source" .c).o")
+    gcc -std=c99 -O2 -c "$source" -o "${plans[-1]}"
   done
-  rm -f "$bin/libspecache_plan.a"
-  ar rcs "$bin/libspecache_plan.a" "${plans[@]}"
-  for program in "${programs[@]}"; do
-    "$1" -std=c++17 -O3 -lineinfo -Xcompiler "-Wno-unknown-pragmas$3" \
-      -gencode "arch=compute_$2,code=sm_$2" -x cu "$(source_of "$program")" -L"$bin" -lspecache_plan \
-      -o "$bin/$program" &
-    pids+=($!)
-  done
-  for pid in "${pids[@]}"; do wait "$pid" || return 1; done
-  echo "built for sm_$2: ${programs[*]}"
+  # The libraries of this machine may be newer than those of the machine that runs: link them in.
+  export nvcc arch=$1 bin plans="${plans[*]}"
+  compile() { # program, source
+    # shellcheck disable=SC2086
+    "$nvcc" -std=c++17 -O3 -lineinfo -Xcompiler "-Wno-unknown-pragmas,-static-libstdc++,-static-libgcc" \
+      -gencode "arch=compute_$arch,code=sm_$arch" -x cu "$2" -x none $plans -o "$bin/$1"
+  }
+  export -f compile
+  for program in "${tests[@]}" probe linear_bench; do echo "$program $(source_of "$program")"; done |
+    xargs -P "$(nproc)" -L 1 bash -euc 'compile "$@"' _
+  rm -rf "$bin/plan"
+  bytes=$(du -sb "$bin" | cut -f 1)
+  echo "$bin: $((bytes >> 20)) MiB for sm_$1"
+  [ "$bytes" -le "$limit" ] || { echo "gpu: more than $((limit >> 20)) MiB" >&2; return 1; }
 }
 
-if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
-  sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
-  exit 0
-fi
+dry=
+case "${1:-}" in
+  -h | --help)
+    sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit 0
+    ;;
+  --build)
+    build "${2:-90a}"
+    exit 0
+    ;;
+  --dry-run)
+    dry=1
+    shift
+    ;;
+  -*)
+    echo "gpu: unknown option $1 (see --help)" >&2
+    exit 2
+    ;;
+esac
+wanted=("$@")
+[ $# -gt 0 ] || wanted=("${phases[@]}")
+for phase in "${wanted[@]}"; do
+  [[ " ${phases[*]} " == *" $phase "* ]] || { echo "gpu: no phase $phase; there are ${phases[*]}" >&2; exit 2; }
+done
 
-if [ "${1:-}" = --build ]; then
-  nvcc=$(find_nvcc) || nvcc=$(tools/cuda-toolkit.sh)
-  # The libraries of this machine may be newer than those of the machine that runs: link them in.
-  build "$nvcc" "${2:-90a}" ,-static-libstdc++,-static-libgcc
-  exit 0
-fi
+# ---- where it runs --------------------------------------------------------------------------------------------------
 
-command -v nvidia-smi >/dev/null || { echo "gpu: no nvidia-smi here: no GPU, or no driver" >&2; exit 1; }
+deadline=$((SECONDS + ${SPECACHE_GPU_SECONDS:-570}))
+out=${OUT:-$bin/results}
+engine=$bin/specache-engine
+tiny=()
+if [ -n "$dry" ]; then
+  # The emulated driver, and the kernel tests as check_kernels.sh built them.
+  out=${OUT:-target/gpu-dry-run}
+  engine=target/release/specache-engine
+  tiny=(--tiny)
+  export LD_LIBRARY_PATH=$root/target/emulated${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} XDG_CACHE_HOME=$root/target/gpu-dry-run/cache
+  # Too little memory to measure how fast it is read, which takes long here.
+  export SPECACHE_EMU_VRAM=${SPECACHE_EMU_VRAM:-1073741824}
+elif ! command -v nvidia-smi >/dev/null; then
+  echo "gpu: no nvidia-smi here: no GPU, or no driver" >&2
+  exit 1
+fi
+[ -x "$engine" ] || { echo "gpu: no $engine: run tools/gpu.sh --build first, where Rust is" >&2; exit 1; }
 mkdir -p "$out"
-{
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+summary=$work/summary.txt
+status=0
+
+say() { echo "$*" | tee -a "$summary"; }
+
+# The command's own words go to a log of the phase. Without time left it is not begun.
+step() { # limit in seconds, name, command...
+  local limit=$1 name=$2 left=$((deadline - SECONDS)) log=$work/$phase.txt code=0 begin=$SECONDS
+  shift 2
+  if [ "$left" -lt 10 ]; then
+    say "-     $name: no time left"
+    return
+  fi
+  [ "$limit" -lt "$left" ] || limit=$left
+  echo "## $name: $*" >>"$log"
+  timeout -k 5 "$limit" "$@" >>"$log" 2>&1 || code=$?
+  case $code in
+    0) say "ok    $name ($((SECONDS - begin)) s)" ;;
+    124 | 137) say "FAIL  $name: not done after $limit s"; status=1 ;;
+    *) say "FAIL  $name: exit $code: $(tail -n 1 "$log")"; status=1 ;;
+  esac
+}
+
+skip() { say "-     $1: $2"; }
+
+# A step that prints its own lines, which belong into the summary.
+lines_of() { # limit, name, command...
+  step "$@"
+  grep -E '^(ok|FAIL) |^      ' "$work/$phase.txt" | tee -a "$summary" || true
+}
+
+machine() {
   date -u +%Y-%m-%dT%H:%MZ
-  nvidia-smi --query-gpu=name,driver_version,memory.total,pcie.link.gen.current,pcie.link.width.current,clocks.max.sm --format=csv
+  [ -n "$dry" ] && echo "dry run on the emulated driver: no figure below is one"
+  if command -v nvidia-smi >/dev/null; then
+    nvidia-smi --query-gpu=name,driver_version,memory.total,pcie.link.gen.current,pcie.link.width.current,clocks.max.sm \
+      --format=csv
+  fi
   uname -srm
   lscpu | grep -E 'Model name|^CPU\(s\)|NUMA|Thread' || true
   grep -E 'MemTotal|MemAvailable|HugePages_Total' /proc/meminfo
-} >"$out/machine.txt" 2>&1 || true
-cat "$out/machine.txt"
+  "$engine" --version
+  "$engine" devices
+}
 
-if nvcc=$(find_nvcc); then
-  build "$nvcc" "$(gpu_arch)" "" || echo "gpu: $nvcc could not build, using $bin as it is"
-else
-  echo "gpu: no nvcc here, using $bin as it is (made by tools/gpu.sh --build)"
-fi
+phase_tests() {
+  local test program
+  for test in "${tests[@]}"; do
+    program=$bin/$test
+    [ -z "$dry" ] || program=target/kernels/${test%_test}.plain
+    if [ -x "$program" ]; then step 60 "$test" "$program"; else skip "$test" "not built"; fi
+  done
+}
 
-status=0
-: >"$out/tests.txt"
-for test in "${tests[@]}"; do
-  if timeout 60 "$bin/$test" >>"$out/tests.txt" 2>&1; then
-    echo "ok    $test"
-  else
-    echo "FAIL  $test: $(tail -n 1 "$out/tests.txt")"
-    status=1
+phase_tokens() {
+  local short=()
+  [ -z "$dry" ] || short=(--short)
+  lines_of 200 "tokens and logits of the recall model" python3 tools/gpu_tokens.py "$engine" "${short[@]}"
+}
+
+# Accesses out of bounds and races, as the hardware sees them. Not every machine can run it.
+phase_sanitizer() {
+  local sanitizer tool test
+  if [ -n "$dry" ] || ! sanitizer=$(command -v compute-sanitizer); then
+    skip "compute-sanitizer" "not here"
+    return
   fi
-done
-
-# Out-of-bounds accesses and races, as the hardware sees them. It does not run everywhere: its absence is no failure.
-if sanitizer=$(command -v compute-sanitizer); then
   for tool in memcheck racecheck; do
-    for test in pack_test linear_test; do
-      if timeout 45 "$sanitizer" --tool "$tool" --error-exitcode 9 "$bin/$test" >>"$out/sanitizer.txt" 2>&1; then
-        echo "ok    compute-sanitizer $tool $test"
-      else
-        echo "?     compute-sanitizer $tool $test: $(tail -n 1 "$out/sanitizer.txt")"
-      fi
+    for test in pack_test select_test fetch_test linear_test; do
+      step 45 "$tool $test" "$sanitizer" --tool "$tool" --error-exitcode 9 "$bin/$test"
     done
   done
-fi
+  step 60 "memcheck of a generation" "$sanitizer" --tool memcheck --error-exitcode 9 "$engine" generate \
+    -m synthetic:tiny --tokens tests/fixtures/golden/ids.json -n 4 --temp 0 --ignore-eos --device cuda
+}
 
-timeout 240 "$bin/probe" "$@" >"$out/probe.jsonl" || { echo "FAIL  probe: a measurement failed (below)"; status=1; }
+phase_bench() {
+  local seconds=$((deadline - SECONDS - 60))
+  [ "$seconds" -lt 330 ] || seconds=330
+  step $((seconds + 20)) "bench grid" python3 tools/gpu_bench.py "$engine" "$work/bench.jsonl" --seconds "$seconds" "${tiny[@]}"
+}
 
-timeout 120 "$bin/linear_bench" >"$out/linear.jsonl" || { echo "FAIL  linear_bench: see above"; status=1; }
+# The paper's way in PyTorch, with the engine's weights and options.
+phase_rivals() {
+  local mode model=synthetic:llama-3.1-8b depth=32768 device=cuda
+  if ! python3 -c 'import torch' 2>/dev/null; then
+    skip "rivals" "no PyTorch here"
+    return
+  fi
+  [ -z "$dry" ] || { model=synthetic:tiny; depth=200; device=cpu; }
+  for mode in specache full offload; do
+    step 100 "PyTorch, $mode" bash -c "python3 benches/rivals/torch_specache.py -m $model --device $device --mode $mode \
+      -d $depth -b 1 -n 16 -r 2 --fill random --any-ties >> $work/rivals.jsonl"
+  done
+}
 
-# The table comes last, where the end of a log shows it. Without python3, the lines themselves.
-if command -v python3 >/dev/null; then
-  python3 tools/probe_table.py "$out/probe.jsonl"
-  python3 tools/probe_table.py "$out/linear.jsonl"
-else
-  cat "$out/probe.jsonl" "$out/linear.jsonl"
-fi
+# What one step does on the GPU: our own trace and picture, and Nsight Systems' where it is.
+phase_trace() {
+  local model=synthetic:llama-3.1-8b depth=32768 nsys
+  [ -z "$dry" ] || { model=synthetic:tiny; depth=200; }
+  step 120 "overlap" "$engine" bench --overlap -m $model -d $depth -n 4 -r 1 --device cuda --trace "$work/trace.json" \
+    --plot "$work/overlap.svg"
+  if nsys=$(command -v nsys); then
+    step 120 "nsys" "$nsys" profile --trace=cuda,nvtx --force-overwrite=true -o "$work/nsys" "$engine" bench --overlap \
+      -m $model -d $depth -n 2 -r 1 --device cuda --no-graph
+  else
+    skip "nsys" "not here"
+  fi
+}
+
+phase_probe() {
+  if [ -n "$dry" ]; then
+    skip "probe, linear_bench" "they need a GPU"
+    return
+  fi
+  step 120 "probe" bash -c "$bin/probe 1 16 > $work/probe.jsonl"
+  step 60 "linear_bench" bash -c "$bin/linear_bench > $work/linear.jsonl"
+}
+
+# What exists so far, in two files.
+deliver() {
+  cp "$summary" "$out/summary.txt"
+  tar -C "$work" -czf "$out/results.tar.gz" .
+}
+
+machine >"$work/machine.txt" 2>&1 || { cat "$work/machine.txt"; exit 1; }
+tee -a "$summary" <"$work/machine.txt"
+for phase in "${wanted[@]}"; do
+  say "== $phase"
+  "phase_$phase"
+  deliver
+done
+
+# The tables come last, where the end of a log shows them.
+phase=tables
+{
+  echo
+  if [ -s "$work/bench.jsonl" ]; then python3 tools/gpu_bench.py --table "$work/bench.jsonl"; fi
+  if [ -s "$work/rivals.jsonl" ]; then python3 tools/gpu_bench.py --rivals "$work/rivals.jsonl"; fi
+  for file in probe linear; do
+    if [ -s "$work/$file.jsonl" ]; then python3 tools/probe_table.py "$work/$file.jsonl"; fi
+  done
+  echo
+  echo "$(grep -c '^ok ' "$summary") ok, $(grep -c '^FAIL ' "$summary" || true) failed, $(grep -c '^- ' "$summary" || true) left out; $out"
+} | tee -a "$summary"
+deliver
 exit "$status"

@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+"""Runs the engine's bench over a grid, the most telling cases first, until the time is over, and prints one table. A line
+of JSON for each case goes to FILE as soon as it is measured; a case that fails or takes too long says so there.
+
+usage: tools/gpu_bench.py ENGINE FILE [--seconds N] [--tiny]     --tiny: shapes for an emulated GPU
+       tools/gpu_bench.py --table FILE                           the table of an earlier run
+"""
+
+import argparse
+import json
+import subprocess
+import time
+
+LLAMA, MISTRAL = "synthetic:llama-3.1-8b", "synthetic:mistral-7b-v0.2"
+ALL = "full,kivi,offload,fetch,specache"
+# Model, tokens in the cache, sequences, modes, other options. 16-bit pairs lie on the host once for each of offload, fetch
+# and specache: Llama-3-8B's are 16 GiB for 128k tokens.
+GRID = [
+    (LLAMA, 32768, 1, ALL, []),
+    (LLAMA, 8192, 1, "full,kivi,specache", []),
+    (LLAMA, 32768, 8, "full,specache", []),
+    (LLAMA, 131072, 1, "full,specache", []),
+    (MISTRAL, 32768, 1, "full,kivi,specache", []),
+    (LLAMA, 8192, 1, "full,specache", ["--linear", "cublas"]),
+    (LLAMA, 8192, 24, "full,specache", []),
+    (LLAMA, 32768, 8, "specache", ["--kv-bits", "1"]),
+    (LLAMA, 131072, 4, "specache", []),
+    (LLAMA, 32768, 1, "full,specache", ["--no-graph"]),
+    (MISTRAL, 32768, 8, "full,specache", []),
+    (MISTRAL, 8192, 1, "full,specache", []),
+]
+TINY = [
+    ("synthetic:tiny", 200, 1, "full,specache", []),
+    ("synthetic:tiny", 200, 2, "specache", ["--linear", "cublas"]),
+]
+COLUMNS = ["model", "tokens", "batch", "mode", "options", "tok/s", "vs full", "GB/s", "of read", "exposed us", "device"]
+
+
+def measure(engine, case, steps, limit):
+    model, depth, batch, modes, options = case
+    args = ["bench", "-m", model, "-d", str(depth), "-b", str(batch), "--kv", modes, "-n", str(steps), "-r", "2"]
+    line = {"model": model, "depth": depth, "batch": batch, "kv": modes, "options": options}
+    begin = time.monotonic()
+    try:
+        command = [engine, *args, "--device", "cuda", "-o", "json", *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+        if done.returncode == 0:
+            line["bench"] = json.loads(done.stdout)
+        else:
+            line["failed"] = (done.stderr.strip() or f"exit {done.returncode}").splitlines()[-1]
+    except subprocess.TimeoutExpired:
+        line["failed"] = f"not done after {limit:.0f} s"
+    except ValueError as error:
+        line["failed"] = f"its JSON cannot be read: {error}"
+    line["seconds"] = round(time.monotonic() - begin, 1)
+    return line
+
+
+def rows(line):
+    fixed = [line["model"].split(":")[-1], line["depth"], line["batch"]]
+    options = " ".join(line["options"])
+    if "bench" not in line:
+        return [[*fixed, line["kv"], options, line["failed"]]]
+    read = line["bench"]["hardware"]["read_gb_s"]
+    out = []
+    for mode in line["bench"]["models"][0]["modes"]:
+        number = lambda value, text: "-" if value is None else text.format(value)
+        share = number(read, f"{100 * mode['read_gb_s'] / (read or 1):.0f} %")
+        exposed, ratio = mode["exposed_us_per_step"], mode["ratio_to_full"]
+        speed = f"{mode['decode_tok_s']['mean']:.1f}"
+        device = f"{mode['device_bytes'] / 2**30:.2f} GiB"
+        out.append([*fixed, mode["mode"], options, speed, number(ratio, "{:.2f}"), f"{mode['read_gb_s']:.0f}", share,
+                    number(exposed, "{:.1f}"), device])  # fmt: skip
+    return out
+
+
+def table(lines):
+    cells = [COLUMNS] + [[str(cell) for cell in row] for line in lines for row in rows(line)]
+    widths = [max(len(row[i]) for row in cells if len(row) == len(COLUMNS)) for i in range(len(COLUMNS))]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", nargs="?")
+    parser.add_argument("file", nargs="?")
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--table", metavar="FILE")
+    args = parser.parse_args()
+    if args.table:
+        with open(args.table) as file:
+            return table([json.loads(line) for line in file if line.strip()])
+    if not args.file:
+        parser.error("ENGINE and FILE are needed")
+    end, lines = time.monotonic() + args.seconds, []
+    with open(args.file, "w") as file:
+        for case in TINY if args.tiny else GRID:
+            left = end - time.monotonic()
+            if left < 20:
+                print(f"no time for {case}")
+                continue
+            lines.append(measure(args.engine, case, 2 if args.tiny else 16, min(left, 150)))
+            file.write(json.dumps(lines[-1]) + "\n")
+            file.flush()
+    table(lines)
+    raise SystemExit(not any("bench" in line for line in lines))
+
+
+if __name__ == "__main__":
+    main()
