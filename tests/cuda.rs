@@ -290,7 +290,8 @@ fn shapes() {
 fn model_features() {
     on_gpu("model_features", &[], || {
         let members = every_mode(4, 64, 33, 7, Dtype::F16);
-        let features: [(&str, fn(&mut Model)); 4] = [
+        type Change = fn(&mut Model);
+        let features: [(&str, Change); 4] = [
             ("norms of heads", |model| {
                 model.config.qk_norm = true;
                 let norm = |d: usize| Some((0..d).map(|i| 0.5 + i as f32 / d as f32).collect());
@@ -753,7 +754,6 @@ fn a_failed_call() {
                 for &mode in modes {
                     assert!(life(mode) == life(mode), "{mode:?}");
                 }
-                drop(life);
                 println!("{failures} failures");
                 assert!(failures <= 1);
             });

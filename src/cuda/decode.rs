@@ -171,13 +171,16 @@ struct Results {
     bytes: usize,
 }
 
+/// Sequences, rows, mode, shape and top-k of a group.
+type GroupKey = (Range<usize>, Range<usize>, KvMode, KvShape, u32);
+
 /// Everything that a pass's launches depend on, apart from what it is told: passes with equal keys have equal graphs.
 #[derive(Clone, PartialEq)]
 struct Key {
     model: usize,
     turn: usize,
     with_selections: bool,
-    groups: Vec<(Range<usize>, Range<usize>, KvMode, KvShape, u32)>,
+    groups: Vec<GroupKey>,
     /// Of the two modes that fetch: whether there is anything to select.
     selects: [bool; 2],
 }

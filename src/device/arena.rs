@@ -781,12 +781,12 @@ mod tests {
             return; // then none are mapped
         }
         arena.mapping.kind = MemoryKind::HugeTlb;
-        arena.prepare(arena.claim().unwrap());
+        arena.prepare(arena.claim().unwrap()).unwrap();
         assert_eq!(arena.stats().replaced_bytes, 0);
         // SAFETY: the rest of this test's mapping, which nobody has written.
         let refused = unsafe { libc::mprotect(arena.page(512).as_ptr().cast(), 4 * MIB, libc::PROT_READ) };
         assert_eq!(refused, 0);
-        arena.prepare(arena.claim().unwrap());
+        arena.prepare(arena.claim().unwrap()).unwrap();
         let stats = arena.stats();
         assert_eq!((stats.prepared_bytes, stats.replaced_bytes), (6 * MIB as u64, 4 * MIB as u64));
         assert!(stats.to_string().contains("refused for 4.0 MiB"), "{stats}");

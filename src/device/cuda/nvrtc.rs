@@ -174,8 +174,8 @@ impl Program {
         // SAFETY: writes a size.
         let known = unsafe { sys::nvrtcGetProgramLogSize(self.0, &mut len) };
         let mut log = vec![0u8; len];
-        // SAFETY: writes as many bytes as were just asked for, a zero at the end.
         let read = check("nvrtcGetProgramLogSize", known).and_then(|()| {
+            // SAFETY: writes as many bytes as were just asked for, a zero at the end.
             check("nvrtcGetProgramLog", unsafe { sys::nvrtcGetProgramLog(self.0, log.as_mut_ptr().cast()) })
         });
         match read {
