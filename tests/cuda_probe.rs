@@ -91,14 +91,17 @@ fn the_command_line_says_what_there_is() {
     assert!(code == Some(0) && out.contains("cpu: ") && out.contains("cuda:0: Test GPU, sm_90"), "{out}");
     let (code, out, _) = run(Path::new("nowhere.so"), &["--list-devices"]);
     assert!(code == Some(0) && out.contains("no CUDA device: no NVIDIA driver"), "{out}");
-    let generate = ["generate", "-m", "synthetic:tiny", "--tokens", "/dev/null", "-n", "1", "--device"];
-    for (library, device, words) in [
-        (&good, "cuda", "this version computes on the CPU only"),
-        (&good, "cuda:5", "there are cuda:0 to cuda:1"),
-        (&PathBuf::from("nowhere.so"), "cuda:0", "no NVIDIA driver"),
-        (&good, "gpu", "auto, cpu, cuda or cuda:N"),
+    let tokens = Path::new(env!("CARGO_TARGET_TMPDIR")).join("probe.json");
+    std::fs::write(&tokens, "[1, 2, 3]").unwrap();
+    let generate = ["generate", "-m", "synthetic:tiny", "--tokens", tokens.to_str().unwrap(), "-n", "1", "--device"];
+    for (library, device, code, words) in [
+        (&good, "cuda", 5, "install a newer NVIDIA driver"), // what a probe needs, and no more
+        (&good, "cuda:1", 5, "too old: sm_80"),
+        (&good, "cuda:5", 2, "there are 2 GPUs"),
+        (&PathBuf::from("nowhere.so"), "cuda:0", 5, "no NVIDIA driver"),
+        (&good, "gpu", 2, "auto, cpu, cuda or cuda:N"),
     ] {
-        let (code, _, err) = run(library, &[&generate[..], &[device]].concat());
-        assert!(code == Some(2) && err.contains(words), "{device}: {err}");
+        let (status, _, err) = run(library, &[&generate[..], &[device]].concat());
+        assert!(status == Some(code) && err.contains(words), "{device}: {status:?} {err}");
     }
 }
