@@ -28,7 +28,8 @@ int cuDeviceGet(int *device, int i) { *device = i + 40; return 0; }
 int cuDeviceGetName(char *name, int length, int device) { strncpy(name, "Test GPU", length); return device < 40; }
 int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = (size_t)(device - 39) << 33; return 0; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
-    *value = attribute == 75 ? (device == 40 ? 9 : 7) : attribute == 76 ? (device == 40 ? 0 : 5) : -1;
+    *value = attribute == 75 ? (device == 40 ? 9 : 7) : attribute == 76 ? (device == 40 ? 0 : 5)
+           : attribute == 16 ? 132 : -1;
     return 0;
 }
 "#;
@@ -69,12 +70,12 @@ fn every_way_of_having_no_gpu_is_named() {
 fn gpus_are_described() {
     let gpus = probe(Some(&driver("good", &[]))).unwrap();
     let expected = [
-        Gpu { index: 0, name: "Test GPU".into(), arch: (9, 0), memory: 8 << 30 },
-        Gpu { index: 1, name: "Test GPU".into(), arch: (7, 5), memory: 16 << 30 },
+        Gpu { index: 0, name: "Test GPU".into(), arch: (9, 0), n_sms: 132, memory: 8 << 30, driver: 13_000 },
+        Gpu { index: 1, name: "Test GPU".into(), arch: (7, 5), n_sms: 132, memory: 16 << 30, driver: 13_000 },
     ];
     assert_eq!(gpus, expected);
-    assert_eq!(gpus[0].to_string(), "cuda:0: Test GPU, sm_90, 8.0 GiB");
-    assert!(gpus[1].to_string().ends_with("sm_75, 16.0 GiB (too old: sm_80 or newer is needed)"));
+    assert_eq!(gpus[0].to_string(), "cuda:0: Test GPU, sm_90, 132 SMs, 8.0 GiB, driver for CUDA 13.0");
+    assert!(gpus[1].to_string().ends_with("16.0 GiB, driver for CUDA 13.0 (too old: sm_80 or newer is needed)"));
 }
 
 /// The binary lists what there is and says in one line why it computes on the CPU; asking for a GPU is an error.
@@ -91,17 +92,18 @@ fn the_command_line_says_what_there_is() {
     assert!(code == Some(0) && out.contains("cpu: ") && out.contains("cuda:0: Test GPU, sm_90"), "{out}");
     let (code, out, _) = run(Path::new("nowhere.so"), &["--list-devices"]);
     assert!(code == Some(0) && out.contains("no CUDA device: no NVIDIA driver"), "{out}");
-    let tokens = Path::new(env!("CARGO_TARGET_TMPDIR")).join("probe.json");
-    std::fs::write(&tokens, "[1, 2, 3]").unwrap();
-    let generate = ["generate", "-m", "synthetic:tiny", "--tokens", tokens.to_str().unwrap(), "-n", "1", "--device"];
-    for (library, device, code, words) in [
-        (&good, "cuda", 5, "install a newer NVIDIA driver"), // what a probe needs, and no more
-        (&good, "cuda:1", 5, "too old: sm_80"),
-        (&good, "cuda:5", 2, "there are 2 GPUs"),
+    let ids = Path::new(env!("CARGO_TARGET_TMPDIR")).join("probe_ids.json");
+    std::fs::write(&ids, "[1]").unwrap();
+    let ids = ids.display().to_string();
+    let generate = ["generate", "-m", "synthetic:tiny", "--tokens", &ids, "-n", "1", "--device"];
+    for (library, device, expected, words) in [
+        (&good, "cuda", 5, "undefined symbol"),
+        (&good, "cuda", 5, "install a newer NVIDIA driver"),
+        (&good, "cuda:5", 2, "there are 2 GPUs, counted from 0"),
         (&PathBuf::from("nowhere.so"), "cuda:0", 5, "no NVIDIA driver"),
         (&good, "gpu", 2, "auto, cpu, cuda or cuda:N"),
     ] {
-        let (status, _, err) = run(library, &[&generate[..], &[device]].concat());
-        assert!(status == Some(code) && err.contains(words), "{device}: {status:?} {err}");
+        let (code, _, err) = run(library, &[&generate[..], &[device]].concat());
+        assert!(code == Some(expected) && err.contains(words), "{device}: {err}");
     }
 }
