@@ -91,7 +91,9 @@ template <class T, int N_TILES> SPECACHE_DEVICE void qkv(const specache_qkv_para
         store_f32(to, at, x.a);
         store_f32(to, at + half, x.b);
     } else {
-        append_pair(p, token, unit.head, unit.kind == QkvUnit::kV, channel, x);
+        // The real row weighs the V of a speculative row with 0, and 0 times NaN would be NaN.
+        const bool of_bad_row = unit.kind == QkvUnit::kV && !is_finite(squares);
+        append_pair(p, token, unit.head, unit.kind == QkvUnit::kV, channel, of_bad_row ? Pair{} : x);
     }
     // CTA 0 notes the rows whose residual stream stopped being finite.
     if (blockIdx.x == 0 && cell.feature == 0) note_bad_layer(p.bad_layer, cell.row, squares, p.layer);

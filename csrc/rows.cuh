@@ -26,11 +26,13 @@ SPECACHE_DEVICE float inverse_rms(float squares, int width, float eps) {
     return 1.0f / sqrtf(squares / float(width) + eps);
 }
 
+// Whether a row is finite, by its sum of squares: neither inf nor NaN.
+SPECACHE_DEVICE bool is_finite(float squares) { return squares < bit_cast<float>(0x7F800000u); }
+
 // Notes the layer if it is the first at which the row, by its sum of squares, is not finite.
 SPECACHE_DEVICE void note_bad_layer(uint64_t bad_layer, size_t row, float squares, uint32_t layer) {
-    const bool finite = squares < bit_cast<float>(0x7F800000u);   // neither inf nor NaN
     uint32_t* bad = reinterpret_cast<uint32_t*>(bad_layer) + row;
-    if (!finite && load_device(bad) == SPECACHE_NONE) store_device(bad, layer);
+    if (!is_finite(squares) && load_device(bad) == SPECACHE_NONE) store_device(bad, layer);
 }
 
 SPECACHE_DEVICE float silu(float x) { return x / (1.0f + expf(-x)); }

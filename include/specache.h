@@ -413,7 +413,7 @@ typedef struct specache_session_stats {
     uint64_t fetched_bytes;     /* host to device, in decode steps */
     uint64_t pre_decode_bytes;  /* host to device, once per prefill */
     uint64_t offloaded_bytes;   /* device to host, prefills included */
-    uint64_t exposed_ns;        /* time that computation waited for copies */
+    uint64_t exposed_ns;        /* time that decode steps waited for copies */
     uint64_t packed_bytes;      /* memory, as in specache_memory_plan */
     uint64_t wide_bytes;
     uint64_t slot_bytes;

@@ -29,15 +29,16 @@ use crate::session::{Buffers, Member, Next, Session};
 /// # Errors
 /// Before anything has changed: a token beyond the vocabulary, a session that is full or has failed. Between two
 /// layers: [`Error::Interrupted`], which leaves every session as it was, so that the same call gives the same bits
-/// later. A pre-decode that was complete stays, as it is no part of the step. A GPU that fails: [`Error::Device`], and
-/// nobody knows what the caches of this batch hold, so that its sessions have failed. A sequence that meets NaN fails
-/// alone: see [`Buffers::logits`].
+/// later, and any other call those that it would have given before: a pre-decode of the same call is undone, as it
+/// guessed for a token that was not fed. A GPU that fails: [`Error::Device`], and nobody knows what the caches of this
+/// batch hold, so that its sessions have failed. A sequence that meets NaN fails alone: see [`Buffers::logits`].
 pub fn decode(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> Result<()> {
     buffers.results.clear();
     batch.iter().try_for_each(|next| check(context, next))?;
     reserve_on_gpu(context, batch, buffers)?;
     for Next { session, .. } in batch.iter_mut() {
         session.cache.take_waited(); // by prefills, forks and truncations: not this step's
+        session.begin_call(session.needs_pre_decode());
     }
     if let Err(given_up) = passes(context, batch, buffers) {
         buffers.results.clear(); // a pre-decode's
@@ -56,6 +57,9 @@ fn passes(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> Resul
     let fresh = |session: &Session| session.needs_pre_decode();
     if batch.iter().any(|next| fresh(next.session)) {
         pass(context, batch, buffers, fresh, Pass::PreDecode)?;
+        for Next { session, .. } in batch.iter_mut() {
+            session.cache.take_waited(); // no step's either
+        }
     }
     pass(context, batch, buffers, |_| true, Pass::Step)
 }
@@ -101,8 +105,7 @@ fn pass(
     plan_rows(batch, buffers, takes_part, kind);
     buffers.on_gpu = context.gpu.is_some();
     let _step = device.begin_step();
-    let Buffers { rows, attention, members, seqs, tokens, logits, fetches, .. } = buffers;
-    fetches.begin_pass(device);
+    let Buffers { rows, attention, members, seqs, tokens, logits, fetches, results, .. } = buffers;
     let n_rows = seqs.iter().map(|s| s.n_rows).sum();
     rows.resize(config, n_rows);
     tokens.clear();
@@ -111,6 +114,12 @@ fn pass(
         let session = &mut *batch[m.index].session;
         session.cache.begin_rows(s.n_rows);
         begin_loads(session);
+    }
+    fetches.begin_pass(device);
+    if let Err(stopped) = check_stop(context, batch, members) {
+        undo(device, config, batch, members, 0, kind, rows, fetches);
+        results.clear(); // a pre-decode's
+        return Err(stopped);
     }
     let graph = match &context.gpu {
         Some(gpu_model) => begin_on_gpu(context, gpu_model, batch, members, seqs, rows)?,
@@ -123,12 +132,13 @@ fn pass(
 
     for (l, layer) in model.weights.layers.iter().enumerate() {
         device.at_layer(Some(l));
-        let stopped = || members.iter().try_for_each(|m| batch[m.index].session.stop.check());
-        // A GPU is given a whole pass in less time than a layer takes the CPU: it is asked before the pass only.
-        let asks = l == 0 || device.gpu().is_none();
-        if asks && let Err(interrupted) = context.check_interrupt().and_then(|()| stopped()) {
+        // A GPU is given a whole pass, which may be a graph, in less time than a layer takes the CPU.
+        if l > 0
+            && device.gpu().is_none()
+            && let Err(stopped) = check_stop(context, batch, members)
+        {
             undo(device, config, batch, members, l, kind, rows, fetches);
-            return Err(interrupted);
+            return Err(stopped);
         }
         let written = |uses: &mut Uses| {
             let caches = members.iter().zip(&*seqs).map(|(m, s)| (&batch[m.index].session.cache, s));
@@ -142,7 +152,7 @@ fn pass(
                 append(batch[m.index].session, l, s, rows);
             }
         }
-        arrive(device, batch, members, l);
+        fetches.note_wait(arrive(device, batch, members, l, kind));
         if members.iter().any(|m| batch[m.index].session.kv().mode == KvMode::Fetch) {
             fetch_on_demand(context, batch, members, seqs, l, rows, attention, fetches);
         }
@@ -176,13 +186,19 @@ fn pass(
     Ok(())
 }
 
-/// A pass is given up before `layer`: every session is as before it. Of what the layers so far have changed, two things
-/// would reach the next pass. The rest lies behind the counters: K and V at position n and n + 1, which whoever goes on
-/// overwrites.
+/// Whether somebody has asked to stop this call.
+fn check_stop(context: &Context, batch: &[Next], members: &[Member]) -> Result<()> {
+    context.check_interrupt()?;
+    members.iter().try_for_each(|m| batch[m.index].session.stop.check())
+}
+
+/// A pass is given up before `layer`: every session is as before the call. Of what has changed, two things would reach
+/// the next pass. The rest lies behind the counters: K and V at position n and n + 1, which whoever goes on overwrites.
 ///
-/// - `specache` has replaced their selections, by ones that are for the step after this one. The old ones come back,
-///   and their pairs from the host: all of them are there, as only offloaded positions are selected. Another selection
-///   would be as good to go on with, but not the same bits.
+/// - `specache` has replaced the selections of the layers so far, by ones that are for the step after this one. The old
+///   ones come back, and their pairs from the host: all of them are there, as only offloaded positions are selected.
+///   Another selection would be as good to go on with, but not the same bits. A sequence that this call has
+///   pre-decoded had selected nothing: it guessed for a token that is not fed now.
 /// - The figures and the trace.
 #[allow(clippy::too_many_arguments)] // One call site, which names them all.
 fn undo(
@@ -198,8 +214,13 @@ fn undo(
     for m in members {
         let session = &mut *batch[m.index].session;
         session.cache.come_to_rest();
-        if session.kv().mode == KvMode::SpeCache {
-            session.cache.layers[..layer].iter_mut().for_each(|l| l.prefetch.slots_mut().restore());
+        if session.kv().mode != KvMode::SpeCache {
+            continue;
+        }
+        let (fresh, layers) = (session.is_fresh(), &mut session.cache.layers);
+        match fresh {
+            true => layers.iter_mut().for_each(|l| l.prefetch.slots_mut().clear(false)),
+            false => layers[..layer].iter_mut().for_each(|l| l.prefetch.slots_mut().restore()),
         }
     }
     for l in 0..layer {
@@ -209,15 +230,11 @@ fn undo(
     device.at_layer(None);
     for m in members {
         let session = &mut *batch[m.index].session;
-        session.undo_figures();
-        let Some(trace) = &mut session.trace else { continue };
-        match kind {
-            Pass::PreDecode => trace.pre_decode.clear(),
-            Pass::Step => {
-                trace.steps.pop();
-                trace.speculative.truncate(trace.speculative.len() - usize::from(session.speculative.is_some()));
-            }
+        if let (Pass::Step, Some(trace)) = (kind, &mut session.trace) {
+            trace.steps.pop();
+            trace.speculative.truncate(trace.speculative.len() - usize::from(session.speculative.is_some()));
         }
+        session.undo_call();
     }
 }
 
@@ -227,7 +244,7 @@ fn plan_rows(batch: &mut [Next], buffers: &mut Buffers, takes_part: impl Fn(&Ses
     buffers.seqs.clear();
     let mut first_row = 0;
     for (index, Next { session, token }) in batch.iter_mut().enumerate().filter(|(_, n)| takes_part(n.session)) {
-        session.begin_pass();
+        session.bad_layer = None;
         if kind == Pass::PreDecode {
             session.last_guess = None;
             session.trace.iter_mut().for_each(|trace| trace.pre_decode.clear());
@@ -270,8 +287,8 @@ fn append(session: &mut Session, layer: usize, seq: &SeqRows, rows: &Rows) {
 }
 
 /// Waits for what an earlier step or layer has asked the host for: each sequence for its own, or, in the paper's schedule,
-/// all of them for everything that the copy stream has been given.
-fn arrive(device: &Device, batch: &mut [Next], members: &[Member], layer: usize) {
+/// all of them for everything that the copy stream has been given. Returns how long that took.
+fn arrive(device: &Device, batch: &mut [Next], members: &[Member], layer: usize, kind: Pass) -> Duration {
     let mut waited = Duration::ZERO;
     let for_all = device.pipeline() == Schedule::Stream;
     if for_all {
@@ -280,8 +297,11 @@ fn arrive(device: &Device, batch: &mut [Next], members: &[Member], layer: usize)
     for m in members {
         batch[m.index].session.cache.arrive(layer, for_all, &mut waited);
     }
-    // Whoever's copy it was, all of them waited.
-    members.iter().for_each(|m| batch[m.index].session.stats.wait(waited));
+    if kind == Pass::Step {
+        // Whoever's copy it was, all of them waited.
+        members.iter().for_each(|m| batch[m.index].session.stats.exposed += waited);
+    }
+    waited
 }
 
 /// `specache`: the last row's attention selects what the next step will read at 16 bits.
@@ -358,6 +378,7 @@ fn fetch_on_demand(
     }
     if device.gpu().is_none() {
         let exposed = start.elapsed();
+        fetches.note_wait(exposed);
         members.iter().for_each(|m| batch[m.index].session.stats.exposed += exposed);
     }
 }
@@ -395,11 +416,11 @@ fn fetch(
     }
     fetches.launch(device, layer, &mut gather);
     if schedule == Schedule::Serial && mode == KvMode::SpeCache {
-        arrive(device, batch, members, layer);
+        fetches.note_wait(arrive(device, batch, members, layer, kind));
     }
 }
 
-/// `offload`: the first two layers begin to come back.
+/// `offload`: the first two layers begin to come back, unless the step before has begun with that.
 fn begin_loads(session: &mut Session) {
     if session.kv().mode == KvMode::Offload {
         for layer in 0..session.cache.layers.len().min(2) {
@@ -408,10 +429,13 @@ fn begin_loads(session: &mut Session) {
     }
 }
 
-/// `offload`: the pages of this layer are free for the one after the next.
+/// `offload`: the pages of this layer are free for the one after the next, and behind the last two layers for those of
+/// the next step that come back into the same pages.
 fn load_ahead(session: &mut Session, layer: usize) {
     if layer + 2 < session.cache.layers.len() {
         session.stats.fetched_bytes += session.cache.begin_load(layer + 2);
+    } else {
+        session.cache.begin_next_load(layer % 2);
     }
 }
 

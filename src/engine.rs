@@ -62,7 +62,8 @@ impl Engine {
 
     /// Setting this flag, from any thread or a signal handler, makes prefill and decode stop before the next layer (a
     /// prefill also between two chunks of one) with [`crate::Error::Interrupted`]. Sessions are then as before the
-    /// call, which can be made again with the same result. The flag stays set until whoever set it clears it.
+    /// call: made again it has the same result, and so has any other call. On a GPU decode looks at the flag before a
+    /// pass. The flag stays set until whoever set it clears it.
     pub fn interrupt_flag(&self) -> Arc<AtomicBool> {
         self.context.interrupt.clone()
     }

@@ -16,16 +16,17 @@ pub enum Error {
         /// Which field or tensor is wrong, and what would be right.
         what: String,
     },
-    /// A memory budget that a request does not fit in. Found by arithmetic before anything is allocated. Exit code 4.
+    /// A memory budget that a request does not fit in, found by arithmetic before anything is allocated; or memory that the
+    /// system refuses though the budgets have room. Exit code 4.
     #[error("out of {memory} memory: {what} needs {needed} bytes, {available} bytes are available; {fix}")]
     OutOfMemory {
-        /// `device` or `host`.
+        /// `device`, `host` or `system`.
         memory: &'static str,
         /// What was to be placed there.
         what: String,
         /// Bytes that it needs.
         needed: u64,
-        /// Bytes that were left.
+        /// Bytes that were left; 0 where the system refuses and does not say.
         available: u64,
         /// What the user can change.
         fix: String,

@@ -39,6 +39,7 @@
 //! ```
 
 pub mod capi;
+mod cgroup;
 pub mod chat;
 pub mod context;
 pub mod cpu;

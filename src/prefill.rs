@@ -57,11 +57,10 @@ pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers)
         prompts.iter_mut().for_each(|prompt| prompt.session.cache.free_working_pages());
         return Err(refused);
     }
-    prompts.iter_mut().for_each(|prompt| prompt.session.begin_pass());
+    prompts.iter_mut().for_each(|prompt| prompt.session.begin_call(false));
     let mut begin = || {
         let gpu = context.gpu.as_ref();
-        let working =
-            gpu.map(|gpu| ChunkMemory::new(&context.device, admission.device(), gpu, &context.model.config, longest));
+        let working = gpu.map(|gpu| ChunkMemory::new(admission.device(), gpu, &context.model.config, longest));
         let working = working.transpose()?;
         let streams = prompts.iter_mut().map(|prompt| Stream::new(context, prompt, &mut admission));
         Ok((working, streams.collect::<Result<Vec<Stream>>>()?))
@@ -143,7 +142,7 @@ fn undo(prompts: &mut [Prompt], layer: usize, i: usize, mut pages: Option<Vec<Wi
     for (j, prompt) in prompts.iter_mut().enumerate() {
         let (end, settled) = (prompt.end(), layer + usize::from(j < i));
         prompt.session.cache.undo_prefill(end, settled, if j == i { pages.take() } else { None });
-        prompt.session.undo_figures();
+        prompt.session.undo_call();
     }
 }
 

@@ -28,14 +28,23 @@ pub struct Session {
     /// What was selected, if it is to be kept.
     pub(crate) trace: Option<Trace>,
     pub(crate) stats: Stats,
-    /// The figures before the pass that is under way, which may be given up.
-    stats_before: Stats,
+    /// What it was before the call that is under way, which may be given up.
+    before: Before,
     /// First layer whose input was not finite in this call.
     pub(crate) bad_layer: Option<usize>,
     /// The speculative token of the step before; this step's real token tells whether it was right.
     pub(crate) last_guess: Option<u32>,
     pub(crate) stop: Stop,
     failure: Option<Failure>,
+}
+
+/// What a call may have to give back, beside the cache.
+struct Before {
+    stats: Stats,
+    /// The call begins with its pre-decode.
+    fresh: bool,
+    /// Speculative tokens that were still to be forced.
+    forced: usize,
 }
 
 /// What stops the calls that a session takes part in.
@@ -87,7 +96,7 @@ impl Session {
     fn around(cache: Cache) -> Session {
         Session {
             stats: Stats::new(&cache),
-            stats_before: Stats::new(&cache),
+            before: Before { stats: Stats::new(&cache), fresh: false, forced: 0 },
             cache,
             max_context: None,
             speculative: None,
@@ -123,7 +132,8 @@ impl Session {
     /// # Errors
     /// [`Error::Usage`] for 0 tokens or more than there are, for a session that has failed, and in `kivi` for tokens whose
     /// 16-bit form is gone; [`Error::OutOfMemory`] if pages that a fork shares cannot be replaced. Nothing has changed
-    /// then.
+    /// then. [`Error::Device`] if a copy of this session's has failed, before this or in bringing pages back: it cannot go
+    /// on.
     pub fn truncate(&mut self, n_tokens: usize) -> Result<()> {
         self.cache.come_to_rest();
         self.check_sound().and_then(|()| self.check_copies())?;
@@ -235,16 +245,37 @@ impl Session {
         }
     }
 
-    /// A pass begins, which may be given up.
-    pub(crate) fn begin_pass(&mut self) {
+    /// A call begins, which may be given up. `fresh`: it begins with a pre-decode of this session.
+    pub(crate) fn begin_call(&mut self, fresh: bool) {
         self.bad_layer = None;
-        self.stats_before.copy_from(&self.stats);
+        self.before.stats.copy_from(&self.stats);
+        self.before.fresh = fresh;
+        self.before.forced = self.n_forced();
     }
 
-    /// The pass is given up: the figures count what is complete.
-    pub(crate) fn undo_figures(&mut self) {
+    /// Whether the call that is under way began with a pre-decode of this session.
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.before.fresh
+    }
+
+    /// The call is given up: figures count what is complete, and a guess that it has made is forgotten.
+    pub(crate) fn undo_call(&mut self) {
         self.bad_layer = None;
-        self.stats.copy_from(&self.stats_before);
+        self.failure = None; // a sound session was given; what the cache knows of failed copies stays
+        self.stats.copy_from(&self.before.stats);
+        if !self.before.fresh {
+            return;
+        }
+        let guess = self.speculative.take();
+        if self.n_forced() < self.before.forced {
+            let forced = self.forced.as_mut().zip(guess);
+            forced.into_iter().for_each(|(forced, guess)| forced.push_front(guess));
+        }
+        self.trace.iter_mut().for_each(|trace| trace.pre_decode.clear());
+    }
+
+    fn n_forced(&self) -> usize {
+        self.forced.as_ref().map_or(0, VecDeque::len)
     }
 
     /// Checks this call's logits. A failure is final for the session: its cache holds what it should not.
@@ -354,13 +385,14 @@ pub struct Stats {
     /// Per layer, decode steps only: pairs that were fetched, and pairs that were selected. Fewer are fetched than selected
     /// where delta prefetch finds them in their slots.
     pub fetched: Vec<(u64, u64)>,
-    /// Bytes from host to device in decode steps.
+    /// Bytes from host to device that decode steps have used or, where they select for the next one, asked for.
     pub fetched_bytes: u64,
     /// Bytes from host to device in pre-decodes, once per prefill.
     pub pre_decode_bytes: u64,
     /// Bytes from device to host, prefill included.
     pub offloaded_bytes: u64,
-    /// Time that computation waited for copies, as far as that was measured.
+    /// Time that decode steps waited for copies, as far as that was measured. As their bytes, what a pre-decode waited is not
+    /// counted here.
     pub exposed: Duration,
     /// Decode steps in which it was: all of them on the CPU, and on a GPU where somebody asked
     /// ([`crate::device::Device::measure_waits`]).
@@ -368,11 +400,6 @@ pub struct Stats {
 }
 
 impl Stats {
-    /// Computation has waited for copies.
-    pub(crate) fn wait(&mut self, time: Duration) {
-        self.exposed += time;
-    }
-
     /// Compares a step's real token with what was guessed for it, if anything was.
     pub(crate) fn compare(&mut self, guess: Option<u32>, token: u32) {
         if let Some(guess) = guess {

@@ -12,9 +12,12 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use common::tiny::{Random, Tiny, ids};
 use common::{Distance, device, fixture, json, kv, options, run};
+use specache::device::fault::{Fault, Faults};
 use specache::device::map::Bytes;
 use specache::device::{Device, DeviceOptions, LinearPath};
 use specache::kv::KvMode;
@@ -244,13 +247,18 @@ fn a_large_batch_gives_what_each_sequence_gives_alone() {
     });
 }
 
-/// A run of the program on the recall model with a prompt of `n` tokens.
+/// One token by the program on the recall model, from a prompt of `n` tokens.
 fn generate(folder: &Path, n: usize, linear: &str, env: &[(&str, &str)]) -> Output {
+    generate_tokens(folder, n, 1, linear, env)
+}
+
+fn generate_tokens(folder: &Path, n: usize, n_predict: usize, linear: &str, env: &[(&str, &str)]) -> Output {
     let tokens = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cuda_linear_{n}.json"));
     fs::write(&tokens, serde_json::to_string(&(0..n).map(|i| 300 + i).collect::<Vec<_>>()).unwrap()).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_specache-engine"));
-    command.args(["generate", "-n", "1", "--temp", "0", "--device", "cuda", "--linear", linear, "-m"]);
-    command.arg(fixture("recall")).arg("--tokens").arg(tokens).envs(env.iter().copied());
+    command.args(["generate", "--temp", "0", "--ignore-eos", "--device", "cuda", "--linear", linear, "-m"]);
+    command.arg(fixture("recall")).arg("--tokens").arg(tokens).arg("-n").arg(n_predict.to_string());
+    command.envs(env.iter().copied());
     with_libraries(&mut command, folder).output().unwrap()
 }
 
@@ -270,6 +278,21 @@ fn rows_decide_which_path_runs() {
         let counted = log.lines().filter(|line| line.contains("\"matmul\"")).count();
         assert_eq!(counted, products, "{n} rows, {linear}");
     }
+}
+
+/// A pass that is replayed as a graph has its products in it: the engine makes no more calls, however long it goes on.
+#[test]
+fn replayed_passes_call_cublas_no_more() {
+    let Some(folder) = emulation() else { return };
+    let products = |n_predict: usize| {
+        let log = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cuda_linear_graph_{n_predict}.log"));
+        let _ = fs::remove_file(&log);
+        let env = [("SPECACHE_EMU_LOG", log.to_str().unwrap())];
+        let output = generate_tokens(&folder, 20, n_predict, "cublas", &env);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        fs::read_to_string(&log).unwrap().lines().filter(|line| line.contains("\"matmul\"")).count()
+    };
+    assert_eq!(products(8), products(12));
 }
 
 #[test]
@@ -343,6 +366,46 @@ fn a_failed_product_leaves_the_next_request_alone() {
         let failed = prefill().unwrap_err();
         assert!(failed.exit_code() == 5 && failed.to_string().contains("cublasLtMatmul"), "{failed}");
         assert!(prefill().unwrap().iter().all(|x| x.is_finite()));
+    });
+}
+
+/// Prompts that are given up while the GPU still works on them: at each interruption, and at each buffer that cannot be had.
+/// Nothing is freed under its products, and the same call again gives the bits of a call that nothing disturbs.
+#[test]
+fn a_prefill_that_is_given_up_frees_nothing_in_use() {
+    on_emulation("a_prefill_that_is_given_up_frees_nothing_in_use", &[], || {
+        let prompts = [ids(7, 70), ids(8, 24)];
+        let run = |faults: Option<Arc<Faults>>| {
+            let options = DeviceOptions { linear: LinearPath::Cublas, faults: faults.clone(), ..options(2) };
+            let device = Device::cuda(0, &options).unwrap();
+            let gpu = Engine::new(narrow(SHAPE, Dtype::Bf16, Dtype::Bf16), device).ok()?;
+            let options = kv(KvMode::SpeCache, 2, 64, 64, 64);
+            let mut sessions = (gpu.session(options, 80).ok()?, gpu.session(options, 80).ok()?);
+            let mut prefill = || {
+                let (a, b) = (&mut sessions.0, &mut sessions.1);
+                let mut both = [Prompt { session: a, tokens: &prompts[0] }, Prompt { session: b, tokens: &prompts[1] }];
+                gpu.prefill(&mut both, &mut Buffers::default())
+            };
+            let again = match prefill() {
+                Err(Error::Interrupted | Error::OutOfMemory { .. }) if faults.is_some() => {
+                    gpu.interrupt_flag().store(false, Ordering::Relaxed);
+                    prefill()
+                }
+                first => first,
+            };
+            Some(again.unwrap().into_iter().map(Result::unwrap).collect::<Vec<_>>())
+        };
+        let undisturbed = run(None).unwrap();
+        for kind in [Fault::Interrupt, Fault::Buffer] {
+            let struck = (0..).take_while(|&index| {
+                let faults = Arc::new(Faults::at(kind, index));
+                let logits = run(Some(faults.clone()));
+                assert!(logits.is_none_or(|logits| logits == undisturbed), "{kind:?} {index}");
+                faults.has_struck()
+            });
+            let most = struck.count();
+            assert!(most >= 6, "{kind:?}: {most} opportunities; two prompts of three layers have more");
+        }
     });
 }
 

@@ -5,7 +5,7 @@ mod common;
 
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::tiny::{Tiny, ids};
@@ -302,6 +302,38 @@ fn each_pin_may_fail() {
     }
 }
 
+/// Pins for a device that cannot use pageable memory; they fail while the flag is set.
+struct Required(AtomicBool);
+
+impl Pin for Required {
+    fn pin(&self, _: NonNull<u8>, _: usize) -> Result<(), String> {
+        if self.0.load(Ordering::Relaxed) { Err("no more of that, said the test".into()) } else { Ok(()) }
+    }
+
+    fn is_required(&self) -> bool {
+        true
+    }
+
+    fn unpin(&self, _: NonNull<u8>, _: usize) {}
+}
+
+/// Where pages must be pinned, a request that needs them is refused whole while they cannot be, and served afterwards.
+#[test]
+fn pages_that_must_be_pinned() {
+    let kv = kv(KvMode::SpeCache, 1, 32, 33, 7);
+    let sound = life(&engine(options(1)), kv).unwrap();
+    let pin = Arc::new(Required(AtomicBool::new(true)));
+    let engine = engine(DeviceOptions { pin: Some(pin.clone()), ..options(1) });
+    for _ in 0..2 {
+        let refused = engine.session(kv, 300).err().unwrap();
+        assert!(refused.exit_code() == 5 && refused.to_string().contains("said the test"), "{refused}");
+        assert_balanced(&engine, "after a refusal");
+    }
+    pin.0.store(false, Ordering::Relaxed);
+    assert!(life(&engine, kv).unwrap() == sound);
+    assert_balanced(&engine, "after a life");
+}
+
 /// `mlock` beyond RLIMIT_MEMLOCK: needs a process of its own, as limits are for ever.
 #[test]
 fn a_small_memlock_limit_is_named_with_its_knob() {
@@ -447,14 +479,14 @@ fn each_interruption_leaves_a_batch_and_its_figures() {
 /// never heard of it, and no page more or less is held.
 #[test]
 fn an_interrupted_call_is_as_if_it_had_never_been() {
-    let tokens = ids(9, 400);
-    for mode in KvMode::ALL {
-        let kv = kv(mode, 1, 32, 33, 7);
+    // Fresh from a prompt, so that the call begins with a pre-decode; and past the offload of a page, which is not read
+    // low-bit yet.
+    for (mode, steps) in KvMode::ALL.into_iter().flat_map(|mode| [(mode, 0), (mode, 21)]) {
+        let (kv, tokens) = (kv(mode, 1, 32, 33, 7), ids(9, 400));
         let before = |engine: &Engine| {
             let mut session = engine.session(kv, 350).unwrap();
             prefill(engine, &mut session, &tokens[..140]).unwrap();
-            // Past the offload of a page, which is not read low-bit yet.
-            for &token in &tokens[140..161] {
+            for &token in &tokens[140..140 + steps] {
                 step(engine, &mut session, token, &mut Buffers::default()).unwrap();
             }
             session
@@ -481,11 +513,12 @@ fn an_interrupted_call_is_as_if_it_had_never_been() {
                 let held = |session: &Session| {
                     let pages = engine.host_pages();
                     let stats = session.stats();
-                    (session.cache_bytes(), pages.leased + pages.reserved, stats.offloaded_bytes, session.n_tokens())
+                    let bytes = (stats.offloaded_bytes, stats.fetched_bytes, stats.pre_decode_bytes);
+                    (session.cache_bytes(), pages.leased + pages.reserved, bytes, session.n_tokens())
                 };
                 let held_before = held(&session);
                 let outcome = if prompt {
-                    let call = Prompt { session: &mut session, tokens: &tokens[161..330] };
+                    let call = Prompt { session: &mut session, tokens: &tokens[140 + steps..330] };
                     engine.prefill(&mut [call], &mut Buffers::default()).map(drop)
                 } else {
                     engine.decode(&mut [Next { session: &mut session, token: 5 }], &mut Buffers::default())
@@ -497,12 +530,16 @@ fn an_interrupted_call_is_as_if_it_had_never_been() {
                     assert!(matches!(error, Error::Interrupted), "{error}");
                     interrupted[usize::from(prompt)] += 1;
                     engine.interrupt_flag().store(false, Ordering::Relaxed);
-                    assert_eq!(held(&session), held_before, "{mode:?}, interruption {index}");
-                    assert!(after(&engine, &mut session) == expected, "{mode:?}, interruption {index}");
+                    assert_eq!(held(&session), held_before, "{mode:?} after {steps} steps, interruption {index}");
+                    assert!(
+                        after(&engine, &mut session) == expected,
+                        "{mode:?} after {steps} steps, interruption {index}"
+                    );
                 }
             }
         }
-        assert_eq!(interrupted, [TINY.n_layers; 2], "{mode:?}");
+        let passes = if mode == KvMode::SpeCache && steps == 0 { 2 } else { 1 };
+        assert_eq!(interrupted, [passes * TINY.n_layers, TINY.n_layers], "{mode:?} after {steps} steps");
     }
 }
 

@@ -9,6 +9,7 @@ use common::tiny::{Tiny, ids};
 use common::{fixture, json, kv, options};
 use specache::device::link::LinkOptions;
 use specache::device::order::{Checker, Conflict, Resource};
+use specache::device::trace::Slice;
 use specache::device::{Device, DeviceOptions, Schedule};
 use specache::kv::{KvMode, KvOptions};
 use specache::sampler::argmax;
@@ -188,18 +189,22 @@ fn check(kv: KvOptions, pipeline: Schedule, ignored: Option<&'static str>) -> (V
 }
 
 /// Waits without which these lives meet no conflict: mode, schedule, place, and why not.
-const HARMLESS: [(&str, &str, &str, &str); 7] = [
+const HARMLESS: [(&str, &str, &str, &str); 10] = [
     ("full", "stream", ALL, "nothing is copied"),
     ("kivi", "stream", ALL, "nothing is copied"),
     ("fetch", "stream", ALL, "a fetch is waited for where it is issued"),
     ("fetch", "serial", STAGING, "as above, so the block is free when the next gather is issued"),
     ("fetch", "event", STAGING, "as above"),
     ("specache", "serial", STAGING, "as in fetch"),
-    ("specache", "stream", ARRIVAL, "where a prefill begins; the next attention waits for all copies"),
+    ("offload", "stream", LOADED_BEFORE, "the prompt waits for what it loads itself, behind them in the same stream"),
+    ("offload", "event", LOADED_BEFORE, "as above"),
+    ("specache", "stream", PAIRS_BEFORE, "as above"),
+    ("specache", "event", PAIRS_BEFORE, "as above"),
 ];
 const ALL: &str = "all copies arrive before attention";
 const STAGING: &str = "a staging block is free before a gather";
-const ARRIVAL: &str = "pairs arrive before attention";
+const LOADED_BEFORE: &str = "loaded pages are here before a prompt";
+const PAIRS_BEFORE: &str = "prefetched pairs are here before a prompt";
 
 /// No conflict with all waits; and without any one of them the checker names two operations that meet.
 #[test]
@@ -257,8 +262,74 @@ fn a_host_page_that_is_freed_too_early_is_caught() {
         (order.conflicts().len(), order.conflicts().iter().filter(conflict).count())
     };
     assert_eq!(reused(None), (0, 0));
-    let (_, caught) = reused(Some("a cache comes to rest"));
+    let (_, caught) = reused(Some("prefetched pairs are here before a cache rests"));
     assert!(caught > 0);
+}
+
+/// What ran, after `session` has come to rest.
+fn slices(engine: &Engine, session: &mut Session) -> Vec<Slice> {
+    session.reserve(session.max_tokens() + 100).unwrap();
+    engine.device().trace().unwrap().take()
+}
+
+/// `offload`: every step brings each layer back once, named by its own number, and begins with the first two of the next
+/// step, unless something happens to the session in between.
+#[test]
+fn whole_layers_come_back_across_steps() {
+    let (kv, tokens) = (kv(KvMode::Offload, 1, 32, 33, 7), ids(8, 400));
+    for n_layers in 1..=4 {
+        let model = Tiny { n_layers, ..TINY };
+        let engine = engine(&model, DeviceOptions { trace: true, ..options(1) });
+        let mut session = engine.session(kv, 300).unwrap();
+        let loads = |session: &mut Session| {
+            let slices = slices(&engine, session);
+            let loads = slices.iter().filter(|slice| slice.name == "load");
+            let mut counts = vec![0; n_layers];
+            loads.for_each(|load| counts[load.place.layer.expect("a load is of a layer") as usize] += 1);
+            counts
+        };
+        // Over the end of a page, so that what comes back grows.
+        let steps = |session: &mut Session, tokens: &[u32]| {
+            let before = session.stats().fetched_bytes;
+            decode(&engine, &mut [session], tokens, &mut Buffers::default(), &mut vec![]).unwrap();
+            session.stats().fetched_bytes - before
+        };
+        let ahead = |n: usize| (0..n_layers).map(|l| n + usize::from(l < 2)).collect::<Vec<_>>();
+        prefill(&engine, &mut session, &tokens[..150], &mut vec![]).unwrap();
+        loads(&mut session);
+        steps(&mut session, &tokens[150..190]);
+        assert_eq!(loads(&mut session), ahead(40), "{n_layers} layers");
+        // Bytes are those of the steps that use them: two pages a layer.
+        let bytes = steps(&mut session, &tokens[190..193]);
+        assert_eq!(bytes, 3 * 2 * (n_layers * 64 * 2 * 2 * 2 * 32) as u64, "{n_layers} layers");
+        assert_eq!(loads(&mut session), ahead(3), "{n_layers} layers");
+        steps(&mut session, &tokens[193..194]);
+        let mut fork = session.fork().unwrap();
+        steps(&mut session, &tokens[194..195]);
+        steps(&mut fork, &tokens[194..195]);
+        drop(fork);
+        assert_eq!(loads(&mut session), ahead(1).iter().map(|n| 3 * n).collect::<Vec<_>>(), "{n_layers} layers");
+    }
+}
+
+/// The waits of a pre-decode are no step's, as its bytes are not.
+#[test]
+fn a_pre_decode_is_not_counted_as_a_step() {
+    let (kv, tokens) = (kv(KvMode::SpeCache, 1, 32, 33, 7), ids(8, 400));
+    for pipeline in Schedule::ALL {
+        let link = LinkOptions { gbps: None, latency_us: 3000.0 };
+        let engine = engine(&TINY, DeviceOptions { pipeline, link, trace: true, ..options(1) });
+        let mut session = engine.session(kv, 300).unwrap();
+        prefill(&engine, &mut session, &tokens[..150], &mut vec![]).unwrap();
+        decode(&engine, &mut [&mut session], &tokens[150..151], &mut Buffers::default(), &mut vec![]).unwrap();
+        let (exposed, pre_decode) = (session.stats().exposed, session.stats().pre_decode_bytes);
+        assert!(pre_decode > 0);
+        let slices = slices(&engine, &mut session);
+        let step = slices.iter().map(|slice| slice.place.step).max().unwrap();
+        let waits = slices.iter().filter(|slice| slice.waits && slice.place.step == step);
+        let waited: f64 = waits.map(Slice::us).sum();
+        assert!(exposed.as_secs_f64() * 1e6 <= waited, "{}: {exposed:?} of {waited} us", pipeline.name());
+    }
 }
 
 /// Buffers may serve two batches in turns: neither waits for what the other has on its way, and each has its own bits.

@@ -155,3 +155,31 @@ fn branches_do_not_disturb_each_other() {
         assert_eq!((pages.leased, pages.reserved), (0, 0), "{mode:?}");
     }
 }
+
+/// A fork that ends on another thread while pages are truncated that it shares: no page stays promised for nothing.
+#[test]
+fn a_fork_may_end_while_the_other_is_truncated() {
+    let model = Tiny { head_dim: 32, n_kv_heads: 1, group_heads: 1, n_layers: 8, window: None };
+    let engine = Engine::new(model.model(), device(1)).unwrap();
+    let kv = kv(KvMode::SpeCache, 1, 32, 33, 7);
+    let tokens = ids(3, 2000);
+    let mut session = engine.session(kv, 2000).unwrap();
+    prefill(&engine, &mut session, &tokens[..1900]);
+    let held = || engine.host_pages().leased + engine.host_pages().reserved;
+    let alone = held();
+    for round in 0..60 {
+        let fork = session.fork().unwrap();
+        let begin = std::sync::Barrier::new(2);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                begin.wait();
+                (0..300 * round).for_each(|_| std::hint::spin_loop());
+                drop(fork);
+            });
+            begin.wait();
+            session.truncate(100).unwrap();
+        });
+        assert_eq!(held(), alone, "round {round}");
+        prefill(&engine, &mut session, &tokens[100..1900]);
+    }
+}

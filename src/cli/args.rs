@@ -34,6 +34,8 @@ speculative prefetch of the pairs that matter.";
 const EXIT_CODES: &str = "\
 Examples:
   specache-engine generate -m models/llama -p 'Once upon a time' -n 100
+  specache-engine chat -m models/llama-instruct
+  specache-engine plan -m models/llama --gpu a6000 -c 32768
   specache-engine logits -m models/llama --tokens ids.json --prefill 300 -o logits.npy
   specache-engine --bench          the same as `specache-engine bench`
   specache-engine --list-devices   the same as `specache-engine devices`
@@ -58,9 +60,18 @@ pub enum Command {
     /// Continue a prompt; the completion streams to stdout.
     #[command(after_help = GENERATE_EXAMPLES)]
     Generate(GenerateArgs),
+    /// Talk with a model: several turns on one growing cache.
+    #[command(after_help = CHAT_EXAMPLES)]
+    Chat(ChatArgs),
     /// Teacher forcing: the logits of given tokens, as an NPY file.
     #[command(after_help = LOGITS_EXAMPLES)]
     Logits(LogitsArgs),
+    /// What a model and its caches take in each KV mode, what fits, and about how fast it is; loads nothing.
+    #[command(after_help = PLAN_EXAMPLES)]
+    Plan(PlanArgs),
+    /// Check this machine: what is in the engine's way, and what to change.
+    #[command(after_help = DOCTOR_OUTPUT)]
+    Doctor,
     /// List the devices of this machine, and why there is no GPU among them.
     #[command(alias = "list-devices")]
     Devices,
@@ -104,6 +115,85 @@ pub struct GenerateArgs {
     #[arg(short, long, env = "SPECACHE_CTX_SIZE", value_name = "TOKENS", allow_negative_numbers = true)]
     pub ctx_size: Option<usize>,
 }
+
+const CHAT_EXAMPLES: &str = "\
+Examples:
+  specache-engine chat -m models/llama-instruct
+  specache-engine chat -m models/llama-instruct --system 'Be brief.' -c 32768 --kv-bits 1
+  printf 'Hello\\n/stats\\n' | specache-engine chat -m models/llama-instruct
+  specache-engine chat -m models/llama-base --raw -n 40
+
+Each line of stdin is a message, or a command: /stats, /system TEXT, /reset, /help,
+/quit. Answers go to stdout, each ended by a newline, all else to stderr. Ctrl-C stops an
+answer, and ends the program (130) where none is being written. Only what is new in a turn
+is prefilled; where a template rewrites earlier turns, what changed is prefilled again.";
+
+/// `chat`.
+#[derive(Args)]
+pub struct ChatArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// System message
+    #[arg(long, env = "SPECACHE_SYSTEM", value_name = "TEXT", allow_hyphen_values = true)]
+    pub system: Option<String>,
+    /// Use no chat template: an answer continues its message, the next message begins a line
+    #[arg(long, env = "SPECACHE_RAW", value_parser = FalseyValueParser::new())]
+    pub raw: bool,
+    /// Most tokens of an answer [default: until the model ends it or the context is full]
+    #[arg(short, long, env = "SPECACHE_N_PREDICT", value_name = "N", allow_negative_numbers = true)]
+    pub n_predict: Option<usize>,
+    /// Most tokens of the conversation; the cache grows with it [default: what the model was trained for]
+    #[arg(short, long, env = "SPECACHE_CTX_SIZE", value_name = "TOKENS", allow_negative_numbers = true)]
+    pub ctx_size: Option<usize>,
+    #[command(flatten)]
+    pub kv: KvArgs,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+const PLAN_EXAMPLES: &str = "\
+Examples:
+  specache-engine plan -m models/llama --gpu a6000
+  specache-engine plan -m synthetic:llama-3-8b --gpu h200 -c 131072 -b 16 --kv-bits 1
+  specache-engine plan -m models/llama --vram 24GiB --host 64GiB -o json
+
+Only config.json is read. The bytes are those that the engine asks for; a GPU's working rows
+are counted with their most, 256 MiB. Every mode is a column; for those in which the batch
+does not fit, stderr says what is short and what fits.";
+
+/// `plan`.
+#[derive(Args)]
+pub struct PlanArgs {
+    /// Model folder (only its config.json is read), or synthetic:SHAPE
+    #[arg(short, long, env = "SPECACHE_MODEL", value_name = "DIR")]
+    pub model: String,
+    /// Device memory, such as 48GiB [default: that of --gpu, else of the first GPU, else what this machine has free]
+    #[arg(long, env = "SPECACHE_PLAN_VRAM", value_name = "SIZE", value_parser = size::parse)]
+    pub vram: Option<u64>,
+    /// Host memory for 16-bit KV copies [default: what this machine has free]
+    #[arg(long, env = "SPECACHE_PLAN_HOST", value_name = "SIZE", value_parser = size::parse)]
+    pub host: Option<u64>,
+    /// Tokens of a sequence [default: 32768, or the model's limit if that is less]
+    #[arg(short, long, env = "SPECACHE_CTX_SIZE", value_name = "TOKENS", allow_negative_numbers = true)]
+    pub ctx_size: Option<usize>,
+    /// Sequences that are decoded together
+    #[arg(short, long, env = "SPECACHE_PLAN_BATCH", value_name = "B", default_value_t = 1)]
+    pub batch: usize,
+    /// Estimate steps on this card, from its bandwidths
+    #[arg(long, env = "SPECACHE_PLAN_GPU", value_name = "GPU", value_parser = ["a6000", "4090", "h100", "h200"])]
+    pub gpu: Option<String>,
+    #[command(flatten)]
+    pub tuning: KvTuning,
+    /// A table for people, or JSON
+    #[arg(short, long, env = "SPECACHE_PLAN_OUTPUT", value_name = "FORMAT", default_value = "md",
+          value_parser = ["md", "json"])]
+    pub output: String,
+}
+
+const DOCTOR_OUTPUT: &str = "\
+A line for each thing: ok; note, where something would be better otherwise; problem, where
+something does not work. Behind -> is what to change. The exit code is 0 unless the engine
+cannot run at all.";
 
 const LOGITS_EXAMPLES: &str = "\
 Examples:

@@ -2,11 +2,14 @@
 
 mod args;
 mod bench;
+mod chat;
 mod devices;
+mod doctor;
 mod generate;
 mod input;
 mod logits;
 mod output;
+mod plan;
 mod progress;
 mod size;
 
@@ -43,9 +46,12 @@ pub fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Generate(args) => generate::run(args),
+        Command::Chat(args) => chat::run(args),
         Command::Logits(args) => logits::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Plan(args) => plan::run(&args),
         Command::Devices => devices::run(),
+        Command::Doctor => doctor::run(),
     }
 }
 

@@ -171,13 +171,16 @@ struct Results {
     bytes: usize,
 }
 
+/// Sequences, rows, mode, shape and top-k of a group.
+type GroupKey = (Range<usize>, Range<usize>, KvMode, KvShape, u32);
+
 /// Everything that a pass's launches depend on, apart from what it is told: passes with equal keys have equal graphs.
 #[derive(Clone, PartialEq)]
 struct Key {
     model: usize,
     turn: usize,
     with_selections: bool,
-    groups: Vec<(Range<usize>, Range<usize>, KvMode, KvShape, u32)>,
+    groups: Vec<GroupKey>,
     /// Of the two modes that fetch: whether there is anything to select.
     selects: [bool; 2],
 }
@@ -707,15 +710,22 @@ impl Memory {
     fn attention(&self, gpu: &Gpu, config: &Config, group: &Group, l: usize, replace: bool) -> specache_attn_params {
         let (rows, at) = (self.rows(config, l, &group.rows), |part: usize| self.scratch.address() + part as u64);
         let selects = group.top_k > 0;
+        // Each sequence's own: all groups attend before the first of them selects.
+        let heads = group.seqs.start * config.n_heads;
+        let scores_at = |part: usize| at(part + heads * self.sizes.capacity * 4);
         specache_attn_params {
             seqs: self.seqs(group),
             caches: self.caches(config.n_layers, group, l),
             q: rows.q,
             out: rows.attn,
-            scores: if selects { at(self.scratch_at.scores) } else { 0 },
-            lse: at(self.scratch_at.lse),
-            first_scores: if group.mode == KvMode::SpeCache { at(self.scratch_at.first_scores) } else { 0 },
-            first_lse: at(self.scratch_at.first_lse),
+            scores: if selects { scores_at(self.scratch_at.scores) } else { 0 },
+            lse: at(self.scratch_at.lse + heads * 4),
+            first_scores: if selects && group.mode == KvMode::SpeCache {
+                scores_at(self.scratch_at.first_scores)
+            } else {
+                0
+            },
+            first_lse: at(self.scratch_at.first_lse + heads * 4),
             parts: at(self.scratch_at.attn_parts),
             top_k: if replace { group.top_k } else { 0 },
             ..attention_shape(gpu, config, &group.shape, group.n_seqs(), self.sizes.capacity)
@@ -813,7 +823,8 @@ impl Scratch {
         };
         let lists = config.n_layers * sizes.seqs * config.n_kv_heads * sizes.top_k;
         let slices = config.vocab_size.div_ceil(SPECACHE_ARGMAX_SLICE as usize);
-        let select_rows = if sizes.top_k > 0 { group * config.n_heads * sizes.capacity } else { 0 };
+        let score_rows = sizes.seqs * config.n_heads;
+        let scores = if sizes.top_k > 0 { score_rows * sizes.capacity * 4 } else { 0 };
         Scratch {
             x: parts.next(rows * config.hidden_size * 4),
             q: parts.next(rows * heads * 4),
@@ -824,10 +835,10 @@ impl Scratch {
             products: parts.next(sizes.cublas_rows * Between::product_width(config) * 4),
             rope: parts.next(rows * config.head_dim * 4),
             append: parts.next(config.n_layers * rows * 8),
-            scores: parts.next(select_rows * 4),
-            lse: parts.next(group * config.n_heads * 4),
-            first_scores: parts.next(select_rows * 4),
-            first_lse: parts.next(group * config.n_heads * 4),
+            scores: parts.next(scores),
+            lse: parts.next(score_rows * 4),
+            first_scores: parts.next(scores),
+            first_lse: parts.next(score_rows * 4),
             attn_parts: parts.next(part_bytes(&attention)),
             candidates: parts.next(candidate_bytes(&selection)),
             argmax: parts.next(MAX_ROWS * slices * size_of::<specache_choice>()),

@@ -39,7 +39,6 @@ pub(crate) fn chunk_rows(config: &Config) -> usize {
 
 /// What the rows of a chunk are computed in. The prompts of a prefill take turns with it.
 pub(crate) struct ChunkMemory {
-    device: Device,
     memory: Buffer,
     at: ChunkLayout,
 }
@@ -86,16 +85,10 @@ impl ChunkMemory {
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`], [`crate::Error::Device`].
-    pub(crate) fn new(
-        device: &Device,
-        grants: &mut Grants,
-        model: &GpuModel,
-        config: &Config,
-        longest: usize,
-    ) -> Result<ChunkMemory> {
+    pub(crate) fn new(grants: &mut Grants, model: &GpuModel, config: &Config, longest: usize) -> Result<ChunkMemory> {
         let at = ChunkLayout::new(model, config, longest.min(chunk_rows(config)));
         let memory = grants.device(at.bytes, "the working rows of a prefill")?;
-        Ok(ChunkMemory { device: device.clone(), memory, at })
+        Ok(ChunkMemory { memory, at })
     }
 
     fn address(&self, part: usize) -> u64 {
@@ -107,16 +100,8 @@ impl ChunkMemory {
     }
 }
 
-impl Drop for ChunkMemory {
-    /// A prefill that was given up may still run.
-    fn drop(&mut self) {
-        self.device.finish(self.device.record(StreamId::Compute));
-    }
-}
-
 /// A prompt on its way through the layers.
 pub(crate) struct PromptStream {
-    device: Device,
     // Dropped before `host`: it waits for the copies out of that too.
     memory: Buffer,
     at: Layout,
@@ -166,13 +151,6 @@ impl Layout {
     }
 }
 
-impl Drop for PromptStream {
-    /// A prefill that was given up may still run.
-    fn drop(&mut self) {
-        self.device.finish(self.device.record(StreamId::Compute));
-    }
-}
-
 impl PromptStream {
     /// Bytes on the device that a prompt of `n` tokens takes beside its cache and the working rows.
     pub(crate) fn bytes(config: &Config, n: usize) -> u64 {
@@ -215,7 +193,7 @@ impl PromptStream {
             put(told, at.seqs - at.tokens, i, &seq);
         }
         (0..config.n_layers).for_each(|l| put(told, at.caches - at.tokens, l, &cache(l)));
-        let stream = PromptStream { device: device.clone(), memory, at, host, shape, start, n, chunk, sent: [None; 2] };
+        let stream = PromptStream { memory, at, host, shape, start, n, chunk, sent: [None; 2] };
         let address = |part: usize| stream.memory.address() + part as u64;
         // The lists of places follow layer by layer.
         gpu.send(StreamId::Compute, address(at.tokens), &stream.host, 0..at.append[0] - at.tokens);

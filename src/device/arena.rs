@@ -192,6 +192,8 @@ pub struct Arena {
     given_back: Mutex<Vec<usize>>,
     stages: Vec<AtomicU8>,
     abandoned: AtomicBool,
+    /// Bytes of reserved huge pages that were refused when they were touched.
+    replaced: AtomicUsize,
     not_pinned: OnceLock<String>,
 }
 
@@ -201,12 +203,7 @@ impl Arena {
     /// # Errors
     /// [`Error::OutOfMemory`] if the meter or the system refuses.
     pub fn map(plan: ArenaPlan, options: &ArenaOptions, meter: &Meter, what: &str) -> Result<Arena> {
-        let bytes = plan.bytes();
-        meter.take(bytes as u64, what)?;
-        let mapping = Mapping::new(bytes, options.huge_pages).map_err(|_| {
-            meter.give_back(bytes as u64);
-            meter.refusal(bytes as u64, 0, what)
-        })?;
+        let mapping = map_metered(plan.bytes(), options.huge_pages, meter, what)?;
         Ok(Arena {
             placement: bind(&mapping, options.node),
             mapping,
@@ -217,6 +214,7 @@ impl Arena {
             next: AtomicUsize::new(0),
             given_back: Mutex::default(),
             abandoned: AtomicBool::new(false),
+            replaced: AtomicUsize::new(0),
             not_pinned: OnceLock::new(),
         })
     }
@@ -279,8 +277,14 @@ impl Arena {
             if self.abandoned.load(Ordering::Relaxed) {
                 return Ok(());
             }
+            let step = TOUCH_STEP.min(bytes - offset);
             // SAFETY: the step lies in the chunk, which nobody else uses before it is prepared.
-            unsafe { touch(base.add(offset), TOUCH_STEP.min(bytes - offset), self.options.poison) };
+            unsafe {
+                if self.mapping.kind == MemoryKind::HugeTlb && populate(base.add(offset), step).is_err() {
+                    self.replace(start + offset, step);
+                }
+                touch(base.add(offset), step, self.options.poison);
+            }
         }
         let stage = match self.pin(base, bytes) {
             Ok(true) => PINNED,
@@ -292,6 +296,31 @@ impl Arena {
         };
         self.stages[chunk].store(stage, Ordering::Release);
         Ok(())
+    }
+
+    /// Puts ordinary memory in the place of reserved huge pages. They were there when they were mapped, but a control group
+    /// of the process may have a limit of its own (`hugetlb.2MB.max`), and touching them would then end the process.
+    ///
+    /// # Safety
+    /// Nobody uses the range, which begins at a multiple of 2 MiB.
+    unsafe fn replace(&self, start: usize, bytes: usize) {
+        // The arena's last chunk may end within a huge page, of which nobody uses the rest.
+        let bytes = bytes.next_multiple_of(HUGE_PAGE);
+        // SAFETY: the range lies in the mapping, and is the caller's.
+        unsafe {
+            let base = self.mapping.base.add(start);
+            // If there is neither kind of memory, the system ends the process as where any memory that it has promised
+            // is missing.
+            if mmap_at(base.as_ptr(), bytes, libc::MAP_FIXED).is_err() {
+                return;
+            }
+            advise(base, bytes, self.options.huge_pages);
+            if let Placement::Node(node) = self.placement {
+                // A preference, which held for the range before.
+                let _ = mbind(base, bytes, node);
+            }
+        }
+        self.replaced.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Prepares all that is cold on `threads` threads of their own. `ready` hears of each prepared chunk, on the thread
@@ -357,6 +386,7 @@ impl Arena {
             bytes: self.mapping.bytes as u64,
             pages: self.pages(),
             kind: self.mapping.kind,
+            replaced_bytes: self.replaced.load(Ordering::Relaxed) as u64,
             placement: self.placement.clone(),
             prepared_bytes: bytes_at(PAGEABLE),
             pinned_bytes: bytes_at(PINNED),
@@ -374,19 +404,21 @@ impl Drop for Arena {
             }
         }
         self.mapping.unmap();
-        self.meter.give_back(self.plan.bytes() as u64);
+        self.meter.give_back(self.mapping.bytes as u64);
     }
 }
 
 /// An arena in figures.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ArenaStats {
-    /// Bytes mapped.
+    /// Bytes mapped: with reserved huge pages whole ones.
     pub bytes: u64,
     /// KV pages.
     pub pages: usize,
     /// Which memory it got.
     pub kind: MemoryKind,
+    /// Bytes that are ordinary memory although reserved huge pages were mapped, as those were refused later.
+    pub replaced_bytes: u64,
     /// Where it lies.
     pub placement: Placement,
     /// Bytes that have been touched.
@@ -402,7 +434,11 @@ impl fmt::Display for ArenaStats {
         let mib = |bytes: u64| bytes as f64 / (1 << 20) as f64;
         let ArenaStats { kind, placement, .. } = self;
         let (prepared, pinned) = (mib(self.prepared_bytes), mib(self.pinned_bytes));
-        write!(f, "{:.1} MiB ({prepared:.1} touched, {pinned:.1} pinned), {kind}, {placement}", mib(self.bytes))
+        write!(f, "{:.1} MiB ({prepared:.1} touched, {pinned:.1} pinned), {kind}", mib(self.bytes))?;
+        if self.replaced_bytes > 0 {
+            write!(f, " (refused for {:.1} MiB)", mib(self.replaced_bytes))?;
+        }
+        write!(f, ", {placement}")
     }
 }
 
@@ -419,20 +455,20 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    fn new(bytes: usize, huge_pages: HugePages) -> io::Result<Mapping> {
-        // hugetlb mappings are whole huge pages; one of them for a few KiB would be taken from those who need it.
-        if huge_pages == HugePages::Auto
-            && bytes.is_multiple_of(HUGE_PAGE)
-            && let Ok(base) = mmap(bytes, libc::MAP_HUGETLB | libc::MAP_HUGE_2MB)
-        {
-            return Ok(Mapping { base, bytes, kind: MemoryKind::HugeTlb });
+    /// Reserved huge pages, whole ones.
+    fn reserved_huge(bytes: usize) -> io::Result<Mapping> {
+        if !can_populate() {
+            return Err(io::ErrorKind::Unsupported.into()); // they could be refused by nothing but a fault
         }
+        let base = mmap(bytes.next_multiple_of(HUGE_PAGE), libc::MAP_HUGETLB | libc::MAP_HUGE_2MB)?;
+        Ok(Mapping { base, bytes: bytes.next_multiple_of(HUGE_PAGE), kind: MemoryKind::HugeTlb })
+    }
+
+    /// Memory that is not reserved for huge pages, but may come to lie in some.
+    fn ordinary(bytes: usize, huge_pages: HugePages) -> io::Result<Mapping> {
         let base = mmap_aligned(bytes)?;
-        let huge = huge_pages != HugePages::Never && bytes >= HUGE_PAGE && transparent_huge_pages();
-        let advice = if huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
-        // SAFETY: advice about a range that was just mapped.
-        let advised = unsafe { libc::madvise(base.as_ptr().cast(), bytes, advice) } == 0;
-        let kind = if huge && advised { MemoryKind::TransparentHuge } else { MemoryKind::Plain };
+        // SAFETY: just mapped.
+        let kind = unsafe { advise(base, bytes, huge_pages) };
         Ok(Mapping { base, bytes, kind })
     }
 
@@ -442,10 +478,37 @@ impl Mapping {
     }
 }
 
+/// A mapping of `bytes` bytes that the meter counts: of reserved huge pages if they, and the budget, have room for whole
+/// ones.
+fn map_metered(bytes: usize, huge_pages: HugePages, meter: &Meter, what: &str) -> Result<Mapping> {
+    // One of them for less than its size would be taken from those who need it.
+    if huge_pages == HugePages::Auto
+        && bytes >= HUGE_PAGE
+        && let Ok(mut mapping) = Mapping::reserved_huge(bytes)
+    {
+        if meter.take(mapping.bytes as u64, what).is_ok() {
+            return Ok(mapping);
+        }
+        mapping.unmap();
+    }
+    meter.take(bytes as u64, what)?;
+    Mapping::ordinary(bytes, huge_pages).map_err(|_| {
+        meter.give_back(bytes as u64);
+        meter.system_refusal(bytes as u64, what)
+    })
+}
+
 fn mmap(bytes: usize, flags: i32) -> io::Result<NonNull<u8>> {
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags;
     // SAFETY: a new mapping at an address of the kernel's choice touches nothing that is there.
-    let base = unsafe { libc::mmap(ptr::null_mut(), bytes, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+    unsafe { mmap_at(ptr::null_mut(), bytes, flags) }
+}
+
+/// # Safety
+/// With `MAP_FIXED` what is mapped at `at` is lost: nobody uses it.
+unsafe fn mmap_at(at: *mut u8, bytes: usize, flags: i32) -> io::Result<NonNull<u8>> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags;
+    // SAFETY: the caller's promise.
+    let base = unsafe { libc::mmap(at.cast(), bytes, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
     if base == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
@@ -469,10 +532,40 @@ fn mmap_aligned(bytes: usize) -> io::Result<NonNull<u8>> {
     }
 }
 
+/// Asks for transparent huge pages, or for none. Returns what the memory will be.
+///
+/// # Safety
+/// The range is mapped.
+unsafe fn advise(base: NonNull<u8>, bytes: usize, huge_pages: HugePages) -> MemoryKind {
+    let huge = huge_pages != HugePages::Never && bytes >= HUGE_PAGE && transparent_huge_pages();
+    let advice = if huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
+    // SAFETY: the caller's promise; advice changes no byte.
+    let advised = unsafe { libc::madvise(base.as_ptr().cast(), bytes, advice) } == 0;
+    if huge && advised { MemoryKind::TransparentHuge } else { MemoryKind::Plain }
+}
+
 /// Whether `madvise` can have an effect: the kernel takes the advice even where it is set to ignore it.
 fn transparent_huge_pages() -> bool {
     let mode = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
     mode.is_ok_and(|m| !m.contains("[never]"))
+}
+
+/// Puts memory behind a range, in one call for many pages, which saves the trap of a page fault each. Linux 5.14.
+///
+/// # Safety
+/// The range is mapped writable, and begins at a multiple of 4 KiB.
+unsafe fn populate(start: NonNull<u8>, bytes: usize) -> io::Result<()> {
+    // SAFETY: the caller's promise; it changes no byte.
+    match unsafe { libc::madvise(start.as_ptr().cast(), bytes, libc::MADV_POPULATE_WRITE) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Whether the kernel knows [`populate`].
+fn can_populate() -> bool {
+    // SAFETY: advice about no byte.
+    unsafe { libc::madvise(ptr::null_mut(), 0, libc::MADV_POPULATE_WRITE) == 0 }
 }
 
 /// Puts memory behind a range, or poison into it.
@@ -485,10 +578,10 @@ unsafe fn touch(start: NonNull<u8>, bytes: usize, poison: bool) {
         if poison {
             return start.write_bytes(POISON, bytes);
         }
-        // One call for many pages saves the trap of a page fault each. Linux 5.14; where it fails, faults do it.
-        if libc::madvise(start.as_ptr().cast(), bytes, libc::MADV_POPULATE_WRITE) == 0 {
+        if populate(start, bytes).is_ok() {
             return;
         }
+        // An older kernel: faults do it.
         for offset in (0..bytes).step_by(SYSTEM_PAGE) {
             start.add(offset).write_volatile(0);
         }
@@ -503,23 +596,23 @@ fn bind(mapping: &Mapping, node: Option<usize>) -> Placement {
         let why = if nodes.is_empty() { "the kernel has no NUMA" } else { "the machine has one NUMA node" };
         return Placement::Anywhere(why.into());
     }
-    match mbind(mapping, node) {
+    match mbind(mapping.base, mapping.bytes, node) {
         Ok(()) => Placement::Node(node),
         Err(e) => Placement::Anywhere(format!("mbind to node {node}: {e}").into()),
     }
 }
 
-/// Prefers `node` for the pages of a mapping. Not MPOL_BIND: when the node is full, that kills the process where this
+/// Prefers `node` for the pages of a mapped range. Not MPOL_BIND: when the node is full, that kills the process where this
 /// takes slower memory.
-fn mbind(mapping: &Mapping, node: usize) -> io::Result<()> {
+fn mbind(base: NonNull<u8>, bytes: usize, node: usize) -> io::Result<()> {
     const MPOL_PREFERRED: usize = 1;
     const MAX_NODES: usize = 1024; // the kernel's largest
     let mut mask = [0u64; MAX_NODES / 64];
     let out_of_range = || io::Error::from_raw_os_error(libc::EINVAL);
     *mask.get_mut(node / 64).ok_or_else(out_of_range)? |= 1 << (node % 64);
-    let (base, bits) = (mapping.base.as_ptr(), MAX_NODES + 1); // the kernel reads one bit less
+    let bits = MAX_NODES + 1; // the kernel reads one bit less
     // SAFETY: a policy for a range that this arena has mapped; `mask` has MAX_NODES bits.
-    match unsafe { libc::syscall(libc::SYS_mbind, base, mapping.bytes, MPOL_PREFERRED, mask.as_ptr(), bits, 0) } {
+    match unsafe { libc::syscall(libc::SYS_mbind, base.as_ptr(), bytes, MPOL_PREFERRED, mask.as_ptr(), bits, 0) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
@@ -632,7 +725,9 @@ mod tests {
     fn kinds_of_memory_can_be_written_and_begin_at_a_huge_page() {
         for huge_pages in [HugePages::Auto, HugePages::Transparent, HugePages::Never] {
             for bytes in [4096, 2 * MIB, 5 * MIB] {
-                let mut mapping = Mapping::new(bytes, huge_pages).unwrap();
+                let meter = Meter::new("host", None);
+                let mut mapping = map_metered(bytes, huge_pages, &meter, "a test").unwrap();
+                assert_eq!(meter.used(), mapping.bytes as u64);
                 assert!(mapping.base.addr().get().is_multiple_of(HUGE_PAGE));
                 assert!(huge_pages != HugePages::Never || mapping.kind == MemoryKind::Plain);
                 // SAFETY: just mapped, this test's alone.
@@ -651,7 +746,8 @@ mod tests {
     fn nodes_are_bound_or_a_reason_is_given() {
         assert_eq!(parse_list("0-3,8"), [0, 1, 2, 3, 8]);
         assert_eq!(parse_list(""), [0usize; 0]);
-        let mut mapping = Mapping::new(4096, HugePages::Never).unwrap();
+        let mut mapping = Mapping::ordinary(4096, HugePages::Never).unwrap();
+        let mbind = |mapping: &Mapping, node| mbind(mapping.base, mapping.bytes, node);
         assert_eq!(bind(&mapping, None), Placement::Anywhere("no node was asked for".into()));
         if let Some(&node) = online_nodes().first() {
             let allowed = mbind(&mapping, node);
@@ -665,10 +761,38 @@ mod tests {
 
     #[test]
     fn a_mapping_that_the_system_refuses_takes_nothing_from_the_budget() {
-        let meter = Meter::new("host", None);
+        let meter = Meter::new("host", Some(u64::MAX - 1));
         let plan = ArenaPlan::new(1 << 40, 1 << 6, 64 << 30, u64::MAX);
         let refused = Arena::map(plan, &ArenaOptions::default(), &meter, "64 TiB").err().unwrap();
-        assert!(refused.to_string().contains("64 TiB"), "{refused}");
+        let text = refused.to_string();
+        assert!(text.contains("64 TiB") && text.contains("ulimit -v") && !text.contains("--host-kv-budget"), "{text}");
         assert_eq!(meter.used(), 0);
+    }
+
+    /// Reserved huge pages that a control group refuses when they are touched; memory that must not be written stands for
+    /// them here, as few machines have any.
+    #[test]
+    fn refused_huge_pages_become_ordinary_ones() {
+        let meter = Meter::new("host", None);
+        let plan = ArenaPlan::new(4096, 6 * MIB / 4096, 256 * MIB, u64::MAX);
+        let options = ArenaOptions { huge_pages: HugePages::Transparent, ..Default::default() };
+        let mut arena = Arena::map(plan, &options, &meter, "a test").unwrap();
+        if !can_populate() {
+            return; // then none are mapped
+        }
+        arena.mapping.kind = MemoryKind::HugeTlb;
+        arena.prepare(arena.claim().unwrap()).unwrap();
+        assert_eq!(arena.stats().replaced_bytes, 0);
+        // SAFETY: the rest of this test's mapping, which nobody has written.
+        let refused = unsafe { libc::mprotect(arena.page(512).as_ptr().cast(), 4 * MIB, libc::PROT_READ) };
+        assert_eq!(refused, 0);
+        arena.prepare(arena.claim().unwrap()).unwrap();
+        let stats = arena.stats();
+        assert_eq!((stats.prepared_bytes, stats.replaced_bytes), (6 * MIB as u64, 4 * MIB as u64));
+        assert!(stats.to_string().contains("refused for 4.0 MiB"), "{stats}");
+        for page in 0..arena.pages() {
+            // SAFETY: this test's alone.
+            unsafe { arena.page(page).write_bytes(1, 4096) };
+        }
     }
 }

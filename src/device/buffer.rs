@@ -70,6 +70,7 @@ impl Meter {
         Ok(Grant { meter: self.clone(), left: bytes })
     }
 
+    /// The budget has only `available` bytes.
     pub(crate) fn refusal(&self, needed: u64, available: u64, what: &str) -> Error {
         let (memory, fix) = match (self.0.budget, self.0.memory) {
             (u64::MAX, _) => ("system", "free memory or shorten the context"),
@@ -77,6 +78,13 @@ impl Meter {
             (_, memory) => (memory, "raise --host-kv-budget or shorten the context"),
         };
         Error::OutOfMemory { memory, what: what.to_string(), needed, available, fix: fix.into() }
+    }
+
+    /// The system has no `needed` bytes for `what`, though the budget has.
+    pub(crate) fn system_refusal(&self, needed: u64, what: &str) -> Error {
+        let fix = "the budget has room, but the system refused; free memory, or raise the system's limits: `ulimit -v`, \
+                   vm.overcommit_memory, the memory limit of the container or control group";
+        Error::OutOfMemory { memory: "system", what: what.to_string(), needed, available: 0, fix: fix.into() }
     }
 
     pub(crate) fn give_back(&self, bytes: u64) {
@@ -92,8 +100,8 @@ pub struct Grant {
 
 impl Grant {
     /// The system has no `bytes` bytes for `what`, though they were granted.
-    pub(super) fn refusal(&self, bytes: u64, what: &str) -> Error {
-        self.meter.refusal(bytes, 0, what)
+    pub(super) fn system_refusal(&self, bytes: u64, what: &str) -> Error {
+        self.meter.system_refusal(bytes, what)
     }
 
     /// Draws bytes, from the budget itself where the grant falls short.
@@ -155,7 +163,7 @@ impl Buffer {
         // 0xFF in every byte is NaN as f32, fp16 and bf16, and an absurd position as u32.
         let filling = if poison { 0xFF } else { 0 };
         let memory = match gpu {
-            None => Memory::lines(n_lines, filling).ok_or_else(|| grant.meter.refusal(bytes, 0, what)),
+            None => Memory::lines(n_lines, filling).ok_or_else(|| grant.system_refusal(bytes, what)),
             Some(gpu) => GpuMemory::new(gpu.driver(), bytes as usize, what).map(|m| Memory::Gpu(m, gpu.clone())),
         };
         let memory = memory.inspect_err(|_| grant.meter.give_back(bytes))?;
@@ -318,6 +326,20 @@ mod tests {
         assert_eq!(meter.used(), 128, "a refusal takes nothing");
         drop(a);
         assert_eq!((meter.used(), meter.peak()), (0, 128));
+    }
+
+    /// The knob is then not a budget, whatever memory it is and whether there is a budget or none.
+    #[test]
+    fn what_the_system_refuses_is_not_blamed_on_a_budget() {
+        for (memory, budget) in [("device", Some(u64::MAX - 1)), ("device", None), ("host", Some(u64::MAX - 1))] {
+            let meter = Meter::new(memory, budget);
+            let len = 1 << 60;
+            let refused = Buffer::new(len, &mut meter.grant(0, "all").unwrap(), None, false, "all").err().unwrap();
+            let text = refused.to_string();
+            assert!(text.contains("ulimit -v") && text.contains("control group"), "{text}");
+            assert!(text.contains("system memory") && !text.contains("budget or"), "{text}");
+            assert_eq!((refused.exit_code(), meter.used()), (4, 0));
+        }
     }
 
     #[test]

@@ -7,6 +7,9 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
+/// Whether the process has been asked to end (SIGTERM, SIGHUP), and not only to stop what it does (SIGINT).
+static ENDING: AtomicBool = AtomicBool::new(false);
+
 /// Exit code of an interrupted process, as shells count it: 128 + SIGINT.
 const INTERRUPTED: i32 = 130;
 
@@ -41,7 +44,15 @@ impl Drop for Forwarding {
     }
 }
 
-extern "C" fn on_interrupt(_: i32) {
+/// Whether SIGTERM or SIGHUP has come: what goes on after Ctrl-C ends then, too.
+pub fn is_ending() -> bool {
+    ENDING.load(Ordering::SeqCst)
+}
+
+extern "C" fn on_interrupt(signal: i32) {
+    if signal != libc::SIGINT {
+        ENDING.store(true, Ordering::SeqCst);
+    }
     let flag = FLAG.load(Ordering::SeqCst);
     // SAFETY: null or from `Arc::into_raw` of a reference that is never given back, so it lives as long as the process.
     let again = unsafe { flag.as_ref() }.is_none_or(|flag| flag.swap(true, Ordering::SeqCst));

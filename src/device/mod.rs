@@ -63,8 +63,8 @@ pub struct DeviceOptions {
     pub delta: bool,
     /// On a GPU: give a step that was seen before to it in one call, as a CUDA graph.
     pub graph: bool,
-    /// Threads that gather, the gather stream's own among them; `None`: a quarter of those that can run, at least 1 and at
-    /// most 16, as all cores compute on this device.
+    /// Threads that gather, the gather stream's own among them; `None`: a quarter of those that can run, at most 16, as all
+    /// cores compute on this device, but one for each NUMA node if as many can run.
     pub gather_threads: Option<usize>,
     /// A slower link between host and device than memory is.
     pub link: LinkOptions,
@@ -189,18 +189,27 @@ impl Device {
             .build()
             .map_err(|e| Error::Usage(format!("--threads {threads}: {e}")))?;
         let topology = Topology::detect();
-        let gather_threads = options.gather_threads.unwrap_or((topology.threads() / 4).clamp(1, 16));
+        let gather_threads = options.gather_threads.unwrap_or_else(|| gather_threads(&topology));
         let gather_options = GatherOptions { threads: Some(gather_threads), isa, ..GatherOptions::default() };
         let gather = Gather::new(topology, gather_options)?;
         let trace = options.trace.then(|| Arc::new(Trace::new()));
+        let copy_engine = Arc::new(CopyEngine::new(gather, options.link, options.faults.clone(), trace.clone()));
+        let bind = {
+            let engine = copy_engine.clone();
+            move |stream| {
+                if stream == StreamId::Gather {
+                    engine.gather.bind_caller()
+                }
+            }
+        };
         let asked = std::env::var_os("SPECACHE_CHECK_ORDER").is_some_and(|v| !v.is_empty() && v != "0");
         Ok(Device(Arc::new(Inner {
             isa,
             pool,
-            streams: gpu.is_none().then(|| Streams::new(trace.clone())).transpose()?,
+            streams: gpu.is_none().then(|| Streams::new(trace.clone(), bind)).transpose()?,
             gpu,
             why_no_gpu,
-            copy_engine: Arc::new(CopyEngine::new(gather, options.link, options.faults.clone(), trace.clone())),
+            copy_engine,
             device_memory: Meter::new("device", options.device_budget),
             host_memory: Meter::new("host", options.host_budget),
             trace,
@@ -356,6 +365,11 @@ impl Device {
     /// The calling thread comes to a layer, or leaves the layers.
     pub(crate) fn at_layer(&self, layer: Option<usize>) {
         Place::enter_layer(layer.map(|l| l as u32));
+    }
+
+    /// What the calling thread launches is for another layer than the one that it is at, until what is returned is dropped.
+    pub(crate) fn for_layer(&self, layer: usize) -> Visit {
+        Place { layer: Some(layer as u32), ..Place::current() }.visit()
     }
 
     /// Marks an operation of the compute stream: it uses what `uses` says, and lasts until the guard is dropped.
@@ -531,6 +545,12 @@ impl Device {
     }
 }
 
+/// Threads of the gather if nobody says: enough for the link, and one beside each node's memory.
+fn gather_threads(topology: &Topology) -> usize {
+    let can_run = topology.threads();
+    (can_run / 4).clamp(1, 16).max(topology.nodes().len().min(can_run))
+}
+
 impl Drop for Inner {
     /// Only whoever asked for the check by the environment has nobody else to tell it.
     fn drop(&mut self) {
@@ -599,8 +619,24 @@ impl Grants {
     /// system does not.
     pub fn device(&mut self, len: usize, what: &str) -> Result<Buffer> {
         if len > 0 && self.faults.as_ref().is_some_and(|faults| faults.strikes(Fault::Buffer)) {
-            return Err(self.device.refusal(len as u64, what));
+            return Err(self.device.system_refusal(len as u64, what));
         }
         Buffer::new(len, &mut self.device, self.gpu.as_ref(), self.poison, what)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gather::{Node, NodeId};
+
+    #[test]
+    fn no_nodes_memory_is_without_a_gather_thread() {
+        let threads = |nodes: u32, cpus: usize| {
+            let node = |id: u32| Node { id: NodeId(id), cpus: (0..cpus).map(|cpu| id as usize * cpus + cpu).collect() };
+            gather_threads(&Topology::of((0..nodes).map(node).collect()))
+        };
+        assert_eq!((threads(1, 1), threads(1, 8), threads(1, 200)), (1, 2, 16));
+        assert_eq!((threads(2, 1), threads(4, 2), threads(8, 16)), (2, 4, 16));
     }
 }

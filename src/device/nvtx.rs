@@ -84,7 +84,13 @@ impl Profiler {
             return Err("it does not listen to ranges".into());
         }
         // SAFETY: NVTX 3 gives these slots these types.
-        Ok(unsafe { Profiler { push: std::mem::transmute::<*mut c_void, _>(push), pop: std::mem::transmute(pop) } })
+        let (push, pop) = unsafe {
+            (
+                std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*const c_char) -> c_int>(push),
+                std::mem::transmute::<*mut c_void, unsafe extern "C" fn() -> c_int>(pop),
+            )
+        };
+        Ok(Profiler { push, pop })
     }
 }
 

@@ -42,7 +42,7 @@ impl Pin for Mlock {
 }
 
 /// The soft limit of locked memory in bytes; `None`: none.
-fn memlock_limit() -> Option<u64> {
+pub fn memlock_limit() -> Option<u64> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: `limit` is a valid place for the answer.
     let known = unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &mut limit) } == 0;
@@ -50,7 +50,7 @@ fn memlock_limit() -> Option<u64> {
 }
 
 /// What this process has locked, in bytes; `None` where the kernel does not tell.
-fn locked_bytes() -> Option<u64> {
+pub fn locked_bytes() -> Option<u64> {
     parse_locked(&std::fs::read_to_string("/proc/self/status").ok()?)
 }
 

@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -114,19 +115,27 @@ enum Item {
 }
 
 impl Streams {
-    /// Starts the workers.
+    /// Starts the workers. Each has called `begin` when this returns.
     ///
     /// # Errors
     /// [`Error::Usage`] if the system refuses a thread.
-    pub(super) fn new(trace: Option<Arc<Trace>>) -> Result<Streams> {
+    pub(super) fn new(trace: Option<Arc<Trace>>, begin: impl Fn(StreamId) + Clone + Send + 'static) -> Result<Streams> {
         let mut streams = Streams { queues: Arc::new(Queues(Default::default())), workers: Vec::new() };
         for stream in WORKERS {
-            let (queues, trace) = (streams.queues.clone(), trace.clone());
+            let (queues, trace, begin) = (streams.queues.clone(), trace.clone(), begin.clone());
+            let (begun, has_begun) = channel();
             let name = stream.name();
             let refused =
                 |e| Error::Usage(format!("no thread for the {name} stream: {e}; raise the limit on processes"));
-            let run = move || queues.work(stream, trace.as_deref());
+            let run = move || {
+                begin(stream);
+                // Nobody listens only if `new` has failed meanwhile.
+                let _ = begun.send(());
+                queues.work(stream, trace.as_deref());
+            };
             streams.workers.push(std::thread::Builder::new().name(name.into()).spawn(run).map_err(refused)?);
+            // An error is a panic of `begin`, which whoever joins the thread may hear of.
+            let _ = has_begun.recv();
         }
         Ok(streams)
     }
@@ -289,7 +298,7 @@ mod tests {
 
     #[test]
     fn a_stream_runs_in_order_and_events_cover_what_came_before() {
-        let streams = Streams::new(None).unwrap();
+        let streams = Streams::new(None, |_| {}).unwrap();
         let log = Arc::new(Mutex::new(vec![]));
         let jobs: Vec<_> = (0..20)
             .map(|i| launch(&streams, StreamId::CopyIn, Note(i, 50 * (20 - u64::from(i)), log.clone())))
@@ -304,7 +313,7 @@ mod tests {
 
     #[test]
     fn a_stream_waits_for_another_ones_event() {
-        let streams = Streams::new(None).unwrap();
+        let streams = Streams::new(None, |_| {}).unwrap();
         let log = Arc::new(Mutex::new(vec![]));
         for round in 0..20 {
             let gathered = launch(&streams, StreamId::Gather, Note(2 * round, 300, log.clone()));
@@ -318,7 +327,7 @@ mod tests {
     #[test]
     fn what_was_launched_runs_before_the_streams_end() {
         let log = Arc::new(Mutex::new(vec![]));
-        let streams = Streams::new(None).unwrap();
+        let streams = Streams::new(None, |_| {}).unwrap();
         launch(&streams, StreamId::CopyOut, Note(7, 2000, log.clone()));
         drop(streams);
         assert_eq!(*log.lock().unwrap(), [7]);
@@ -335,7 +344,7 @@ mod tests {
 
     #[test]
     fn a_panic_ends_the_job_and_not_the_stream() {
-        let streams = Streams::new(None).unwrap();
+        let streams = Streams::new(None, |_| {}).unwrap();
         let runs = Arc::new(AtomicU32::new(0));
         let job: Arc<dyn Job> = Arc::new(Panics(runs.clone()));
         for _ in 0..3 {

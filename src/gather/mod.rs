@@ -23,7 +23,7 @@ mod slots;
 mod topology;
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, TryLockError};
+use std::sync::{Mutex, OnceLock, TryLockError};
 use std::time::{Duration, Instant};
 
 pub use affinity::node_of_address;
@@ -116,7 +116,12 @@ pub struct Gather {
     topology: Topology,
     options: GatherOptions,
     threads: usize,
+    /// Why a helper could not be bound.
     pin_refused: Option<String>,
+    /// The caller's node: where in the topology.
+    own_node: usize,
+    /// Whether a caller has bound itself, or why it could not.
+    own_bound: OnceLock<Result<(), String>>,
     /// Who holds it gathers with helpers; others at the same time gather alone.
     team: Mutex<Team>,
 }
@@ -165,19 +170,30 @@ impl Gather {
         let threads = options.threads.unwrap_or(DEFAULT_THREADS.min(topology.threads())).max(1);
         let pool = Pool::new(&topology, threads - 1)?;
         let pin_refused = pool.pin_refused().map(ToString::to_string);
+        let (own_node, own_bound) = (pool.own_node(), OnceLock::new());
         let cursors = topology.nodes().iter().map(|_| Cursor::default()).collect();
         let team = Mutex::new(Team { pool, slots: Slots::default(), cursors });
-        Ok(Gather { topology, options, threads, pin_refused, team })
+        Ok(Gather { topology, options, threads, pin_refused, own_node, own_bound, team })
     }
 
     /// The nodes, threads and instruction set, and what did not work: for logs.
     pub fn describe(&self) -> String {
-        let pinned = match &self.pin_refused {
-            None => "bound to their nodes".into(),
-            Some(why) => format!("not bound to their nodes: {why}"),
+        let bound = match (self.pin_refused(), self.own_bound.get()) {
+            (Some(why), _) => format!("not bound to NUMA nodes: {why}"),
+            (None, Some(_)) => "bound to NUMA nodes".into(),
+            (None, None) if self.threads == 1 => "the caller's, not bound".into(),
+            (None, None) => "all but the caller's bound to NUMA nodes".into(),
         };
-        let topology = self.topology.describe();
-        format!("gather: {} threads ({pinned}), {}; {topology}", self.threads, self.options.isa)
+        let (topology, s) = (self.topology.describe(), if self.threads == 1 { "" } else { "s" });
+        format!("gather: {} thread{s} ({bound}), {}; {topology}", self.threads, self.options.isa)
+    }
+
+    /// Binds the calling thread, which is to gather from now on, to the node that the other threads leave to it: then each
+    /// node has a thread beside its memory if there are as many.
+    pub fn bind_caller(&self) {
+        let cpus = &self.topology.nodes()[self.own_node].cpus;
+        // The first thread tells for all.
+        let _ = self.own_bound.set(affinity::pin(cpus).map_err(|refused| refused.to_string()));
     }
 
     /// The nodes that it knows.
@@ -187,7 +203,8 @@ impl Gather {
 
     /// Why the threads could not be bound to their nodes, if that is so. They work all the same.
     pub fn pin_refused(&self) -> Option<&str> {
-        self.pin_refused.as_deref()
+        let own = self.own_bound.get().and_then(|bound| bound.as_ref().err());
+        self.pin_refused.as_ref().or(own).map(String::as_str)
     }
 
     /// Threads that gather, the caller's among them.

@@ -43,6 +43,8 @@ const SLEEPING: u32 = 1 << 30;
 pub(crate) struct Pool {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    /// Where in the topology the caller does best to be, beside these helpers.
+    own_node: usize,
     pin_refused: Option<io::Error>,
 }
 
@@ -83,11 +85,18 @@ impl Pool {
             panicked: AtomicBool::new(false),
             quit: AtomicBool::new(false),
         });
-        let mut pool = Pool { shared, threads: Vec::with_capacity(helpers), pin_refused: None };
-        for node in spread(topology.nodes(), helpers) {
+        let homes = spread(topology.nodes(), helpers + 1);
+        let (&own_node, homes) = homes.split_first().expect("the caller's");
+        let mut pool = Pool { shared, threads: Vec::with_capacity(helpers), own_node, pin_refused: None };
+        for &node in homes {
             pool.start(node, &topology.nodes()[node].cpus)?;
         }
         Ok(pool)
+    }
+
+    /// The node that the helpers have left to the caller: where in the topology.
+    pub(crate) fn own_node(&self) -> usize {
+        self.own_node
     }
 
     fn start(&mut self, node: usize, cpus: &[usize]) -> Result<()> {
@@ -226,19 +235,20 @@ impl Shared {
     }
 }
 
-/// The node of each helper: the next one goes where a CPU has the fewest of them.
-fn spread(nodes: &[Node], helpers: usize) -> Vec<usize> {
+/// The node of each thread: the next one goes to a node that has none, else where a CPU has the fewest of them.
+fn spread(nodes: &[Node], threads: usize) -> Vec<usize> {
     let mut counts = vec![0usize; nodes.len()];
     let next = |_| {
         // (count + 1) / cpus, compared without division.
         let less = |&a: &usize, &b: &usize| {
-            ((counts[a] + 1) * nodes[b].cpus.len()).cmp(&((counts[b] + 1) * nodes[a].cpus.len()))
+            let load = ((counts[a] + 1) * nodes[b].cpus.len()).cmp(&((counts[b] + 1) * nodes[a].cpus.len()));
+            (counts[a] > 0).cmp(&(counts[b] > 0)).then(load)
         };
         let node = (0..nodes.len()).min_by(less).expect("a topology has a node");
         counts[node] += 1;
         node
     };
-    (0..helpers).map(next).collect()
+    (0..threads).map(next).collect()
 }
 
 #[cfg(test)]
@@ -253,10 +263,11 @@ mod tests {
     }
 
     #[test]
-    fn helpers_are_spread_by_cpus() {
+    fn threads_are_spread_by_cpus_and_leave_no_node_out() {
         let nodes = [node(0, &[0, 1, 2, 3]), node(1, &[4, 5])];
         let mut homes = spread(&nodes, 6);
         assert_eq!(spread(&nodes, 1), [0]);
+        assert_eq!(spread(&nodes, 2), [0, 1]);
         homes.sort_unstable();
         assert_eq!(homes, [0, 0, 0, 0, 1, 1]);
     }

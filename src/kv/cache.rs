@@ -94,6 +94,9 @@ struct Load {
     /// On a GPU: where they are, at rest or not.
     addresses: Vec<u64>,
     job: Arc<PageIn>,
+    /// It is one of the next step's first layers that comes back, or has come. Forgotten when the cache comes to rest: what
+    /// happens to it then may change what that step reads.
+    is_ahead: bool,
 }
 
 impl Drop for Cache {
@@ -163,7 +166,12 @@ impl Cache {
                 prefetch: Prefetch::new(grants, &shape)?,
             });
         }
-        let load = || Load { pages: InFlight::new(Vec::new()), addresses: Vec::new(), job: PageIn::new(device) };
+        let load = || Load {
+            pages: InFlight::new(Vec::new()),
+            addresses: Vec::new(),
+            job: PageIn::new(device),
+            is_ahead: false,
+        };
         Ok(Cache {
             packed_tail: vec![Vec::new(); shape.n_layers],
             shape,
@@ -250,14 +258,17 @@ impl Cache {
         if shared > 0 {
             self.host.promised.extend(shared)?;
         }
+        let mut lost = 0;
         for l in 0..self.layers.len() {
             self.truncate_tail(l, &counters, n.div_ceil(PAGE));
-            self.truncate_table(l, keep);
+            lost += self.truncate_table(l, keep);
             if self.options.mode.fetches() {
                 self.layers[l].prefetch.slots_mut().clear(true);
             }
         }
         self.counters = counters;
+        // A fork may have ended meanwhile on another thread, and left its pages to this cache.
+        self.host.promised.give_up(shared - lost);
         self.check_device()
     }
 
@@ -279,34 +290,46 @@ impl Cache {
     }
 
     /// Leaves `keep` pages in the table of a layer. Those that nobody shares stay with this cache, to be used again.
-    fn truncate_table(&mut self, layer: usize, keep: usize) {
-        let Some(table) = self.layers[layer].host.take() else { return };
+    /// Returns how many are shared, and stay with others only.
+    fn truncate_table(&mut self, layer: usize, keep: usize) -> usize {
+        let Some(table) = self.layers[layer].host.take() else { return 0 };
         let dropped: Vec<PageRef> = table.pages().skip(keep).cloned().collect();
         let kept = HostLayer::new(&self.host.slab, table.room(), table.pages().take(keep).cloned());
         self.layers[layer].host = Some(Arc::new(kept));
         drop(table); // and its references with it
+        let (n_dropped, n_spare) = (dropped.len(), self.host.spare.len());
         self.host.spare.extend(dropped.into_iter().filter_map(|page| page.try_into_unique().ok()));
+        n_dropped - (self.host.spare.len() - n_spare)
     }
 
     /// Waits for all copies: afterwards everything is here, and held by nobody else.
     pub(crate) fn come_to_rest(&mut self) {
-        const SITE: Option<Site> = Some("a cache comes to rest");
         self.device.enter();
-        for l in 0..self.layers.len() {
-            let arrived = self.layers[l].prefetch.arrive(&self.device, SITE, &mut self.waited);
-            self.note(arrived);
-        }
-        for i in 0..self.loads.len() {
-            let arrived = self.loads[i].pages.arrive(&self.device, SITE, &mut self.waited);
-            self.note(arrived);
-        }
+        self.settle_copies_in(
+            "prefetched pairs are here before a cache rests",
+            "loaded pages are here before a cache rests",
+        );
         if let Some(event) = self.host.paged_out {
-            self.waited += self.device.wait(event, SITE.expect("above"));
+            self.waited += self.device.wait(event, "pages are on the host before a cache rests");
         }
         self.layers.iter_mut().for_each(|layer| layer.completion = Completion::default());
         // On a GPU the calling thread has not waited yet, and what is freed next must not be in use.
         self.device.finish_compute();
         self.tables.iter_mut().for_each(Tables::outdate);
+    }
+
+    /// Waits for all that comes from the host. What had begun for the next step has to begin anew.
+    fn settle_copies_in(&mut self, pairs: Site, pages: Site) {
+        for l in 0..self.layers.len() {
+            let arrived = self.layers[l].prefetch.arrive(&self.device, Some(pairs), &mut self.waited);
+            self.note(arrived);
+        }
+        for i in 0..self.loads.len() {
+            let load = &mut self.loads[i];
+            load.is_ahead = false;
+            let arrived = load.pages.arrive(&self.device, Some(pages), &mut self.waited);
+            self.note(arrived);
+        }
     }
 
     /// All that lies on the device and in the tables of host pages, as an operation that reads it.
@@ -583,10 +606,7 @@ impl Cache {
     /// [`crate::Error::OutOfMemory`] as [`Cache::reserve`]; if [`Cache::prefill_needs`] was granted, only where the
     /// system has no memory. [`Cache::free_working_pages`] gives back what is not room then.
     pub fn begin_prefill(&mut self, n: usize, admission: &mut Admission) -> Result<()> {
-        for l in 0..self.layers.len() {
-            let arrived = self.layers[l].prefetch.arrive(&self.device, Some(ARRIVAL), &mut self.waited);
-            self.note(arrived);
-        }
+        self.settle_copies_in("prefetched pairs are here before a prompt", "loaded pages are here before a prompt");
         self.grow(n, admission)?;
         self.top_up_spare(self.prefill_wide_pages(n, self.capacity), &mut admission.device)
     }
@@ -601,6 +621,7 @@ impl Cache {
         let pages = from.clone().map(|_| self.take_spare()).collect();
         let Some(host) = self.layers[layer].host.clone() else { return pages };
         let mut pages = InFlight::new(pages);
+        let _layer = self.device.for_layer(layer);
         let complete = self.complete(layer, from.end);
         PageIn::new(&self.device).launch(&self.device, &host, from, &mut pages, complete);
         let arrived = pages.arrive(&self.device, Some(LOADED), &mut Duration::default());
@@ -702,13 +723,27 @@ impl Cache {
         std::mem::take(&mut self.waited)
     }
 
-    /// `offload`: begins to bring `layer` back. Returns the bytes that this moves.
+    /// `offload`: begins to bring `layer` back for this step, unless the step before has. Returns the bytes that this moves.
     pub fn begin_load(&mut self, layer: usize) -> u64 {
-        let (Some(host), n_pages) = (&self.layers[layer].host, self.counters.nq / PAGE) else { return 0 };
+        let n_pages = self.counters.nq / PAGE;
+        if !std::mem::take(&mut self.loads[layer % 2].is_ahead) {
+            self.launch_load(layer, n_pages);
+        }
+        n_pages as u64 * self.shape.wide_page_bytes() as u64
+    }
+
+    /// `offload`: begins to bring `layer` back for the next step, which will read from the host what is offloaded now.
+    pub fn begin_next_load(&mut self, layer: usize) {
+        self.launch_load(layer, self.counters.no / PAGE);
+        self.loads[layer % 2].is_ahead = true;
+    }
+
+    fn launch_load(&mut self, layer: usize, n_pages: usize) {
+        let Some(host) = &self.layers[layer].host else { return };
+        let _layer = self.device.for_layer(layer);
         let complete = self.complete(layer, n_pages);
         let Load { pages, job, .. } = &mut self.loads[layer % 2];
         job.launch(&self.device, host, 0..n_pages, pages, complete);
-        n_pages as u64 * self.shape.wide_page_bytes() as u64
     }
 
     /// Waits for what `layer` reads of the host's: prefetched pairs, or its pages in `offload`. The time that this takes is

@@ -57,7 +57,9 @@ pub struct FetchQueue {
     times: Arc<Times>,
     /// When the layers of this pass began.
     begin: Option<Instant>,
-    /// What a layer took in the pass before; zero before the first.
+    /// How long this pass has waited for copies.
+    exposed: Duration,
+    /// What a layer's computation takes: [`layer_time`]; zero before the first pass.
     layer: Duration,
     /// What is being put together for a GPU.
     on_gpu: GpuFetch,
@@ -151,8 +153,18 @@ pub(crate) fn staging_depth(gather: Duration, copy: Duration, layer: Duration) -
     (depth.ceil() as usize).clamp(1, MAX_DEPTH)
 }
 
+/// What a layer computes, from a pass of `n_layers` layers that took `pass` and waited `exposed` of it for copies, and from
+/// what was thought `before`. The shortest, which grows by a sixteenth with each pass: the passes are of pre-decodes and
+/// of batches that take turns, and a moment in which the machine was busy is none of the model's. A layer that is taken
+/// for too short costs a staging block, one that is taken for too long costs time.
+fn layer_time(before: Duration, pass: Duration, exposed: Duration, n_layers: usize) -> Duration {
+    let computed = pass.saturating_sub(exposed) / n_layers.max(1) as u32;
+    let known = if before.is_zero() { computed } else { computed.min(before + before / 16) };
+    known.max(Duration::from_nanos(1))
+}
+
 impl FetchQueue {
-    /// A pass over the layers begins: what the ones before took says how many staging blocks are used.
+    /// The layers of a pass begin: what the ones before took says how many staging blocks are used.
     pub fn begin_pass(&mut self, device: &Device) {
         let (engine, schedule) = (device.copy_engine(), device.pipeline());
         if self.engine.as_ref().is_none_or(|own| !Arc::ptr_eq(own, &engine)) {
@@ -169,13 +181,18 @@ impl FetchQueue {
             Schedule::Event => staging_depth(nanos(&self.times.gather), nanos(&self.times.copy), layer),
         };
         self.blocks.resize_with(self.blocks.len().max(self.depth), Block::new);
-        self.begin = Some(Instant::now());
+        (self.begin, self.exposed) = (Some(Instant::now()), Duration::ZERO);
+    }
+
+    /// The pass has waited so long for copies.
+    pub fn note_wait(&mut self, exposed: Duration) {
+        self.exposed += exposed;
     }
 
     /// All layers of the pass are done.
     pub fn end_pass(&mut self, n_layers: usize) {
         if let Some(begin) = self.begin.take() {
-            self.layer = begin.elapsed() / n_layers.max(1) as u32;
+            self.layer = layer_time(self.layer, begin.elapsed(), self.exposed, n_layers);
         }
     }
 
@@ -449,5 +466,28 @@ impl Job for CopyJob {
         });
         Times::note(&self.times.copy, start.elapsed());
         bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Copies as long as a layer need two staging blocks, and go on having two after a pass that waited for them, after one
+    /// that met a busy machine, and after a pre-decode.
+    #[test]
+    fn the_staging_depth_stays_while_the_costs_do() {
+        let us = Duration::from_micros;
+        let (gather, copy) = (us(40), us(90));
+        let mut layer = Duration::ZERO;
+        // Whole passes of 10 layers, and how long they waited.
+        for (pass, exposed) in [(1000, 0), (1900, 900), (1000, 0), (5000, 300), (1000, 10), (900, 0), (1000, 0)] {
+            layer = layer_time(layer, us(pass), us(exposed), 10);
+            assert_eq!(staging_depth(gather, copy, layer), 2, "{pass} us, {exposed} exposed: a layer of {layer:?}");
+        }
+        // A context that grows is followed.
+        (0..60).for_each(|_| layer = layer_time(layer, us(9000), us(0), 10));
+        assert_eq!(layer, us(900));
+        assert!(!layer_time(layer, us(10), us(20), 10).is_zero());
     }
 }

@@ -75,10 +75,10 @@ impl Product {
 
 /// cuBLASLt on one GPU. All products run on the compute queue, so they can share a workspace.
 pub(crate) struct Cublas {
-    // Dropped in this order.
+    // Dropped in this order: freeing the workspace waits for the last product.
+    workspace: Buffer,
     plans: Mutex<HashMap<Shape, Plan>>,
     api: Arc<Api>,
-    workspace: Buffer,
     gpu: Arc<Gpu>,
 }
 
@@ -98,6 +98,7 @@ impl Cublas {
 
     /// Puts a product into the compute queue. What fails is kept for [`super::driver::Driver::sound`].
     pub(crate) fn launch(&self, product: &Product) {
+        let Some(_use) = self.gpu.queues().call() else { return };
         let driver = self.gpu.driver();
         if product.n_rows == 0 || driver.has_failed() {
             return;
@@ -147,14 +148,6 @@ impl Cublas {
             )
         };
         check("cublasLtMatmul", status)
-    }
-}
-
-impl Drop for Cublas {
-    /// The workspace is not freed under a product.
-    fn drop(&mut self) {
-        self.gpu.driver().enter();
-        self.gpu.queues().drain(StreamId::Compute);
     }
 }
 

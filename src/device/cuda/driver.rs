@@ -142,7 +142,7 @@ impl Driver {
             self.api.cuGetErrorString(result, &mut text);
         }
         // SAFETY: null or a zero-terminated static string.
-        let read = |p| if ptr::null() == p { None } else { Some(unsafe { CStr::from_ptr(p) }.to_string_lossy()) };
+        let read = |p: *const std::ffi::c_char| (!p.is_null()).then(|| unsafe { CStr::from_ptr(p) }.to_string_lossy());
         let name = read(name).unwrap_or_else(|| format!("error {}", result.0).into());
         let text = read(text).unwrap_or("unknown to this driver".into());
         format!("{}: {call} failed: {name} ({text})", self.facts.gpu.name)

@@ -13,14 +13,14 @@ use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_LAZY};
 /// Where it was looked for.
 pub(super) fn open(name: &str) -> Result<(), String> {
     let short = cudarc::get_lib_name_candidates(name);
-    if short.iter().any(|name| keep(name)) {
+    if short.iter().any(keep) {
         return Ok(());
     }
     let folders = folders();
     for folder in &folders {
         for version in [".13", ".12", ""] {
             let file = folder.join(format!("lib{name}.so{version}"));
-            if file.is_file() && keep(&file) && short.iter().any(|name| keep(name)) {
+            if file.is_file() && keep(&file) && short.iter().any(keep) {
                 return Ok(());
             }
         }

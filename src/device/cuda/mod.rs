@@ -17,6 +17,7 @@ pub(crate) mod nvrtc;
 pub mod probe;
 pub(crate) mod queues;
 pub(crate) mod timing;
+pub mod toolkit;
 
 pub(crate) use gpu::Gpu;
 pub(crate) use memory::{GpuMemory, PinnedMemory, Register};

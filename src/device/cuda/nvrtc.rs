@@ -124,7 +124,7 @@ impl Nvrtc {
 }
 
 /// Where compiled kernels are kept: `$XDG_CACHE_HOME/specache`, else `~/.cache/specache`.
-fn folder() -> Option<PathBuf> {
+pub(super) fn folder() -> Option<PathBuf> {
     let set = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     let cache = set("XDG_CACHE_HOME").filter(|path| path.is_absolute());
     cache.or_else(|| set("HOME").map(|home| home.join(".cache"))).map(|cache| cache.join("specache"))
@@ -174,8 +174,8 @@ impl Program {
         // SAFETY: writes a size.
         let known = unsafe { sys::nvrtcGetProgramLogSize(self.0, &mut len) };
         let mut log = vec![0u8; len];
-        // SAFETY: writes as many bytes as were just asked for, a zero at the end.
         let read = check("nvrtcGetProgramLogSize", known).and_then(|()| {
+            // SAFETY: writes as many bytes as were just asked for, a zero at the end.
             check("nvrtcGetProgramLog", unsafe { sys::nvrtcGetProgramLog(self.0, log.as_mut_ptr().cast()) })
         });
         match read {

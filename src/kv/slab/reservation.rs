@@ -54,6 +54,17 @@ impl Reservation {
         self.left += n;
     }
 
+    /// Gives up the promise of `n` pages.
+    ///
+    /// # Panics
+    /// If fewer are left.
+    pub fn give_up(&mut self, n: usize) {
+        self.count_off(n);
+        let mut state = lock(&self.slab.0.state);
+        state.reserved -= n;
+        state.debug_check();
+    }
+
     /// Promises `n` pages more.
     ///
     /// # Errors
@@ -67,8 +78,6 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        let mut state = lock(&self.slab.0.state);
-        state.reserved -= self.left;
-        state.debug_check();
+        self.give_up(self.left);
     }
 }

@@ -158,11 +158,12 @@ impl State {
         if self.leased == 0 { self.keep_alive.take() } else { None }
     }
 
-    /// [`State::check`] where debug assertions are on. Tables that are large are checked now and then: the check takes
-    /// time in proportion.
+    /// [`State::check`] where debug assertions are on, after every change of a table of up to 8,192 pages. Larger ones are
+    /// checked now and then: the check takes time in proportion.
     pub fn debug_check(&mut self) {
-        const OFTEN: usize = 1024;
-        if cfg!(debug_assertions) && (self.capacity <= OFTEN || self.leased.is_multiple_of(self.capacity / OFTEN)) {
+        const EVERY_TIME: usize = 8192;
+        let now_and_then = self.capacity.div_ceil(EVERY_TIME).max(1);
+        if cfg!(debug_assertions) && self.leased.is_multiple_of(now_and_then) {
             self.check().expect("an equation of the slab holds");
         }
     }

@@ -1,0 +1,345 @@
+//! `plan`: what a model and its caches take in each KV mode, what fits, and about how fast it would be; loads nothing.
+
+use std::fmt::Write;
+
+use serde_json::{Value, json};
+use specache::context::MAX_CONTEXT;
+use specache::device::choice::gpus;
+use specache::device::cuda::probe;
+use specache::device::ram;
+use specache::engine;
+use specache::error::{Error, Result};
+use specache::kv::cache::CacheBytes;
+use specache::kv::{KvMode, KvOptions, KvShape};
+use specache::model::{Config, Dtype, config_of};
+use specache::sim::{Gpu, Schedule};
+
+use super::args::PlanArgs;
+use super::output::{print, table};
+use super::progress::say;
+use super::size;
+
+/// Tokens of a context where none is given.
+const CONTEXT: usize = 32 << 10;
+
+/// Most bytes of the working rows of a prefill on a GPU, whatever the prompt's length.
+const GPU_ROWS: u64 = 256 << 20;
+
+/// Runs the command.
+///
+/// # Errors
+/// [`Error::Model`] for a configuration that cannot be read, [`Error::Usage`] for options that fit no mode.
+pub fn run(args: &PlanArgs) -> Result<()> {
+    if args.batch == 0 {
+        return Err(Error::Usage("-b 0: at least one sequence is needed".into()));
+    }
+    let plan = Plan::new(args)?;
+    let modes = plan.modes(args)?;
+    let trained = plan.config.max_positions;
+    if plan.context > trained {
+        say(format_args!("warning: {} tokens, but the model's max_position_embeddings is {trained}", plan.context));
+    }
+    modes.iter().filter_map(|mode| plan.shortage(mode)).for_each(|what| say(format_args!("note: {what}")));
+    match args.output.as_str() {
+        "json" => print(&format!("{:#}\n", plan.json(&modes))),
+        _ => print(&plan.markdown(&modes)),
+    }
+}
+
+/// What is asked.
+struct Plan {
+    model: String,
+    config: Config,
+    context: usize,
+    batch: usize,
+    gpu: Option<Gpu>,
+    /// Whether a GPU computes: the named one, or this machine's.
+    on_gpu: bool,
+    device: Memory,
+    host: Memory,
+    /// Of all matrices, in the type that the model's config names.
+    weight_bytes: u64,
+}
+
+/// Room, and where its size comes from.
+struct Memory {
+    bytes: u64,
+    source: String,
+}
+
+/// What one mode takes.
+struct Mode {
+    kv: KvOptions,
+    need: Need,
+    largest_batch: u64,
+    largest_context: Option<usize>,
+    /// Microseconds a step, for the whole batch.
+    step_us: Option<f64>,
+}
+
+/// Bytes of a context.
+#[derive(Clone, Copy)]
+struct Need {
+    /// Of one sequence.
+    cache: CacheBytes,
+    /// While one prompt is prefilled.
+    workspace: u64,
+}
+
+impl Plan {
+    fn new(args: &PlanArgs) -> Result<Plan> {
+        let config = config_of(&args.model)?;
+        let gpu = args.gpu.as_deref().map(|name| Gpu::named(name).expect("the command line knows the same names"));
+        let here = first_gpu();
+        let given = |bytes: Option<u64>, option: &str| bytes.map(|bytes| Memory { bytes, source: option.into() });
+        let number_bytes = if config.dtype == Some(Dtype::F32) { 4 } else { 2 };
+        Ok(Plan {
+            model: args.model.clone(),
+            context: args.ctx_size.unwrap_or(CONTEXT.min(config.max_context().unwrap_or(CONTEXT))),
+            batch: args.batch,
+            on_gpu: gpu.is_some() || here.is_some(),
+            device: given(args.vram, "--vram").map_or_else(|| device_memory(gpu.as_ref(), here), Ok)?,
+            host: given(args.host, "--host").map_or_else(host_memory, Ok)?,
+            weight_bytes: config.n_weights().saturating_mul(number_bytes),
+            config,
+            gpu,
+        })
+    }
+
+    /// Every mode that these options suit. One that they do not suit is left out, with the reason on stderr.
+    fn modes(&self, args: &PlanArgs) -> Result<Vec<Mode>> {
+        let modes = KvMode::ALL.map(|mode| self.mode(args.tuning.options(mode)));
+        if modes.iter().all(Result::is_err) {
+            return Err(modes.into_iter().find_map(Result::err).expect("there are five"));
+        }
+        let said = |(mode, planned): (KvMode, Result<Mode>)| match planned {
+            Ok(mode) => Some(mode),
+            Err(why) => {
+                say(format_args!("note: --kv {} is left out: {why}", mode.name()));
+                None
+            }
+        };
+        Ok(KvMode::ALL.into_iter().zip(modes).filter_map(said).collect())
+    }
+
+    fn mode(&self, kv: KvOptions) -> Result<Mode> {
+        let need = self.need(&kv, self.context)?;
+        Ok(Mode {
+            kv,
+            need,
+            largest_batch: self.largest_batch(&need),
+            largest_context: self.largest_context(&kv),
+            step_us: self.gpu.map(|gpu| step_us(&gpu, &self.config, &kv, self.context, self.batch)),
+        })
+    }
+
+    /// What the engine asks for: a cache, and while a prompt is prefilled two layers of it at 16 bits and its residual
+    /// stream in f32; on a GPU working rows besides.
+    fn need(&self, kv: &KvOptions, context: usize) -> Result<Need> {
+        let cache = engine::plan(&self.config, kv, context)?;
+        let pages = CacheBytes::prefill_scratch(&KvShape::new(&self.config, kv), kv, context);
+        let stream = (context as u64).saturating_mul(self.config.hidden_size as u64 * 4);
+        let rows = if self.on_gpu { GPU_ROWS } else { 0 };
+        Ok(Need { cache, workspace: pages.saturating_add(stream).saturating_add(rows) })
+    }
+
+    /// Device and host bytes of `batch` sequences, of which one is prefilled at a time.
+    fn total(&self, need: &Need, batch: u64) -> (u64, u64) {
+        let device = need.cache.device().saturating_mul(batch).saturating_add(need.workspace);
+        (device.saturating_add(self.weight_bytes), need.cache.host.saturating_mul(batch))
+    }
+
+    fn fits(&self, need: &Need, batch: u64) -> bool {
+        let (device, host) = self.total(need, batch);
+        device <= self.device.bytes && host <= self.host.bytes
+    }
+
+    fn largest_batch(&self, need: &Need) -> u64 {
+        let free = self.device.bytes.saturating_sub(self.weight_bytes).saturating_sub(need.workspace);
+        let by_host = self.host.bytes.checked_div(need.cache.host).unwrap_or(u64::MAX);
+        free.checked_div(need.cache.device()).unwrap_or(0).min(by_host)
+    }
+
+    /// The most tokens that this batch can have each, up to what the model and the engine support; `None` if not even
+    /// one fits. Bytes never fall with the context, so it is found by bisection.
+    fn largest_context(&self, kv: &KvOptions) -> Option<usize> {
+        let fits = |n: usize| self.need(kv, n).is_ok_and(|need| self.fits(&need, self.batch as u64));
+        let (mut fitting, mut too_many) = (0, self.config.max_context().unwrap_or(MAX_CONTEXT).min(MAX_CONTEXT) + 1);
+        while too_many - fitting > 1 {
+            let middle = fitting + (too_many - fitting) / 2;
+            if fits(middle) { fitting = middle } else { too_many = middle }
+        }
+        (fitting > 0).then_some(fitting)
+    }
+
+    /// Why a mode does not fit, and what would.
+    fn shortage(&self, mode: &Mode) -> Option<String> {
+        if self.fits(&mode.need, self.batch as u64) {
+            return None;
+        }
+        let (device, host) = self.total(&mode.need, self.batch as u64);
+        let short = |memory: &str, needed: u64, has: &Memory| {
+            let (needed_text, bytes) = (size::show(needed), size::show(has.bytes));
+            (needed > has.bytes).then(|| format!("{memory} {needed_text} of {bytes} ({})", has.source))
+        };
+        let parts = [short("device", device, &self.device), short("host", host, &self.host)];
+        let fix = match (mode.largest_context, mode.largest_batch) {
+            _ if self.weight_bytes > self.device.bytes => "the weights alone are more".to_string(),
+            (None, 0) => "no context fits".to_string(),
+            (Some(tokens), 0) => format!("-b {} fits up to -c {tokens}", self.batch),
+            (None, batch) => format!("-c {} fits up to -b {batch}", self.context),
+            (Some(tokens), batch) => {
+                format!("-b {} fits up to -c {tokens}, -c {} up to -b {batch}", self.batch, self.context)
+            }
+        };
+        Some(format!(
+            "--kv {}: {} x {} tokens do not fit: {}; {fix}",
+            mode.kv.mode.name(),
+            self.batch,
+            self.context,
+            parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
+        ))
+    }
+
+    fn markdown(&self, modes: &[Mode]) -> String {
+        let Plan { model, context, batch, device, host, .. } = self;
+        let mut text = format!(
+            "{model}: {batch} x {context} tokens; device memory {} ({}), host memory {} ({})\n\n",
+            size::show(device.bytes),
+            device.source,
+            size::show(host.bytes),
+            host.source
+        );
+        let header: Vec<&str> = ["bytes"].into_iter().chain(modes.iter().map(|mode| mode.kv.mode.name())).collect();
+        text.push_str(&table(&header, &self.rows(modes)));
+        let rows = if self.on_gpu { ", with 256 MiB for the GPU's working rows" } else { "" };
+        let _ = writeln!(
+            text,
+            "\nWeights: all matrices (on the CPU device they are mapped files, and take memory only as they are read). \
+             Workspace: one prompt at a time{rows}. The residual of `full` is all pairs."
+        );
+        if let Some(gpu) = &self.gpu {
+            let _ = writeln!(
+                text,
+                "Steps are estimated, not measured: bytes over bandwidth on {}, {:.0} GB/s of memory of which kernels \
+                 read {:.0} %, {:.1} GB/s over the link (scattered rows), {} us until a copy begins; weights are read \
+                 once for the batch, every selected pair is fetched; fetch waits for each layer's copy, specache hides \
+                 what its event schedule hides, offload is the slower of link and computation. Large batches are bound by \
+                 arithmetic, which this does not count.",
+                gpu.name,
+                gpu.memory_gbps,
+                100.0 * gpu.read_share,
+                gpu.gather_gbps,
+                gpu.copy_latency_us
+            );
+        } else {
+            text.push_str("Name a card with --gpu for an estimate of step times.\n");
+        }
+        text
+    }
+
+    fn rows(&self, modes: &[Mode]) -> Vec<Vec<String>> {
+        let row = |name: &str, cell: &dyn Fn(&Mode) -> String| {
+            [name.to_string()].into_iter().chain(modes.iter().map(cell)).collect::<Vec<String>>()
+        };
+        let bytes = |n: u64| if n == 0 { "-".to_string() } else { size::show(n) };
+        let batch = self.batch as u64;
+        let mut rows = vec![
+            row("weights", &|_| bytes(self.weight_bytes)),
+            row("low-bit KV", &|m| bytes(m.need.cache.packed)),
+            row("residual, 16 bits", &|m| bytes(m.need.cache.wide)),
+            row("prefetch slots", &|m| bytes(m.need.cache.slots)),
+            row("loaded layers", &|m| bytes(m.need.cache.loads)),
+            row("KV on the device, a sequence", &|m| bytes(m.need.cache.device())),
+            row("KV on the host, a sequence", &|m| bytes(m.need.cache.host)),
+            row("workspace of a prefill", &|m| bytes(m.need.workspace)),
+            row("device, all", &|m| bytes(self.total(&m.need, batch).0)),
+            row("host, all", &|m| bytes(self.total(&m.need, batch).1)),
+            row("fits", &|m| if self.fits(&m.need, batch) { "yes".into() } else { "no".into() }),
+            row(&format!("largest batch of {} tokens", self.context), &|m| m.largest_batch.to_string()),
+            row(&format!("largest context of {batch}"), &|m| {
+                m.largest_context.map_or("none".into(), |n| n.to_string())
+            }),
+        ];
+        if self.gpu.is_some() {
+            rows.push(row("ms a step", &|m| m.step_us.map_or("-".into(), |us| format!("{:.2}", us / 1e3))));
+            rows.push(row("tokens/s", &|m| self.tokens_per_second(m).map_or("-".into(), |rate| format!("{rate:.0}"))));
+        }
+        rows
+    }
+
+    fn tokens_per_second(&self, mode: &Mode) -> Option<f64> {
+        mode.step_us.map(|us| self.batch as f64 * 1e6 / us)
+    }
+
+    fn json(&self, modes: &[Mode]) -> Value {
+        let mode = |mode: &Mode| {
+            let Need { cache, workspace } = mode.need;
+            let (device, host) = self.total(&mode.need, self.batch as u64);
+            json!({
+                "kv": mode.kv.mode.name(),
+                "packed_bytes": cache.packed,
+                "residual_bytes": cache.wide,
+                "slot_bytes": cache.slots,
+                "load_bytes": cache.loads,
+                "kv_device_bytes": cache.device(),
+                "kv_host_bytes": cache.host,
+                "workspace_bytes": workspace,
+                "device_bytes": device,
+                "host_bytes": host,
+                "fits": self.fits(&mode.need, self.batch as u64),
+                "largest_batch": mode.largest_batch,
+                "largest_context": mode.largest_context,
+                "step_ms": mode.step_us.map(|us| us / 1e3),
+                "tokens_per_s": self.tokens_per_second(mode),
+            })
+        };
+        json!({
+            "model": self.model,
+            "context": self.context,
+            "batch": self.batch,
+            "gpu": self.gpu.map(|gpu| gpu.name),
+            "vram_bytes": self.device.bytes,
+            "host_bytes": self.host.bytes,
+            "weight_bytes": self.weight_bytes,
+            "modes": modes.iter().map(mode).collect::<Vec<_>>(),
+        })
+    }
+}
+
+/// A step from bytes over bandwidth.
+fn step_us(gpu: &Gpu, config: &Config, kv: &KvOptions, context: usize, batch: usize) -> f64 {
+    let costs = gpu.costs(config, kv, context, batch, 1.0);
+    match kv.mode {
+        KvMode::Full | KvMode::Kivi => costs.compute_us(),
+        KvMode::Offload => costs.bound_us(),
+        KvMode::Fetch => costs.compute_us() + costs.copy_us(),
+        KvMode::SpeCache => costs.simulate(Schedule::Event).step_us,
+    }
+}
+
+/// The GPU that `--device auto` would take.
+fn first_gpu() -> Option<probe::Gpu> {
+    gpus().ok().and_then(|gpus| gpus.into_iter().next()).filter(probe::Gpu::is_supported)
+}
+
+/// The named card's memory, else that of this machine's GPU, less what the engine leaves to the driver; else the
+/// machine's.
+fn device_memory(named: Option<&Gpu>, here: Option<probe::Gpu>) -> Result<Memory> {
+    let named = named.map(|gpu| ((gpu.memory_gib * (1u64 << 30) as f64) as u64, gpu.name.to_string()));
+    match named.or_else(|| here.map(|gpu| (gpu.memory, gpu.name))) {
+        Some((bytes, name)) => {
+            Ok(Memory { bytes: bytes - bytes / 32, source: format!("{name}, less 1/32 for its driver") })
+        }
+        None => available("--vram", "no GPU: what this machine has free"),
+    }
+}
+
+fn host_memory() -> Result<Memory> {
+    available("--host", "what this machine has free")
+}
+
+fn available(option: &str, source: &str) -> Result<Memory> {
+    let unknown = || Error::Usage(format!("this system does not say how much memory is free: give {option}"));
+    Ok(Memory { bytes: ram::available().ok_or_else(unknown)?, source: source.into() })
+}
