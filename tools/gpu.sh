@@ -96,6 +96,9 @@ if [ -n "$dry" ]; then
 elif ! command -v nvidia-smi >/dev/null; then
   echo "gpu: no nvidia-smi here: no GPU, or no driver" >&2
   exit 1
+elif [ -z "${VIRTUAL_ENV:-}" ]; then
+  # PyTorch's environment has cuBLASLt too.
+  VIRTUAL_ENV=$(python3 -c 'import sys; print(sys.prefix)') && export VIRTUAL_ENV
 fi
 [ -x "$engine" ] || { echo "gpu: no $engine: run tools/gpu.sh --build first, where Rust is" >&2; exit 1; }
 mkdir -p "$out"
