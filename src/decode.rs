@@ -526,7 +526,7 @@ fn end_on_gpu(
         };
         members.iter().enumerate().map(bytes).sum()
     });
-    if let Some(waited) = device.end_step() {
+    if let (Some(waited), Pass::Step) = (device.end_step(), kind) {
         members.iter().for_each(|m| batch[m.index].session.stats.exposed += waited);
     }
     Ok(())

@@ -27,23 +27,23 @@ source_of() {
 }
 
 build() { # architecture
-  local nvcc program source plans=() limit=$((60 << 20)) bytes
-  nvcc=${SPECACHE_NVCC:-$(tools/cuda-toolkit.sh)}
+  local program source objects=() limit=$((60 << 20)) bytes
+  nvcc=$(realpath "${SPECACHE_NVCC:-$(tools/cuda-toolkit.sh)}")
   rm -rf "$bin"
   mkdir -p "$bin/plan"
   # The kernels travel inside of the program.
-  SPECACHE_NVCC=$(realpath "$nvcc") SPECACHE_CUDA_ARCHS=$1 cargo build --release --locked --bin specache-engine
+  SPECACHE_NVCC=$nvcc SPECACHE_CUDA_ARCHS=$1 cargo build --release --locked --bin specache-engine
   strip -o "$bin/specache-engine" target/release/specache-engine
   for source in csrc/plan/*.c; do
-    plans+=("$bin/plan/$(basename "$source" .c).o")
-    gcc -std=c99 -O2 -c "$source" -o "${plans[-1]}"
+    objects+=("$bin/plan/$(basename "$source" .c).o")
+    gcc -std=c99 -O2 -c "$source" -o "${objects[-1]}"
   done
+  ar rcs "$bin/plan/libspecache_plan.a" "${objects[@]}"
+  export nvcc bin arch=$1
   # The libraries of this machine may be newer than those of the machine that runs: link them in.
-  export nvcc arch=$1 bin plans="${plans[*]}"
   compile() { # program, source
-    # shellcheck disable=SC2086
     "$nvcc" -std=c++17 -O3 -lineinfo -Xcompiler "-Wno-unknown-pragmas,-static-libstdc++,-static-libgcc" \
-      -gencode "arch=compute_$arch,code=sm_$arch" -x cu "$2" -x none $plans -o "$bin/$1"
+      -gencode "arch=compute_$arch,code=sm_$arch" -x cu "$2" -L"$bin/plan" -lspecache_plan -o "$bin/$1"
   }
   export -f compile
   for program in "${tests[@]}" probe linear_bench; do echo "$program $(source_of "$program")"; done |
@@ -96,6 +96,9 @@ if [ -n "$dry" ]; then
 elif ! command -v nvidia-smi >/dev/null; then
   echo "gpu: no nvidia-smi here: no GPU, or no driver" >&2
   exit 1
+elif [ -z "${VIRTUAL_ENV:-}" ]; then
+  # PyTorch's environment has cuBLASLt too.
+  VIRTUAL_ENV=$(python3 -c 'import sys; print(sys.prefix)') && export VIRTUAL_ENV
 fi
 [ -x "$engine" ] || { echo "gpu: no $engine: run tools/gpu.sh --build first, where Rust is" >&2; exit 1; }
 mkdir -p "$out"
@@ -193,7 +196,7 @@ phase_rivals() {
   [ -z "$dry" ] || { model=synthetic:tiny; depth=200; device=cpu; }
   for mode in specache full offload; do
     step 100 "PyTorch, $mode" bash -c "python3 benches/rivals/torch_specache.py -m $model --device $device --mode $mode \
-      -d $depth -b 1 -n 16 -r 2 --fill random --any-ties >> $work/rivals.jsonl"
+      -d $depth -b 1 -n 16 -r 2 --fill random --any-ties >> $work/rivals.json"
   done
 }
 
@@ -239,7 +242,7 @@ phase=tables
 {
   echo
   if [ -s "$work/bench.jsonl" ]; then python3 tools/gpu_bench.py --table "$work/bench.jsonl"; fi
-  if [ -s "$work/rivals.jsonl" ]; then python3 tools/gpu_bench.py --rivals "$work/rivals.jsonl"; fi
+  if [ -s "$work/rivals.json" ]; then python3 tools/gpu_bench.py --rivals "$work/rivals.json"; fi
   for file in probe linear; do
     if [ -s "$work/$file.jsonl" ]; then python3 tools/probe_table.py "$work/$file.jsonl"; fi
   done

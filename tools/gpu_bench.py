@@ -4,6 +4,7 @@ of JSON for each case goes to FILE as soon as it is measured; a case that fails 
 
 usage: tools/gpu_bench.py ENGINE FILE [--seconds N] [--tiny]     --tiny: shapes for an emulated GPU
        tools/gpu_bench.py --table FILE                           the table of an earlier run
+       tools/gpu_bench.py --rivals FILE                          the same of what torch_specache.py printed
 """
 
 import argparse
@@ -81,6 +82,19 @@ def table(lines):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
+def rivals(text):
+    """One object after the other."""
+    decoder, at = json.JSONDecoder(), 0
+    while at < len(text.rstrip()):
+        found, at = decoder.raw_decode(text, at + len(text[at:]) - len(text[at:].lstrip()))
+        asked = found["options"]
+        print(
+            f"PyTorch {found['environment']['torch']}, {asked['model'].split(':')[-1]}, {asked['depth']} tokens, batch "
+            f"{asked['batch']}, {asked['mode']}: {found['tok_s_mean']:.1f} tok/s, {found['ms_per_step']:.2f} ms a step, "
+            f"{1e3 * found['exposed_ms_per_step']:.1f} us exposed"
+        )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", nargs="?")
@@ -88,10 +102,14 @@ def main():
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--table", metavar="FILE")
+    parser.add_argument("--rivals", metavar="FILE")
     args = parser.parse_args()
     if args.table:
         with open(args.table) as file:
             return table([json.loads(line) for line in file if line.strip()])
+    if args.rivals:
+        with open(args.rivals) as file:
+            return rivals(file.read())
     if not args.file:
         parser.error("ENGINE and FILE are needed")
     end, lines = time.monotonic() + args.seconds, []
