@@ -200,7 +200,9 @@ impl Queues {
 
     /// Gives a graph to the compute stream, behind the points `before` of all streams. Its end is the next point of every
     /// stream that the pass may have made one of.
-    pub(super) fn launch_graph(&self, exec: CUgraphExec, before: [u64; QUEUES]) {
+    pub(super) fn launch_graph(&self, exec: CUgraphExec, mut before: [u64; QUEUES]) {
+        // The points of a stream pass in their order: before the graph's, those that other threads have made of copy-in.
+        before[StreamId::CopyIn as usize] = self.of(StreamId::CopyIn).recorded();
         for ((from, at), awaited) in self.queues.iter().zip(before).zip(&self.of(StreamId::Compute).awaited) {
             if at > 0 && from.passed.load(Ordering::Acquire) < at {
                 self.wait(StreamId::Compute, from.event(at));
