@@ -71,6 +71,7 @@ public:
 
     Buffer(const std::string& name, size_t bytes, Access) : name_(name), host_(bytes + 2 * kGuard, kPoison) {
         check_cuda(cudaMalloc(&device_, host_.size()), "cudaMalloc");
+        upload();   // the guards, and the pattern where a kernel writes
     }
     Buffer(const Buffer&) = delete;
     ~Buffer() {

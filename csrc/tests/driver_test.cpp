@@ -276,6 +276,21 @@ static void unjoined_capture() {
     GIVES(CUDA_ERROR_STREAM_CAPTURE_UNJOINED, cuStreamEndCapture(s.compute, &graph));
 }
 
+// Not even an event from before the capture may be waited for or asked in the middle of it.
+static void broken_capture() {
+    Setup s;
+    for (const bool waits : {false, true}) {
+        CUevent before;
+        CUgraph graph;
+        OK(cuEventCreate(&before, CU_EVENT_DISABLE_TIMING));
+        OK(cuEventRecord(before, s.copies));
+        OK(cuStreamBeginCapture(s.compute, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL));
+        GIVES(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, waits ? cuEventSynchronize(before) : cuEventQuery(before));
+        GIVES(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, cuStreamEndCapture(s.compute, &graph));
+        OK(cuEventDestroy(before));
+    }
+}
+
 // ---- missing order --------------------------------------------------------------------------------------------------
 
 static void missing_wait() {
@@ -642,6 +657,7 @@ int main() {
     RUN(mapped_memory, kSeeds);
     RUN(graphs, kSeeds);
     RUN(unjoined_capture);
+    RUN(broken_capture);
     RUN(missing_wait, kSeeds);
     RUN(overwritten_too_early, kSeeds);
     RUN(race_in_host_memory, kSeeds);

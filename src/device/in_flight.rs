@@ -76,8 +76,9 @@ impl<T> InFlight<T> {
         let event = *self.cell.event();
         match (event, site) {
             (Some(event), Some(site)) => *exposed += device.wait(event, site),
-            (Some(event), None) => device.finish(event),
-            (None, _) => {}
+            // The compute stream waits already. The host must not, where that stream is a GPU's queue.
+            (Some(event), None) if device.gpu().is_none() => device.finish(event),
+            _ => {}
         }
         let mut freight = self.cell.lock();
         self.at_rest = freight.value.take();

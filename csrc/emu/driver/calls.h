@@ -33,6 +33,10 @@ template <class Body> CUresult call(const char* function, Need need, Body body) 
 // Puts work into a stream, or into the graph that it is captured into.
 CUresult enqueue(Device& d, Stream* stream, Work work);
 // Whether a stream records: then nothing may wait for it.
+// Whether the calling thread is in the middle of a capture, which a wait or a question of the host's breaks: seen on an
+// H200 with driver 580, with events that have nothing to do with the capture.
+bool breaks_capture();
+
 inline bool is_capturing(const Stream* stream) { return stream->capture != nullptr; }
 
 // Waits for everything, and forgets the work that failed.

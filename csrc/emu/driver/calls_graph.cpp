@@ -53,6 +53,16 @@ static std::map<CUgraphExec, std::unique_ptr<GraphExec>>& execs() {
     return *all;
 }
 
+bool breaks_capture() {
+    bool broken = false;
+    for (const auto& g : graphs()) {
+        Graph& graph = *g.second;
+        const bool open = graph.origin->capture == &graph;
+        if (open && !graph.relaxed && graph.owner == std::this_thread::get_id()) broken = graph.invalid = true;
+    }
+    return broken;
+}
+
 CUresult enqueue(Device& d, Stream* stream, Work work) {
     if (stream->capture) {
         stream->capture->add(stream, std::move(work));
@@ -102,7 +112,7 @@ static void launch(Device& d, const GraphExec& exec, Stream* stream) {
 
 using namespace emu::driver;
 
-CUresult CUDAAPI cuStreamBeginCapture(CUstream handle, CUstreamCaptureMode) {
+CUresult CUDAAPI cuStreamBeginCapture(CUstream handle, CUstreamCaptureMode mode) {
     return call(__func__, kContext, [&](Device& d, Device::Lock&) {
         Stream* stream = d.stream_of(handle);
         if (!stream) return CUDA_ERROR_INVALID_HANDLE;
@@ -110,6 +120,8 @@ CUresult CUDAAPI cuStreamBeginCapture(CUstream handle, CUstreamCaptureMode) {
         if (stream->capture) return CUDA_ERROR_INVALID_VALUE;
         auto graph = std::make_unique<Graph>();
         graph->origin = stream;
+        graph->owner = std::this_thread::get_id();
+        graph->relaxed = mode == CU_STREAM_CAPTURE_MODE_RELAXED;
         graph->join(stream);
         log_call("begin_capture", "\"stream\":%u", stream->index);
         graphs()[reinterpret_cast<CUgraph>(graph.get())] = std::move(graph);

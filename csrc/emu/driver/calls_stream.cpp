@@ -238,6 +238,7 @@ CUresult CUDAAPI cuEventQuery(CUevent handle) {
         Event* event = event_of(d, handle);
         if (!event) return CUDA_ERROR_INVALID_HANDLE;
         if (event->capture) return CUDA_ERROR_CAPTURED_EVENT;
+        if (breaks_capture()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
         if (!event->recorded) return CUDA_SUCCESS;
         if (!event->recorded->done) return CUDA_ERROR_NOT_READY;
         d.learn(*event->recorded);
@@ -250,6 +251,7 @@ CUresult CUDAAPI cuEventSynchronize(CUevent handle) {
         Event* event = event_of(d, handle);
         if (!event) return CUDA_ERROR_INVALID_HANDLE;
         if (event->capture) return CUDA_ERROR_CAPTURED_EVENT;
+        if (breaks_capture()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
         log_call("synchronize", "\"what\":\"event\",\"event\":%u", event->number);
         return event->recorded ? d.wait(event->recorded, lock) : CUDA_SUCCESS;
     });

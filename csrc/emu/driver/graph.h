@@ -1,6 +1,7 @@
 // A captured graph: the work of its streams, and what of it waits for what.
 #pragma once
 
+#include <thread>
 #include <vector>
 
 #include "device.h"
@@ -15,6 +16,8 @@ struct Graph {
         int before = -1;          // in its branch
     };
     Stream* origin = nullptr;
+    std::thread::id owner;           // the thread that captures
+    bool relaxed = false;            // CU_STREAM_CAPTURE_MODE_RELAXED
     std::vector<Stream*> branches;   // that are captured; [0] is the origin
     std::vector<Node> nodes;
     bool invalid = false;   // something happened that no graph can hold
