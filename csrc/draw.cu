@@ -16,6 +16,7 @@
 // once; with another reading, what can still be chosen becomes a short list in shared memory, and the rest looks at
 // that. Five readings with top-k, two with top-p alone. Where the list is too short (top-p of a flat row, no limit at
 // all) every question reads the row for each of its digits: 17 times at most.
+#include "block.cuh"
 #include "kernels.h"
 #include "ptx.cuh"
 
@@ -130,27 +131,6 @@ template <class F> SPECACHE_DEVICE void each_candidate(const DrawRow& row, const
     });
 }
 
-// The sum of `value` over the threads before this one, and over all of them.
-SPECACHE_DEVICE uint64_t scan_block(DrawShared& shared, uint64_t value, uint64_t& total) {
-    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    uint64_t through = value;
-    for (int distance = 1; distance < 32; distance *= 2) {
-        const uint64_t other = __shfl_up_sync(~0u, through, distance);
-        through += int(lane) >= distance ? other : 0;
-    }
-    if (lane == 31) shared.warp_sums[warp] = through;
-    __syncthreads();
-    uint64_t before = 0;
-    total = 0;
-#pragma unroll
-    for (uint32_t w = 0; w < kDrawWarps; w++) {
-        if (w == warp) before = total;
-        total += shared.warp_sums[w];
-    }
-    __syncthreads();
-    return before + through - value;
-}
-
 SPECACHE_DEVICE uint64_t highest_of_block(DrawShared& shared, uint64_t key) {
     for (int distance = 16; distance > 0; distance /= 2) {
         const uint64_t other = __shfl_xor_sync(~0u, key, distance);
@@ -187,7 +167,7 @@ SPECACHE_DEVICE void find_bin(DrawShared& shared, uint64_t target) {
     const uint32_t highest = kDrawBins - 1 - threadIdx.x * kDrawBinsPerThread;
     uint64_t own = 0, all;
     for (uint32_t b = 0; b < kDrawBinsPerThread; b++) own += bin_sum(shared, highest - b);
-    uint64_t before = scan_block(shared, own, all);
+    uint64_t before = block_scan(shared.warp_sums, own, all);
     if (before > target || before + own <= target) return;
     uint32_t bin = highest;
     while (before + bin_sum(shared, bin) <= target) before += bin_sum(shared, bin--);
@@ -242,7 +222,7 @@ SPECACHE_DEVICE float kth_score(const DrawRow& row, DrawShared& shared) {
 SPECACHE_DEVICE uint64_t sum_weights(const DrawRow& row, DrawShared& shared) {
     uint64_t sum = 0, total;
     each_candidate(row, shared, [&](uint32_t, float, uint64_t weight) { sum += weight; });
-    scan_block(shared, sum, total);
+    block_scan(shared.warp_sums, sum, total);
     return total;
 }
 

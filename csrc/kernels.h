@@ -51,10 +51,9 @@
     X(bf16, Bf16, 1) X(bf16, Bf16, 2)           \
     X(fp32, Fp32, 1) X(fp32, Fp32, 2)
 
-/* Two CTAs share an SM. Where there are too few CTAs to fill the bus (product.cuh), each has twice the warps. */
+/* Weights on their way wait in shared memory (product.cuh). */
 #define SPECACHE_LINEAR_THREADS 256
-#define SPECACHE_LINEAR_FEW_CTAS 84
-#define SPECACHE_LINEAR_FEW_THREADS 512
+#define SPECACHE_LINEAR_SHARED 65536
 
 /* Of the kernel for the heads of q and k: a warp for each row and head. */
 #define SPECACHE_HEAD_NORM_THREADS 128

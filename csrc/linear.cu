@@ -58,7 +58,8 @@ template <class T> SPECACHE_DEVICE Factors qkv_factors(const specache_qkv_params
 
 template <class T, int N_TILES> SPECACHE_DEVICE void qkv(const specache_qkv_params& p) {
     SPECACHE_SHARED(ProductShared<N_TILES>, shared);
-    Product<T, N_TILES, true> product(qkv_factors<T>(p, qkv_unit(p)));
+    SPECACHE_DYNAMIC_SHARED(queue);
+    Product<T, N_TILES, true> product(qkv_factors<T>(p, qkv_unit(p)), queue);
     product.run();
     product.store(shared);
 
@@ -144,6 +145,7 @@ SPECACHE_DEVICE void head_norm(const specache_qkv_params& p) {
 
 template <class T, int N_TILES> SPECACHE_DEVICE void gate_up(const specache_gate_up_params& p) {
     SPECACHE_SHARED(ProductShared<N_TILES>, shared);
+    SPECACHE_DYNAMIC_SHARED(queue);
     const size_t first = size_t(blockIdx.x) * kTileFeatures;
     const int features = least(kTileFeatures, int(p.intermediate - first));
     Product<T, N_TILES, true> product(
@@ -152,7 +154,8 @@ template <class T, int N_TILES> SPECACHE_DEVICE void gate_up(const specache_gate
                 pointer<float>(p.x),
                 pointer<float>(p.norm),
                 int(p.n_rows),
-                int(p.hidden)});
+                int(p.hidden)},
+        queue);
     product.run();
     product.store(shared);
 
@@ -172,6 +175,7 @@ template <class T, int N_TILES> SPECACHE_DEVICE void gate_up(const specache_gate
 
 template <class T, int N_TILES, bool RESIDUAL> SPECACHE_DEVICE void linear(const specache_linear_params& p) {
     SPECACHE_SHARED(ProductShared<N_TILES>, shared);
+    SPECACHE_DYNAMIC_SHARED(queue);
     const size_t first = size_t(blockIdx.x) * kCtaFeatures;
     const int features = least(kCtaFeatures, int(p.n - first));
     // Where there is no second tile it repeats the first.
@@ -184,7 +188,8 @@ template <class T, int N_TILES, bool RESIDUAL> SPECACHE_DEVICE void linear(const
                 pointer<float>(p.x),
                 pointer<float>(p.norm),
                 int(p.n_rows),
-                int(p.k)});
+                int(p.k)},
+        queue);
     product.run();
     product.store(shared);
 
@@ -212,25 +217,25 @@ template <class T, int N_TILES, bool RESIDUAL> SPECACHE_DEVICE void linear(const
 
 }   // namespace specache
 
-// registers: <= 192 specache_*_fp32_n*    (1 CTA of 256 threads an SM)
-// registers: <= 128 specache_qkv_*        (512 threads an SM, in 1 or 2 CTAs)
+// registers: <= 208 specache_*_fp32_n*    (1 CTA an SM)
+// registers: <= 128 specache_qkv_*        (2 CTAs an SM)
 // registers: <= 128 specache_residual_*
 // registers: <= 128 specache_gate_up_*
 // registers: <= 128 specache_logits_*
 #define SPECACHE_LINEAR_KERNEL(dtype, T, N_TILES)                                                  \
-    extern "C" __global__ void __launch_bounds__(specache::kMostThreads<specache::T>, 1)           \
+    extern "C" __global__ void __launch_bounds__(SPECACHE_LINEAR_THREADS, specache::kCtas<specache::T>)           \
         specache_qkv_##dtype##_n##N_TILES(const __grid_constant__ specache_qkv_params p) {         \
         specache::qkv<specache::T, N_TILES>(p);                                                    \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(specache::kMostThreads<specache::T>, 1)           \
+    extern "C" __global__ void __launch_bounds__(SPECACHE_LINEAR_THREADS, specache::kCtas<specache::T>)           \
         specache_residual_##dtype##_n##N_TILES(const __grid_constant__ specache_linear_params p) { \
         specache::linear<specache::T, N_TILES, true>(p);                                           \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(specache::kMostThreads<specache::T>, 1)           \
+    extern "C" __global__ void __launch_bounds__(SPECACHE_LINEAR_THREADS, specache::kCtas<specache::T>)           \
         specache_gate_up_##dtype##_n##N_TILES(const __grid_constant__ specache_gate_up_params p) { \
         specache::gate_up<specache::T, N_TILES>(p);                                                \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(specache::kMostThreads<specache::T>, 1)           \
+    extern "C" __global__ void __launch_bounds__(SPECACHE_LINEAR_THREADS, specache::kCtas<specache::T>)           \
         specache_logits_##dtype##_n##N_TILES(const __grid_constant__ specache_linear_params p) {   \
         specache::linear<specache::T, N_TILES, false>(p);                                          \
     }

@@ -181,9 +181,14 @@ private:
         config.gridDim = l.grid;
         config.blockDim = l.block;
         config.stream = stream_;
+        config.dynamicSmemBytes = l.shared_bytes;
         config.attrs = &attribute;
         config.numAttrs = pdl_;
         void* arguments[] = {&p};
+        if (l.shared_bytes > 48 << 10)
+            check(cudaFuncSetAttribute(kernels().at(l.kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       int(l.shared_bytes)),
+                  "shared memory");
         check(cudaLaunchKernelExC(&config, kernels().at(l.kernel), arguments), l.kernel);
     }
 

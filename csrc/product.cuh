@@ -15,9 +15,9 @@
 //   mma 0            pair j -> k = 8j, 8j + 1       pair j + 4 -> 8j + 2, 8j + 3
 //   mma 1            pair j -> k = 8j + 4, 8j + 5   pair j + 4 -> 8j + 6, 8j + 7
 //
-// and of x, where i counts rows as well (columns of B), lane 4i + j reads the same 8 k. So W and x go from memory to
-// registers as they are: no shared memory, no barrier, no shuffle in the loop. Two chunks that follow each other make
-// the 128-byte lines of W; the same warp reads both. (fp32 weights: k = 4j .. 4j + 3 for mma 0, 16 more for mma 1.)
+// and of x, where i counts rows as well (columns of B), lane 4i + j reads the same 8 k. So a lane multiplies what it
+// has loaded itself: no barrier and no shuffle in the loop. Two chunks that follow each other make the 128-byte lines
+// of W; the same warp reads both. (fp32 weights: k = 4j .. 4j + 3 for mma 0, 16 more for mma 1.)
 //
 // Numbers
 // -------
@@ -31,17 +31,25 @@
 // Bytes in flight
 // ---------------
 // Little's law: 4.8 TB/s (H200) x 0.8 us under load = 3.8 MB, 29 KB for each of 132 SMs; half of that on an A100.
-// A step of a lane is 64 bytes of W. With kDepth = 3 (2 at 16 rows) steps in flight a CTA of 8 warps asks for 48 (32)
-// KB, and two CTAs fit an SM: a last wave with one CTA for each SM still fills the bus. A matrix of fewer than 84 x 32
-// features has not CTAs enough for that, and gets 16 warps for each. x comes from L1 and L2, one step ahead: per SM and
-// 32 features 4 * n_rows bytes for 64 of W, a quarter of W's traffic at 4 rows and as much at 16.
+// A step of a lane is 64 bytes of W (fp32: 128). They wait in shared memory, kDepth steps of each warp, as a queue of
+// each lane's own: it copies 16 bytes at a time (cp.async) and reads back just what it has copied. 64 KB for a CTA of 8
+// warps, of which 48 are on their way while a step is multiplied; two CTAs fit an SM (one on those with 100 KB), and 64
+// CTAs are enough to fill the bus.
+//
+// Registers would do as well if the compiler let them: loads into registers are waited for by scoreboards, of which a
+// warp has six, and nvcc 13.0 gave all loads of this loop the same one, so that every step waited for the loads that
+// were issued last. An H200 read W at half its rate then. What is copied asynchronously is waited for by count.
+//
+// x comes from L1 and L2, kAhead steps ahead: per SM and 32 features 4 * n_rows bytes for 64 of W, a quarter of W's
+// traffic at 4 rows and as much at 16. The loop has no branch, which would make the compiler wait for all of them.
 #pragma once
 
+#include "kernels.h"
 #include "ptx.cuh"
 
 namespace specache {
 
-constexpr int kSumSlots = 8;        // warps whose sums shared memory holds; more of them take turns
+constexpr int kWarps = SPECACHE_LINEAR_THREADS / 32;   // of a CTA
 constexpr int kTileFeatures = 16;   // rows of A
 constexpr int kTiles = 2;           // of one CTA
 constexpr int kCtaFeatures = kTiles * kTileFeatures;
@@ -95,11 +103,14 @@ template <class T> SPECACHE_DEVICE Split split_pair(float2 x) {
 template <class T> constexpr int kLaneNumbers = 16 / Operand<T>::kBytes;
 template <class T> constexpr int kSecondFour = Operand<T>::kBytes == 2 ? 4 : kChunk / 2;
 
-// Steps of W in flight. x and the sums of 16 rows take the registers of the third; fp32 steps are twice as large.
-template <class T, int N_TILES> constexpr int kDepth = N_TILES == 1 && Operand<T>::kBytes == 2 ? 3 : 2;
+// Steps of W in shared memory: fp32 steps are twice as large.
+template <class T> constexpr int kDepth = 8 / Operand<T>::kBytes;
 
-// Largest block: 128 registers a thread for 512 threads on an SM, in one CTA or in two.
-template <class T> constexpr int kMostThreads = Operand<T>::kBytes == 2 ? 512 : 256;
+// Steps of x in registers: there is room for two of up to 8 rows.
+template <int N_TILES> constexpr int kAhead = N_TILES == 1 ? 2 : 1;
+
+// CTAs of an SM that registers must not forbid: 128 a thread, or 255 for fp32.
+template <class T> constexpr int kCtas = Operand<T>::kBytes == 2 ? 2 : 1;
 
 // What one CTA multiplies.
 struct Factors {
@@ -113,8 +124,8 @@ struct Factors {
 
 // Where the warps' sums meet. A pitch of 36 words: a store by lanes (i, j) to row 2j, feature i touches all banks once.
 template <int N_TILES> struct ProductShared {
-    float sums[kSumSlots][N_TILES * kTileRows][kCtaFeatures + 4];
-    float squares[kSumSlots][N_TILES * kTileRows];
+    float sums[kWarps][N_TILES * kTileRows][kCtaFeatures + 4];
+    float squares[kWarps][N_TILES * kTileRows];
 };
 
 // One step of W: 16 bytes (fp32: twice 16) of rows i and i + 8 of each tile.
@@ -152,108 +163,148 @@ template <int N_TILES> struct InputFragment {
     Split pairs[N_TILES][4];
 };
 
-// A lane's share of the product.
+// A lane's share of the product. `queue`: kDepth steps of every warp, SPECACHE_LINEAR_SHARED bytes.
 template <class T, int N_TILES, bool NORM> class Product {
     static constexpr int kBytes = Operand<T>::kBytes, kLoads = WeightStep<T>::kLoads;
+    static constexpr int kPiece = 32 * 16;   // bytes of a warp's load
+    static constexpr int kStep = kTiles * 2 * kLoads * kPiece;
+    static_assert(kWarps * kDepth<T> * kStep == SPECACHE_LINEAR_SHARED, "the plan asks for as much");
+    static_assert(kDepth<T> % 2 == 0, "steps come in pairs");
 
 public:
-    SPECACHE_DEVICE explicit Product(const Factors& factors) : factors_(factors) {
-        const int i = lane() / 4, first = kLaneNumbers<T> * (lane() % 4);
-        k_ = factors.k - first;
+    SPECACHE_DEVICE Product(const Factors& factors, uint8_t* queue)
+        : queue_(queue + warp() * kDepth<T> * kStep + lane() * 16) {
+        const int i = lane() / 4, first = kLaneNumbers<T> * (lane() % 4), k = warp() * 2 * kChunk;
+        left_ = factors.k - first - k;
         for (int t = 0; t < kTiles; t++)
             for (int half = 0; half < 2; half++) {
                 const int row = min_of(i + 8 * half, factors.n_features[t] - 1);
-                weight_[t][half] = uint32_t(row * factors.k + first) * kBytes;
+                weight_[t][half] = factors.weight[t] + (size_t(row) * factors.k + first + k) * kBytes;
             }
 #if SPECACHE_INJECTED_BUG == 3   // the tests must see one row too many
         const int last = factors.n_rows;
 #else
         const int last = factors.n_rows - 1;
 #endif
-        for (int n = 0; n < N_TILES; n++) x_[n] = uint32_t(min_of(row_of(n), last) * factors.k + first);
-        const int chunk_pairs = (factors.k + 2 * kChunk - 1) / (2 * kChunk);
-        steps_ = 2 * ((chunk_pairs - warp() + warps() - 1) / warps());
+        for (int n = 0; n < N_TILES; n++)
+            x_[n] = factors.x + (size_t(min_of(row_of(n), last)) * factors.k + first + k);
+        if (NORM) norm_ = factors.norm + first + k;
+        // Of the first warp, so that all have as many: those beyond k read nothing and multiply zeros.
+        steps_ = (factors.k + kSweep - 1) / kSweep * 2;
     }
 
     // The whole loop. What the previous kernel wrote is not read before its end.
     SPECACHE_DEVICE void run() {
-        constexpr int kSlots = kDepth<T, N_TILES>;
-        WeightStep<T> weights[kSlots];
-        InputStep<N_TILES> input;
+        InputStep<N_TILES> input[kAhead<N_TILES>];
+        int weights_left = left_, input_left = left_;
 #pragma unroll
-        for (int s = 0; s < kSlots; s++)
-            if (s < steps_) load_weights(weights[s], s);
+        for (int s = 0; s < kDepth<T>; s++) copy_weights(s, s % 2, weights_left);
         let_next_kernel_start();
         wait_for_previous_kernel();
-        load_input(input, 0);
-#pragma unroll 1
-        for (int first = 0; first < steps_; first += kSlots) {
 #pragma unroll
-            for (int s = 0; s < kSlots; s++) {
-                const int step = first + s;
-                if (step >= steps_) break;
-                const InputFragment<N_TILES> b = split(input);
-                if (step + 1 < steps_) load_input(input, step + 1);
-                multiply(weights[s], b);
-                if (step + kSlots < steps_) load_weights(weights[s], step + kSlots);
+        for (int s = 0; s < kAhead<N_TILES>; s++) load_input(input[s], s, input_left);
+#pragma unroll 1
+        for (int first = 0; first < steps_; first += 2) {
+#pragma unroll(kAhead<N_TILES>)   // more would take more registers
+            for (int i = 0; i < 2; i++) {
+                const int s = first % kDepth<T> + i;
+                InputStep<N_TILES>& x = input[i % kAhead<N_TILES>];
+                const InputFragment<N_TILES> b = split(x);
+                load_input(x, (i + kAhead<N_TILES>) % 2, input_left);
+#if SPECACHE_INJECTED_BUG != 6   // the tests must see numbers that nobody waited for
+                copy_async_wait<kDepth<T> - 1>();
+#endif
+                multiply(weights(s), b);
+                copy_weights(s, i, weights_left);
             }
         }
+        copy_async_wait<0>();
     }
 
-    // Leaves the sums in shared memory, those of warp w + 8 with those of warp w; a barrier must follow.
-    SPECACHE_DEVICE void store(ProductShared<N_TILES>& shared) {
-        const bool turns = warps() > kSumSlots;
-        if (turns) {
-            if (warp() >= kSumSlots) write<false>(shared);
-#if SPECACHE_INJECTED_BUG != 6   // the tests must see a missing barrier here as well
-            __syncthreads();
-#endif
+    // Leaves the sums in shared memory; a barrier must follow.
+    SPECACHE_DEVICE void store(ProductShared<N_TILES>& shared) const {
+        const int i = lane() / 4, j = lane() % 4;
+#pragma unroll
+        for (int n = 0; n < N_TILES; n++) {
+#pragma unroll
+            for (int t = 0; t < kTiles; t++)
+#pragma unroll
+                for (int d = 0; d < 4; d++) {
+                    const int row = n * kTileRows + 2 * j + d % 2, feature = t * kTileFeatures + i + 8 * (d / 2);
+                    shared.sums[warp()][row][feature] = sums_[t][n][d];
+                }
+            if (!NORM) continue;
+            float squares = squares_[n];
+            squares += __shfl_xor_sync(~0u, squares, 1);
+            squares += __shfl_xor_sync(~0u, squares, 2);
+            if (j == 0) shared.squares[warp()][row_of(n)] = squares;
         }
-        if (warp() >= kSumSlots) return;
-        if (turns) write<true>(shared);
-        else write<false>(shared);
     }
 
 private:
     static SPECACHE_DEVICE int lane() { return int(threadIdx.x) % 32; }
     static SPECACHE_DEVICE int warp() { return int(threadIdx.x) / 32; }
-    static SPECACHE_DEVICE int warps() { return int(blockDim.x) / 32; }
     static SPECACHE_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
     static SPECACHE_DEVICE int row_of(int n) { return n * kTileRows + lane() / 4; }
 
-    // First k of a step of this warp: warps take turns by two chunks, one line of each row of W.
-    static SPECACHE_DEVICE int k_of(int step) { return (step / 2 * warps() + warp()) * 2 * kChunk + step % 2 * kChunk; }
+    // Warps take turns by two chunks, one line of each row of W: numbers of k from a pair of steps to the next.
+    static constexpr int kSweep = kWarps * 2 * kChunk;
 
-    // Lanes beyond k read the row's beginning: what they get meets zeros of x.
-    SPECACHE_DEVICE void load_weights(WeightStep<T>& to, int step) const {
-        const int k = k_of(step);
+    // The copies of the next step, the first or the second of a pair, go to slot `s`: one batch. `left`: numbers of the row
+    // from the lane's first one of this pair on; zeros come from beyond.
+    SPECACHE_DEVICE void copy_weights(int s, int of_pair, int& left) {
+        const int second = of_pair * kChunk;
 #pragma unroll
-        for (int load = 0; load < kLoads; load++) {
-            const int at = kSecondFour<T> * load, inside = k + at < k_ ? k + at : at;
+        for (int t = 0; t < kTiles; t++)
 #pragma unroll
-            for (int t = 0; t < kTiles; t++)
+            for (int half = 0; half < 2; half++)
 #pragma unroll
-                for (int half = 0; half < 2; half++)
-                    to.rows[t][half][load] =
-                        load_weight(factors_.weight[t] + (weight_[t][half] + uint32_t(inside) * kBytes));
-        }
+                for (int load = 0; load < kLoads; load++) {
+                    const int at = second + kSecondFour<T> * load;
+                    copy_async_16(piece(s, t, half, load), weight_[t][half] + at * kBytes, at < left ? 16 : 0);
+                }
+        copy_async_commit();
+        if (of_pair == 0) return;
+        left -= kSweep;
+        for (int t = 0; t < kTiles; t++)
+            for (int half = 0; half < 2; half++) weight_[t][half] += kSweep * kBytes;
+    }
+
+    SPECACHE_DEVICE WeightStep<T> weights(int s) const {
+        WeightStep<T> step;
+#pragma unroll
+        for (int t = 0; t < kTiles; t++)
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+#pragma unroll
+                for (int load = 0; load < kLoads; load++)
+                    step.rows[t][half][load] = *reinterpret_cast<const uint4*>(piece(s, t, half, load));
+        return step;
+    }
+
+    SPECACHE_DEVICE uint8_t* piece(int s, int t, int half, int load) const {
+        return queue_ + s * kStep + ((t * 2 + half) * kLoads + load) * kPiece;
     }
 
     static SPECACHE_DEVICE float4 load_four(const float* from) {
         return load_device(reinterpret_cast<const float4*>(from));
     }
 
-    SPECACHE_DEVICE void load_input(InputStep<N_TILES>& to, int step) const {
+    // The same of x, to registers.
+    SPECACHE_DEVICE void load_input(InputStep<N_TILES>& to, int of_pair, int& left) {
         const float4 zero = make_float4(0, 0, 0, 0);
 #pragma unroll
         for (int four = 0; four < 2; four++) {
-            const int k = k_of(step) + kSecondFour<T> * four;
-            const bool inside = k < k_;
+            const int at = of_pair * kChunk + kSecondFour<T> * four;
+            const bool inside = at < left;
 #pragma unroll
-            for (int n = 0; n < N_TILES; n++)
-                to.x[n][four] = inside ? load_four(factors_.x + (x_[n] + uint32_t(k))) : zero;
-            if (NORM) to.norm[four] = inside ? load_four(factors_.norm + (factors_.k - k_ + k)) : zero;
+            for (int n = 0; n < N_TILES; n++) to.x[n][four] = inside ? load_four(x_[n] + at) : zero;
+            if (NORM) to.norm[four] = inside ? load_four(norm_ + at) : zero;
         }
+        if (of_pair == 0) return;
+        left -= kSweep;
+        for (int n = 0; n < N_TILES; n++) x_[n] += kSweep;
+        if (NORM) norm_ += kSweep;
     }
 
     SPECACHE_DEVICE InputFragment<N_TILES> split(const InputStep<N_TILES>& input) {
@@ -301,33 +352,12 @@ private:
         }
     }
 
-    // This warp's sums to its slot, or added to it.
-    template <bool ADD> SPECACHE_DEVICE void write(ProductShared<N_TILES>& shared) const {
-        const int i = lane() / 4, j = lane() % 4, slot = warp() % kSumSlots;
-        const auto put = [](float& to, float sum) { to = ADD ? to + sum : sum; };
-#pragma unroll
-        for (int n = 0; n < N_TILES; n++) {
-#pragma unroll
-            for (int t = 0; t < kTiles; t++)
-#pragma unroll
-                for (int d = 0; d < 4; d++) {
-                    const int row = n * kTileRows + 2 * j + d % 2, feature = t * kTileFeatures + i + 8 * (d / 2);
-                    put(shared.sums[slot][row][feature], sums_[t][n][d]);
-                }
-            if (!NORM) continue;
-            float squares = squares_[n];
-            squares += __shfl_xor_sync(~0u, squares, 1);
-            squares += __shfl_xor_sync(~0u, squares, 2);
-            if (j == 0) put(shared.squares[slot][row_of(n)], squares);
-        }
-    }
-
-    // What all lanes share stays in uniform registers; a lane's own offsets are 32 bits.
-    const Factors factors_;
-    uint32_t weight_[kTiles][2];   // bytes, of rows i and i + 8
-    uint32_t x_[N_TILES];          // numbers; rows beyond the last repeat it and are nobody's
-    int k_;                        // numbers of a row from this lane's first one on
-    int steps_;                    // of this warp
+    uint8_t* const queue_;                  // this lane's pieces
+    const uint8_t* weight_[kTiles][2];      // rows i and i + 8, at the pair of steps that is copied next
+    const float* x_[N_TILES];               // the same of x; rows beyond the last repeat it and are nobody's
+    const float* norm_ = nullptr;
+    int left_;    // numbers of a row from this lane's first one on
+    int steps_;
     float sums_[kTiles][N_TILES][4] = {};
     float squares_[N_TILES] = {};
 };
@@ -346,7 +376,7 @@ SPECACHE_DEVICE Cell cell_of_thread() {
 template <class T, int N_TILES> SPECACHE_DEVICE float2 sum_warps(const ProductShared<N_TILES>& shared, Cell cell) {
     float2 sum = make_float2(0, 0);
 #pragma unroll
-    for (int w = 0; w < kSumSlots; w++) {
+    for (int w = 0; w < kWarps; w++) {
         sum.x += shared.sums[w][cell.row][cell.feature];
         sum.y += shared.sums[w][cell.row][kTileFeatures + cell.feature];
     }
@@ -357,7 +387,7 @@ template <class T, int N_TILES> SPECACHE_DEVICE float2 sum_warps(const ProductSh
 template <int N_TILES> SPECACHE_DEVICE float sum_squares(const ProductShared<N_TILES>& shared, int row) {
     float sum = 0;
 #pragma unroll
-    for (int w = 0; w < kSumSlots; w++) sum += shared.squares[w][row];
+    for (int w = 0; w < kWarps; w++) sum += shared.squares[w][row];
     return sum;
 }
 

@@ -79,7 +79,7 @@ template <class T> SPECACHE_DEVICE void store_device(T* to, T v) { *to = v; }
 // 16 bytes of device memory to shared memory, by the thread's own copy queue: kept out of L1. `bytes` = 0 writes zeros
 // and reads nothing.
 SPECACHE_DEVICE void copy_async_16(void* to, const void* from, uint32_t bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
                  "l"(__cvta_generic_to_global(from)), "r"(bytes)
                  : "memory");
 }

@@ -13,6 +13,7 @@
 // On request it also says how good the selection before was: of row 0's own best k among what is read low-bit or
 // prefetched, how many are in the slots. That is the same work for another row: the first kernel has twice the CTAs,
 // side by side, and a CTA of the second kernel merges twice, row 0 first, while the slots are still the old ones.
+#include "block.cuh"
 #include "seq.cuh"
 #include "attn_work.h"
 
@@ -83,34 +84,13 @@ SPECACHE_DEVICE uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b;
 
 // ---- what all threads of a block do together --------------------------------------------------------------------
 
-// The sum of `value` over the threads before this one, and over all of them.
-SPECACHE_DEVICE uint32_t block_scan(ScanShared& shared, uint32_t value, uint32_t& total) {
-    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    uint32_t through = value;
-    for (int distance = 1; distance < 32; distance *= 2) {
-        const uint32_t other = __shfl_up_sync(~0u, through, distance);
-        through += int(lane) >= distance ? other : 0;
-    }
-    if (lane == 31) shared.warp_sums[warp] = through;
-    __syncthreads();
-    uint32_t before = 0;
-    total = 0;
-#pragma unroll
-    for (uint32_t w = 0; w < kSelectWarps; w++) {
-        if (w == warp) before = total;
-        total += shared.warp_sums[w];
-    }
-    __syncthreads();
-    return before + through - value;
-}
-
 // Which digit the k-th best key has: bins from the highest down, four a thread. `missing`: how many are still to be
 // found among the keys with that digit.
 SPECACHE_DEVICE void find_digit(ScanShared& shared, uint32_t k) {
     const uint32_t highest = kBins - 1 - threadIdx.x * kBinsPerThread;
     uint32_t own = 0, all;
     for (uint32_t b = 0; b < kBinsPerThread; b++) own += shared.histogram[highest - b];
-    uint32_t above = block_scan(shared, own, all);
+    uint32_t above = block_scan(shared.warp_sums, own, all);
     if (above >= k || above + own < k) return;
     uint32_t bin = highest;
     while (above + shared.histogram[bin] < k) above += shared.histogram[bin--];
@@ -158,7 +138,7 @@ SPECACHE_DEVICE void take_best(ScanShared& shared, uint32_t n, Threshold thresho
         const uint32_t i = start + threadIdx.x, x = i < n ? key(i) : 0;
         const bool above = i < n && x > threshold.key, tie = i < n && x == threshold.key;
         uint32_t both;   // two counts below 2^16
-        const uint32_t before = block_scan(shared, uint32_t(above) | uint32_t(tie) << 16, both);
+        const uint32_t before = block_scan(shared.warp_sums, uint32_t(above) | uint32_t(tie) << 16, both);
         const uint32_t rank_above = above_before + (before & 0xFFFF), rank_tie = ties_before + (before >> 16);
         if (above || (tie && rank_tie < threshold.ties)) take(i, rank_above + smaller(rank_tie, threshold.ties));
         above_before += both & 0xFFFF;
@@ -272,7 +252,7 @@ SPECACHE_DEVICE void empty_slots(const specache_select_params& p, const HeadTabl
         const bool is_free = slot < p.top_k && !stays;
         if (stays) shared.kept[index] = 1;
         uint32_t all;
-        const uint32_t rank = emptied + block_scan(shared.scan, is_free, all);
+        const uint32_t rank = emptied + block_scan(shared.scan.warp_sums, uint32_t(is_free), all);
         emptied += all;
         if (!is_free) continue;
         shared.free_slots[rank] = slot;
@@ -292,7 +272,7 @@ SPECACHE_DEVICE uint32_t fill_slots(const HeadTables& tables, uint32_t count, He
         const uint32_t i = start + threadIdx.x;
         const bool missing = i < count && shared.kept[i] == 0;
         uint32_t all;
-        const uint32_t rank = filled + block_scan(shared.scan, missing, all);
+        const uint32_t rank = filled + block_scan(shared.scan.warp_sums, uint32_t(missing), all);
         filled += all;
         if (!missing) continue;
         const uint32_t slot = shared.free_slots[rank], position = shared.positions[i];
@@ -314,7 +294,7 @@ SPECACHE_DEVICE void count_hits(const specache_select_params& p, const specache_
         const uint32_t index = lower_bound(shared.positions, count, position);
         own += index < count && shared.positions[index] == position;
     }
-    block_scan(shared.scan, own, hits);
+    block_scan(shared.scan.warp_sums, own, hits);
     if (threadIdx.x == 0) store_device(reinterpret_cast<uint32_t*>(p.hits) + seq_and_head, hits);
 }
 

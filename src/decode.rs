@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crate::context::Context;
 use crate::cuda::{GpuModel, Place};
 use crate::device::cuda::graph::Exclusive;
-use crate::device::order::{StreamId, Uses};
+use crate::device::order::{Resource, StreamId, Uses};
 use crate::device::{Device, Schedule};
 use crate::error::{Error, Result};
 use crate::kv::KvMode;
@@ -166,7 +166,7 @@ fn pass(
                 KvMode::Full | KvMode::Kivi | KvMode::Fetch => {}
             }
         }
-        select::launch(device, config, l, rows, KvMode::SpeCache);
+        select_on_gpu(device, config, batch, members, l, rows, KvMode::SpeCache);
         fetch(device, config, batch, members, l, KvMode::SpeCache, kind, rows, fetches);
         dense.out_residual(l, layer, rows);
         dense.norm_gate_up(l, layer, rows);
@@ -334,6 +334,25 @@ fn select_ahead(
     select::select(&context.device, group_heads, n_kv_heads, attention, selection);
 }
 
+/// On a GPU: the selections of all sequences of one mode.
+fn select_on_gpu(
+    device: &Device,
+    config: &Config,
+    batch: &[Next],
+    members: &[Member],
+    layer: usize,
+    rows: &mut Rows,
+    mode: KvMode,
+) {
+    let sessions = || members.iter().map(|m| &*batch[m.index].session).filter(|session| session.kv().mode == mode);
+    if sessions().next().is_some() {
+        select::launch(device, config, layer, rows, mode, |uses| {
+            let slots = sessions().map(|session| session.cache.layers[layer].prefetch.slots());
+            uses.writes.extend(slots.map(|slots| Resource::Selection(slots.positions.id())));
+        });
+    }
+}
+
 /// `fetch`: the real row scores the low-bit cache, and waits while what it needs comes from the host.
 #[allow(clippy::too_many_arguments)] // One call site, which names them all.
 fn fetch_on_demand(
@@ -365,7 +384,7 @@ fn fetch_on_demand(
         let selection = Selection { seq, row: 0, candidates, slots };
         select::select(device, config.group_heads(), config.n_kv_heads, attention, selection);
     }
-    select::launch(device, config, layer, rows, KvMode::Fetch);
+    select_on_gpu(device, config, batch, members, layer, rows, KvMode::Fetch);
     // Nothing overlaps with these copies: all of their time is exposed, whoever's thread it runs on. A GPU's queue waits for
     // all of it too, and says so at the end of the step.
     let start = Instant::now();
@@ -398,6 +417,7 @@ fn fetch(
     fetches: &mut FetchQueue,
 ) {
     let schedule = device.pipeline();
+    let from = select::stream(device, mode);
     let mut gather = || rows.gpu.gather(device, config, layer, mode);
     for m in members {
         let session = &mut *batch[m.index].session;
@@ -411,10 +431,10 @@ fn fetch(
         session.note_fetch(layer, fetched, kind == Pass::PreDecode);
         // The paper's copies are one sequence's each. A GPU's kernels serve all sequences that share their launches.
         if schedule == Schedule::Stream && device.gpu().is_none() {
-            fetches.launch(device, layer, &mut gather);
+            fetches.launch(device, layer, from, &mut gather);
         }
     }
-    fetches.launch(device, layer, &mut gather);
+    fetches.launch(device, layer, from, &mut gather);
     if schedule == Schedule::Serial && mode == KvMode::SpeCache {
         fetches.note_wait(arrive(device, batch, members, layer, kind));
     }
@@ -505,9 +525,8 @@ fn end_on_gpu(
     rows: &mut Rows,
 ) -> Result<()> {
     let (config, device) = (&context.model.config, &context.device);
-    let gpu = device.gpu().expect("a model on a GPU");
     let logits = device.operation("norm_logits", |_| {});
-    rows.gpu.end(gpu, model, config, is_traced(batch, members));
+    rows.gpu.end(device, model, config, is_traced(batch, members));
     drop(logits);
     let launched = graph.map_or(Ok(()), |graph| rows.gpu.end_graph(graph));
     device.finish(device.record(StreamId::Compute));

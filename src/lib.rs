@@ -32,7 +32,7 @@
 //!     let mut token = argmax(&engine.prefill(&mut [prompt], &mut buffers)?.remove(0)?);
 //!     for _ in 0..16 {
 //!         engine.decode(&mut [Next { session: &mut session, token }], &mut buffers)?;
-//!         token = argmax(buffers.logits(0)?);
+//!         token = buffers.argmax(0)?;
 //!     }
 //!     Ok(())
 //! }

@@ -125,6 +125,16 @@ impl Sampler {
         &self.options
     }
 
+    /// Whether it always takes the highest logit.
+    pub fn is_argmax(&self) -> bool {
+        self.options.temperature == 0.0 && self.options.repeat_penalty == 1.0
+    }
+
+    /// The random number in [0, 1) of the next token, drawn where the logits are; none is used up for a greedy one.
+    pub(crate) fn next_random(&mut self) -> f64 {
+        if self.options.temperature == 0.0 { 0.0 } else { uniform(&mut self.rng) }
+    }
+
     /// Chooses the next token. `history` are the tokens that the repeat penalty applies to, prompt included.
     ///
     /// # Errors
@@ -132,7 +142,7 @@ impl Sampler {
     pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Result<u32> {
         check_finite(logits)?;
         let greedy = self.options.temperature == 0.0;
-        if greedy && self.options.repeat_penalty == 1.0 {
+        if self.is_argmax() {
             return Ok(argmax(logits));
         }
         self.scores.clear();

@@ -15,6 +15,7 @@ use crate::kv::{KvMode, KvOptions, KvShape};
 use crate::model::Config;
 use crate::ops::attn_decode::Scratch;
 use crate::ops::linear::Rows;
+use crate::sampler::{Sampler, argmax};
 
 /// One sequence: its cache, its speculative token, its figures.
 pub struct Session {
@@ -354,14 +355,53 @@ pub(crate) struct Member {
 }
 
 impl Buffers {
-    /// Logits `[vocab]` of sequence `i` of the last decode call, from its real row.
+    /// Logits `[vocab]` of sequence `i` of the last decode call, from its real row. A GPU copies them to the host when they are
+    /// asked for the first time (0.5 MB for Llama 3); [`Buffers::argmax`] and [`Buffers::sample`] do without.
     ///
     /// # Errors
     /// [`Error::NotFinite`] or [`Error::Device`] if that sequence failed; [`Error::Usage`] if there was none or the call was refused.
-    pub fn logits(&self, i: usize) -> Result<&[f32]> {
+    pub fn logits(&mut self, i: usize) -> Result<&[f32]> {
+        let row = self.row(i)?;
+        if self.on_gpu {
+            return self.rows.gpu.logits(row);
+        }
+        Ok(&self.logits[row * self.vocab..][..self.vocab])
+    }
+
+    /// The token of the highest logit of sequence `i` of the last decode call, the lowest of equal ones.
+    ///
+    /// # Errors
+    /// As [`Buffers::logits`].
+    pub fn argmax(&self, i: usize) -> Result<u32> {
+        let row = self.row(i)?;
+        if self.on_gpu {
+            return Ok(self.rows.gpu.argmax(row));
+        }
+        Ok(argmax(&self.logits[row * self.vocab..][..self.vocab]))
+    }
+
+    /// The token that `sampler` chooses for sequence `i` of the last decode call, as [`Sampler::sample`] does. A GPU draws by
+    /// itself, with weights of fp32 where the CPU's are fp64 (csrc/draw.cu): the token is another only where the random
+    /// number falls within about 1e-6 of a border between two.
+    ///
+    /// # Errors
+    /// As [`Buffers::logits`] and [`Sampler::sample`].
+    pub fn sample(&mut self, i: usize, sampler: &mut Sampler, history: &[u32]) -> Result<u32> {
+        let row = self.row(i)?;
+        if !self.on_gpu {
+            return sampler.sample(self.logits(i)?, history);
+        }
+        if sampler.is_argmax() {
+            return Ok(self.rows.gpu.argmax(row));
+        }
+        let random = sampler.next_random();
+        self.rows.gpu.draw(row, sampler.options(), random, history)
+    }
+
+    /// Row of the logits of sequence `i`.
+    fn row(&self, i: usize) -> Result<usize> {
         match self.results.get(i) {
-            Some(Ok(row)) if self.on_gpu => Ok(self.rows.gpu.logits(*row)),
-            Some(Ok(row)) => Ok(&self.logits[row * self.vocab..][..self.vocab]),
+            Some(Ok(row)) => Ok(*row),
             Some(Err(Error::Device(why))) => Err(Error::Device(why.clone())),
             Some(Err(e)) => Err(Error::NotFinite(e.to_string())),
             None => {

@@ -15,6 +15,7 @@ use specache::device::fault::{Fault, Faults};
 use specache::device::{Device, DeviceOptions, Schedule};
 use specache::kv::{KvMode, KvOptions};
 use specache::model::{Dtype, Layer, Model, Rope, RopeScaling};
+use specache::sampler::{Sampler, SamplingOptions, argmax};
 use specache::session::{Buffers, Next, Prompt, Selections};
 use specache::{Engine, Error, Result, Session};
 
@@ -441,6 +442,60 @@ fn decode(engine: &Engine, session: &mut Session, tokens: &[u32], buffers: &mut 
         buffers.logits(0).unwrap().to_vec()
     };
     tokens.iter().map(&mut row).collect()
+}
+
+/// Tokens are chosen where the logits are, and are those that the host would choose from the same logits, whoever asks first and
+/// however often.
+#[test]
+fn tokens_are_chosen_on_the_gpu() {
+    on_gpu("tokens_are_chosen_on_the_gpu", &[("SPECACHE_EMU_SEED", "1")], || {
+        let gpu = gpu(gpu_options());
+        let engine = Engine::new(SMALL.model(), gpu.device.clone()).unwrap();
+        let kv = KvOptions { dtype: Some(Dtype::F16), ..kv(KvMode::SpeCache, 2, 32, 33, 7) };
+        let lengths = [70, 5, 131];
+        let mut sessions: Vec<Session> = lengths.iter().map(|n| engine.session(kv, n + 20).unwrap()).collect();
+        let texts: Vec<Vec<u32>> = lengths.iter().map(|&n| ids(n as u64, n + 20)).collect();
+        let mut buffers = Buffers::default();
+        for ((session, text), &n) in sessions.iter_mut().zip(&texts).zip(&lengths) {
+            prefill(&engine, session, &text[..n]);
+        }
+        let greedy = SamplingOptions::default();
+        let all = SamplingOptions { temperature: 1.0, ..greedy };
+        let cases = [
+            greedy,
+            all,
+            SamplingOptions { temperature: 0.7, top_k: 12, ..greedy },
+            SamplingOptions { temperature: 1.3, top_p: 0.8, min_p: 0.01, ..greedy },
+            SamplingOptions { repeat_penalty: 1.4, ..greedy },
+            SamplingOptions { temperature: 0.9, top_k: 30, top_p: 0.95, repeat_penalty: 1.2, ..greedy },
+        ];
+        let mut chosen = Vec::new();
+        for (step, options) in cases.into_iter().enumerate() {
+            let mut batch: Vec<Next> = sessions
+                .iter_mut()
+                .zip(&texts)
+                .map(|(session, text)| {
+                    let token = text[session.n_tokens()];
+                    Next { session, token }
+                })
+                .collect();
+            engine.decode(&mut batch, &mut buffers).unwrap();
+            for (i, text) in texts.iter().enumerate() {
+                let options = SamplingOptions { seed: (step * 10 + i) as u64, ..options };
+                let (mut there, mut here) = (Sampler::new(options).unwrap(), Sampler::new(options).unwrap());
+                // Twice: the second token of a seed is another draw from the same row.
+                let ours: Vec<u32> = (0..2).map(|_| buffers.sample(i, &mut there, text).unwrap()).collect();
+                let best = buffers.argmax(i).unwrap();
+                let logits = buffers.logits(i).unwrap().to_vec();
+                let theirs: Vec<u32> = (0..2).map(|_| here.sample(&logits, text).unwrap()).collect();
+                assert_eq!((&ours, best), (&theirs, argmax(&logits)), "{options:?}, sequence {i}");
+                assert_eq!(buffers.argmax(i).unwrap(), best, "a drawn token is not the best one's");
+                chosen.push((ours, best));
+            }
+        }
+        assert!(chosen.iter().any(|(tokens, best)| tokens[0] != *best), "nothing was left to chance");
+        assert!(chosen.iter().any(|(tokens, _)| tokens[0] != tokens[1]), "every draw is the same");
+    });
 }
 
 /// Forks, truncations and more room leave the bits of sequences that came another way.

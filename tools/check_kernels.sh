@@ -201,8 +201,8 @@ for bug in 1 2 3 4; do expect_bug select "$bug"; done
 # 1: a missing __syncthreads. 2: pairs of another sequence.
 for bug in 1 2; do expect_bug fetch "$bug"; done
 
-# 1, 6: a missing __syncthreads. 2: pairs of k out of order. 3: one row too many. 4: a page border in the wrong place.
-# 5: ties that go to the wrong token.
+# 1: a missing __syncthreads. 2: pairs of k out of order. 3: one row too many. 4: a page border in the wrong place.
+# 5: ties that go to the wrong token. 6: copies that nobody waits for.
 for bug in 1 2 3 6; do expect_bug linear "$bug"; done
 for bug in 1 2; do expect_bug dense "$bug"; done   # 2: V that is rotated
 expect_bug embed 4

@@ -3,7 +3,8 @@
 # python3 for the tables; PyTorch for the rivals. It needs no Rust and no nvcc: --build makes what runs there.
 #
 # usage: tools/gpu.sh --build [ARCH]     where Rust and gcc are: target/gpu, below 64 MiB, for ARCH (default 90a)
-#        tools/gpu.sh [PHASE ...]        there: tests tokens sanitizer bench rivals trace probe; default all, in this order
+#        tools/gpu.sh [PHASE ...]        there: tests tokens linear bench profile rivals sanitizer trace probe; default all, in this
+#                                        order
 #        tools/gpu.sh --dry-run          all phases on the emulated driver with tiny shapes; needs what check_kernels.sh built
 #
 # SPECACHE_GPU_SECONDS (default 570): what has not begun by then is left out. Results: $OUT (default target/gpu/results) gets
@@ -13,7 +14,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 bin=target/gpu
-phases=(tests tokens sanitizer bench rivals trace probe)
+phases=(tests tokens linear bench profile rivals sanitizer trace probe)
 tests=(layout_test pack_test attn_decode_test attn_prefill_test select_test fetch_test decode_chain_test embed_test
   linear_test dense_test sample_test draw_test read_test step_test)
 
@@ -57,7 +58,7 @@ build() { # architecture
 dry=
 case "${1:-}" in
   -h | --help)
-    sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 0
     ;;
   --build)
@@ -180,20 +181,52 @@ phase_sanitizer() {
     -m synthetic:tiny --tokens tests/fixtures/golden/ids.json -n 4 --temp 0 --ignore-eos --device cuda
 }
 
+# The fused linear kernels alone, and with each other in a step's order.
+phase_linear() {
+  if [ -n "$dry" ]; then
+    skip "linear_bench" "it needs a GPU"
+    return
+  fi
+  step 60 "linear_bench" bash -c "$bin/linear_bench > $work/linear.jsonl"
+}
+
+# Every kernel of some steps, one by one: how far from the memory's speed it is.
+phase_profile() {
+  local ncu mode
+  if [ -n "$dry" ] || ! ncu=$(command -v ncu); then
+    skip "ncu" "not here"
+    return
+  fi
+  for mode in full specache; do
+    # The first launches fill the caches and warm up; 250 are more than a step has.
+    step 90 "ncu, $mode" bash -c "$ncu --csv --page raw --metrics $(tools/gpu_profile.py --metrics) --clock-control none \
+      --cache-control none --launch-skip 600 --launch-count 250 $engine bench -m synthetic:llama-3.1-8b -d 32768 --kv $mode \
+      -n 4 -r 1 --device cuda --no-graph --linear fused > $work/ncu-$mode.csv"
+  done
+}
+
 phase_bench() {
   local seconds=$((deadline - SECONDS - 60))
   [ "$seconds" -lt 330 ] || seconds=330
   step $((seconds + 20)) "bench grid" python3 tools/gpu_bench.py "$engine" "$work/bench.jsonl" --seconds "$seconds" "${tiny[@]}"
 }
 
-# The paper's way in PyTorch, with the engine's weights and options.
+# What people run today, and the paper's way in PyTorch with the engine's weights and options.
 phase_rivals() {
-  local mode model=synthetic:llama-3.1-8b depth=32768 device=cuda
+  local mode model=synthetic:llama-3.1-8b depth=32768 device=cuda hf
   if ! python3 -c 'import torch' 2>/dev/null; then
     skip "rivals" "no PyTorch here"
     return
   fi
   [ -z "$dry" ] || { model=synthetic:tiny; depth=200; device=cpu; }
+  if python3 -c 'import transformers' 2>/dev/null; then
+    hf="python3 benches/rivals/hf_cache.py -m ${model#synthetic:} --device $device -d $depth"
+    step 60 "transformers, full" bash -c "$hf --mode full -n 16 >> $work/rivals.json"
+    step 60 "transformers, offload" bash -c "$hf --mode offload -n 4 >> $work/rivals.json"
+    step 60 "transformers, prefill" bash -c "$hf --mode full --prefill -n 2 -r 1 >> $work/rivals.json"
+  else
+    skip "transformers" "not here"
+  fi
   for mode in specache full offload; do
     step 100 "PyTorch, $mode" bash -c "python3 benches/rivals/torch_specache.py -m $model --device $device --mode $mode \
       -d $depth -b 1 -n 16 -r 2 --fill random --any-ties >> $work/rivals.json"
@@ -216,11 +249,10 @@ phase_trace() {
 
 phase_probe() {
   if [ -n "$dry" ]; then
-    skip "probe, linear_bench" "they need a GPU"
+    skip "probe" "it needs a GPU"
     return
   fi
   step 120 "probe" bash -c "$bin/probe 1 16 > $work/probe.jsonl"
-  step 60 "linear_bench" bash -c "$bin/linear_bench > $work/linear.jsonl"
 }
 
 # What exists so far, in two files.
@@ -245,6 +277,9 @@ phase=tables
   if [ -s "$work/rivals.json" ]; then python3 tools/gpu_bench.py --rivals "$work/rivals.json"; fi
   for file in probe linear; do
     if [ -s "$work/$file.jsonl" ]; then python3 tools/probe_table.py "$work/$file.jsonl"; fi
+  done
+  for file in "$work"/ncu-*.csv; do
+    if [ -s "$file" ]; then echo; basename "$file"; python3 tools/gpu_profile.py "$file" || true; fi
   done
   echo
   echo "$(grep -c '^ok ' "$summary") ok, $(grep -c '^FAIL ' "$summary" || true) failed, $(grep -c '^- ' "$summary" || true) left out; $out"

@@ -25,7 +25,12 @@ GRID = [
     (LLAMA, 8192, 1, "full,specache", ["--linear", "cublas"]),
     (LLAMA, 8192, 24, "full,specache", []),
     (LLAMA, 32768, 8, "specache", ["--kv-bits", "1"]),
-    (LLAMA, 131072, 4, "specache", []),
+    (LLAMA, 32768, 1, "full,specache", ["--linear", "cublas"]),
+    (LLAMA, 131072, 4, "full,specache", []),
+    # The largest batches of `plan --vram 48GiB --host 110GiB -c 32768`, on a card of 48 GiB.
+    (LLAMA, 32768, 8, "full", ["--vram-budget", "48GiB"]),
+    (LLAMA, 32768, 27, "specache", ["--vram-budget", "48GiB"]),
+    (LLAMA, 32768, 48, "kivi", ["--vram-budget", "48GiB"]),
     (LLAMA, 32768, 1, "full,specache", ["--no-graph"]),
     (MISTRAL, 32768, 8, "full,specache", []),
     (MISTRAL, 8192, 1, "full,specache", []),
@@ -88,6 +93,14 @@ def rivals(text):
     while at < len(text.rstrip()):
         found, at = decoder.raw_decode(text, at + len(text[at:]) - len(text[at:].lstrip()))
         asked = found["options"]
+        if found.get("rival") == "transformers":
+            environment, prefill = found["environment"], found["prefill_tok_s"]
+            print(
+                f"transformers {environment['transformers']}, {asked['model']}, {asked['depth']} tokens, batch {asked['batch']}, "
+                f"{asked['mode']}: {found['tok_s_mean']:.1f} tok/s, {found['ms_per_step']:.2f} ms a step"
+                + (f", prefill {prefill:.0f} tok/s" if prefill else "")
+            )
+            continue
         print(
             f"PyTorch {found['environment']['torch']}, {asked['model'].split(':')[-1]}, {asked['depth']} tokens, batch "
             f"{asked['batch']}, {asked['mode']}: {found['tok_s_mean']:.1f} tok/s, {found['ms_per_step']:.2f} ms a step, "

@@ -39,11 +39,9 @@ static specache_status check_product(const char *op, uint32_t n_rows, specache_d
     return SPECACHE_OK;
 }
 
-/* Matrices of fp32 have twice the bytes, and no registers for more warps. */
-static specache_status planned_product(specache_launch *launch, const char *kernel, specache_dtype dtype,
-                                       uint32_t grid) {
-    const bool few = grid < SPECACHE_LINEAR_FEW_CTAS && dtype != SPECACHE_FP32;
-    return planned(launch, kernel, grid, few ? SPECACHE_LINEAR_FEW_THREADS : SPECACHE_LINEAR_THREADS);
+static specache_status planned_product(specache_launch *launch, const char *kernel, uint32_t grid) {
+    launch->shared_bytes = SPECACHE_LINEAR_SHARED;
+    return planned(launch, kernel, grid, SPECACHE_LINEAR_THREADS);
 }
 
 /* ---- q, k, v ---- */
@@ -81,7 +79,7 @@ specache_status specache_qkv_plan(const specache_qkv_params *p, specache_launch 
     TRY(check_qkv(p, launch));
     if (p->n_rows == 0) return SPECACHE_OK;
     const uint32_t tiles = ceil_div(p->head_dim / 2, 16), heads = p->n_heads + 2 * p->n_kv_heads;
-    return planned_product(launch, kernels_of(p->dtype, p->n_rows).qkv, p->dtype, heads * tiles);
+    return planned_product(launch, kernels_of(p->dtype, p->n_rows).qkv, heads * tiles);
 }
 
 specache_status specache_head_norm_plan(const specache_qkv_params *p, specache_launch *launch) {
@@ -106,7 +104,7 @@ specache_status specache_gate_up_plan(const specache_gate_up_params *p, specache
                            {"up_bias", p->up_bias, 4, OPTIONAL},
                            {"y", p->y, 4, REQUIRED}};
     CHECK_ADDRESSES("gate_up", all, launch);
-    return planned_product(launch, kernels_of(p->dtype, p->n_rows).gate_up, p->dtype, ceil_div(p->intermediate, 16));
+    return planned_product(launch, kernels_of(p->dtype, p->n_rows).gate_up, ceil_div(p->intermediate, 16));
 }
 
 /* ---- one matrix ---- */
@@ -130,11 +128,11 @@ static specache_status check_matrix(const char *op, const specache_linear_params
 specache_status specache_residual_plan(const specache_linear_params *p, specache_launch *launch) {
     TRY(check_matrix("residual", p, false, launch));
     if (p->n_rows == 0) return SPECACHE_OK;
-    return planned_product(launch, kernels_of(p->dtype, p->n_rows).residual, p->dtype, ceil_div(p->n, 32));
+    return planned_product(launch, kernels_of(p->dtype, p->n_rows).residual, ceil_div(p->n, 32));
 }
 
 specache_status specache_logits_plan(const specache_linear_params *p, specache_launch *launch) {
     TRY(check_matrix("logits", p, true, launch));
     if (p->n_rows == 0) return SPECACHE_OK;
-    return planned_product(launch, kernels_of(p->dtype, p->n_rows).logits, p->dtype, ceil_div(p->n, 32));
+    return planned_product(launch, kernels_of(p->dtype, p->n_rows).logits, ceil_div(p->n, 32));
 }

@@ -68,7 +68,7 @@ fn decode(members: &mut Vec<Member>, buffers: &mut Buffers, failed: &mut impl Fn
 }
 
 /// What a step has come to for one member.
-fn finish(member: &mut Member, i: usize, buffers: &Buffers) -> Result<u32> {
+fn finish(member: &mut Member, i: usize, buffers: &mut Buffers) -> Result<u32> {
     let logits = buffers.logits(i)?;
     // SAFETY: the header's contract.
     unsafe { member.logits.write(logits) };

@@ -255,7 +255,7 @@ impl Case {
         let next = self.sessions.iter_mut().zip(&self.tokens).map(|(session, &token)| Next { session, token });
         engine.decode(&mut next.collect::<Vec<_>>(), buffers)?;
         for (i, token) in self.tokens.iter_mut().enumerate() {
-            *token = argmax(buffers.logits(i)?);
+            *token = buffers.argmax(i)?;
         }
         Ok(())
     }

@@ -317,7 +317,7 @@ impl Chat<'_> {
                 break Err(why);
             }
             steps += 1;
-            token = self.buffers.logits(0).and_then(|logits| self.sampler.sample(logits, &self.cache.tokens));
+            token = self.buffers.sample(0, &mut self.sampler, &self.cache.tokens);
         };
         show(stream.flush()?)?;
         self.speed.add_decode(steps, start);

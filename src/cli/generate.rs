@@ -112,12 +112,14 @@ impl Run<'_> {
         let logits = self.engine.prefill(&mut [prompt], &mut buffers)?.remove(0)?;
         let prefill = start.elapsed();
         self.progress.clear();
-        let mut ended_by_eos = self.take(&logits, &mut history)?;
+        let token = self.sampler.sample(&logits, &history)?;
+        let mut ended_by_eos = self.take(token, &mut history)?;
         let first_token = start.elapsed();
         while !ended_by_eos && self.generated(&history) < self.args.n_predict {
             let token = *history.last().expect("a token was taken");
             self.engine.decode(&mut [Next { session: &mut self.session, token }], &mut buffers)?;
-            ended_by_eos = self.take(buffers.logits(0)?, &mut history)?;
+            let token = buffers.sample(0, &mut self.sampler, &history)?;
+            ended_by_eos = self.take(token, &mut history)?;
         }
         self.emitter.finish()?;
         let decode = start.elapsed() - first_token;
@@ -128,9 +130,8 @@ impl Run<'_> {
         history.len() - self.prompt.len()
     }
 
-    /// Chooses a token and shows it. Returns whether it ends the text.
-    fn take(&mut self, logits: &[f32], history: &mut Vec<u32>) -> Result<bool> {
-        let token = self.sampler.sample(logits, history)?;
+    /// Takes the chosen token and shows it. Returns whether it ends the text.
+    fn take(&mut self, token: u32, history: &mut Vec<u32>) -> Result<bool> {
         history.push(token);
         let eos = !self.args.ignore_eos && self.engine.model().config.eos_token_ids.contains(&token);
         self.emitter.emit(token, eos)?;

@@ -6,6 +6,7 @@
 mod bandwidth;
 mod decode;
 mod dense;
+mod parts;
 mod prefill;
 mod rows;
 mod weights;

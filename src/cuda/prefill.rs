@@ -4,9 +4,9 @@ use std::ops::Range;
 
 use bytemuck::{Pod, bytes_of, cast_slice, cast_slice_mut};
 
-use super::decode::Parts;
 use super::dense::{self, Between};
 use super::dtype_code;
+use super::parts::Parts;
 use super::rows::{Dense, MAX_ROWS, Rows};
 use super::weights::GpuModel;
 use crate::device::cuda::bindings::abi::{
@@ -297,6 +297,21 @@ impl PromptStream {
         }
     }
 
+    /// Where cuBLASLt makes the products of a chunk: all of its rows.
+    fn by_cublas<'a>(
+        &self,
+        gpu: &'a Gpu,
+        model: &'a GpuModel,
+        config: &'a Config,
+        memory: &ChunkMemory,
+        l: usize,
+        chunk: &Range<usize>,
+    ) -> Option<(dense::Dense<'a>, Rows, Between)> {
+        let cublas = model.cublas(chunk.len())?;
+        let rows = self.rows(config, memory, l, chunk.clone(), 0);
+        Some((dense::Dense { gpu, cublas, model, config }, rows, memory.between()))
+    }
+
     /// RMS norm, q, k, v, RoPE of a chunk; K and V go to the pages.
     pub(crate) fn norm_qkv_rope(
         &self,
@@ -308,12 +323,10 @@ impl PromptStream {
         chunk: usize,
     ) {
         let chunk = self.rows_of_chunk(chunk);
-        let Some(cublas) = model.cublas(chunk.len()) else {
+        let Some((dense, rows, between)) = self.by_cublas(gpu, model, config, memory, l, &chunk) else {
             let dense = Dense { gpu, model, config };
             return self.each_rows(config, memory, l, chunk, |rows| dense.norm_qkv_rope(l, rows, &self.shape));
         };
-        let (dense, between) = (dense::Dense { gpu, cublas, model, config }, memory.between());
-        let rows = self.rows(config, memory, l, chunk, 0);
         dense.norm_qkv(l, &rows, &between);
         dense.finish_qkv(l, &rows, between.products, &self.shape);
     }
@@ -351,7 +364,7 @@ impl PromptStream {
         chunk: usize,
     ) {
         let chunk = self.rows_of_chunk(chunk);
-        let Some(cublas) = model.cublas(chunk.len()) else {
+        let Some((dense, rows, between)) = self.by_cublas(gpu, model, config, memory, l, &chunk) else {
             let dense = Dense { gpu, model, config };
             return self.each_rows(config, memory, l, chunk, |rows| {
                 dense.out_residual(l, rows);
@@ -359,8 +372,6 @@ impl PromptStream {
                 dense.down_residual(l, rows);
             });
         };
-        let (dense, between) = (dense::Dense { gpu, cublas, model, config }, memory.between());
-        let rows = self.rows(config, memory, l, chunk, 0);
         dense.out_residual(l, &rows, &between);
         dense.norm_gate_up(l, &rows, &between);
         dense.down_residual(l, &rows, &between);

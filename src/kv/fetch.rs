@@ -232,11 +232,11 @@ impl FetchQueue {
         fetched
     }
 
-    /// Launches what was added to `layer`, if anything was. `gather` is the launch on a GPU, where kernels have selected and
-    /// know what is missing; it says when the pairs are there.
-    pub(crate) fn launch(&mut self, device: &Device, layer: usize, gather: impl FnOnce() -> Event) {
+    /// Launches what was added to `layer`, if anything was. `selects`: the stream that has selected. `gather` is the launch on
+    /// a GPU, where kernels have selected and know what is missing; it says when the pairs are there.
+    pub(crate) fn launch(&mut self, device: &Device, layer: usize, selects: StreamId, gather: impl FnOnce() -> Event) {
         if device.gpu().is_some() {
-            return self.on_gpu.launch(device, gather);
+            return self.on_gpu.launch(device, selects, gather);
         }
         let Some(open) = self.open.take() else { return };
         let fetch = &mut self.fetches[layer][open];
@@ -247,7 +247,7 @@ impl FetchQueue {
         let block = &mut self.blocks[self.turn % self.depth];
         self.turn += 1;
         (work.memory, work.block) = (block.memory.clone(), block.id);
-        device.after(StreamId::Gather, device.record(StreamId::Compute), "a selection is complete before its gather");
+        device.after(StreamId::Gather, device.record(selects), "a selection is complete before its gather");
         if let Some(event) = work.paged_out.take() {
             device.after(StreamId::Gather, event, "host pages are complete before a gather");
         }
@@ -288,11 +288,11 @@ impl GpuFetch {
         Fetched { fetched: 0, selected: (n_kv_heads * count) as u64 }
     }
 
-    fn launch(&mut self, device: &Device, gather: impl FnOnce() -> Event) {
+    fn launch(&mut self, device: &Device, selects: StreamId, gather: impl FnOnce() -> Event) {
         if self.slots.is_empty() {
             return;
         }
-        device.after(StreamId::CopyIn, device.record(StreamId::Compute), "a selection is complete before its gather");
+        device.after(StreamId::CopyIn, device.record(selects), "a selection is complete before its gather");
         if let Some(event) = self.complete.take() {
             device.after(StreamId::CopyIn, event, "host pages are complete before a gather");
         }

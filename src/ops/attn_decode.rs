@@ -25,11 +25,12 @@ pub fn attend_rows<'a>(
     scratch: &mut Scratch,
     scoring: Option<KvMode>,
 ) {
-    let Some(gpu) = device.gpu() else {
+    if device.gpu().is_none() {
         return attend(device, config.n_heads, seqs, view, &rows.q, &mut rows.attn, scratch);
-    };
+    }
+    rows.gpu.order_attention(device);
     let _attend = device.operation("attend", |uses| (0..seqs.len()).for_each(|i| declare(&view(i), uses)));
-    rows.gpu.attend(gpu, config, l, scoring);
+    rows.gpu.attend(device, config, l, scoring);
 }
 
 /// Softmax attention of all rows, scaled by `1 / sqrt(D)`, on the CPU device.

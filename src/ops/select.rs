@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::cpu;
 use crate::device::Device;
-use crate::device::order::Resource;
+use crate::device::order::{Resource, StreamId, Uses};
 use crate::kv::KvMode;
 use crate::kv::prefetch::Slots;
 use crate::model::Config;
@@ -31,11 +31,11 @@ pub fn select(
     selection: Selection,
 ) {
     let Selection { seq, row, candidates, slots } = selection;
-    let _select = device.operation("select", |uses| uses.writes.push(Resource::Selection(slots.positions.id())));
     if device.gpu().is_some() {
         // For all sequences at once: `launch`.
         return slots.select_on_gpu(slots.top_k.min(candidates.len()));
     }
+    let _select = device.operation("select", |uses| uses.writes.push(Resource::Selection(slots.positions.id())));
     slots.count = slots.top_k.min(candidates.len());
     let (top_k, count) = (slots.top_k, slots.count);
     if count == 0 {
@@ -47,11 +47,37 @@ pub fn select(
     cpu::select::select(device.isa(), scratch, seq, queries, candidates, positions, top_k, count);
 }
 
-/// On a GPU: begins the selections of all sequences of one mode, which [`select`] has prepared.
-pub(crate) fn launch(device: &Device, config: &Config, l: usize, rows: &Rows, mode: KvMode) {
-    if device.gpu().is_some() {
-        rows.gpu.select(device, config, l, mode);
+/// Where selections run. `specache` does not need its own before the next step, so a GPU makes them beside the rest of the
+/// layer; `fetch` waits for them, and goes on where it is.
+pub(crate) fn stream(device: &Device, mode: KvMode) -> StreamId {
+    match (device.gpu(), mode) {
+        (Some(_), KvMode::SpeCache) => StreamId::Gather,
+        _ => StreamId::Compute,
     }
+}
+
+/// On a GPU: begins the selections of all sequences of one mode, which [`select`] has prepared. `uses`: what they write.
+pub(crate) fn launch(
+    device: &Device,
+    config: &Config,
+    l: usize,
+    rows: &mut Rows,
+    mode: KvMode,
+    uses: impl FnOnce(&mut Uses),
+) {
+    if device.gpu().is_none() {
+        return;
+    }
+    let stream = stream(device, mode);
+    if stream != StreamId::Compute {
+        device.after(stream, device.record(StreamId::Compute), "attention has scored before its selection");
+    }
+    rows.gpu.order_selections(device, l, stream);
+    {
+        let _select = device.operation_on(stream, "select", 0, uses);
+        rows.gpu.select(device, config, l, mode, stream);
+    }
+    rows.gpu.selections_end_at(device.record(stream));
 }
 
 /// How many of a row's own top-k among `candidates` are in `slots`, and how many there are, over all KV heads: the live

@@ -145,7 +145,7 @@ impl<'a> Bench<'a> {
         self.engine.decode(&mut next.collect::<Vec<_>>(), &mut self.buffers)?;
         let us = begin.elapsed().as_secs_f64() * 1e6;
         for (i, token) in self.tokens.iter_mut().enumerate() {
-            *token = argmax(self.buffers.logits(i)?);
+            *token = self.buffers.argmax(i)?;
         }
         let (first, new) = (self.slices.len(), trace.take());
         if let Some(schedule) = schedule {

@@ -35,6 +35,7 @@ pub(crate) const KERNELS: &[Source] = sources![
 pub(crate) const HEADERS: &[Source] = sources![
     "abi.h",
     "attn_work.h",
+    "block.cuh",
     "common.cuh",
     "kernels.h",
     "kv_layout.cuh",

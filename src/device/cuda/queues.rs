@@ -201,8 +201,10 @@ impl Queues {
     /// Gives a graph to the compute stream, behind the points `before` of all streams. Its end is the next point of every
     /// stream that the pass may have made one of.
     pub(super) fn launch_graph(&self, exec: CUgraphExec, mut before: [u64; QUEUES]) {
-        // The points of a stream pass in their order: before the graph's, those that other threads have made of copy-in.
-        before[StreamId::CopyIn as usize] = self.of(StreamId::CopyIn).recorded();
+        // The points of a stream pass in their order: before the graph's, those that other threads have made.
+        for stream in [StreamId::Gather, StreamId::CopyIn] {
+            before[stream as usize] = self.of(stream).recorded();
+        }
         for ((from, at), awaited) in self.queues.iter().zip(before).zip(&self.of(StreamId::Compute).awaited) {
             if at > 0 && from.passed.load(Ordering::Acquire) < at {
                 self.wait(StreamId::Compute, from.event(at));
@@ -212,7 +214,7 @@ impl Queues {
         // SAFETY: both handles are alive: the graph's owner waits before it drops it.
         let result = unsafe { self.driver.api.cuGraphLaunch(exec, self.handle(StreamId::Compute)) };
         self.driver.note("cuGraphLaunch", result);
-        for stream in [StreamId::Compute, StreamId::CopyIn] {
+        for stream in [StreamId::Compute, StreamId::Gather, StreamId::CopyIn] {
             self.record_in(stream, StreamId::Compute);
         }
     }

@@ -18,3 +18,7 @@ unsafe impl Pod for abi::specache_layer_cache {}
 unsafe impl Zeroable for abi::specache_choice {}
 // SAFETY: as above.
 unsafe impl Pod for abi::specache_choice {}
+// SAFETY: as above.
+unsafe impl Zeroable for abi::specache_draw {}
+// SAFETY: as above.
+unsafe impl Pod for abi::specache_draw {}
