@@ -66,11 +66,7 @@ pub fn run(args: ChatArgs) -> Result<()> {
     traced(trace, engine.device(), Vec::new(), outcome)
 }
 
-/// The chat template of a model folder.
-///
-/// # Errors
-/// [`Error::Usage`] for a model without one; as [`ChatTemplate::load`].
-pub fn template(model: &str) -> Result<ChatTemplate> {
+fn template(model: &str) -> Result<ChatTemplate> {
     let found = if model.starts_with("synthetic:") { None } else { ChatTemplate::load(Path::new(model))? };
     found.ok_or_else(|| {
         Error::Usage(format!(

@@ -137,8 +137,11 @@ pub fn items(folder: &Path, name: &str) -> Result<Vec<Item>> {
     })
 }
 
-/// The items of a file's bytes, or the number of a line (0: the whole file) and what is wrong with it.
-fn parse(task: &Task, bytes: &[u8]) -> Result<Vec<Item>, (usize, String)> {
+/// The items of a file's bytes.
+///
+/// # Errors
+/// The number of a line (from 1; 0: the whole file), and what is wrong with it.
+pub fn parse(task: &Task, bytes: &[u8]) -> Result<Vec<Item>, (usize, String)> {
     let text = std::str::from_utf8(bytes).map_err(|e| (0, format!("byte {} is not valid UTF-8", e.valid_up_to())))?;
     let mut items: Vec<Item> = Vec::new();
     let mut ids = std::collections::HashSet::new();

@@ -88,7 +88,8 @@ impl Heatmap {
         const MARGIN: (f64, f64) = (86.0, 34.0);
         let per_row = self.panels.len().clamp(1, 3);
         let (width, height) = (self.columns.len() as f64 * CELL.0, self.rows.len() as f64 * CELL.1);
-        let panel = (MARGIN.0 + width + 24.0, MARGIN.1 + height + 44.0);
+        let heading = self.panels.iter().map(|panel| panel.title.chars().count()).max().unwrap_or(0) as f64 * 7.0;
+        let panel = (MARGIN.0 + width.max(heading) + 24.0, MARGIN.1 + height + 44.0);
         let size =
             ((per_row as f64 * panel.0 + 16.0).max(480.0), 74.0 + self.panels.len().div_ceil(per_row) as f64 * panel.1);
         let mut svg = Svg::new(size.0, size.1, &self.title);

@@ -11,8 +11,7 @@ use specache::eval::longbench::{Item, Task, default_max_length, halves, items, t
 use specache::kv::{KvMode, KvOptions};
 
 use super::args::LongbenchArgs;
-use super::{Items, Subject, hash, measure, names, report, unreadable, variant, variants_key};
-use crate::cli::chat;
+use super::{Items, Subject, hash, measure, names, report, some, template, unreadable, variant, variants_key};
 use crate::cli::output::table;
 
 /// A task and its questions.
@@ -31,7 +30,7 @@ pub fn run(args: &LongbenchArgs) -> Result<()> {
     let questions = questions(args)?;
     let subject = Subject::load(&args.model, &variants)?;
     subject.tokenizer()?;
-    let template = if args.chat { Some(chat::template(&args.model.model)?) } else { None };
+    let template = template(args.chat, &args.model.model)?;
     let positions = subject.engine.model().config.max_positions;
     let max_length = args.max_length.unwrap_or(default_max_length(positions));
     if max_length < 2 {
@@ -54,8 +53,9 @@ pub fn run(args: &LongbenchArgs) -> Result<()> {
         "kv": variants_key(&variants),
     });
     let what = format!(
-        "{total} items of {} tasks, prompts of up to {max_length} tokens; {}",
-        questions.len(),
+        "{} of {}, prompts of up to {max_length} tokens; {}",
+        some(total, "item"),
+        some(questions.len(), "task"),
         names(&variants)
     );
     let items = Items::begin("longbench", &key, &args.results, total * variants.len(), &what)?;

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use specache::Engine;
+use specache::chat::ChatTemplate;
 use specache::device::interrupt;
 use specache::error::{Error, Result};
 use specache::eval::{self, journal::Journal};
@@ -228,6 +229,20 @@ fn variants_key(variants: &[KvOptions]) -> Value {
 /// Names of variants, for a line that says what is done.
 fn names(variants: &[KvOptions]) -> String {
     variants.iter().map(eval::name).collect::<Vec<_>>().join(", ")
+}
+
+/// The chat template for `--chat`, if it is wanted.
+fn template(chat: bool, model: &str) -> Result<Option<ChatTemplate>> {
+    if !chat {
+        return Ok(None);
+    }
+    let none = || Error::Usage(format!("--chat: {model} has no chat template; leave --chat out"));
+    ChatTemplate::load(Path::new(model))?.ok_or_else(none).map(Some)
+}
+
+/// `1 window`, `2 windows`.
+fn some(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
 
 /// A text file.

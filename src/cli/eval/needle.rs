@@ -15,11 +15,12 @@ use specache::kv::{KvMode, KvOptions};
 
 use super::args::NeedleArgs;
 use super::{
-    Items, Subject, draw, hash, ids_hash, measure, names, plot_file, report, unreadable, variant, variants_key,
+    Items, Subject, draw, hash, ids_hash, measure, names, plot_file, report, some, template, unreadable, variant,
+    variants_key,
 };
+use crate::cli::input;
 use crate::cli::output::table;
 use crate::cli::progress::say;
-use crate::cli::{chat, input};
 
 /// Lengths unless the user says otherwise.
 const LENGTHS: [usize; 3] = [1000, 2000, 4000];
@@ -75,7 +76,7 @@ pub fn run(args: &NeedleArgs) -> Result<()> {
         "n_predict": cases.iter().map(|case| case.most).max(),
         "kv": variants_key(&variants),
     });
-    let what = format!("{} prompts of up to {longest} tokens; {}", cases.len(), names(&variants));
+    let what = format!("{} of up to {longest} tokens; {}", some(cases.len(), "prompt"), names(&variants));
     let items = Items::begin("needle", &key, &args.results, cases.len() * variants.len(), &what)?;
     let (subject, scores) = measure(subject, items, |subject, items| ask_all(subject, &cases, &variants, items))?;
     let map = heatmap(&subject.engine.model().name, &cases, &variants, &scores);
@@ -89,12 +90,17 @@ fn ask_all(subject: &Subject, cases: &[Case], variants: &[KvOptions], items: &mu
     for case in cases {
         for (kv, scores) in variants.iter().zip(&mut scores) {
             let index = if case.index > 0 { format!(" #{}", case.index) } else { String::new() };
-            let name = format!("{} tokens, depth {:.4} %{index}, {}", case.length, case.depth, eval::name(kv));
+            let name = format!("{} tokens, depth {} %{index}, {}", case.length, rounded(case.depth), eval::name(kv));
             let result = items.item(&name, |_| ask(subject, case, *kv))?;
             scores.push(result["score"].as_f64().ok_or_else(|| unreadable(&name))?);
         }
     }
     Ok(scores)
+}
+
+/// A depth as names show it.
+fn rounded(depth: f64) -> f64 {
+    (depth * 100.0).round() / 100.0
 }
 
 fn ask(subject: &Subject, case: &Case, kv: KvOptions) -> Result<Value> {
@@ -146,7 +152,7 @@ fn planted_cases(args: &NeedleArgs, subject: &Subject) -> Result<Vec<Case>> {
         let tokens = haystack.tokens();
         say(format_args!("the haystack has about {tokens} tokens; for {longest} it begins again"));
     }
-    let template = if args.chat { Some(chat::template(&args.model.model)?) } else { None };
+    let template = template(args.chat, &args.model.model)?;
     let ids = |text: &str| match &template {
         Some(template) => tokenizer.encode(&template.render(&[Message { role: "user", content: text }], true)?, false),
         None => tokenizer.encode(text, true),
@@ -155,11 +161,16 @@ fn planted_cases(args: &NeedleArgs, subject: &Subject) -> Result<Vec<Case>> {
     for &length in &lengths {
         for &depth in &args.depths {
             let ids = haystack.prompt(&needle, length, depth / 100.0, ids)?;
-            let index = cases.iter().filter(|c: &&Case| c.length == length && c.depth == depth).count();
+            let index = number_among(&cases, length, depth);
             cases.push(Case { length, depth, index, ids, expected: Expected::Text(needle.answer.clone()), most });
         }
     }
     Ok(cases)
+}
+
+/// How many of the cases so far have this length and depth, as names show it.
+fn number_among(cases: &[Case], length: usize, depth: f64) -> usize {
+    cases.iter().filter(|c| c.length == length && rounded(c.depth) == rounded(depth)).count()
 }
 
 /// A prompt of a file.
@@ -198,7 +209,7 @@ fn ready_cases(args: &NeedleArgs, file: &Path, subject: &Subject) -> Result<Vec<
         for ids in [&prompt.ids, &prompt.answer] {
             input::check_ids(&format!("--prompts: prompt {i}"), ids, subject.engine.model().config.vocab_size)?;
         }
-        let index = cases.iter().filter(|c| c.length == prompt.length && c.depth == depth).count();
+        let index = number_among(&cases, prompt.length, depth);
         let most = args.n_predict.unwrap_or(prompt.answer.len());
         let (ids, expected) = (prompt.ids.clone(), Expected::Ids(prompt.answer.clone()));
         cases.push(Case { length: prompt.length, depth, index, ids, expected, most });
@@ -223,7 +234,7 @@ fn heatmap(model: &str, cases: &[Case], variants: &[KvOptions], scores: &[Vec<f6
     let (lengths, depths) = (distinct(cases, |c| c.length as f64), distinct(cases, |c| c.depth));
     // Rows [from, to], of which only the last has its end.
     let rows: Vec<(String, f64, f64)> = if depths.len() <= MOST_ROWS {
-        depths.iter().map(|&d| (format!("{} %", (d * 10.0).round() / 10.0), d, d)).collect()
+        depths.iter().map(|&d| (format!("{} %", rounded(d)), d, d)).collect()
     } else {
         let ten = |i: u32| (f64::from(i) * 10.0, f64::from(i + 1) * 10.0);
         (0..10).map(ten).map(|(from, to)| (format!("{from}-{to} %"), from, to)).collect()

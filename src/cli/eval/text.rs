@@ -12,7 +12,9 @@ use specache::eval::{self, perplexity};
 use specache::kv::{KvMode, KvOptions};
 
 use super::args::{CoverageArgs, KldArgs, PplArgs, TextArgs};
-use super::{Items, Subject, draw, ids_hash, measure, names, plot_file, report, unreadable, variant, variants_key};
+use super::{
+    Items, Subject, draw, ids_hash, measure, names, plot_file, report, some, unreadable, variant, variants_key,
+};
 use crate::cli::input;
 use crate::cli::output::table;
 use crate::cli::progress::say;
@@ -24,6 +26,8 @@ const WINDOW: usize = 2048;
 struct Windows {
     ids: Vec<Vec<u32>>,
     cut: Cut,
+    /// Of the whole text.
+    hash: String,
 }
 
 impl Windows {
@@ -49,7 +53,7 @@ impl Windows {
         if ids.len() < all {
             say(format_args!("the text has {all} windows, of which the first {} are used (--windows)", ids.len()));
         }
-        Ok(Windows { ids, cut: cut_at })
+        Ok(Windows { ids, cut: cut_at, hash: ids_hash(&[prefix, tokens].concat()) })
     }
 
     /// Tokens that are scored in a window.
@@ -61,7 +65,7 @@ impl Windows {
     fn key(&self, subject: &Subject, variants: &[KvOptions]) -> Value {
         json!({
             "model": subject.identity(),
-            "text": ids_hash(&self.ids.concat()),
+            "text": self.hash,
             "window": self.cut.length,
             "prefill": self.cut.prefill,
             "windows": self.ids.len(),
@@ -82,8 +86,8 @@ impl Windows {
         results: &'a super::Results,
     ) -> Result<Items<'a>> {
         let what = format!(
-            "{} windows of {} tokens, {} scored in each; {}",
-            self.ids.len(),
+            "{} of {} tokens, {} scored in each; {}",
+            some(self.ids.len(), "window"),
             self.cut.length,
             self.scored(),
             names(variants)
