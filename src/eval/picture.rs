@@ -84,12 +84,14 @@ impl Heatmap {
 
     /// The picture, at most three maps side by side.
     pub fn svg(&self) -> String {
-        const CELL: (f64, f64) = (46.0, 24.0);
+        const ROW: f64 = 24.0;
         const MARGIN: (f64, f64) = (86.0, 34.0);
         let per_row = self.panels.len().clamp(1, 3);
-        let (width, height) = (self.columns.len() as f64 * CELL.0, self.rows.len() as f64 * CELL.1);
+        // Columns as wide as the headings above them ask for, within reason.
         let heading = self.panels.iter().map(|panel| panel.title.chars().count()).max().unwrap_or(0) as f64 * 7.0;
-        let panel = (MARGIN.0 + width.max(heading) + 24.0, MARGIN.1 + height + 44.0);
+        let column = (heading / self.columns.len().max(1) as f64).clamp(46.0, 90.0);
+        let (width, height) = (self.columns.len() as f64 * column, self.rows.len() as f64 * ROW);
+        let panel = (MARGIN.0 + width.max(heading) + 16.0, MARGIN.1 + height + 44.0);
         let size =
             ((per_row as f64 * panel.0 + 16.0).max(480.0), 74.0 + self.panels.len().div_ceil(per_row) as f64 * panel.1);
         let mut svg = Svg::new(size.0, size.1, &self.title);
@@ -99,22 +101,22 @@ impl Heatmap {
             let top = 74.0 + (i / per_row) as f64 * panel.1 + MARGIN.1;
             svg.text(left, top - 12.0, 12.0, "start", TEXT, true, &map.title);
             for (r, (name, cells)) in self.rows.iter().zip(&map.cells).enumerate() {
-                let y = top + r as f64 * CELL.1;
+                let y = top + r as f64 * ROW;
                 svg.text(left - 6.0, y + 16.0, 11.0, "end", TEXT, false, name);
                 for (c, &cell) in cells.iter().enumerate() {
-                    let x = left + c as f64 * CELL.0;
+                    let x = left + c as f64 * column;
                     let fill = cell.map_or("#eee".into(), |x| {
                         let [r, g, b] = colour(x);
                         format!("#{r:02x}{g:02x}{b:02x}")
                     });
-                    svg.rect(x, y, CELL.0 - 1.0, CELL.1 - 1.0, &fill);
+                    svg.rect(x, y, column - 1.0, ROW - 1.0, &fill);
                     // Dark on the light middle, light on the dark ends.
                     let ink = if cell.is_some_and(|x| !(0.2..0.85).contains(&x)) { "white" } else { TEXT };
-                    svg.text(x + CELL.0 / 2.0, y + 16.0, 11.0, "middle", ink, false, &brief(cell));
+                    svg.text(x + column / 2.0, y + 16.0, 11.0, "middle", ink, false, &brief(cell));
                 }
             }
             for (c, name) in self.columns.iter().enumerate() {
-                let x = left + (c as f64 + 0.5) * CELL.0;
+                let x = left + (c as f64 + 0.5) * column;
                 svg.text(x, top + height + 14.0, 11.0, "middle", TEXT, false, name);
             }
             svg.text(left + width / 2.0, top + height + 30.0, 11.0, "middle", FAINT, false, &self.column_axis);

@@ -58,7 +58,7 @@ pub fn run(args: &LongbenchArgs) -> Result<()> {
         some(questions.len(), "task"),
         names(&variants)
     );
-    let items = Items::begin("longbench", &key, &args.results, total * variants.len(), &what)?;
+    let items = Items::begin("longbench", key, &args.results, total * variants.len(), &what)?;
     let (subject, scores) = measure(subject, items, |subject, items| {
         let asker = Asker { subject, template, max_length };
         questions.iter().map(|q| asker.ask_all(q, &variants, items)).collect::<Result<Vec<_>>>()

@@ -134,10 +134,12 @@ struct Items<'a> {
 }
 
 impl<'a> Items<'a> {
-    /// Opens the file of `--output` and says what is about to be done. `options`: all that the results depend on.
-    fn begin(command: &str, options: &Value, results: &'a Results, total: usize, what: &str) -> Result<Items<'a>> {
+    /// Opens the file of `--output` and says what is about to be done. `options`: all that the results depend on, beside
+    /// this program's version.
+    fn begin(command: &str, mut options: Value, results: &'a Results, total: usize, what: &str) -> Result<Items<'a>> {
         let output = results.output.as_deref();
-        let journal = Journal::open(output, command, options)?;
+        options["version"] = json!(env!("CARGO_PKG_VERSION"));
+        let journal = Journal::open(output, command, &options)?;
         if let (torn @ 1.., Some(file)) = (journal.torn(), output) {
             say(format_args!("{}: the last line was torn; its {torn} bytes were removed", file.display()));
         }

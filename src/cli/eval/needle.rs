@@ -77,7 +77,7 @@ pub fn run(args: &NeedleArgs) -> Result<()> {
         "kv": variants_key(&variants),
     });
     let what = format!("{} of up to {longest} tokens; {}", some(cases.len(), "prompt"), names(&variants));
-    let items = Items::begin("needle", &key, &args.results, cases.len() * variants.len(), &what)?;
+    let items = Items::begin("needle", key, &args.results, cases.len() * variants.len(), &what)?;
     let (subject, scores) = measure(subject, items, |subject, items| ask_all(subject, &cases, &variants, items))?;
     let map = heatmap(&subject.engine.model().name, &cases, &variants, &scores);
     draw(plot, || map.svg())?;

@@ -92,7 +92,7 @@ impl Windows {
             self.scored(),
             names(variants)
         );
-        Items::begin(command, &self.key(subject, variants), results, self.ids.len(), &what)
+        Items::begin(command, self.key(subject, variants), results, self.ids.len(), &what)
     }
 
     /// The result of every window. `one` gets a window's tokens, its prompt length and a function for its progress.
