@@ -160,6 +160,9 @@ fn pass(
         attn_decode::attend_rows(device, config, l, seqs, view, rows, attention, None);
         for (i, (m, s)) in members.iter().zip(&*seqs).enumerate() {
             let session = &mut *batch[m.index].session;
+            if kind == Pass::Step {
+                session.note_attention(config, l, i, s, attention);
+            }
             match session.kv().mode {
                 KvMode::SpeCache => select_ahead(context, session, l, i, s, attention, kind),
                 KvMode::Offload => load_ahead(session, l),

@@ -7,6 +7,7 @@
 //! |---|---|
 //! | [`capi`] | C: `include/specache.h` |
 //! | [`engine`], [`session`], [`teacher`] | sequences, batches, budgets: what everybody uses |
+//! | [`eval`] | quality in figures: perplexity, divergence, needles, coverage, LongBench |
 //! | [`prefill`], [`decode`] | the three algorithms |
 //! | [`kv`] | where pairs are, and when they move |
 //! | [`ops`] | the fused operations: shapes checked, one dispatch each |
@@ -48,6 +49,7 @@ pub mod decode;
 pub mod device;
 pub mod engine;
 pub mod error;
+pub mod eval;
 pub mod gather;
 pub mod kv;
 pub mod model;

@@ -1,6 +1,7 @@
 //! One sequence: its cache, its speculative token, its figures; and what batches of them are made of.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -28,6 +29,8 @@ pub struct Session {
     pub(crate) forced: Option<VecDeque<u32>>,
     /// What was selected, if it is to be kept.
     pub(crate) trace: Option<Trace>,
+    /// What the last step attended to, layer by layer, if it is to be kept.
+    attention: Option<Vec<Attention>>,
     pub(crate) stats: Stats,
     /// What it was before the call that is under way, which may be given up.
     before: Before,
@@ -103,6 +106,7 @@ impl Session {
             speculative: None,
             forced: None,
             trace: None,
+            attention: None,
             bad_layer: None,
             last_guess: None,
             stop: Stop::default(),
@@ -218,6 +222,24 @@ impl Session {
     /// What was selected since [`Session::keep_trace`].
     pub fn trace(&self) -> Option<&Trace> {
         self.trace.as_ref()
+    }
+
+    /// Keeps what every step's real token attends to from now on: for evaluation ([`crate::eval::coverage`]). Costs
+    /// `4 * n_heads * n_layers` bytes a token, which no budget counts, and the time to copy them.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] on a GPU, whose kernels keep no probabilities.
+    pub fn keep_attention(&mut self) -> Result<()> {
+        if self.cache.device().gpu().is_some() {
+            return Err(Error::Usage("attention can be looked at on the CPU device only: use --device cpu".into()));
+        }
+        self.attention = Some(vec![Attention::default(); self.cache.shape.n_layers]);
+        Ok(())
+    }
+
+    /// What the last step's real token attended to, by layer; `None` without [`Session::keep_attention`].
+    pub fn attention(&self) -> Option<&[Attention]> {
+        self.attention.as_deref()
     }
 
     /// Whether the session can be used, with this context.
@@ -515,9 +537,50 @@ pub struct Trace {
     pub steps: Vec<Selections>,
 }
 
+/// What the real token of a decode step attended to in one layer.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Attention {
+    /// Positions that it saw: its own is the last.
+    pub seen: Range<usize>,
+    /// Those among them that were read low-bit, but for the prefetched ones.
+    pub low_bit: Range<usize>,
+    /// `[n_heads][seen]`: softmax probabilities.
+    pub probabilities: Vec<f32>,
+    /// `[n_kv_heads]`: positions read at 16 bits instead of low-bit, ascending; empty in modes that fetch nothing.
+    pub fetched: Vec<Vec<u32>>,
+}
+
 impl Session {
+    /// Keeps what row 0 of a step attends to in a layer, if that is wanted. `seq`: its index in `scratch`.
+    pub(crate) fn note_attention(
+        &mut self,
+        config: &Config,
+        layer: usize,
+        seq: usize,
+        rows: &SeqRows,
+        scratch: &Scratch,
+    ) {
+        let Some(mut kept) = self.attention.take() else { return };
+        let (low_bit, counters) = (self.kv().mode.low_bit(), self.cache.counters);
+        let to = &mut kept[layer];
+        to.seen = self.candidates(rows.position, rows.position + 1, config.sliding_window);
+        to.low_bit = self.candidates(rows.position, if low_bit { counters.nq } else { 0 }, config.sliding_window);
+        to.probabilities.clear();
+        to.probabilities.resize(config.n_heads * to.seen.len(), 0.0);
+        for (head, out) in to.probabilities.chunks_exact_mut(to.seen.len()).enumerate() {
+            let (kv_head, query) = (head / config.group_heads(), head % config.group_heads());
+            scratch.head_probs(seq, kv_head).add_to(query..query + 1, to.seen.clone(), out);
+        }
+        to.fetched.clear();
+        if self.kv().mode.fetches() {
+            let slots = self.cache.layers[layer].prefetch.slots();
+            to.fetched.extend((0..config.n_kv_heads).map(|head| slots.selected(head).to_vec()));
+        }
+        self.attention = Some(kept);
+    }
+
     /// Positions below `limit` that a row at `position` sees: what may be selected.
-    pub(crate) fn candidates(&self, position: usize, limit: usize, window: Option<usize>) -> std::ops::Range<usize> {
+    pub(crate) fn candidates(&self, position: usize, limit: usize, window: Option<usize>) -> Range<usize> {
         let first = window.map_or(0, |w| (position + 1).saturating_sub(w));
         first.min(limit)..limit
     }

@@ -15,6 +15,7 @@ use specache::kv::{KvMode, KvOptions};
 use specache::model::Dtype;
 use specache::sampler::SamplingOverrides;
 
+use super::eval::args::EvalArgs;
 use super::output::AtomicFile;
 use super::size;
 
@@ -36,6 +37,7 @@ Examples:
   specache-engine generate -m models/llama -p 'Once upon a time' -n 100
   specache-engine chat -m models/llama-instruct
   specache-engine plan -m models/llama --gpu a6000 -c 32768
+  specache-engine eval kld -m models/llama -f book.txt --kv-bits 1,2
   specache-engine logits -m models/llama --tokens ids.json --prefill 300 -o logits.npy
   specache-engine --bench          the same as `specache-engine bench`
   specache-engine --list-devices   the same as `specache-engine devices`
@@ -78,6 +80,9 @@ pub enum Command {
     /// Compare the KV modes side by side on this machine.
     #[command(after_help = BENCH_EXAMPLES)]
     Bench(BenchArgs),
+    /// What a KV mode costs in quality: needles, perplexity, divergence, coverage, LongBench.
+    #[command(after_help = super::eval::args::EXAMPLES)]
+    Eval(EvalArgs),
 }
 
 const GENERATE_EXAMPLES: &str = "\
@@ -483,17 +488,22 @@ impl KvTuning {
             group_size: self.kv_group,
             residual_len: self.kv_residual,
             top_k: self.kv_top_k,
-            dtype: match self.kv_dtype.as_str() {
-                "bf16" => Some(Dtype::Bf16),
-                "fp16" => Some(Dtype::F16),
-                "fp32" => Some(Dtype::F32),
-                _ => None,
-            },
+            dtype: KvTuning::dtype(&self.kv_dtype),
+        }
+    }
+
+    /// The type of a name; `None` for auto.
+    pub fn dtype(name: &str) -> Option<Dtype> {
+        match name {
+            "bf16" => Some(Dtype::Bf16),
+            "fp16" => Some(Dtype::F16),
+            "fp32" => Some(Dtype::F32),
+            _ => None,
         }
     }
 }
 
-fn kv_mode() -> impl TypedValueParser<Value = KvMode> {
+pub fn kv_mode() -> impl TypedValueParser<Value = KvMode> {
     let mode = |name: String| KvMode::ALL.into_iter().find(|m| m.name() == name).expect("a name from the list");
     PossibleValuesParser::new(KvMode::ALL.map(KvMode::name)).map(mode)
 }

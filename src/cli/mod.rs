@@ -5,6 +5,7 @@ mod bench;
 mod chat;
 mod devices;
 mod doctor;
+mod eval;
 mod generate;
 mod input;
 mod logits;
@@ -49,6 +50,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Chat(args) => chat::run(args),
         Command::Logits(args) => logits::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Eval(args) => eval::run(args),
         Command::Plan(args) => plan::run(&args),
         Command::Devices => devices::run(),
         Command::Doctor => doctor::run(),

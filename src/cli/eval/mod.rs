@@ -1,0 +1,262 @@
+//! `eval`: what a KV mode costs in quality. Items are measured one by one; the file of `--output` keeps what is finished.
+
+pub mod args;
+mod longbench;
+mod needle;
+mod text;
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use specache::Engine;
+use specache::chat::ChatTemplate;
+use specache::device::interrupt;
+use specache::error::{Error, Result};
+use specache::eval::{self, journal::Journal};
+use specache::kv::{KvMode, KvOptions};
+use specache::tokenizer::Tokenizer;
+
+use super::args::ModelArgs;
+use super::input;
+use super::output::{AtomicFile, print, traced};
+use super::progress::{Progress, say};
+pub use args::Results;
+use args::{EvalArgs, EvalCommand};
+
+/// Runs the command.
+///
+/// # Errors
+/// Whatever is wrong with the arguments, the model, the texts or the output files.
+pub fn run(args: EvalArgs) -> Result<()> {
+    match args.command {
+        EvalCommand::Ppl(args) => text::perplexity(&args),
+        EvalCommand::Kld(args) => text::divergence(&args),
+        EvalCommand::Coverage(args) => text::coverage(&args),
+        EvalCommand::Needle(args) => needle::run(&args),
+        EvalCommand::Longbench(args) => longbench::run(&args),
+    }
+}
+
+/// A model that can be judged.
+struct Subject {
+    engine: Engine,
+    tokenizer: Option<Tokenizer>,
+    trace: Option<AtomicFile>,
+}
+
+impl Subject {
+    /// Loads the model, and checks the variants against it.
+    fn load(args: &ModelArgs, variants: &[KvOptions]) -> Result<Subject> {
+        let device = args.device.options()?;
+        let trace = args.device.trace_file()?;
+        let mut progress = Progress::new();
+        progress.show(format_args!("loading {}", args.model));
+        let engine = Engine::load(&args.model, &device)?;
+        if engine.model().synthetic {
+            return Err(Error::Usage(format!(
+                "{}: random weights have no quality to measure; give a model folder",
+                args.model
+            )));
+        }
+        let tokenizer = input::tokenizer(&args.model, engine.model().config.vocab_size)?;
+        variants.iter().try_for_each(|kv| kv.validate(&engine.model().config))?;
+        Ok(Subject { engine, tokenizer, trace })
+    }
+
+    fn tokenizer(&self) -> Result<&Tokenizer> {
+        self.tokenizer.as_ref().ok_or_else(|| {
+            Error::Usage("this model has no tokenizer.json, so texts cannot be used; give token ids instead".into())
+        })
+    }
+
+    /// Most tokens that the model was trained for; a warning for more.
+    fn check_length(&self, tokens: usize) -> Result<()> {
+        let most = self.engine.model().config.max_positions;
+        if tokens > most {
+            say(format_args!("warning: {tokens} tokens, but the model's max_position_embeddings is {most}"));
+        }
+        let full = KvOptions { mode: KvMode::Full, ..KvOptions::default() };
+        // What cannot be at all, such as a length beyond dynamic RoPE scaling, is refused before anything runs.
+        self.engine.plan(&full, tokens).map(|_| ())
+    }
+
+    /// What of the model and the device the results depend on, for the file of `--output`.
+    fn identity(&self) -> Value {
+        let device = if self.engine.device().is_gpu() { "cuda" } else { "cpu" };
+        json!({ "name": self.engine.model().name, "weights": weights_hash(&self.engine), "device": device })
+    }
+}
+
+/// FNV-1a, 64 bits, as hexadecimal digits.
+fn hash<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> String {
+    let mut hash = 0xcbf2_9ce4_8422_2325u64;
+    for byte in parts.into_iter().flatten() {
+        hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+    }
+    format!("{hash:016x}")
+}
+
+fn ids_hash(ids: &[u32]) -> String {
+    hash([bytemuck::cast_slice(ids)])
+}
+
+/// Tells models apart, though not with certainty: the beginning of the query and MLP matrices of every layer.
+fn weights_hash(engine: &Engine) -> String {
+    let layers = engine.model().weights.layers.iter();
+    hash(layers.flat_map(|l| [&l.q, &l.down]).map(|linear| {
+        let bytes = linear.weight.bytes();
+        &bytes[..bytes.len().min(4096)]
+    }))
+}
+
+/// `--plot`, begun before any work is done.
+fn plot_file(plot: Option<&PathBuf>) -> Result<Option<AtomicFile>> {
+    plot.map(|file| AtomicFile::create("--plot", file)).transpose()
+}
+
+fn draw(plot: Option<AtomicFile>, svg: impl FnOnce() -> String) -> Result<()> {
+    let Some(mut file) = plot else { return Ok(()) };
+    file.write(svg().as_bytes())?;
+    file.commit()
+}
+
+/// Items, one after the other.
+struct Items<'a> {
+    journal: Journal,
+    output: Option<&'a Path>,
+    total: usize,
+    done: usize,
+    progress: Progress,
+    /// Where nobody watches a terminal, a line now and then.
+    last_line: Instant,
+}
+
+impl<'a> Items<'a> {
+    /// Opens the file of `--output` and says what is about to be done. `options`: all that the results depend on, beside
+    /// this program's version.
+    fn begin(command: &str, mut options: Value, results: &'a Results, total: usize, what: &str) -> Result<Items<'a>> {
+        let output = results.output.as_deref();
+        options["version"] = json!(env!("CARGO_PKG_VERSION"));
+        let journal = Journal::open(output, command, &options)?;
+        if let (torn @ 1.., Some(file)) = (journal.torn(), output) {
+            say(format_args!("{}: the last line was torn; its {torn} bytes were removed", file.display()));
+        }
+        if let (finished @ 1.., Some(file)) = (journal.len(), output) {
+            say(format_args!("{}: {finished} of {total} items are finished already", file.display()));
+        }
+        say(format_args!("eval {command}: {what}"));
+        Ok(Items { journal, output, total, done: 0, progress: Progress::new(), last_line: Instant::now() })
+    }
+
+    /// The result of an item: that of the file, or a new one. `work` gets a function that shows how far it is.
+    fn item(
+        &mut self,
+        name: &str,
+        work: impl FnOnce(&mut dyn FnMut(&dyn std::fmt::Display)) -> Result<Value>,
+    ) -> Result<Value> {
+        self.done += 1;
+        if let Some(result) = self.journal.get(name) {
+            return Ok(result.clone());
+        }
+        let (done, total, progress) = (self.done, self.total, &mut self.progress);
+        progress.show(format_args!("{done} of {total}: {name}"));
+        let result = work(&mut |at| progress.show(format_args!("{done} of {total}: {name}, {at}")))?;
+        let result = self.journal.add(name, &result)?;
+        if !std::io::stderr().is_terminal() && self.last_line.elapsed() > Duration::from_secs(10) {
+            say(format_args!("{done} of {total}: {name} is finished"));
+            self.last_line = Instant::now();
+        }
+        Ok(result)
+    }
+
+    /// Removes the line of progress; after an interruption, says how to go on.
+    fn end<T>(mut self, outcome: Result<T>) -> Result<T> {
+        self.progress.clear();
+        if let Err(Error::Interrupted) = &outcome {
+            let (finished, total) = (self.journal.len(), self.total);
+            match self.output {
+                Some(file) => say(format_args!(
+                    "{finished} of {total} items are in {}; the same command goes on from there",
+                    file.display()
+                )),
+                None => say(format_args!("nothing was kept: --output FILE.jsonl makes runs that can be continued")),
+            }
+        }
+        outcome
+    }
+}
+
+/// Runs all items of a command, with Ctrl-C left to the engine, and writes the trace.
+fn measure<T>(
+    mut subject: Subject,
+    mut items: Items,
+    work: impl FnOnce(&Subject, &mut Items) -> Result<T>,
+) -> Result<(Subject, T)> {
+    let trace = subject.trace.take();
+    let outcome = {
+        let _ctrl_c = interrupt::forward(subject.engine.interrupt_flag());
+        work(&subject, &mut items)
+    };
+    let outcome = items.end(outcome);
+    let outcome = traced(trace, subject.engine.device(), Vec::new(), outcome)?;
+    Ok((subject, outcome))
+}
+
+/// One JSON object, or text for people.
+fn report(results: &Results, json: &Value, text: &str) -> Result<()> {
+    if results.json { print(&format!("{json}\n")) } else { print(text) }
+}
+
+/// A variant in JSON.
+fn variant(kv: &KvOptions) -> Value {
+    json!({
+        "name": eval::name(kv),
+        "kv": kv.mode.name(),
+        "bits": kv.mode.low_bit().then_some(kv.bits),
+        "group": kv.mode.low_bit().then_some(kv.group_size),
+        "residual": kv.mode.low_bit().then_some(kv.residual_len),
+        "top_k": kv.mode.fetches().then_some(kv.top_k),
+    })
+}
+
+/// All that the results of these variants depend on.
+fn variants_key(variants: &[KvOptions]) -> Value {
+    json!(
+        variants.iter().map(|kv| format!("{} g={} {:?}", eval::name(kv), kv.group_size, kv.dtype)).collect::<Vec<_>>()
+    )
+}
+
+/// Names of variants, for a line that says what is done.
+fn names(variants: &[KvOptions]) -> String {
+    variants.iter().map(eval::name).collect::<Vec<_>>().join(", ")
+}
+
+/// The chat template for `--chat`, if it is wanted.
+fn template(chat: bool, model: &str) -> Result<Option<ChatTemplate>> {
+    if !chat {
+        return Ok(None);
+    }
+    let none = || Error::Usage(format!("--chat: {model} has no chat template; leave --chat out"));
+    ChatTemplate::load(Path::new(model))?.ok_or_else(none).map(Some)
+}
+
+/// `1 window`, `2 windows`.
+fn some(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
+/// A text file.
+fn read_text(option: &str, file: &Path) -> Result<String> {
+    let bytes = std::fs::read(file).map_err(|e| Error::io(file, e))?;
+    String::from_utf8(bytes).map_err(|e| {
+        let at = e.utf8_error().valid_up_to();
+        Error::Usage(format!("{option} {}: byte {at} is not valid UTF-8; convert the file", file.display()))
+    })
+}
+
+/// A line of the file of `--output` that this version cannot read.
+fn unreadable(item: &str) -> Error {
+    Error::Usage(format!("--output: the result of {item:?} is not what `eval` writes; remove its line"))
+}

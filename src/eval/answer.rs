@@ -1,0 +1,43 @@
+//! A prompt's greedy continuation: what needles and tasks are judged by.
+
+use crate::engine::Engine;
+use crate::error::Result;
+use crate::kv::KvOptions;
+use crate::sampler::argmax;
+use crate::session::{Buffers, Next, Prompt};
+
+/// When an answer ends.
+#[derive(Clone, Debug, Default)]
+pub struct Limits {
+    /// Most tokens.
+    pub most: usize,
+    /// Tokens that end it; they are no part of it.
+    pub stop: Vec<u32>,
+    /// The first token is none of `stop`.
+    pub not_empty: bool,
+}
+
+/// Decodes greedily behind `prompt`.
+///
+/// # Errors
+/// As [`Engine::session`], [`Engine::prefill`] and [`Engine::decode`].
+pub fn greedy(engine: &Engine, kv: KvOptions, prompt: &[u32], limits: &Limits) -> Result<Vec<u32>> {
+    let mut buffers = Buffers::default();
+    let mut session = engine.session(kv, prompt.len() + limits.most)?;
+    let mut logits =
+        engine.prefill(&mut [Prompt { session: &mut session, tokens: prompt }], &mut buffers)?.remove(0)?;
+    if limits.not_empty {
+        limits.stop.iter().for_each(|&id| logits[id as usize] = f32::NEG_INFINITY);
+    }
+    let mut token = argmax(&logits);
+    let mut said = Vec::new();
+    while said.len() < limits.most && !limits.stop.contains(&token) {
+        said.push(token);
+        if said.len() == limits.most {
+            break;
+        }
+        engine.decode(&mut [Next { session: &mut session, token }], &mut buffers)?;
+        token = argmax(buffers.logits(0)?);
+    }
+    Ok(said)
+}

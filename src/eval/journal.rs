@@ -1,0 +1,281 @@
+//! A file of finished items, one JSON object a line, that a later run with the same options continues.
+//!
+//! ```text
+//! {"specache_eval":"kld","options":{...}}
+//! {"item":"window 0","result":{...}}
+//! ```
+//!
+//! A line is written at once when its item is finished, so whatever ends the process leaves whole lines, or one torn last
+//! line if the machine itself stops: that one is cut off when the file is opened again, and its item is done anew.
+
+use std::collections::HashMap;
+use std::fs::{File, TryLockError};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::error::{Error, Result};
+
+/// Finished items, in a file or in memory only.
+pub struct Journal {
+    file: Option<(File, PathBuf)>,
+    done: HashMap<String, Value>,
+    torn: usize,
+}
+
+impl Journal {
+    /// Begins the file, or goes on with what a run of the same `command` and `options` has left in it. Without a path,
+    /// nothing is kept. The file is locked for as long as this lives.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a file of other options (naming the first that differs), for one that is not such a file, and
+    /// for one that another process writes; [`Error::Io`] naming the file. The file is as before then.
+    pub fn open(path: Option<&Path>, command: &str, options: &Value) -> Result<Journal> {
+        let Some(path) = path else { return Ok(Journal { file: None, done: HashMap::new(), torn: 0 }) };
+        let mut file = open_locked(path)?;
+        let mut text = String::new();
+        file.read_to_string(&mut text).map_err(|e| match e.kind() {
+            std::io::ErrorKind::InvalidData => foreign(path, "it is not text"),
+            _ => Error::io(path, e),
+        })?;
+        let head = json!({ "specache_eval": command, "options": options });
+        let whole = text.rfind('\n').map_or(0, |end| end + 1);
+        let mut lines = text[..whole].lines();
+        let done = match lines.next() {
+            Some(first) => {
+                check_head(path, first, command, options)?;
+                items(path, lines)?
+            }
+            // Nothing, or the beginning of a first line.
+            None if format!("{head}\n").starts_with(&text) => HashMap::new(),
+            None => return Err(foreign(path, "its first line is not that of an evaluation")),
+        };
+        let mut journal = Journal { file: Some((file, path.to_owned())), done, torn: text.len() - whole };
+        journal.cut(whole as u64)?;
+        if whole == 0 {
+            journal.write(&head)?;
+        }
+        Ok(journal)
+    }
+
+    /// Bytes of a torn last line that were cut off.
+    pub fn torn(&self) -> usize {
+        self.torn
+    }
+
+    /// How many items are finished.
+    pub fn len(&self) -> usize {
+        self.done.len()
+    }
+
+    /// Whether no item is finished.
+    pub fn is_empty(&self) -> bool {
+        self.done.is_empty()
+    }
+
+    /// The result of an item, if it is finished.
+    pub fn get(&self, item: &str) -> Option<&Value> {
+        self.done.get(item)
+    }
+
+    /// Keeps the result of an item, in the file if there is one. Returns it as a later run will read it: numbers go through
+    /// their text, so that a run in two parts gives the figures of one without a break.
+    ///
+    /// # Errors
+    /// [`Error::Io`] naming the file.
+    pub fn add(&mut self, item: &str, result: &Value) -> Result<Value> {
+        let line = json!({ "item": item, "result": result });
+        self.write(&line)?;
+        let mut read: Value = serde_json::from_str(&line.to_string()).expect("it was JSON");
+        let result = read["result"].take();
+        self.done.insert(item.into(), result.clone());
+        Ok(result)
+    }
+
+    /// One call of the system for the whole line: an interrupt comes before it or after it.
+    fn write(&mut self, line: &Value) -> Result<()> {
+        let Some((file, path)) = &mut self.file else { return Ok(()) };
+        file.write_all(format!("{line}\n").as_bytes()).map_err(|e| Error::io(&*path, e))
+    }
+
+    fn cut(&mut self, length: u64) -> Result<()> {
+        let Some((file, path)) = &mut self.file else { return Ok(()) };
+        let cut = file.set_len(length).and_then(|()| file.seek(SeekFrom::End(0)));
+        cut.map(|_| ()).map_err(|e| Error::io(&*path, e))
+    }
+}
+
+fn open_locked(path: &Path) -> Result<File> {
+    let usage = |what: &str| Err(Error::Usage(format!("--output {}: {what}", path.display())));
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    if path.is_dir() {
+        return usage("is a folder, not a file");
+    }
+    if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
+        return usage(&format!("there is no folder {}; make it, or name a file elsewhere", folder.display()));
+    }
+    if path.exists() && !path.is_file() {
+        return usage("is not a regular file, so that no later run could continue it");
+    }
+    let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
+    let file = file.map_err(|e| Error::io(path, e))?;
+    match file.try_lock() {
+        // Some network file systems have no locks.
+        Ok(()) | Err(TryLockError::Error(_)) => Ok(file),
+        Err(TryLockError::WouldBlock) => usage("another run is writing it; wait for its end, or name another file"),
+    }
+}
+
+fn foreign(path: &Path, why: &str) -> Error {
+    let path = path.display();
+    Error::Usage(format!(
+        "--output {path}: not a file of `eval` ({why}), and nothing is overwritten; name another file"
+    ))
+}
+
+/// Whether a first line is that of this command with these options.
+fn check_head(path: &Path, line: &str, command: &str, options: &Value) -> Result<()> {
+    let head: Value = serde_json::from_str(line).map_err(|_| foreign(path, "its first line is not JSON"))?;
+    let Some(of) = head["specache_eval"].as_str() else {
+        return Err(foreign(path, "its first line is not that of an evaluation"));
+    };
+    let other = |what: String| {
+        let path = path.display();
+        Error::Usage(format!(
+            "--output {path}: was written with other options: {what}; use the same, or name another file"
+        ))
+    };
+    if of != command {
+        return Err(other(format!("it is of `eval {of}`, this is `eval {command}`")));
+    }
+    let names = |v: &Value| v.as_object().map(|o| o.keys().cloned().collect::<Vec<_>>()).unwrap_or_default();
+    let mut all = names(options);
+    all.extend(names(&head["options"]));
+    match all.iter().find(|&name| head["options"][name] != options[name]) {
+        Some(name) => Err(other(format!("{name} was {}, is {}", head["options"][name], options[name]))),
+        None => Ok(()),
+    }
+}
+
+fn items<'a>(path: &Path, lines: impl Iterator<Item = &'a str>) -> Result<HashMap<String, Value>> {
+    let mut done = HashMap::new();
+    for (i, line) in lines.enumerate() {
+        let wrong = |what: &str| {
+            let (path, line) = (path.display(), i + 2);
+            Error::Usage(format!("--output {path}: line {line} {what}; remove that line, or name another file"))
+        };
+        let mut read: Value = serde_json::from_str(line).map_err(|_| wrong("is not JSON"))?;
+        let Some(item) = read["item"].as_str().map(str::to_owned) else { return Err(wrong("names no item")) };
+        if read["result"].is_null() {
+            return Err(wrong("has no result"));
+        }
+        if done.insert(item, read["result"].take()).is_some() {
+            return Err(wrong("is of an item that an earlier line has finished"));
+        }
+    }
+    Ok(done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    /// A folder of this test's own, which is removed with it.
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new(name: &str) -> Folder {
+            let path = std::env::temp_dir().join(format!("specache-journal-{name}-{}", std::process::id()));
+            let _ = fs::remove_dir_all(&path);
+            fs::create_dir(&path).unwrap();
+            Folder(path)
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn open(path: &Path, options: &Value) -> Result<Journal> {
+        Journal::open(Some(path), "kld", options)
+    }
+
+    #[test]
+    fn a_second_run_finds_what_the_first_has_finished() {
+        let folder = Folder::new("resume");
+        let (path, options) = (folder.0.join("out.jsonl"), json!({"windows": 3}));
+        let third = 1.0f64 / 3.0;
+        let added = open(&path, &options).unwrap().add("window 0", &json!({"x": third})).unwrap();
+        let again = open(&path, &options).unwrap();
+        assert_eq!((again.len(), again.torn(), again.get("window 0")), (1, 0, Some(&added)));
+        assert_eq!(again.get("window 1"), None);
+        assert_eq!(fs::read_to_string(&path).unwrap().lines().count(), 2);
+    }
+
+    /// Cut off after any byte, the file is continued, and then holds what it would have held.
+    #[test]
+    fn a_torn_line_is_cut_off_wherever_it_was_torn() {
+        let folder = Folder::new("torn");
+        let (path, options) = (folder.0.join("out.jsonl"), json!({"windows": 2}));
+        let mut journal = open(&path, &options).unwrap();
+        journal.add("a", &json!(1)).unwrap();
+        journal.add("b", &json!(2)).unwrap();
+        drop(journal);
+        let whole = fs::read(&path).unwrap();
+        for length in 0..whole.len() {
+            fs::write(&path, &whole[..length]).unwrap();
+            let mut journal = open(&path, &options).unwrap();
+            let lines = whole[..length].iter().filter(|&&b| b == b'\n').count();
+            assert_eq!(journal.len(), lines.saturating_sub(1), "{length} bytes");
+            for (item, result) in [("a", 1), ("b", 2)] {
+                if journal.get(item).is_none() {
+                    journal.add(item, &json!(result)).unwrap();
+                }
+            }
+            drop(journal);
+            assert_eq!(fs::read(&path).unwrap(), whole, "{length} bytes");
+        }
+    }
+
+    #[test]
+    fn files_that_do_not_belong_are_left_alone() {
+        let folder = Folder::new("foreign");
+        let path = folder.0.join("out.jsonl");
+        let options = json!({"windows": 2, "kv": ["full"]});
+        open(&path, &options).unwrap().add("a", &json!(1)).unwrap();
+        let kept = fs::read_to_string(&path).unwrap();
+        let refused = |path: &Path, command: &str, options: &Value, word: &str| {
+            let before = fs::read(path).ok();
+            let error = Journal::open(Some(path), command, options).err().expect("it is refused");
+            assert_eq!(error.exit_code(), 2, "{error}");
+            assert!(error.to_string().contains(word), "{error}");
+            assert_eq!(fs::read(path).ok(), before);
+        };
+        refused(&path, "ppl", &options, "it is of `eval kld`");
+        refused(&path, "kld", &json!({"windows": 3, "kv": ["full"]}), "windows was 2, is 3");
+        refused(&path, "kld", &json!({"windows": 2}), "kv was [\"full\"], is null");
+        let holder = open(&path, &options).unwrap();
+        refused(&path, "kld", &options, "another run");
+        drop(holder);
+        for (text, word) in [
+            ("{}\n", "not that of an evaluation"),
+            ("notes\n", "is not JSON"),
+            ("notes", "not that of an evaluation"),
+            (&format!("{kept}oops\n"), "line 3 is not JSON"),
+            (&format!("{kept}{{\"item\":\"a\",\"result\":1}}\n"), "line 3 is of an item"),
+            (&format!("{kept}{{\"item\":\"b\"}}\n"), "line 3 has no result"),
+        ] {
+            fs::write(&path, text).unwrap();
+            refused(&path, "kld", &options, word);
+        }
+        fs::write(&path, [0xff, 0xfe, b'\n']).unwrap();
+        refused(&path, "kld", &options, "not text");
+        refused(&folder.0, "kld", &options, "is a folder");
+        refused(&folder.0.join("no/out.jsonl"), "kld", &options, "there is no folder");
+        refused(Path::new("/dev/null"), "kld", &options, "not a regular file");
+    }
+}

@@ -1,0 +1,614 @@
+//! `eval` and what is behind it: on the recall model, against lone runs, plain formulas and published figures.
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use common::{fixture, kv, recall, run};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use specache::eval::{coverage, metrics};
+use specache::kv::{KvMode, KvOptions};
+use specache::reference;
+use specache::sampler::argmax;
+use specache::tokenizer::Tokenizer;
+use specache::{Buffers, Engine, Next, Prompt};
+
+// What all tests share
+
+/// A folder of a test's own, empty.
+fn folder(test: &str) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("eval-{test}"));
+    let _ = fs::remove_dir_all(&folder);
+    fs::create_dir_all(&folder).unwrap();
+    folder
+}
+
+/// `eval` without the environment's own settings.
+fn eval(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_specache-engine"));
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("SPECACHE_")) {
+        command.env_remove(name);
+    }
+    command.arg("eval").args(args).args(["--device", "cpu", "-m"]).arg(fixture("recall")).stdin(Stdio::null());
+    command
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).unwrap()
+}
+
+#[track_caller]
+fn succeed(args: &[&str]) -> Output {
+    let output = eval(args).output().unwrap();
+    assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
+    output
+}
+
+#[track_caller]
+fn result(args: &[&str]) -> Value {
+    serde_json::from_slice(&succeed(&[args, &["--json"]].concat()).stdout).unwrap()
+}
+
+#[track_caller]
+fn fails(args: &[&str], words: &[&str]) {
+    let output = eval(args).output().unwrap();
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{args:?}: {stderr}");
+    assert!(words.iter().all(|word| stderr.contains(word)), "{args:?}: {stderr}");
+}
+
+#[track_caller]
+fn near(x: f64, y: f64, tolerance: f64) {
+    assert!((x - y).abs() <= tolerance, "{x} is not {y}");
+}
+
+#[derive(serde::Deserialize)]
+struct Case {
+    ids: Vec<u32>,
+    answer: Vec<u32>,
+}
+
+fn cases() -> Vec<Case> {
+    common::json(fixture("recall_prompts.json"))
+}
+
+/// A text of facts and questions: the prompts with their answers, one after the other.
+fn long_ids() -> Vec<u32> {
+    cases().iter().flat_map(|case| [case.ids.as_slice(), &case.answer].concat()).collect()
+}
+
+fn write_ids(folder: &Path, ids: &[u32]) -> String {
+    let file = folder.join("ids.json");
+    fs::write(&file, json!(ids).to_string()).unwrap();
+    file.to_str().unwrap().into()
+}
+
+/// The named variant of a result.
+fn variant<'a>(result: &'a Value, name: &str) -> &'a Value {
+    let variants = result["variants"].as_array().unwrap();
+    variants.iter().find(|v| v["name"] == name).unwrap_or_else(|| panic!("no {name} in {result}"))
+}
+
+fn number(of: &Value, name: &str) -> f64 {
+    of[name].as_f64().unwrap_or_else(|| panic!("no {name} in {of}"))
+}
+
+// Perplexity and divergence
+
+/// `-ln softmax`, in the plainest way.
+fn nll(logits: &[f32], target: u32) -> f64 {
+    let sum: f64 = logits.iter().map(|&x| f64::from(x).exp()).sum();
+    (sum / f64::from(logits[target as usize]).exp()).ln()
+}
+
+/// Both commands give what the logits of lone runs give, window by window. Scored are the targets of decode steps.
+#[test]
+fn perplexity_and_divergence_are_those_of_lone_runs() {
+    const WINDOW: usize = 300;
+    const PREFILL: usize = 220;
+    let folder = folder("lone");
+    let ids = long_ids();
+    let file = write_ids(&folder, &ids);
+    let args = ["--tokens", &file, "-c", "300", "--prefill", "220", "--windows", "2", "--kv-bits", "1,2"];
+    let args = [&args[..], &["--kv-top-k", "16", "--kv", "full,kivi,fetch,specache"]].concat();
+    let ppl = result(&[&["ppl"], &args[..]].concat());
+    let kld = result(&[&["kld"], &args[..]].concat());
+    assert_eq!((ppl["text"]["windows"].as_u64(), ppl["text"]["scored_tokens"].as_u64()), (Some(2), Some(158)));
+    assert_eq!((ppl["variants"].as_array().unwrap().len(), kld["variants"].as_array().unwrap().len()), (7, 6));
+
+    let engine = recall();
+    let windows: Vec<&[u32]> = ids.chunks(WINDOW).take(2).collect();
+    // Row 0 is of the prefill; the row behind it predicts the second token after the prompt.
+    let rows = |kv: KvOptions| -> Vec<Vec<f32>> {
+        windows.iter().flat_map(|ids| run(&engine, kv, ids, PREFILL, None).0.split_off(1)).collect()
+    };
+    let targets: Vec<u32> = windows.iter().flat_map(|ids| ids[PREFILL + 1..].to_vec()).collect();
+    let full = rows(kv(KvMode::Full, 2, 64, 64, 16));
+    assert_eq!(full.len(), targets.len());
+    let mean_nll = |rows: &[Vec<f32>]| {
+        rows.iter().zip(&targets).map(|(row, &target)| nll(row, target)).sum::<f64>() / targets.len() as f64
+    };
+    near(number(variant(&ppl, "full"), "nll"), mean_nll(&full), 1e-9);
+    for (name, options) in [
+        ("kivi 1-bit R=64", kv(KvMode::Kivi, 1, 64, 64, 16)),
+        ("kivi 2-bit R=64", kv(KvMode::Kivi, 2, 64, 64, 16)),
+        ("fetch 1-bit R=64 k=16", kv(KvMode::Fetch, 1, 64, 64, 16)),
+        ("specache 1-bit R=64 k=16", kv(KvMode::SpeCache, 1, 64, 64, 16)),
+        ("specache 2-bit R=64 k=16", kv(KvMode::SpeCache, 2, 64, 64, 16)),
+    ] {
+        let rows = rows(options);
+        let expected = mean_nll(&rows);
+        near(number(variant(&ppl, name), "nll"), expected, 1e-9);
+        near(number(variant(&ppl, name), "perplexity"), expected.exp(), 1e-6);
+        let mut kl: Vec<f64> = full.iter().zip(&rows).map(|(p, q)| reference::kl_divergence(p, q)).collect();
+        let agreed = full.iter().zip(&rows).filter(|(p, q)| argmax(p) == argmax(q)).count();
+        let got = variant(&kld, name);
+        near(number(got, "mean"), kl.iter().sum::<f64>() / kl.len() as f64, 1e-7);
+        near(number(got, "top1_agreement"), agreed as f64 / kl.len() as f64, 1e-12);
+        kl.sort_by(f64::total_cmp);
+        // Of 158 values, 157 are at most the 99th percentile by nearest rank.
+        near(number(got, "p99"), kl[156], 1e-6);
+        near(number(got, "max"), kl[157], 1e-6);
+    }
+}
+
+/// A text is cut like its ids, and each window begins as a text does.
+#[test]
+fn a_text_is_its_tokens() {
+    let folder = folder("text");
+    let tokenizer = Tokenizer::load(&fixture("recall")).unwrap().unwrap();
+    let prompt = fixture("recall_prompt.txt");
+    let ids = tokenizer.encode(&fs::read_to_string(&prompt).unwrap(), false).unwrap();
+    let first = tokenizer.encode("", true).unwrap();
+    let own = 200 - first.len();
+    let windows: Vec<u32> = ids.chunks_exact(own).take(2).flat_map(|w| [&first[..], w].concat()).collect();
+    let file = write_ids(&folder, &windows);
+    let args = ["-c", "200", "--windows", "2", "--kv", "full"];
+    let of_text = result(&[&["ppl", "-f", prompt.to_str().unwrap()], &args[..]].concat());
+    let of_ids = result(&[&["ppl", "--tokens", &file], &args[..]].concat());
+    assert_eq!(of_text["variants"], of_ids["variants"]);
+}
+
+// Coverage
+
+/// Layer 0's attention needs nothing but embeddings: it is what the reference's operations give, one by one.
+#[test]
+fn kept_attention_of_layer_0_is_that_of_the_reference() {
+    let engine = recall();
+    let (model, ids) = (engine.model(), &cases()[0].ids[..150]);
+    let (config, layer) = (&model.config, &model.weights.layers[0]);
+    let options = kv(KvMode::Full, 2, 64, 64, 16);
+    let mut session = engine.session(options, ids.len()).unwrap();
+    let mut buffers = Buffers::default();
+    let prompt = Prompt { session: &mut session, tokens: &ids[..149] };
+    engine.prefill(&mut [prompt], &mut buffers).unwrap().remove(0).unwrap();
+    assert!(session.attention().is_none());
+    session.keep_attention().unwrap();
+    engine.decode(&mut [Next { session: &mut session, token: ids[149] }], &mut buffers).unwrap();
+    let kept = &session.attention().unwrap()[0];
+    assert_eq!((kept.seen.clone(), kept.low_bit.clone(), kept.fetched.len()), (0..150, 0..0, 0));
+
+    let normed = |id| {
+        let x = reference::embed(&model.weights.embed, id);
+        reference::rms_norm(&x, &layer.input_norm, config.rms_norm_eps)
+    };
+    let turned = |mut x: Vec<f32>, position: usize| {
+        let (cos, sin) = reference::rope_cos_sin(&config.rope, config.head_dim, position);
+        x.chunks_exact_mut(config.head_dim).for_each(|head| reference::rope_rotate(head, &cos, &sin));
+        x
+    };
+    let q = turned(reference::linear(&layer.q, &normed(ids[149])), 149);
+    let k: Vec<Vec<f32>> = ids
+        .iter()
+        .enumerate()
+        .map(|(i, &id)| turned(reference::linear(&layer.k, &normed(id)), i))
+        .map(|k| k.into_iter().map(|x| reference::round_kv(x, options.kv_dtype(config))).collect())
+        .collect();
+    for (head, probabilities) in kept.probabilities.chunks_exact(150).enumerate() {
+        let group = head / config.group_heads();
+        let of = |x: &[f32], head: usize| x[head * config.head_dim..(head + 1) * config.head_dim].to_vec();
+        let q = of(&q, head);
+        let score = |k: &Vec<f32>| reference::dot(&q, &of(k, group)) / (config.head_dim as f32).sqrt();
+        let expected = reference::softmax(&k.iter().map(score).collect::<Vec<f32>>());
+        // A bf16 number of K may round the other way: 2^-9 of one of 64 products.
+        let distance = common::max_difference(probabilities, &expected);
+        assert!(distance < 2e-3, "head {head}: {distance}");
+    }
+}
+
+/// Sums over a window are those that a plain loop over kept attention and traced selections gives; what is fetched at a
+/// step is what the step before has selected.
+#[test]
+fn coverage_is_counted_as_by_hand() {
+    const PREFILL: usize = 300;
+    let engine = recall();
+    let ids = &long_ids()[..420];
+    let options = kv(KvMode::SpeCache, 1, 64, 64, 16);
+    let counted = coverage::window(&engine, &[options], ids, PREFILL, |_| {}).unwrap();
+    let trace = run(&engine, options, ids, PREFILL, None).1.trace().unwrap().clone();
+
+    let config = &engine.model().config;
+    let mut full = engine.session(kv(KvMode::Full, 1, 64, 64, 16), ids.len()).unwrap();
+    let mut buffers = Buffers::default();
+    let prompt = Prompt { session: &mut full, tokens: &ids[..PREFILL] };
+    engine.prefill(&mut [prompt], &mut buffers).unwrap().remove(0).unwrap();
+    full.keep_attention().unwrap();
+    let mut expected = vec![coverage::Layer { hits: vec![coverage::Hits::default()], ..Default::default() }; 4];
+    // By the method: 192 tokens are offloaded, 64 more as soon as 128 are not, and those are read low-bit a step later.
+    let (mut no, mut nq, mut n) = (192, 192, PREFILL);
+    for (step, &token) in ids[PREFILL..ids.len() - 1].iter().enumerate() {
+        engine.decode(&mut [Next { session: &mut full, token }], &mut buffers).unwrap();
+        let fetched = if step == 0 { &trace.pre_decode } else { &trace.steps[step - 1] };
+        for (l, (kept, sum)) in full.attention().unwrap().iter().zip(&mut expected).enumerate() {
+            assert_eq!(kept.seen, 0..n + 1);
+            for head in kept.probabilities.chunks_exact(n + 1) {
+                near(head.iter().map(|&p| f64::from(p)).sum(), 1.0, 1e-4);
+                let mut sorted = head.to_vec();
+                sorted.sort_by(|a, b| b.total_cmp(a));
+                let (mut held, mut keys) = (0.0, 0);
+                while held < 0.9 {
+                    held += f64::from(sorted[keys]);
+                    keys += 1;
+                }
+                (sum.keys, sum.share, sum.of) =
+                    (sum.keys + keys as f64, sum.share + keys as f64 / (n + 1) as f64, sum.of + 1);
+            }
+            for (kv_head, fetched) in fetched[l].iter().enumerate() {
+                let heads = kept.probabilities.chunks_exact(n + 1);
+                let heads = heads.skip(kv_head * config.group_heads()).take(config.group_heads());
+                let heads: Vec<Vec<f32>> = heads.map(|head| head[..nq].to_vec()).collect();
+                let mean = reference::mean_probabilities(&heads);
+                let best = reference::top_k(&mean, 16);
+                let mass = |positions: &[u32]| positions.iter().map(|&p| f64::from(mean[p as usize])).sum::<f64>();
+                let hits = &mut sum.hits[0];
+                hits.hits += best.iter().filter(|p| fetched.contains(p)).count() as u64;
+                hits.of += 16;
+                hits.mass += mass(fetched) / mass(&best);
+                hits.mass_of += 1;
+            }
+        }
+        (nq, n) = (no, n + 1);
+        no += if n - no >= 128 { 64 } else { 0 };
+    }
+    assert!(nq > 192, "a page border was crossed");
+    for (counted, expected) in counted.iter().zip(&expected) {
+        let (c, e) = (&counted.hits[0], &expected.hits[0]);
+        assert_eq!((counted.keys, counted.of, c.of, c.mass_of), (expected.keys, expected.of, e.of, e.mass_of));
+        near(counted.share, expected.share, 1e-9);
+        // Sums in another order: of means that are equal but for their last bit, another one may be in the top-k.
+        near(c.hits as f64, e.hits as f64, 0.001 * e.of as f64);
+        near(c.mass, e.mass, 1e-3);
+    }
+}
+
+/// With k at least the context everything is fetched, so that nothing can be missed.
+#[test]
+fn what_is_fetched_whole_is_hit_always() {
+    let folder = folder("whole");
+    let file = write_ids(&folder, &long_ids());
+    let args = ["coverage", "--tokens", &file, "-c", "300", "--windows", "1", "--kv", "specache,fetch", "--kv-top-k"];
+    let coverage = result(&[&args[..], &["1000,16"]].concat());
+    for layer in coverage["layers"].as_array().unwrap() {
+        let rates = |i: usize| (number(&layer["variants"][i], "hit_rate"), number(&layer["variants"][i], "mass"));
+        for whole in [0, 2] {
+            assert_eq!(rates(whole).0, 1.0);
+            near(rates(whole).1, 1.0, 1e-6);
+        }
+        // The real token chooses better than the speculative one, on a text whose next words cannot be guessed.
+        assert!(rates(1).0 < rates(3).0 && rates(3).0 < 1.0, "{layer}");
+        assert!((0.0..1.0).contains(&number(layer, "share_of_keys")));
+    }
+}
+
+// Needles
+
+/// Greedy answers of a lone session.
+fn answer(engine: &Engine, kv: KvOptions, case: &Case) -> Vec<u32> {
+    let mut buffers = Buffers::default();
+    let mut session = engine.session(kv, case.ids.len() + case.answer.len()).unwrap();
+    let prompt = Prompt { session: &mut session, tokens: &case.ids };
+    let mut said = vec![argmax(&engine.prefill(&mut [prompt], &mut buffers).unwrap().remove(0).unwrap())];
+    while said.len() < case.answer.len() {
+        let token = *said.last().unwrap();
+        engine.decode(&mut [Next { session: &mut session, token }], &mut buffers).unwrap();
+        said.push(argmax(buffers.logits(0).unwrap()));
+    }
+    said
+}
+
+/// Ready prompts are asked as benches/recall.rs asks them.
+#[test]
+fn needles_of_a_file_are_answered_as_by_lone_runs() {
+    let file = fixture("recall_prompts.json");
+    let got = result(&["needle", "--prompts", file.to_str().unwrap(), "--kv-bits", "1", "--kv", "full,kivi,specache"]);
+    let engine = recall();
+    for (name, options) in [
+        ("full", kv(KvMode::Full, 1, 64, 64, 64)),
+        ("kivi 1-bit R=64", kv(KvMode::Kivi, 1, 64, 64, 64)),
+        ("specache 1-bit R=64 k=64", kv(KvMode::SpeCache, 1, 64, 64, 64)),
+    ] {
+        let got = variant(&got, name);
+        let right = cases().iter().filter(|case| answer(&engine, options, case) == case.answer).count();
+        assert_eq!(got["whole"].as_u64(), Some(right as u64), "{name}");
+        assert_eq!(got["prompts"].as_u64(), Some(6));
+        let depths: Vec<f64> = got["cells"].as_array().unwrap().iter().map(|cell| number(cell, "depth")).collect();
+        near(depths[0], 100.0 / 12.0, 1e-9);
+        near(depths[5], 100.0 * 11.0 / 12.0, 1e-9);
+    }
+}
+
+/// A needle in a file's text: found at all depths in `full`; the picture shows each mode.
+#[test]
+fn a_needle_in_a_haystack_is_found() {
+    let folder = folder("haystack");
+    let prompt = fs::read_to_string(fixture("recall_prompt.txt")).unwrap();
+    let haystack = folder.join("haystack.txt");
+    // Without its own fact and question.
+    fs::write(&haystack, prompt.replace("The password of zili fimi maga losu.", "").replace(" Recall zili", ""))
+        .unwrap();
+    let plot = folder.join("needle.svg");
+    let needle = [
+        "--needle",
+        "The password of zili fimi maga losu.",
+        "--question",
+        "Recall zili",
+        "--answer",
+        "Fimi maga, losu",
+    ];
+    let args = ["needle", "--haystack", haystack.to_str().unwrap(), "--lengths", "300,1500", "--depths", "0,50,90"];
+    let args = [&args[..], &needle, &["-n", "3", "--kv", "full,kivi", "--kv-bits", "1"]].concat();
+    let got = result(&[&args[..], &["--plot", plot.to_str().unwrap()]].concat());
+    assert_eq!(number(variant(&got, "full"), "score"), 1.0);
+    assert!(number(variant(&got, "kivi 1-bit R=64"), "score") < 1.0);
+    for cell in variant(&got, "full")["cells"].as_array().unwrap() {
+        let (tokens, length) = (number(cell, "tokens"), number(cell, "length"));
+        assert!(tokens <= length && tokens > length - 30.0, "{cell}");
+    }
+    let svg = fs::read_to_string(&plot).unwrap();
+    assert!(svg.contains("full, mean 1.000") && svg.contains("kivi 1-bit R=64") && svg.ends_with("</svg>\n"));
+    let output = succeed(&args);
+    let table = text(&output.stdout);
+    assert!(table.contains("| full ") && table.contains("1.000 (3/3)") && !table.contains('\x1b'), "{table}");
+    assert!(text(&output.stderr).contains("it begins again"), "{}", text(&output.stderr));
+}
+
+// LongBench
+
+/// Scores of random answers by the published scripts (tools/longbench_metrics.py).
+#[test]
+fn metrics_are_the_published_ones() {
+    let file: Value = common::json(fixture("longbench_metrics.json"));
+    let classes: Vec<String> = serde_json::from_value(file["classes"].clone()).unwrap();
+    let cases = file["cases"].as_array().unwrap();
+    assert_eq!(cases.len(), 360);
+    for case in cases {
+        let (said, truth) = (case["said"].as_str().unwrap(), case["truth"].as_str().unwrap());
+        let score = match case["metric"].as_str().unwrap() {
+            "qa_f1" => metrics::qa_f1(said, truth),
+            "rouge_l" => metrics::rouge_l(said, truth),
+            "code" => metrics::code_similarity(said, truth),
+            "count" => metrics::count(said, truth),
+            "retrieval" => metrics::retrieval(said, truth).unwrap(),
+            "classification" => metrics::classification(said, truth, &classes),
+            other => panic!("{other}"),
+        };
+        assert!((score - number(case, "score")).abs() < 1e-9, "{score}: {case}");
+    }
+}
+
+fn longbench_item(id: usize, context: &str, input: &str, answer: &str) -> Value {
+    let words = context.split_whitespace().count();
+    json!({"input": input, "context": context, "answers": [answer], "length": words, "dataset": "x", "language": "en",
+           "all_classes": null, "_id": format!("item {id}")})
+}
+
+/// The published prompt is continued as `generate` continues it, and scored; long ones lose their middle.
+#[test]
+fn longbench_is_generate_and_a_metric() {
+    let folder = folder("longbench");
+    let haystack = fs::read_to_string(fixture("recall_prompt.txt")).unwrap();
+    let context = haystack.trim_end_matches(" Recall zili");
+    let line = |id| longbench_item(id, context, "Recall zili", "fimi maga losu").to_string();
+    fs::write(folder.join("triviaqa_e.jsonl"), format!("{}\n{}\n", line(0), line(1))).unwrap();
+    fs::write(folder.join("notes.txt"), "no task").unwrap();
+    let data = folder.to_str().unwrap();
+    let output = folder.join("out.jsonl");
+    let got =
+        result(&["longbench", "--data", data, "--kv", "full", "--limit", "1", "--output", output.to_str().unwrap()]);
+
+    let prompt = format!(
+        "Answer the question based on the given passage. Only give me the answer and do not output any other words. The \
+         following are some examples.\n\n{context}\n\nRecall zili"
+    );
+    let file = folder.join("prompt.txt");
+    fs::write(&file, &prompt).unwrap();
+    let mut generate = Command::new(env!("CARGO_BIN_EXE_specache-engine"));
+    generate
+        .args(["generate", "--json", "--temp", "0", "-n", "32", "--kv", "full", "--device", "cpu", "-f"])
+        .arg(&file);
+    let generated = generate.arg("-m").arg(fixture("recall")).output().unwrap();
+    let generated: Value = serde_json::from_slice(&generated.stdout).unwrap();
+    let lines = fs::read_to_string(&output).unwrap();
+    let kept: Value = serde_json::from_str(lines.lines().nth(1).unwrap()).unwrap();
+    assert_eq!(kept["item"], "triviaqa_e item 0, full");
+    assert_eq!(kept["result"]["pred"], generated["text"]);
+    assert_eq!(kept["result"]["tokens"], generated["prompt_tokens"]);
+    let first_line = generated["text"].as_str().unwrap().trim_start_matches('\n').split('\n').next().unwrap();
+    let score = metrics::qa_f1(first_line, "fimi maga losu");
+    assert!(score > 0.0, "{first_line}");
+    let task = &variant(&got, "full")["tasks"][0];
+    near(number(task, "score"), 100.0 * score, 1e-9);
+    assert_eq!(
+        (task["by_length"]["0-4k"].as_f64(), &task["by_length"]["8k+"]),
+        (Some(number(task, "score")), &Value::Null)
+    );
+
+    let short = folder.join("short.jsonl");
+    let args = ["longbench", "--data", data, "--kv", "full", "--limit", "1", "--max-length", "101", "--output"];
+    succeed(&[&args[..], &[short.to_str().unwrap()]].concat());
+    let kept: Value = serde_json::from_str(fs::read_to_string(&short).unwrap().lines().nth(1).unwrap()).unwrap();
+    // Half of 101 from each side; where they meet, two pieces of words may become one token or three.
+    near(number(&kept["result"], "tokens"), 100.0, 2.0);
+}
+
+// The file of finished items
+
+/// Interrupted wherever it may be, a run leaves whole lines and says 130; the same command goes on, and ends with the
+/// results of a run without interruption.
+#[test]
+fn an_interrupted_run_is_continued() {
+    let folder = folder("interrupt");
+    let file = write_ids(&folder, &long_ids());
+    let args = ["kld", "--tokens", &file, "-c", "300", "--kv-bits", "1", "--json"];
+    let whole = succeed(&args).stdout;
+    let mut interrupted = 0;
+    for after_ms in [150, 400, 700, 1000, 1500] {
+        let output = folder.join(format!("{after_ms}.jsonl"));
+        let args = [&args[..], &["--output", output.to_str().unwrap()]].concat();
+        let child = eval(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(after_ms));
+        kill(Pid::from_raw(child.id() as i32), Signal::SIGINT).unwrap();
+        let ended = child.wait_with_output().unwrap();
+        if ended.status.code() == Some(130) {
+            interrupted += 1;
+            assert!(ended.stdout.is_empty());
+        } else {
+            assert_eq!(ended.stdout, whole, "{}", text(&ended.stderr));
+        }
+        let lines = fs::read_to_string(&output).unwrap_or_default();
+        assert!(lines.is_empty() || lines.ends_with('\n'), "{lines}");
+        assert!(lines.lines().all(|line| serde_json::from_str::<Value>(line).is_ok()));
+        assert_eq!(succeed(&args).stdout, whole, "interrupted after {after_ms} ms");
+    }
+    assert!(interrupted > 0, "all runs were over before they were interrupted");
+}
+
+#[test]
+fn finished_items_are_not_measured_again() {
+    let folder = folder("continue");
+    let file = write_ids(&folder, &long_ids());
+    let output = folder.join("out.jsonl");
+    let path = output.to_str().unwrap();
+    let args = ["ppl", "--tokens", &file, "-c", "200", "--windows", "3", "--kv", "full", "--output", path, "--json"];
+    let first = succeed(&args).stdout;
+    let kept = fs::read_to_string(&output).unwrap();
+    // A figure that no run would give shows that it was not measured again.
+    let lines: Vec<&str> = kept.lines().collect();
+    let item: Value = serde_json::from_str(lines[1]).unwrap();
+    let nll = item["result"]["full"]["nll"].to_string();
+    fs::write(&output, kept.replace(&nll, "99.0")).unwrap();
+    let doctored: Value = serde_json::from_slice(&succeed(&args).stdout).unwrap();
+    near(variant(&doctored, "full")["nll_per_window"][0].as_f64().unwrap(), 1.0, 1e-12);
+    // Half a line is removed, with a word about it.
+    fs::write(&output, &kept[..kept.len() - 10]).unwrap();
+    let continued = succeed(&args);
+    assert_eq!(continued.stdout, first);
+    assert!(text(&continued.stderr).contains("the last line was torn"), "{}", text(&continued.stderr));
+    assert!(text(&continued.stderr).contains("2 of 3 items are finished already"));
+    assert_eq!(fs::read_to_string(&output).unwrap(), kept);
+    // Other options are refused, and the file is as before.
+    let base = ["ppl", "--tokens", &file, "-c", "200", "--output", path];
+    for (other, word) in [
+        (&["--windows", "2", "--kv", "full"][..], "windows was 3, is 2"),
+        (&["--windows", "3", "--kv", "full", "--prefill", "50"], "prefill was 100, is 50"),
+        (&["--windows", "3", "--kv", "kivi"], "kv was"),
+    ] {
+        fails(&[&base[..], other].concat(), &["was written with other options", word]);
+    }
+    fails(&["kld", "--tokens", &file, "-c", "200", "--output", path], &["it is of `eval ppl`"]);
+    assert_eq!(fs::read_to_string(&output).unwrap(), kept);
+}
+
+// What people give
+
+#[test]
+fn bad_input_is_refused_by_name() {
+    let folder = folder("bad");
+    let ids = write_ids(&folder, &long_ids()[..400]);
+    let ids = ids.as_str();
+    let place = |name: &str, bytes: &[u8]| {
+        fs::write(folder.join(name), bytes).unwrap();
+        folder.join(name).to_str().unwrap().to_string()
+    };
+    let (binary, empty) = (place("binary", &[0xff, 0xfe]), place("empty", b" \n"));
+    let (list, odd) = (place("list.json", b"[]"), place("odd.json", br#"[{"length":5,"ids":[1],"answer":[2]}]"#));
+    let (hay, beyond) = (place("hay", b"Some words."), place("beyond.json", b"[1, 2, 99999]"));
+    let data = folder.to_str().unwrap();
+    place("qasper.jsonl", b"{}\n");
+    for (args, words) in [
+        (&["ppl"][..], &["no text", "--tokens"][..]),
+        (&["ppl", "--tokens", ids, "-f", &hay], &["several texts"]),
+        (&["ppl", "-f", &binary], &["not valid UTF-8"]),
+        (&["ppl", "-f", &hay], &["a longer text or a smaller --ctx-size"]),
+        (&["ppl", "--tokens", &beyond], &["99999", "vocabulary"]),
+        (&["ppl", "--tokens", ids, "-c", "100", "--prefill", "99"], &["--prefill 99: must be from 1 to 98"]),
+        (&["ppl", "--tokens", ids, "--windows", "0"], &["--windows 0"]),
+        (&["ppl", "--tokens", ids, "-c", "100", "--kv-bits", "3"], &["--kv-bits 3: must be 1, 2 or 4"]),
+        (&["ppl", "--tokens", ids, "-c", "100", "--kv-residual", "8"], &["--kv-residual 8"]),
+        (&["kld", "--tokens", ids, "--kv", "full"], &["measures the other modes against it"]),
+        (&["kld", "--tokens", ids, "-c", "100", "--plot", data], &["--plot", "is a folder"]),
+        (&["coverage", "--tokens", ids, "--kv", "kivi"], &["--kv kivi", "fetches no pairs"]),
+        (&["needle"], &["--haystack"]),
+        (&["needle", "--haystack", &empty], &["--haystack", "empty"]),
+        (&["needle", "--haystack", &hay, "--depths", "101"], &["--depths 101"]),
+        (&["needle", "--haystack", &hay, "--lengths", "10"], &["--lengths 10", "alone are"]),
+        (&["needle", "--haystack", &hay, "--needle", "A."], &["--question"]),
+        (
+            &["needle", "--haystack", &hay, "--needle", "A.", "--question", "?", "--answer", "!"],
+            &["--answer", "no words"],
+        ),
+        (&["needle", "--haystack", &hay, "-n", "0"], &["-n 0"]),
+        (&["needle", "--haystack", &hay, "--chat"], &["--chat", "no chat template"]),
+        (&["needle", "--prompts", &list], &["--prompts", "empty"]),
+        (&["needle", "--prompts", &odd], &["prompt 0 has neither depth nor index"]),
+        (&["needle", "--prompts", ids], &["not a JSON array of objects"]),
+        (&["longbench", "--data", data], &["qasper.jsonl: line 1", "missing field"]),
+        (&["longbench", "--data", data, "--tasks", "dureader"], &["dureader", "Chinese", "jieba"]),
+        (&["longbench", "--data", data, "--tasks", "nothing"], &["no task of LongBench", "narrativeqa"]),
+    ] {
+        fails(args, words);
+    }
+    // A file that is not there is no usage error.
+    let output = eval(&["longbench", "--data", data, "--tasks", "trec"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("trec.jsonl"), "{}", text(&output.stderr));
+    let mut random = Command::new(env!("CARGO_BIN_EXE_specache-engine"));
+    let output = random.args(["eval", "ppl", "-m", "synthetic:tiny", "--tokens", ids]).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("random weights have no quality"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn options_come_from_the_environment_too() {
+    let folder = folder("environment");
+    let file = write_ids(&folder, &long_ids());
+    let given = ["-c", "200", "--windows", "1", "--kv", "kivi", "--kv-bits", "1,2"];
+    let typed = succeed(&[&["ppl", "--json", "--tokens", &file], &given[..]].concat()).stdout;
+    let mut command = eval(&["ppl", "-c", "200"]);
+    for (name, value) in [("TOKENS", file.as_str()), ("WINDOWS", "1"), ("KV", "kivi"), ("KV_BITS", "1,2")] {
+        command.env(format!("SPECACHE_EVAL_{name}"), value);
+    }
+    assert_eq!(text(&command.env("SPECACHE_JSON", "1").output().unwrap().stdout), text(&typed));
+}
+
+/// Every variant beside the others in one batch, on a GPU too; what only the CPU keeps is refused there.
+#[test]
+fn on_a_gpu() {
+    common::emulated::on_gpu("on_a_gpu", &[], || {
+        let engine = Engine::load(fixture("recall").to_str().unwrap(), &common::emulated::gpu_options()).unwrap();
+        let options = kv(KvMode::SpeCache, 1, 64, 64, 16);
+        let refused = engine.session(options, 10).unwrap().keep_attention().unwrap_err();
+        assert!(refused.to_string().contains("--device cpu"), "{refused}");
+        let variants = [kv(KvMode::Kivi, 2, 64, 64, 16), options];
+        let ids = &long_ids()[..206];
+        let of = |engine: &Engine| specache::eval::perplexity::window(engine, &variants, ids, 200, |_| {}).unwrap();
+        let (gpu, cpu) = (of(&engine), of(&recall()));
+        // 5 tokens; tests/cuda.rs bounds single logits.
+        gpu.iter().zip(&cpu).for_each(|(gpu, cpu)| near(*gpu, *cpu, 0.25));
+    });
+}
