@@ -385,9 +385,23 @@ impl Buffers {
     pub fn logits(&mut self, i: usize) -> Result<&[f32]> {
         let row = self.row(i)?;
         if self.on_gpu {
-            return self.rows.gpu.logits(row);
+            self.rows.gpu.fetch_logits(row)?;
         }
-        Ok(&self.logits[row * self.vocab..][..self.vocab])
+        self.logits_on_host(i)
+    }
+
+    /// The same for logits that [`Buffers::logits`] has been asked for since the call, so that several rows can be looked at
+    /// together.
+    ///
+    /// # Errors
+    /// As [`Buffers::logits`], and [`Error::Usage`] if a GPU still has them.
+    pub fn logits_on_host(&self, i: usize) -> Result<&[f32]> {
+        let row = self.row(i)?;
+        if !self.on_gpu {
+            return Ok(&self.logits[row * self.vocab..][..self.vocab]);
+        }
+        let missing = || Error::Usage(format!("logits of sequence {i}: on the GPU; ask for them with `logits` first"));
+        self.rows.gpu.logits(row).ok_or_else(missing)
     }
 
     /// The token of the highest logit of sequence `i` of the last decode call, the lowest of equal ones.

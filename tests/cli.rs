@@ -527,6 +527,62 @@ fn bench_json_has_every_repetition() {
     assert!(modes[0]["hit_rate"].is_null() && modes[1]["hit_rate"].as_f64().unwrap() > 0.0, "{out}");
 }
 
+/// Lists of depths and batches are a grid; every format has all of it, and a picture shows it.
+#[test]
+fn bench_grids_prompts_and_formats() {
+    let plot = Path::new(env!("CARGO_TARGET_TMPDIR")).join("grid.svg");
+    let _ = fs::remove_file(&plot);
+    let grid = ["bench", "-m", "synthetic:tiny", "-d", "70,200", "-b", "1,3", "-p", "90", "-n", "2", "-r", "2"];
+    let run = |rest: &[&str]| stdout(&[&grid[..], &["--kv", "full,specache"], rest].concat());
+
+    let text = run(&["--plot", plot.to_str().unwrap()]);
+    assert_eq!(text.matches("tokens in the cache").count(), 4, "{text}");
+    assert!(text.contains("a prompt of 90 tokens, 2 times") && text.contains("3 prompts together, each of 90"), "{text}");
+    let svg = fs::read_to_string(&plot).unwrap();
+    assert!(svg.contains("tiny, 200 tokens, batch 3") && svg.ends_with("</svg>\n"), "{svg}");
+
+    let csv = run(&["-o", "csv"]);
+    let rows: Vec<Vec<&str>> = csv.lines().map(|line| line.split(',').collect()).collect();
+    let columns = rows[0].len();
+    assert!(rows[0].contains(&"tok_s") && rows.len() == 1 + 2 * 2 + 4 * 2, "{csv}");
+    // Devices have commas in their names, within quotes.
+    assert!(csv.lines().skip(1).all(|line| line.split('"').step_by(2).map(|part| part.matches(',').count()).sum::<usize>()
+        == columns - 1), "{csv}");
+
+    let lines = run(&["-o", "jsonl"]);
+    let lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.iter().filter(|line| line["test"] == "prompt").count(), 2);
+    let decoded: Vec<_> = lines.iter().filter(|line| line["test"] == "decode").collect();
+    let points = [(70, 1), (70, 3), (200, 1), (200, 3)].map(|(depth, batch)| json!([depth, batch]));
+    assert_eq!(decoded.iter().map(|line| json!([line["depth"], line["batch"]])).collect::<Vec<_>>(), points);
+    assert!(lines.iter().all(|line| line["hardware"]["threads"].as_u64() > Some(0)));
+
+    let only_prompts = stdout(&["bench", "-m", "synthetic:tiny", "-p", "60", "-n", "0", "-r", "1", "-o", "json"]);
+    let only_prompts: Value = serde_json::from_str(&only_prompts).unwrap();
+    assert!(only_prompts["models"].as_array().unwrap().is_empty());
+    assert_eq!(only_prompts["prompts"][0]["modes"].as_array().unwrap().len(), 5);
+
+    assert_fails(&["bench", "-m", "synthetic:tiny", "-n", "0"], 2, &["-n 0", "-p"]);
+    assert_fails(&["bench", "-m", "synthetic:tiny", "-d", "10,0"], 2, &["-d 0"]);
+    assert_fails(&["bench", "--overlap", "-m", "synthetic:tiny", "-d", "10,20"], 2, &["--overlap", "one depth"]);
+}
+
+/// Trained weights have a KL divergence from `full`: nothing for `full` itself and for whole 16-bit layers, something for one bit.
+#[test]
+fn bench_measures_divergence() {
+    let args = ["bench", "-m", &recall(), "-d", "700", "-n", "2", "-r", "1", "--kv-bits", "1", "-o", "json"];
+    let out: Value = serde_json::from_str(&stdout(&args)).unwrap();
+    let kld = |mode: &str| {
+        let modes = out["models"][0]["modes"].as_array().unwrap();
+        modes.iter().find(|m| m["mode"] == mode).unwrap()["kld"].as_f64().unwrap()
+    };
+    assert!(kld("full") == 0.0 && kld("offload") < 1e-6, "{out}");
+    assert!(kld("kivi") > 10.0 * kld("offload") && kld("specache") < kld("kivi"), "{out}");
+    let random = stdout(&["bench", "-m", "synthetic:tiny", "-d", "70", "-n", "2", "-r", "1", "-o", "json"]);
+    let random: Value = serde_json::from_str(&random).unwrap();
+    assert!(random["models"][0]["modes"][0]["kld"].is_null(), "{random}");
+}
+
 #[test]
 fn help_and_version() {
     assert!(stdout(&["--version"]).starts_with("specache-engine 0."));

@@ -14,8 +14,9 @@ import time
 
 LLAMA, MISTRAL = "synthetic:llama-3.1-8b", "synthetic:mistral-7b-v0.2"
 ALL = "full,kivi,offload,fetch,specache"
-# Model, tokens in the cache, sequences, modes, other options. 16-bit pairs lie on the host once for each of offload, fetch
+# Model, tokens in the cache (or, with PROMPT, of a prompt that is prefilled), sequences, modes, other options. 16-bit pairs lie on the host once for each of offload, fetch
 # and specache: Llama-3-8B's are 16 GiB for 128k tokens.
+PROMPT = ["-n", "0"]
 GRID = [
     (LLAMA, 32768, 1, ALL, []),
     (LLAMA, 8192, 1, "full,kivi,specache", []),
@@ -31,6 +32,8 @@ GRID = [
     (LLAMA, 32768, 8, "full", ["--vram-budget", "48GiB"]),
     (LLAMA, 32768, 27, "specache", ["--vram-budget", "48GiB"]),
     (LLAMA, 32768, 48, "kivi", ["--vram-budget", "48GiB"]),
+    (LLAMA, 8192, 1, "full,specache", PROMPT),
+    (LLAMA, 32768, 1, "full,specache", PROMPT),
     (LLAMA, 32768, 1, "full,specache", ["--no-graph"]),
     (MISTRAL, 32768, 8, "full,specache", []),
     (MISTRAL, 8192, 1, "full,specache", []),
@@ -38,13 +41,15 @@ GRID = [
 TINY = [
     ("synthetic:tiny", 200, 1, "full,specache", []),
     ("synthetic:tiny", 200, 2, "specache", ["--linear", "cublas"]),
+    ("synthetic:tiny", 200, 1, "full,specache", PROMPT),
 ]
 COLUMNS = ["model", "tokens", "batch", "mode", "options", "tok/s", "vs full", "GB/s", "of read", "exposed us", "device"]
 
 
 def measure(engine, case, steps, limit):
     model, depth, batch, modes, options = case
-    args = ["bench", "-m", model, "-d", str(depth), "-b", str(batch), "--kv", modes, "-n", str(steps), "-r", "2"]
+    args = ["bench", "-m", model, "-b", str(batch), "--kv", modes, "-r", "2"]
+    args += ["-p", str(depth)] if options == PROMPT else ["-d", str(depth), "-n", str(steps)]
     line = {"model": model, "depth": depth, "batch": batch, "kv": modes, "options": options}
     begin = time.monotonic()
     try:
@@ -69,7 +74,12 @@ def rows(line):
         return [[*fixed, line["kv"], options, line["failed"]]]
     read = line["bench"]["hardware"]["read_gb_s"]
     out = []
-    for mode in line["bench"]["models"][0]["modes"]:
+    for prompt in line["bench"].get("prompts", []):
+        for mode in prompt["modes"]:
+            speed, ratio = f"{mode['prefill_tok_s']['mean']:.1f}", mode["ratio_to_full"]
+            fixed_ = [*fixed, mode["mode"], "prefill", speed, "-" if ratio is None else f"{ratio:.2f}"]
+            out.append([*fixed_, "-", "-", "-", "-"])
+    for mode in (mode for model in line["bench"]["models"] for mode in model["modes"]):
         number = lambda value, text: "-" if value is None else text.format(value)
         share = number(read, f"{100 * mode['read_gb_s'] / (read or 1):.0f} %")
         exposed, ratio = mode["exposed_us_per_step"], mode["ratio_to_full"]

@@ -239,15 +239,18 @@ const BENCH_EXAMPLES: &str = "\
 Examples:
   specache-engine --bench
   specache-engine bench -m synthetic:llama-3.2-1b -d 4096 --kv full,specache --kv-bits 1
-  specache-engine bench -m models/llama -d 2000 -o json > bench.json
+  specache-engine bench -m models/llama -d 2000,8000 -b 1,4 -o csv > bench.csv
+  specache-engine bench -m synthetic:llama-3.2-1b -p 512,2048 -n 0 --kv full,specache
+  specache-engine bench -d 500,1000,2000 -m synthetic:tinyllama-1.1b --plot speed.svg
   specache-engine bench --overlap -d 4000 -b 2 --sim-pcie-gbps 0.04 --plot steps.svg
   specache-engine bench --simulate --gpu a6000 -m synthetic:llama-3-8b --kv-bits 1
 
 Real weights get a real prompt, prefilled once per mode. Random weights
-(synthetic:SHAPE) get a cache of random pairs, so they have no prefill speed, and
-their hit rate and acceptance would mean nothing. The modes take turns within each
-repetition, so that all of them meet the same moods of the machine; a mode's cache
-grows from one repetition to the next.";
+(synthetic:SHAPE) get a cache of random pairs: they have a prefill speed with -p only, and
+their hit rate, acceptance and KL divergence would mean nothing. The modes take turns within
+each repetition, so that all of them meet the same moods of the machine; a mode's cache
+grows from one repetition to the next. KLD: mean KL divergence from full, in nats, over 32
+tokens behind the prompt.";
 
 /// `bench`.
 #[derive(Args)]
@@ -256,13 +259,16 @@ pub struct BenchArgs {
     /// --overlap the latter only, with --simulate synthetic:llama-3-8b]
     #[arg(short, long, env = "SPECACHE_BENCH_MODEL", value_name = "DIR,...", value_delimiter = ',')]
     pub model: Vec<String>,
-    /// Decode steps of a repetition [default: 6, or 64 for models below 1 GB]
+    /// Prompts of so many tokens are prefilled in every mode: tokens per second, and the time to the first token
+    #[arg(short, long, env = "SPECACHE_BENCH_PROMPT", value_name = "TOKENS,...", value_delimiter = ',')]
+    pub prompt: Vec<usize>,
+    /// Decode steps of a repetition; 0: none, with -p [default: 6, or 64 for models below 1 GB]
     #[arg(short, long, env = "SPECACHE_BENCH_N_PREDICT", value_name = "N", allow_negative_numbers = true)]
     pub n_predict: Option<usize>,
     /// Tokens in the cache when decoding begins [default: 1024; the recall model: one of its prompts; with --simulate
     /// 8192, 32768 and 131072]
-    #[arg(short, long, env = "SPECACHE_BENCH_DEPTH", value_name = "TOKENS", allow_negative_numbers = true)]
-    pub depth: Option<usize>,
+    #[arg(short, long, env = "SPECACHE_BENCH_DEPTH", value_name = "TOKENS,...", value_delimiter = ',')]
+    pub depth: Vec<usize>,
     /// Repetitions
     #[arg(short, long, env = "SPECACHE_BENCH_REPETITIONS", value_name = "R", default_value_t = 5)]
     pub repetitions: usize,
@@ -281,18 +287,19 @@ pub struct BenchArgs {
     #[arg(long, env = "SPECACHE_BENCH_OVERLAP", conflicts_with = "simulate")]
     pub overlap: bool,
     /// Sequences that are decoded together; of a real prompt they are forks, which share its pages on the host
-    #[arg(short, long, env = "SPECACHE_BENCH_BATCH", value_name = "B", default_value_t = 1)]
-    pub batch: usize,
-    /// Draw one step of each schedule of --overlap as a time line
-    #[arg(long, env = "SPECACHE_BENCH_PLOT", value_name = "OUT.svg", requires = "overlap")]
+    #[arg(short, long, env = "SPECACHE_BENCH_BATCH", value_name = "B,...", value_delimiter = ',', default_value = "1")]
+    pub batch: Vec<usize>,
+    /// Draw how fast each mode decodes; with --overlap, one step of each schedule as a time line
+    #[arg(long, env = "SPECACHE_BENCH_PLOT", value_name = "OUT.svg")]
     pub plot: Option<PathBuf>,
     /// The card to simulate
     #[arg(long, env = "SPECACHE_BENCH_GPU", value_name = "GPU", default_value = "h200", requires = "simulate",
           value_parser = ["a6000", "4090", "h100", "h200"])]
     pub gpu: String,
-    /// A table for people, or JSON with every repetition
+    /// Tables for people; a line of CSV for each mode; JSON with every repetition at the end, or a line of it for each model,
+    /// depth and batch as soon as it is measured
     #[arg(short, long, env = "SPECACHE_BENCH_OUTPUT", value_name = "FORMAT", default_value = "md",
-          value_parser = ["md", "json"])]
+          value_parser = ["md", "csv", "json", "jsonl"])]
     pub output: String,
 }
 

@@ -1,7 +1,10 @@
 //! `bench`: the KV modes side by side, in turns, on one machine.
 
+mod decode;
 mod models;
 mod overlap;
+mod plot;
+mod prompts;
 mod report;
 mod simulate;
 mod timeline;
@@ -11,20 +14,14 @@ use std::time::Instant;
 use specache::context::MAX_CONTEXT;
 use specache::device::{Device, interrupt};
 use specache::error::{Error, Result};
-use specache::kv::cache::CacheBytes;
-use specache::kv::{KvMode, KvOptions, KvShape};
-use specache::sampler::argmax;
-use specache::session::Stats;
-use specache::{Buffers, Engine, Next, Prompt, Session};
+use specache::kv::KvMode;
+use specache::{Buffers, Engine, Prompt, Session};
 
-use self::models::Fill;
 use self::report::Report;
 use super::args::BenchArgs;
-use super::generate::Figures;
+use super::output::AtomicFile;
 use super::progress::{Progress, say};
 
-/// Steps before anything is timed: the first one holds the pre-decode, and both size the buffers.
-const WARM_UP: usize = 2;
 /// Seed of the random pairs.
 const SEED: u64 = 1;
 
@@ -42,6 +39,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
         return overlap::run(&args);
     }
     let start = Instant::now();
+    let plot = args.plot.as_deref().map(|file| AtomicFile::create("--plot", file)).transpose()?;
     let mut progress = Progress::new();
     progress.show("measuring how fast this device reads its memory");
     let mut report = Report::new(&args.output, machine(&args)?);
@@ -49,23 +47,63 @@ pub fn run(args: BenchArgs) -> Result<()> {
     progress.clear();
     report.begin()?;
     for model in models {
-        let result = bench(&args, &model, &mut progress)?;
-        progress.clear();
-        report.add(result)?;
+        grid(&args, &model, &mut report, &mut progress)?;
     }
     report.end()?;
+    if let Some(mut file) = plot {
+        file.write(plot::svg(report.decoded()).as_bytes())?;
+        file.commit()?;
+    }
     say(format_args!("took {:.1} s", start.elapsed().as_secs_f64()));
+    Ok(())
+}
+
+/// One model: every prompt, then every depth, with every batch.
+fn grid(args: &BenchArgs, model: &str, report: &mut Report, progress: &mut Progress) -> Result<()> {
+    progress.show(format_args!("loading {model}"));
+    let engine = Engine::load(model, &args.device.options()?)?;
+    let _ctrl_c = interrupt::forward(engine.interrupt_flag());
+    for &tokens in &args.prompt {
+        for &batch in &args.batch {
+            let result = prompts::bench(args, &engine, model, tokens, batch, progress)?;
+            progress.clear();
+            report.add_prompts(&result)?;
+        }
+    }
+    if args.n_predict == Some(0) {
+        return Ok(());
+    }
+    let depths: Vec<Option<usize>> = match &args.depth[..] {
+        [] => vec![None],
+        depths => depths.iter().copied().map(Some).collect(),
+    };
+    for depth in depths {
+        for &batch in &args.batch {
+            let result = decode::bench(args, &engine, model, depth, batch, progress)?;
+            progress.clear();
+            report.add(result)?;
+        }
+    }
     Ok(())
 }
 
 /// What would have no effect is refused.
 fn check_combination(args: &BenchArgs) -> Result<()> {
     let usage = |what: &str| Err(Error::Usage(what.into()));
+    let alone = !args.overlap && !args.simulate;
     match (args.overlap, args.simulate) {
         (false, _) if args.device.trace.is_some() => usage("--trace: bench writes one with --overlap only"),
-        (false, _) if args.plot.is_some() => usage("--plot: bench draws with --overlap only"),
-        (false, true) if args.batch > 1 => usage("--batch: --simulate has batches of its own; leave it out"),
-        (false, false) => Ok(()),
+        (_, true) if args.plot.is_some() => usage("--plot: --simulate draws nothing; leave it out"),
+        (_, true) if args.batch != [1] => usage("--batch: --simulate has batches of its own; leave it out"),
+        (true, _) if args.batch.len() > 1 || args.depth.len() > 1 => {
+            usage("--overlap: one depth and one batch at a time")
+        }
+        _ if args.n_predict == Some(0) && (args.prompt.is_empty() || !alone) => {
+            usage("-n 0: at least one is needed, but with -p")
+        }
+        _ if args.n_predict == Some(0) && args.plot.is_some() => usage("--plot draws decoding; leave out -n 0"),
+        _ if alone => Ok(()),
+        _ if !args.prompt.is_empty() => usage("-p: --overlap and --simulate are about decoding; leave it out"),
         _ if args.output != "md" => usage("-o: --overlap and --simulate print tables only"),
         _ if args.kv != KvMode::ALL => usage("--kv: --overlap and --simulate are about specache; leave it out"),
         _ => Ok(()),
@@ -73,15 +111,17 @@ fn check_combination(args: &BenchArgs) -> Result<()> {
 }
 
 fn check(args: &BenchArgs) -> Result<()> {
-    let zero = |option: &str| Err(Error::Usage(format!("{option} 0: at least one is needed")));
-    match (args.n_predict, args.depth, args.repetitions) {
-        (Some(0), ..) => zero("-n"),
-        (_, Some(0), _) => zero("-d"),
-        (_, Some(depth), _) if depth > MAX_CONTEXT => {
-            Err(Error::Usage(format!("-d {depth}: at most {MAX_CONTEXT} tokens are supported")))
+    let numbers = [("-d", &args.depth), ("-p", &args.prompt), ("-b", &args.batch)];
+    for (option, number) in numbers.iter().flat_map(|(option, all)| all.iter().map(move |&n| (option, n))) {
+        if number == 0 {
+            return Err(Error::Usage(format!("{option} 0: at least one is needed")));
         }
-        (.., 0) => zero("-r"),
-        _ if args.batch == 0 => zero("-b"),
+        if number > MAX_CONTEXT {
+            return Err(Error::Usage(format!("{option} {number}: at most {MAX_CONTEXT} tokens are supported")));
+        }
+    }
+    match args.repetitions {
+        0 => Err(Error::Usage("-r 0: at least one is needed".into())),
         _ => Ok(()),
     }
 }
@@ -115,177 +155,7 @@ fn machine(args: &BenchArgs) -> Result<Machine> {
     })
 }
 
-/// What was measured with one model.
-pub struct ModelResult {
-    pub model: String,
-    pub synthetic: bool,
-    /// Tokens in the cache when decoding begins.
-    pub depth: usize,
-    /// Decode steps of a repetition.
-    pub n: usize,
-    /// Sequences that are decoded together.
-    pub batch: usize,
-    /// Bytes of weights that a step reads.
-    pub weight_bytes: u64,
-    pub modes: Vec<ModeResult>,
-}
-
-/// What was measured with one mode.
-pub struct ModeResult {
-    pub kv: KvOptions,
-    /// Tokens of all sequences a second, in each repetition.
-    pub tok_s: Vec<f64>,
-    /// `None` where the cache was filled with random pairs.
-    pub prefill_tok_s: Option<f64>,
-    /// Of all sequences.
-    pub device_bytes: u64,
-    /// Of all sequences.
-    pub host_bytes: u64,
-    /// Bytes of all caches that a step reads at least, from the device's memory.
-    pub kv_reads: u64,
-    pub fetched_bytes_per_step: Option<f64>,
-    pub exposed_us_per_step: Option<f64>,
-    pub hit_rate: Option<f64>,
-    pub acceptance: Option<f64>,
-}
-
-/// All modes of one model.
-fn bench(args: &BenchArgs, model: &str, progress: &mut Progress) -> Result<ModelResult> {
-    progress.show(format_args!("loading {model}"));
-    let engine = Engine::load(model, &args.device.options()?)?;
-    let _ctrl_c = interrupt::forward(engine.interrupt_flag());
-    // The LM head has the embedding's size, and a step reads one of the two whole.
-    let weight_bytes = engine.model().weights.bytes(true);
-    let n = args.n_predict.unwrap_or(if weight_bytes < 1_000_000_000 { 64 } else { 6 });
-    let fill = models::fill(&engine, model, args.depth)?;
-    let waits = if engine.device().is_gpu() { n.div_ceil(8) } else { 0 };
-    // Each repetition has a step that is not timed.
-    let steps = n.checked_add(1 + waits).and_then(|n| n.checked_mul(args.repetitions));
-    let steps = steps.and_then(|steps| steps.checked_add(WARM_UP + fill.depth()));
-    let capacity = steps.ok_or_else(|| Error::Usage("-n, -d, -r: too many tokens for any context".into()))?;
-
-    let mut buffers = Buffers::default();
-    let mut cases = Vec::new();
-    for kv in args.kv.iter().map(|&mode| args.tuning.options(mode)) {
-        progress.show(format_args!("{model}: {} tokens into the cache, {}", fill.depth(), kv.mode.name()));
-        cases.push(Case::new(&engine, kv, args.batch, capacity, &fill, &mut buffers)?);
-    }
-    for repetition in 1..=args.repetitions {
-        for case in &mut cases {
-            let mode = case.kv().mode.name();
-            progress.show(format_args!("{model}: repetition {repetition} of {}, {mode}", args.repetitions));
-            case.repeat(&engine, n, waits, &mut buffers)?;
-        }
-    }
-    let modes = cases.into_iter().map(|case| case.result(&engine, fill.depth())).collect();
-    let (model, synthetic) = (engine.model().name.clone(), engine.model().synthetic);
-    Ok(ModelResult { model, synthetic, depth: fill.depth(), n, batch: args.batch, weight_bytes, modes })
-}
-
-/// One mode under measurement.
-struct Case {
-    sessions: Vec<Session>,
-    tokens: Vec<u32>,
-    prefill_tok_s: Option<f64>,
-    /// Figures after the warm-up.
-    before: Stats,
-    tok_s: Vec<f64>,
-}
-
-impl Case {
-    /// Sequences of random pairs of their own; or forks of one prompt.
-    fn new(
-        engine: &Engine,
-        kv: KvOptions,
-        batch: usize,
-        capacity: usize,
-        fill: &Fill,
-        buffers: &mut Buffers,
-    ) -> Result<Case> {
-        let (mut sessions, mut prefill_tok_s) = (vec![engine.session(kv, capacity)?], None);
-        let first_token;
-        match fill {
-            Fill::Random { tokens, first } => {
-                first_token = *first;
-                while sessions.len() < batch {
-                    sessions.push(engine.session(kv, capacity)?);
-                }
-                for (i, session) in sessions.iter_mut().enumerate() {
-                    engine.device().run(|| session.fill_synthetic(*tokens, SEED + i as u64))?;
-                }
-            }
-            Fill::Prompt(tokens) => {
-                let (logits, tok_s) = prefill(engine, &mut sessions[0], tokens, buffers)?;
-                (first_token, prefill_tok_s) = (argmax(&logits), Some(tok_s));
-                while sessions.len() < batch {
-                    let fork = engine.device().run(|| sessions[0].fork())?;
-                    sessions.push(fork);
-                }
-            }
-        }
-        let tokens = vec![first_token; batch];
-        let mut case = Case { sessions, tokens, prefill_tok_s, before: Stats::default(), tok_s: Vec::new() };
-        for _ in 0..WARM_UP {
-            case.step(engine, buffers)?;
-        }
-        case.before = case.sessions[0].stats().clone();
-        Ok(case)
-    }
-
-    fn kv(&self) -> &KvOptions {
-        self.sessions[0].kv()
-    }
-
-    /// A step that is not timed, as another mode has just had the caches, `n` that are, and `waits` in which a GPU measures how
-    /// long it waits for copies: the events for that would cost the others some percent.
-    fn repeat(&mut self, engine: &Engine, n: usize, waits: usize, buffers: &mut Buffers) -> Result<()> {
-        self.step(engine, buffers)?;
-        let start = Instant::now();
-        for _ in 0..n {
-            self.step(engine, buffers)?;
-        }
-        self.tok_s.push((n * self.sessions.len()) as f64 / start.elapsed().as_secs_f64());
-        engine.device().measure_waits(true);
-        let measured = (0..waits).try_for_each(|_| self.step(engine, buffers));
-        engine.device().measure_waits(false);
-        measured
-    }
-
-    fn step(&mut self, engine: &Engine, buffers: &mut Buffers) -> Result<()> {
-        let next = self.sessions.iter_mut().zip(&self.tokens).map(|(session, &token)| Next { session, token });
-        engine.decode(&mut next.collect::<Vec<_>>(), buffers)?;
-        for (i, token) in self.tokens.iter_mut().enumerate() {
-            *token = buffers.argmax(i)?;
-        }
-        Ok(())
-    }
-
-    fn result(self, engine: &Engine, depth: usize) -> ModeResult {
-        let (kv, batch) = (*self.kv(), self.sessions.len() as u64);
-        // Waits are the same for all sequences of a batch; what they fetch is much the same.
-        let (figures, stats, before) = (Figures::of(engine, &self.sessions[0]), self.sessions[0].stats(), &self.before);
-        let copies = |per_step: f64| kv.mode.on_host().then_some(per_step);
-        let fetched = (stats.fetched_bytes - before.fetched_bytes) as f64 / (stats.steps - before.steps) as f64;
-        let measured = (stats.exposed_steps - before.exposed_steps) as f64;
-        let exposed_us = (stats.exposed - before.exposed).as_secs_f64() * 1e6;
-        let shape = KvShape::new(&engine.model().config, &kv);
-        let sum = |of: fn(&CacheBytes) -> u64| self.sessions.iter().map(|session| of(&session.cache_bytes())).sum();
-        ModeResult {
-            kv,
-            device_bytes: sum(CacheBytes::device),
-            host_bytes: sum(|bytes| bytes.host),
-            kv_reads: batch * CacheBytes::step_reads(&shape, &kv, depth),
-            prefill_tok_s: self.prefill_tok_s,
-            fetched_bytes_per_step: copies(fetched * batch as f64),
-            exposed_us_per_step: copies(exposed_us / measured).filter(|us| us.is_finite()),
-            hit_rate: figures.hit_rate,
-            acceptance: figures.acceptance,
-            tok_s: self.tok_s,
-        }
-    }
-}
-
-/// Logits of the last row, and tokens per second. A short prefill of another session goes before it, untimed, and sizes
+/// Logits of the last row, and seconds. A short prefill of another session goes before it, untimed, and sizes
 /// the buffers.
 fn prefill(engine: &Engine, session: &mut Session, tokens: &[u32], buffers: &mut Buffers) -> Result<(Vec<f32>, f64)> {
     let first = &tokens[..tokens.len().min(32)];
@@ -293,5 +163,5 @@ fn prefill(engine: &Engine, session: &mut Session, tokens: &[u32], buffers: &mut
     engine.prefill(&mut [Prompt { session: &mut warm_up, tokens: first }], buffers)?;
     let start = Instant::now();
     let logits = engine.prefill(&mut [Prompt { session, tokens }], buffers)?.remove(0)?;
-    Ok((logits, tokens.len() as f64 / start.elapsed().as_secs_f64()))
+    Ok((logits, start.elapsed().as_secs_f64()))
 }

@@ -37,7 +37,7 @@ pub fn greedy(engine: &Engine, kv: KvOptions, prompt: &[u32], limits: &Limits) -
             break;
         }
         engine.decode(&mut [Next { session: &mut session, token }], &mut buffers)?;
-        token = argmax(buffers.logits(0)?);
+        token = buffers.argmax(0)?;
     }
     Ok(said)
 }

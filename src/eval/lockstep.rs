@@ -23,7 +23,7 @@ impl Step<'_> {
     /// # Errors
     /// As [`Buffers::logits`].
     pub fn logits(&self, i: usize) -> Result<&[f32]> {
-        self.buffers.logits(i)
+        self.buffers.logits_on_host(i)
     }
 }
 
@@ -60,6 +60,7 @@ pub fn run(
         let mut batch: Vec<Next> = sessions.iter_mut().map(|session| Next { session, token }).collect();
         engine.decode(&mut batch, &mut buffers)?;
         drop(batch);
+        (0..sessions.len()).try_for_each(|i| buffers.logits(i).map(drop))?;
         see(Step { target, number: step + 1, sessions: &sessions, buffers: &buffers })?;
     }
     Ok(sessions)

@@ -63,8 +63,8 @@ pub fn synthetic() -> &'static str {
 
 /// What fills a cache.
 pub enum Fill {
-    /// A prompt, really prefilled.
-    Prompt(Vec<u32>),
+    /// A prompt, really prefilled, and what comes behind it.
+    Prompt { tokens: Vec<u32>, next: Vec<u32> },
     /// Random pairs, and a token to begin with.
     Random { tokens: usize, first: u32 },
 }
@@ -73,32 +73,47 @@ impl Fill {
     /// Tokens in the cache.
     pub fn depth(&self) -> usize {
         match self {
-            Fill::Prompt(tokens) => tokens.len(),
+            Fill::Prompt { tokens, .. } => tokens.len(),
             Fill::Random { tokens, .. } => *tokens,
         }
     }
 }
 
-/// What fills the caches of a model.
+/// What fills the caches of a model, and `next` tokens behind that.
 ///
 /// # Errors
 /// [`Error::Model`] for a broken tokenizer or prompt file.
-pub fn fill(engine: &Engine, model: &str, depth: Option<usize>) -> Result<Fill> {
+pub fn fill(engine: &Engine, model: &str, depth: Option<usize>, next: usize) -> Result<Fill> {
     let config = &engine.model().config;
     if engine.model().synthetic {
         return Ok(Fill::Random { tokens: depth.unwrap_or(DEPTH), first: config.bos_token_id.unwrap_or(0) });
     }
+    let (ids, usual) = text(engine, model)?;
+    let mut tokens = cycled(ids, depth.unwrap_or(usual) + next);
+    let next = tokens.split_off(tokens.len() - next);
+    Ok(Fill::Prompt { tokens, next })
+}
+
+/// Tokens of some text, and how many of them a prompt has where nothing else is said.
+///
+/// # Errors
+/// As [`fill`].
+pub fn text(engine: &Engine, model: &str) -> Result<(Vec<u32>, usize)> {
+    let config = &engine.model().config;
+    // 2^32 / golden ratio: neighbours are far apart.
+    let scattered = || (0..997u32).map(|i| i.wrapping_mul(2_654_435_769) % config.vocab_size as u32).collect();
+    if engine.model().synthetic {
+        return Ok((scattered(), DEPTH));
+    }
     if let Some(prompts) = recall_prompts(Path::new(model))? {
         let one = prompts.first().map_or(DEPTH, |prompt| prompt.ids.len());
-        let ids: Vec<u32> = prompts.into_iter().flat_map(|prompt| prompt.ids).collect();
-        return Ok(Fill::Prompt(cycled(ids, depth.unwrap_or(one))));
+        return Ok((prompts.into_iter().flat_map(|prompt| prompt.ids).collect(), one));
     }
     let ids = match input::tokenizer(model, config.vocab_size)? {
         Some(tokenizer) => tokenizer.encode(PASSAGE, false)?,
-        // 2^32 / golden ratio: neighbours are far apart.
-        None => (0..997u32).map(|i| i.wrapping_mul(2_654_435_769) % config.vocab_size as u32).collect(),
+        None => scattered(),
     };
-    Ok(Fill::Prompt(cycled(ids, depth.unwrap_or(DEPTH))))
+    Ok((ids, DEPTH))
 }
 
 /// A prompt of the recall model.
@@ -118,6 +133,6 @@ fn recall_prompts(model: &Path) -> Result<Option<Vec<RecallPrompt>>> {
 }
 
 /// The first `n` of the ids repeated without end.
-fn cycled(ids: Vec<u32>, n: usize) -> Vec<u32> {
+pub fn cycled(ids: Vec<u32>, n: usize) -> Vec<u32> {
     ids.into_iter().cycle().take(n).collect()
 }

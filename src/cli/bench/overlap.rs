@@ -43,7 +43,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let engine = Engine::load(&model, &options)?;
     let _ctrl_c = interrupt::forward(engine.interrupt_flag());
     let n = args.n_predict.unwrap_or(if engine.model().weights.bytes(true) < 1_000_000_000 { 64 } else { 6 });
-    let fill = models::fill(&engine, &model, args.depth)?;
+    let fill = models::fill(&engine, &model, args.depth.first().copied(), 0)?;
     let mut bench = Bench::new(&engine);
     let outcome = bench.run(kv, args, &fill, n, &mut progress);
     progress.clear();
@@ -52,7 +52,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         "{}: {} tokens in the cache, batch {}, {} steps a schedule in turns, {}",
         engine.model().name,
         fill.depth(),
-        args.batch,
+        args.batch[0],
         n * args.repetitions,
         engine.device().describe()
     );
@@ -95,7 +95,7 @@ impl<'a> Bench<'a> {
 
     /// All schedules in turns, `n` steps a turn.
     fn run(&mut self, kv: KvOptions, args: &BenchArgs, fill: &Fill, n: usize, progress: &mut Progress) -> Result<()> {
-        self.fill(kv, args.batch, fill, WARM_UP + n * args.repetitions * Schedule::ALL.len(), progress)?;
+        self.fill(kv, args.batch[0], fill, WARM_UP + n * args.repetitions * Schedule::ALL.len(), progress)?;
         for _ in 0..WARM_UP {
             self.step(None)?;
         }
@@ -130,7 +130,7 @@ impl<'a> Bench<'a> {
                     engine.device().run(|| session.fill_synthetic(*tokens, SEED + i as u64))?;
                     *first
                 }
-                Fill::Prompt(tokens) => argmax(&prefill(engine, &mut session, tokens, &mut self.buffers)?.0),
+                Fill::Prompt { tokens, .. } => argmax(&prefill(engine, &mut session, tokens, &mut self.buffers)?.0),
             };
             self.sessions.push(session);
             self.tokens.push(token);

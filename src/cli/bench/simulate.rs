@@ -57,7 +57,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 fn rows(args: &BenchArgs, gpu: &Gpu, config: &Config) -> Result<Vec<Vec<String>>> {
     let kv = args.tuning.options(KvMode::SpeCache);
     kv.validate(config)?;
-    let contexts = args.depth.map_or(vec![8 << 10, 32 << 10, 128 << 10], |depth| vec![depth]);
+    let contexts = if args.depth.is_empty() { vec![8 << 10, 32 << 10, 128 << 10] } else { args.depth.clone() };
     let mut rows = Vec::new();
     for context in contexts {
         let plan = CacheBytes::plan(&KvShape::new(config, &kv), &kv, context + 1);

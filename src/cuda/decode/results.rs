@@ -1,7 +1,5 @@
 //! What the host learns of a decode pass, once it is over.
 
-use bytemuck::cast_slice;
-
 use super::layout::{Results, Told};
 use super::memory::{Memory, mark_seen, put};
 use super::{Group, Workspace};
@@ -14,23 +12,30 @@ use crate::model::Config;
 use crate::sampler::SamplingOptions;
 
 impl Workspace {
-    /// Logits `[vocab]` of a row, once the pass is over: they come to the host now, if they are not there.
+    /// The logits of a row come to the host, once the pass is over, if they are not there.
     ///
     /// # Errors
     /// [`crate::Error::Device`].
-    pub(crate) fn logits(&mut self, row: usize) -> Result<&[f32]> {
-        let (vocab, memory) = (self.vocab, self.memory.as_mut().expect("reserved before the pass"));
-        let at = memory.results_at.logits + row * vocab * 4;
-        if !self.logits_here[row] {
-            let Memory { device, results, results_host, .. } = memory;
-            let gpu = device.gpu().expect("a GPU's workspace");
-            gpu.driver().begin_request();
-            gpu.fetch(StreamId::Compute, results_host, at, results.address() + at as u64, vocab * 4);
-            device.finish(device.record(StreamId::Compute));
-            device.sound()?;
-            self.logits_here[row] = true;
+    pub(crate) fn fetch_logits(&mut self, row: usize) -> Result<()> {
+        if self.logits_here[row] {
+            return Ok(());
         }
-        Ok(cast_slice(&memory.results_host.bytes()[at..at + vocab * 4]))
+        let (bytes, memory) = (self.vocab * 4, self.memory.as_mut().expect("reserved before the pass"));
+        let at = memory.results_at.logits + row * bytes;
+        let Memory { device, results, results_host, .. } = memory;
+        let gpu = device.gpu().expect("a GPU's workspace");
+        gpu.driver().begin_request();
+        gpu.fetch(StreamId::Compute, results_host, at, results.address() + at as u64, bytes);
+        device.finish(device.record(StreamId::Compute));
+        device.sound()?;
+        self.logits_here[row] = true;
+        Ok(())
+    }
+
+    /// Logits `[vocab]` of a row, if they have come to the host.
+    pub(crate) fn logits(&self, row: usize) -> Option<&[f32]> {
+        let first = row * self.vocab;
+        self.logits_here[row].then(|| &self.memory().told_back(|r| r.logits)[first..first + self.vocab])
     }
 
     /// The token of a row that is drawn with `options` and a random number in [0, 1), once the pass is over.
