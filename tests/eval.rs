@@ -572,6 +572,11 @@ fn bad_input_is_refused_by_name() {
             &["--answer", "no words"],
         ),
         (&["needle", "--haystack", &hay, "-n", "0"], &["-n 0"]),
+        (
+            &["needle", "--haystack", &hay, "--lengths", "100", "-n", "18446744073709551615"],
+            &["a context of", "at most"],
+        ),
+        (&["ppl", "--tokens", ids, "-c", "18446744073709551615"], &["a longer text or a smaller --ctx-size"]),
         (&["needle", "--haystack", &hay, "--chat"], &["--chat", "no chat template"]),
         (&["needle", "--prompts", &list], &["--prompts", "empty"]),
         (&["needle", "--prompts", &odd], &["prompt 0 has neither depth nor index"]),
