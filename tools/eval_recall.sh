@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What the recall model loses by KV mode: needles, KL divergence, perplexity and coverage, with the pictures of docs/pictures.
-# Prompts and text have fixed seeds. A few minutes on two cores; interrupted, it goes on where it was. Results: target/eval_recall.
+# Prompts and text have fixed seeds. About a quarter of an hour on two cores; interrupted, it goes on where it was. Results are
+# in target/eval_recall.
 #
 #   tools/eval_recall.sh            also draws docs/pictures/recall_*.svg
 #   tools/eval_recall.sh FOLDER     draws into FOLDER
