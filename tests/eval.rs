@@ -127,6 +127,11 @@ fn perplexity_and_divergence_are_those_of_lone_runs() {
     let rows = |kv: KvOptions| -> Vec<Vec<f32>> {
         windows.iter().flat_map(|ids| run(&engine, kv, ids, PREFILL, None).0.split_off(1)).collect()
     };
+    let acceptance = |kv: KvOptions| {
+        let stats = |ids: &&[u32]| run(&engine, kv, ids, PREFILL, None).1.stats().clone();
+        let (right, of) = windows.iter().map(stats).fold((0, 0), |sum, s| (sum.0 + s.accepted, sum.1 + s.compared));
+        (of > 0).then(|| right as f64 / of as f64)
+    };
     let targets: Vec<u32> = windows.iter().flat_map(|ids| ids[PREFILL + 1..].to_vec()).collect();
     let full = rows(kv(KvMode::Full, 2, 64, 64, 16));
     assert_eq!(full.len(), targets.len());
@@ -154,6 +159,10 @@ fn perplexity_and_divergence_are_those_of_lone_runs() {
         // Of 158 values, 157 are at most the 99th percentile by nearest rank.
         near(number(got, "p99"), kl[156], 1e-6);
         near(number(got, "max"), kl[157], 1e-6);
+        let (got_share, share) = (got["acceptance"].as_f64(), acceptance(options));
+        assert_eq!(got_share.is_some(), share.is_some(), "{name}");
+        near(got_share.unwrap_or(0.0), share.unwrap_or(0.0), 1e-12);
+        assert_eq!(got["acceptance"], variant(&ppl, name)["acceptance"]);
     }
 }
 
@@ -563,6 +572,11 @@ fn bad_input_is_refused_by_name() {
             &["--answer", "no words"],
         ),
         (&["needle", "--haystack", &hay, "-n", "0"], &["-n 0"]),
+        (
+            &["needle", "--haystack", &hay, "--lengths", "100", "-n", "18446744073709551615"],
+            &["a context of", "at most"],
+        ),
+        (&["ppl", "--tokens", ids, "-c", "18446744073709551615"], &["a longer text or a smaller --ctx-size"]),
         (&["needle", "--haystack", &hay, "--chat"], &["--chat", "no chat template"]),
         (&["needle", "--prompts", &list], &["--prompts", "empty"]),
         (&["needle", "--prompts", &odd], &["prompt 0 has neither depth nor index"]),
@@ -609,6 +623,6 @@ fn on_a_gpu() {
         let of = |engine: &Engine| specache::eval::perplexity::window(engine, &variants, ids, 200, |_| {}).unwrap();
         let (gpu, cpu) = (of(&engine), of(&recall()));
         // 5 tokens; tests/cuda.rs bounds single logits.
-        gpu.iter().zip(&cpu).for_each(|(gpu, cpu)| near(*gpu, *cpu, 0.25));
+        gpu.iter().zip(&cpu).for_each(|(gpu, cpu)| near(gpu.nll, cpu.nll, 0.25));
     });
 }

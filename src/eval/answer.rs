@@ -23,7 +23,7 @@ pub struct Limits {
 /// As [`Engine::session`], [`Engine::prefill`] and [`Engine::decode`].
 pub fn greedy(engine: &Engine, kv: KvOptions, prompt: &[u32], limits: &Limits) -> Result<Vec<u32>> {
     let mut buffers = Buffers::default();
-    let mut session = engine.session(kv, prompt.len() + limits.most)?;
+    let mut session = engine.session(kv, prompt.len().saturating_add(limits.most))?;
     let mut logits =
         engine.prefill(&mut [Prompt { session: &mut session, tokens: prompt }], &mut buffers)?.remove(0)?;
     if limits.not_empty {

@@ -1,6 +1,6 @@
 //! How far a KV mode's predictions are from those of `full`: KL divergence and agreement of the most likely token.
 
-use super::lockstep::{self, Step};
+use super::lockstep::{self, Guesses, Step};
 use crate::engine::Engine;
 use crate::error::Result;
 use crate::kv::{KvMode, KvOptions};
@@ -14,6 +14,8 @@ pub struct Window {
     pub kl: Vec<f32>,
     /// Steps in which both have the same most likely token.
     pub agreed: usize,
+    /// How well `specache` guessed.
+    pub guesses: Guesses,
 }
 
 /// The divergence of each of `variants` from `full` over one window: one `full` session beside theirs, fed the same tokens.
@@ -30,7 +32,7 @@ pub fn window(
 ) -> Result<Vec<Window>> {
     let all = with_full(variants);
     let mut windows = vec![Window::default(); variants.len()];
-    lockstep::run(engine, &all, ids, prefill, false, |step: Step| {
+    let sessions = lockstep::run(engine, &all, ids, prefill, false, |step: Step| {
         let full = step.logits(0)?;
         let best = argmax(full);
         for (i, window) in windows.iter_mut().enumerate() {
@@ -42,6 +44,7 @@ pub fn window(
         progress(step.number);
         Ok(())
     })?;
+    windows.iter_mut().zip(&sessions[1..]).for_each(|(window, session)| window.guesses = Guesses::of(session));
     Ok(windows)
 }
 
@@ -67,6 +70,8 @@ pub struct Summary {
     pub max: f64,
     /// Share of tokens whose most likely next token is that of `full`.
     pub top1: f64,
+    /// How well `specache` guessed.
+    pub guesses: Guesses,
 }
 
 /// Sums windows up; `None` without any token.
@@ -86,6 +91,7 @@ pub fn summary(windows: &[Window]) -> Option<Summary> {
         p99: rank(0.99),
         max: all[tokens - 1],
         top1: agreed as f64 / tokens as f64,
+        guesses: windows.iter().fold(Guesses::default(), |sum, w| sum.plus(w.guesses)),
     })
 }
 
@@ -96,11 +102,12 @@ mod tests {
     #[test]
     fn ranks_by_hand() {
         let windows = [
-            Window { kl: (1..=150).map(|i| i as f32).collect(), agreed: 150 },
-            Window { kl: (151..=200).map(|i| i as f32).collect(), agreed: 20 },
+            Window { kl: (1..=150).map(|i| i as f32).collect(), agreed: 150, guesses: Guesses { right: 3, of: 149 } },
+            Window { kl: (151..=200).map(|i| i as f32).collect(), agreed: 20, guesses: Guesses { right: 4, of: 49 } },
         ];
         let s = summary(&windows).unwrap();
         assert_eq!((s.tokens, s.mean, s.median, s.p99, s.max, s.top1), (200, 100.5, 100.0, 198.0, 200.0, 0.85));
+        assert_eq!(s.guesses, Guesses { right: 7, of: 198 });
         assert_eq!(summary(&[]), None);
     }
 }

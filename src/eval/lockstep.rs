@@ -27,6 +27,33 @@ impl Step<'_> {
     }
 }
 
+/// How many of the speculative tokens of some steps were the text's own next ones. A text that the model did not write itself is
+/// guessed less well than its own answers, and what is prefetched for a wrong guess fits less well.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Guesses {
+    /// Those that were right.
+    pub right: u64,
+    /// Those that could be compared; 0 in modes that guess nothing.
+    pub of: u64,
+}
+
+impl Guesses {
+    /// Those of a session's life.
+    pub fn of(session: &Session) -> Guesses {
+        Guesses { right: session.stats().accepted, of: session.stats().compared }
+    }
+
+    /// Together with others.
+    pub fn plus(self, other: Guesses) -> Guesses {
+        Guesses { right: self.right + other.right, of: self.of + other.of }
+    }
+
+    /// The share that was right.
+    pub fn acceptance(self) -> Option<f64> {
+        (self.of > 0).then(|| self.right as f64 / self.of as f64)
+    }
+}
+
 /// Prefills `ids[..prefill]` into a session for each of `variants`, then feeds `ids[prefill]` to the last but one of the ids,
 /// and gives each step to `see`: the targets are `ids[prefill + 1..]`, each predicted by a decode step. (The token at
 /// `prefill` is predicted by the prefill, which is exact in every mode.) `watch`: keep what attention saw

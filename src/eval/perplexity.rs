@@ -1,6 +1,6 @@
 //! Perplexity: `exp` of the mean negative log-likelihood of a text's tokens, each given those before it in its window.
 
-use super::lockstep::{self, Step};
+use super::lockstep::{self, Guesses, Step};
 use crate::engine::Engine;
 use crate::error::Result;
 use crate::kv::KvOptions;
@@ -12,7 +12,16 @@ pub fn negative_log_likelihood(logits: &[f32], target: u32) -> f64 {
     max + sum.ln() - f64::from(logits[target as usize])
 }
 
-/// The sum of the negative log-likelihoods of one window for each of `variants`, over the `ids.len() - prefill - 1` tokens
+/// One window, for one variant.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Window {
+    /// The sum of the negative log-likelihoods of the scored tokens, nats.
+    pub nll: f64,
+    /// How well `specache` guessed.
+    pub guesses: Guesses,
+}
+
+/// One window for each of `variants`, summed over the `ids.len() - prefill - 1` tokens
 /// that decode steps predict ([`lockstep::run`]). `progress` gets the number of each step.
 ///
 /// # Errors
@@ -23,16 +32,17 @@ pub fn window(
     ids: &[u32],
     prefill: usize,
     mut progress: impl FnMut(usize),
-) -> Result<Vec<f64>> {
-    let mut sums = vec![0.0; variants.len()];
-    lockstep::run(engine, variants, ids, prefill, false, |step: Step| {
-        for (i, sum) in sums.iter_mut().enumerate() {
-            *sum += negative_log_likelihood(step.logits(i)?, step.target);
+) -> Result<Vec<Window>> {
+    let mut windows = vec![Window::default(); variants.len()];
+    let sessions = lockstep::run(engine, variants, ids, prefill, false, |step: Step| {
+        for (i, window) in windows.iter_mut().enumerate() {
+            window.nll += negative_log_likelihood(step.logits(i)?, step.target);
         }
         progress(step.number);
         Ok(())
     })?;
-    Ok(sums)
+    windows.iter_mut().zip(&sessions).for_each(|(window, session)| window.guesses = Guesses::of(session));
+    Ok(windows)
 }
 
 #[cfg(test)]

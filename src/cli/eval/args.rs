@@ -13,11 +13,11 @@ use crate::cli::args::{KvTuning, ModelArgs, kv_mode};
 
 pub const EXAMPLES: &str = "\
 Examples:
-  specache-engine eval ppl -m models/llama -f book.txt -c 4096 --kv full,kivi,specache --kv-bits 1,2
+  specache-engine eval ppl -m models/llama -f book.txt -c 4096 --kv full,kivi --kv-bits 1,2
   specache-engine eval kld -m models/llama -f book.txt --kv-bits 1 --kv-top-k 16,64 --plot kld.svg
-  specache-engine eval needle -m models/llama --haystack book.txt --lengths 4000,8000 --plot needle.svg
+  specache-engine eval needle -m models/llama --haystack book.txt --lengths 4000,8000
   specache-engine eval coverage -m models/llama -f book.txt --device cpu
-  specache-engine eval longbench -m models/llama-instruct --data LongBench/data --chat --output lb.jsonl
+  specache-engine eval longbench -m models/llama --data LongBench/data --output lb.jsonl
 
 --kv, --kv-bits, --kv-residual and --kv-top-k are lists; every combination that a mode knows
 is measured. With --output FILE.jsonl each finished item is a line of that file, and the same

@@ -37,7 +37,7 @@ pub fn run(args: &LongbenchArgs) -> Result<()> {
         return Err(Error::Usage(format!("--max-length {max_length}: at least 2 tokens are needed")));
     }
     let answers = questions.iter().map(|q| q.task.max_tokens).max().unwrap_or(0);
-    subject.check_length(max_length + answers)?;
+    subject.check_length(max_length.saturating_add(answers))?;
     let total: usize = questions.iter().map(|q| q.items.len()).sum();
     let texts = questions.iter().flat_map(|q| &q.items).flat_map(|item| {
         let answers = item.answers.iter().map(String::as_bytes);

@@ -61,7 +61,7 @@ pub fn run(args: &NeedleArgs) -> Result<()> {
         Some(file) => ready_cases(args, file, &subject)?,
         None => planted_cases(args, &subject)?,
     };
-    let longest = cases.iter().map(|case| case.ids.len() + case.most).max().unwrap_or(0);
+    let longest = cases.iter().map(|case| case.ids.len().saturating_add(case.most)).max().unwrap_or(0);
     subject.check_length(longest)?;
     let all: Vec<u32> = cases.iter().flat_map(|case| case.ids.iter().copied()).collect();
     let expected = cases.iter().map(|case| match &case.expected {
@@ -140,13 +140,15 @@ fn planted_cases(args: &NeedleArgs, subject: &Subject) -> Result<Vec<Case>> {
     let answer = tokenizer.encode(&needle.answer, false)?.len();
     let most = args.n_predict.unwrap_or(answer + 16);
     let limit = subject.engine.model().config.max_positions;
-    let lengths = if args.lengths.is_empty() {
-        LENGTHS.into_iter().filter(|length| length + most <= limit).collect()
-    } else {
-        args.lengths.clone()
+    let fitting = || LENGTHS.into_iter().filter(|length| length.saturating_add(most) <= limit).collect::<Vec<_>>();
+    let lengths = match (args.lengths.is_empty(), fitting()) {
+        (false, _) => args.lengths.clone(),
+        // A model for short texts is asked as far as it goes.
+        (true, none) if none.is_empty() => vec![limit.saturating_sub(most)],
+        (true, fitting) => fitting,
     };
-    if lengths.is_empty() || args.depths.is_empty() {
-        return Err(Error::Usage("--lengths and --depths need a value each".into()));
+    if args.depths.is_empty() {
+        return Err(Error::Usage("--depths: at least one is needed".into()));
     }
     if let Some(longest) = lengths.iter().max().filter(|&&longest| longest > haystack.tokens()) {
         let tokens = haystack.tokens();

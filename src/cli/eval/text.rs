@@ -6,6 +6,8 @@ use serde_json::{Value, json};
 use specache::error::{Error, Result};
 use specache::eval::coverage::{self, Hits, Layer};
 use specache::eval::divergence::{self, Window};
+use specache::eval::lockstep::Guesses;
+use specache::eval::perplexity::Window as Likelihood;
 use specache::eval::picture::Bars;
 use specache::eval::windows::{Cut, cut};
 use specache::eval::{self, perplexity};
@@ -129,33 +131,31 @@ pub fn perplexity(args: &PplArgs) -> Result<()> {
     let items = windows.begin("ppl", &subject, &variants, &args.results)?;
     let (subject, results) = measure(subject, items, |subject, items| {
         windows.each(items, |ids, prefill, progress| {
-            let sums = perplexity::window(&subject.engine, &variants, ids, prefill, progress)?;
-            let named = variants.iter().map(eval::name).zip(sums);
-            Ok(json!(named.map(|(name, sum)| (name, json!({ "nll": sum }))).collect::<serde_json::Map<_, _>>()))
+            let windows = perplexity::window(&subject.engine, &variants, ids, prefill, progress)?;
+            let json = |w: Likelihood| json!({ "nll": w.nll, "guesses": guesses_json(w.guesses) });
+            let named = variants.iter().map(eval::name).zip(windows.into_iter().map(json));
+            Ok(json!(named.collect::<serde_json::Map<_, _>>()))
         })
     })?;
     let scored = (windows.scored() * windows.ids.len()) as f64;
-    let mut rows = Vec::new();
-    let mut json_rows = Vec::new();
-    let mut first = None;
+    let (mut rows, mut json_rows, mut first) = (Vec::new(), Vec::new(), None);
     for kv in &variants {
         let name = eval::name(kv);
-        let sums = results.iter().map(|result| number(part(result, &name)?, "nll")).collect::<Result<Vec<f64>>>()?;
+        let parts = results.iter().map(|result| part(result, &name)).collect::<Result<Vec<&Value>>>()?;
+        let sums = parts.iter().map(|part| number(part, "nll")).collect::<Result<Vec<f64>>>()?;
+        let guesses = parts.iter().try_fold(Guesses::default(), |sum, part| read_guesses(part).map(|g| sum.plus(g)))?;
         let nll = sums.iter().sum::<f64>() / scored;
-        let base = *first.get_or_insert(nll);
-        rows.push(vec![
-            name,
-            format!("{:.4}", nll.exp()),
-            format!("{nll:.5}"),
-            format!("{:+.2} %", ((nll - base).exp() - 1.0) * 100.0),
-        ]);
+        let more = (nll - *first.get_or_insert(nll)).exp() - 1.0;
+        let shown = [format!("{:.4}", nll.exp()), format!("{nll:.5}"), format!("{:+.2} %", more * 100.0)];
+        rows.push([name].into_iter().chain(shown).chain([acceptance(guesses)]).collect::<Vec<String>>());
         let mut row = variant(kv);
         row["perplexity"] = json!(nll.exp());
         row["nll"] = json!(nll);
         row["nll_per_window"] = json!(sums.iter().map(|sum| sum / windows.scored() as f64).collect::<Vec<_>>());
+        row["acceptance"] = json!(guesses.acceptance());
         json_rows.push(row);
     }
-    let text = table(&["KV", "perplexity", "nats per token", "against the first"], &rows);
+    let text = table(&["KV", "perplexity", "nats per token", "against the first", "acceptance"], &rows);
     let json =
         json!({ "eval": "ppl", "model": subject.engine.model().name, "text": windows.json(), "variants": json_rows });
     report(&args.results, &json, &text)
@@ -177,7 +177,7 @@ pub fn divergence(args: &KldArgs) -> Result<()> {
         windows.each(items, |ids, prefill, progress| {
             let of = divergence::window(&subject.engine, &variants, ids, prefill, progress)?;
             let named = variants.iter().map(eval::name).zip(of);
-            let json = |w: Window| json!({ "agreed": w.agreed, "kl": w.kl });
+            let json = |w: Window| json!({ "agreed": w.agreed, "guesses": guesses_json(w.guesses), "kl": w.kl });
             Ok(json!(named.map(|(name, w)| (name, json(w))).collect::<serde_json::Map<_, _>>()))
         })
     })?;
@@ -196,6 +196,7 @@ pub fn divergence(args: &KldArgs) -> Result<()> {
             nats(s.p99),
             nats(s.max),
             format!("{:.2} %", s.top1 * 100.0),
+            acceptance(s.guesses),
         ]);
         let mut row = variant(kv);
         for (field, x) in
@@ -203,6 +204,7 @@ pub fn divergence(args: &KldArgs) -> Result<()> {
         {
             row[field] = json!(x);
         }
+        row["acceptance"] = json!(s.guesses.acceptance());
         json_rows.push(row);
         groups.push((name, vec![Some(s.mean), Some(s.p99)]));
     }
@@ -212,10 +214,24 @@ pub fn divergence(args: &KldArgs) -> Result<()> {
         let series = vec!["mean".into(), "99th percentile".into()];
         Bars { title, axis: "nats per token, logarithmic".into(), logarithmic: true, series, groups }.svg()
     })?;
-    let text = table(&["KV", "mean KLD", "median", "p99", "max", "top-1 agreement"], &rows);
+    let text = table(&["KV", "mean KLD", "median", "p99", "max", "top-1 agreement", "acceptance"], &rows);
     let json =
         json!({ "eval": "kld", "model": subject.engine.model().name, "text": windows.json(), "variants": json_rows });
     report(&args.results, &json, &text)
+}
+
+fn guesses_json(guesses: Guesses) -> Value {
+    json!([guesses.right, guesses.of])
+}
+
+fn read_guesses(value: &Value) -> Result<Guesses> {
+    let read = value["guesses"][0].as_u64().zip(value["guesses"][1].as_u64());
+    read.map(|(right, of)| Guesses { right, of }).ok_or_else(|| unreadable("guesses"))
+}
+
+/// The share of right guesses, for people.
+fn acceptance(guesses: Guesses) -> String {
+    guesses.acceptance().map_or("n/a".into(), |x| format!("{x:.3}"))
 }
 
 fn read_divergence(value: &Value) -> Result<Window> {
@@ -223,7 +239,7 @@ fn read_divergence(value: &Value) -> Result<Window> {
     let kl = value["kl"].as_array().ok_or_else(bad)?;
     let kl = kl.iter().map(|x| x.as_f64().map(|x| x as f32)).collect::<Option<Vec<f32>>>().ok_or_else(bad)?;
     let agreed = value["agreed"].as_u64().ok_or_else(bad)? as usize;
-    Ok(Window { kl, agreed })
+    Ok(Window { kl, agreed, guesses: read_guesses(value)? })
 }
 
 /// `eval coverage`.
