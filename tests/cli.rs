@@ -537,7 +537,10 @@ fn bench_grids_prompts_and_formats() {
 
     let text = run(&["--plot", plot.to_str().unwrap()]);
     assert_eq!(text.matches("tokens in the cache").count(), 4, "{text}");
-    assert!(text.contains("a prompt of 90 tokens, 2 times") && text.contains("3 prompts together, each of 90"), "{text}");
+    assert!(
+        text.contains("a prompt of 90 tokens, 2 times") && text.contains("3 prompts together, each of 90"),
+        "{text}"
+    );
     let svg = fs::read_to_string(&plot).unwrap();
     assert!(svg.contains("tiny, 200 tokens, batch 3") && svg.ends_with("</svg>\n"), "{svg}");
 
@@ -546,15 +549,22 @@ fn bench_grids_prompts_and_formats() {
     let columns = rows[0].len();
     assert!(rows[0].contains(&"tok_s") && rows.len() == 1 + 2 * 2 + 4 * 2, "{csv}");
     // Devices have commas in their names, within quotes.
-    assert!(csv.lines().skip(1).all(|line| line.split('"').step_by(2).map(|part| part.matches(',').count()).sum::<usize>()
-        == columns - 1), "{csv}");
+    assert!(
+        csv.lines()
+            .skip(1)
+            .all(|line| line.split('"').step_by(2).map(|part| part.matches(',').count()).sum::<usize>() == columns - 1),
+        "{csv}"
+    );
 
     let lines = run(&["-o", "jsonl"]);
     let lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(lines.iter().filter(|line| line["test"] == "prompt").count(), 2);
     let decoded: Vec<_> = lines.iter().filter(|line| line["test"] == "decode").collect();
-    let points = [(70, 1), (70, 3), (200, 1), (200, 3)].map(|(depth, batch)| json!([depth, batch]));
-    assert_eq!(decoded.iter().map(|line| json!([line["depth"], line["batch"]])).collect::<Vec<_>>(), points);
+    let points = [(70, 1), (70, 3), (200, 1), (200, 3)].map(|(depth, batch)| serde_json::json!([depth, batch]));
+    assert_eq!(
+        decoded.iter().map(|line| serde_json::json!([line["depth"], line["batch"]])).collect::<Vec<_>>(),
+        points
+    );
     assert!(lines.iter().all(|line| line["hardware"]["threads"].as_u64() > Some(0)));
 
     let only_prompts = stdout(&["bench", "-m", "synthetic:tiny", "-p", "60", "-n", "0", "-r", "1", "-o", "json"]);

@@ -222,7 +222,7 @@ phase_rivals() {
   if python3 -c 'import transformers' 2>/dev/null; then
     hf="python3 benches/rivals/hf_cache.py -m ${model#synthetic:} --device $device -d $depth"
     step 60 "transformers, full" bash -c "$hf --mode full -n 16 >> $work/rivals.json"
-    step 60 "transformers, offload" bash -c "$hf --mode offload -n 4 >> $work/rivals.json"
+    [ -n "$dry" ] || step 60 "transformers, offload" bash -c "$hf --mode offload -n 4 >> $work/rivals.json"
     step 60 "transformers, prefill" bash -c "$hf --mode full --prefill -n 2 -r 1 >> $work/rivals.json"
   else
     skip "transformers" "not here"

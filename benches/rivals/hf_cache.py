@@ -42,6 +42,8 @@ def arguments():
     args = parser.parse_args()
     if min(args.depth, args.batch, args.n, args.r, args.chunk) < 1:
         parser.error("numbers must be at least 1")
+    if (args.mode, args.device) == ("offload", "cpu"):
+        parser.error("--mode offload needs --device cuda: the cache makes a CUDA stream")
     return args
 
 
