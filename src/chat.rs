@@ -10,7 +10,7 @@ use minijinja_contrib::pycompat;
 use serde::Serialize as _;
 use serde_json::ser::Formatter;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, presentable};
 use crate::model::fields::read_text;
 
 /// Bounds a template's time and memory: about 64 bytes or one instruction each. Published templates take some hundred per
@@ -83,7 +83,7 @@ impl ChatTemplate {
         let given = context! { messages => values(messages), add_generation_prompt, bos_token => bos_token.unwrap_or_default(),
         eos_token => eos_token.unwrap_or_default() };
         template.render(given).map_err(|e| match refusal(&e) {
-            Some(why) => Error::Usage(format!("the chat template refuses these messages: {why}")),
+            Some(why) => Error::Usage(presentable(&format!("the chat template refuses these messages: {why}"))),
             None => self.error(e),
         })
     }

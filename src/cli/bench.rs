@@ -43,7 +43,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
     }
     let start = Instant::now();
     let mut progress = Progress::new();
-    progress.show("measuring how fast this device reads its memory");
+    progress.announce("measuring how fast this device reads its memory");
     let mut report = Report::new(&args.output, machine(&args)?);
     let models = models::chosen(&args.model);
     progress.clear();
@@ -151,7 +151,7 @@ pub struct ModeResult {
 
 /// All modes of one model.
 fn bench(args: &BenchArgs, model: &str, progress: &mut Progress) -> Result<ModelResult> {
-    progress.show(format_args!("loading {model}"));
+    progress.announce(format_args!("loading {model}"));
     let engine = Engine::load(model, &args.device.options()?)?;
     let _ctrl_c = interrupt::forward(engine.interrupt_flag());
     // The LM head has the embedding's size, and a step reads one of the two whole.
