@@ -2,7 +2,7 @@
  * as a system in need does. Made by tests/system_faults.rs.
  *
  *   FAULTY_FOLDER     whose files are meant
- *   FAULTY=kind:n     which call fails, from 0, in a program that does not call faulty_arm
+ *   FAULTY=kind:n     which call fails, from 0, in a program that does not call faulty_arm; kind+:n and all behind it
  *   FAULTY_REPORT     a file that is made when the fault has struck
  */
 #define _GNU_SOURCE
@@ -26,8 +26,9 @@ static atomic_int struck;
 static atomic_char watched[4096];
 
 void faulty_arm(const char *what, long index) {
-    strncpy(kind, what, sizeof kind - 1);
+    left = -1;
     struck = 0;
+    strncpy(kind, what, sizeof kind - 1);
     left = index;
 }
 
@@ -42,7 +43,11 @@ __attribute__((constructor)) static void from_environment(void) {
 }
 
 static int strikes(const char *what) {
-    if (left < 0 || strcmp(kind, what) != 0 || atomic_fetch_sub(&left, 1) != 0) return 0;
+    size_t length = strlen(what);
+    int lasting = kind[length] == '+';
+    if (strncmp(kind, what, length) != 0 || (kind[length] && !lasting)) return 0;
+    long before = left < 0 ? left : atomic_fetch_sub(&left, 1);
+    if (before > 0 || (before < 0 && !(lasting && struck))) return 0;
     const char *report = getenv("FAULTY_REPORT");
     if (report) syscall(SYS_close, syscall(SYS_openat, AT_FDCWD, report, O_CREAT | O_WRONLY, 0600));
     return struck = 1;

@@ -33,8 +33,8 @@ pub static WEIGHTS: Format = Format { name: "weights", try_it: weights, most_byt
 pub static INDEX: Format = Format { name: "index", try_it: index, most_bytes: 4 << 20 };
 pub static TOKENIZER: Format = Format { name: "tokenizer", try_it: tokenizer, most_bytes: 128 << 20 };
 pub static IDS: Format = Format { name: "ids", try_it: ids, most_bytes: 16 << 20 };
-/// The fuel of a template pays for 640 MB of text, and a vector that grows has twice that.
-pub static CHAT_TEMPLATE: Format = Format { name: "chat_template", try_it: chat_template, most_bytes: 2 << 30 };
+/// The fuel of a template pays for 128 MB of text, and a vector that grows has twice that, now and then in two places.
+pub static CHAT_TEMPLATE: Format = Format { name: "chat_template", try_it: chat_template, most_bytes: 1 << 30 };
 
 /// Longest time for one input, on a machine that does other things as well.
 const MOST_TIME: Duration = Duration::from_secs(20);
