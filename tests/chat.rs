@@ -86,7 +86,7 @@ fn templates_that_misbehave() {
         ("{{ 1.5 | round(2) }}{{ '{:05}{:.3f}{x}'.format(3, 1.5, x='y') }}{{ no.such }}", "undefined"),
         (
             "{% set n = namespace(x=[1]) %}{% for i in range(40) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x | tojson }}",
-            "too long",
+            "not possible as JSON",
         ),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ messages[0].no.such }}", "undefined"),

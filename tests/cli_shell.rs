@@ -193,6 +193,25 @@ fn every_command_has_a_manual_page() {
     assert!(nowhere.status.code() == Some(1) && text(&nowhere.stderr).contains("/proc/nowhere"), "{nowhere:?}");
 }
 
+/// Where shells and `man` look below a prefix.
+#[test]
+fn install_puts_them_in_their_places() {
+    let (built, prefix) = (folder("built"), folder("prefix"));
+    symlink(env!("CARGO_BIN_EXE_specache-engine"), built.join("specache-engine")).unwrap();
+    // The libraries are of no interest here.
+    ["libspecache.so", "libspecache.a"].iter().for_each(|name| fs::write(built.join(name), "").unwrap());
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tools/install.sh");
+    stdout(&Command::new("sh").arg(script).arg(&prefix).arg("--from").arg(&built).output().unwrap());
+    for (file, words) in [
+        ("man/man1/specache-engine-plan.1", ".TH "),
+        ("bash-completion/completions/specache-engine", "complete -F"),
+        ("zsh/site-functions/_specache-engine", "#compdef specache-engine"),
+        ("fish/vendor_completions.d/specache-engine.fish", "complete -c specache-engine"),
+    ] {
+        assert!(fs::read_to_string(prefix.join("share").join(file)).unwrap().contains(words), "{file}");
+    }
+}
+
 // What is said, and how.
 
 #[test]
@@ -208,7 +227,8 @@ fn colours_are_for_those_who_want_them() {
     assert!(coloured(&[("CLICOLOR_FORCE", "1")], &["--help"]), "so that this test can fail");
 }
 
-/// What takes long says first what it is. A model of 1.3 GB of random weights takes seconds to make.
+/// What takes long says first what it is: the line comes while a model of 2.5 GB of random weights is still being made. (It
+/// comes at once; a second is asked for on a machine that does nothing else, and a test may run on any.)
 #[test]
 fn what_takes_long_is_announced() {
     use std::io::{BufRead, BufReader};
@@ -228,9 +248,10 @@ fn what_takes_long_is_announced() {
         let mut line = String::new();
         BufReader::new(child.stderr.take().unwrap()).read_line(&mut line).unwrap();
         let waited = start.elapsed();
+        assert!(child.try_wait().unwrap().is_none(), "{args:?}: it has ended");
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(["loading ", "measuring "].iter().any(|word| line.starts_with(word)), "{args:?}: {line}");
-        assert!(waited < Duration::from_secs(1), "{args:?}: {waited:?}");
+        assert!(waited < Duration::from_secs(10), "{args:?}: {waited:?}");
     }
 }
