@@ -139,9 +139,9 @@ proptest! {
         let top = ((1u32 << bits) - 1) as f32;
         prop_assert!(group.codes.iter().all(|&code| f32::from(code) <= top));
         if !(group.zero.is_finite() && group.scale.is_finite()) {
-            // Beyond fp16 is NaN, which the request hears of; within its range nothing is.
+            // Beyond fp16 there are no levels (the engine makes NaN of them: tests/ops.rs); within its range there always are.
             prop_assert!(max > 60_000.0 || min < -60_000.0, "{values:?}");
-            prop_assert!(back.iter().all(|x| x.is_nan()));
+            prop_assert!(back.iter().all(|x| !x.is_finite()));
             return Ok(());
         }
         // 1 bit: levels at a quarter and three quarters of the range (method.md), so that its ends err by a quarter.
