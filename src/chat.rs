@@ -14,12 +14,12 @@ use crate::error::{Error, Result, presentable};
 use crate::model::fields::read_text;
 
 /// Bounds a template's time and memory: about 64 bytes or one instruction each. Published templates take some hundred per
-/// message and a unit per 64 bytes of it, so that a conversation of 20 MB passes, an endless loop ends at once, and what grows
+/// message and a unit per 64 bytes of it, so that a conversation of 10 MB passes, an endless loop ends at once, and what grows
 /// without an end within seconds.
-const FUEL: u64 = 2_000_000;
+const FUEL: u64 = 1_000_000;
 
-/// Most bytes of a text that fuel does not pay for: JSON, and the width of a field.
-const MOST_BYTES: usize = 64 * FUEL as usize;
+/// Most bytes of a value as JSON, which fuel does not pay for: more than any context holds.
+const MOST_JSON: usize = 16 << 20;
 
 /// One message of a conversation.
 #[derive(Clone, Copy, Debug)]
@@ -190,7 +190,7 @@ struct Limited(Vec<u8>);
 
 impl io::Write for Limited {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.0.len() + bytes.len() > MOST_BYTES {
+        if self.0.len() + bytes.len() > MOST_JSON {
             return Err(io::Error::other("the text is too long"));
         }
         self.0.write(bytes)

@@ -300,11 +300,10 @@ fn check_packed(packed: &[u8], page: usize, tokens: &[u64], layer: usize) -> Res
     let d = SHAPE.head_dim;
     let pairs: Vec<_> = tokens.iter().map(|&token| pair(token, layer)).collect();
     for head in 0..SHAPE.n_kv_heads {
-        let rows = |of: fn(&(Vec<f32>, Vec<f32>)) -> &Vec<f32>| -> Vec<Vec<f32>> {
-            pairs.iter().map(|pair| of(pair)[head * d..][..d].to_vec()).collect()
-        };
-        let expected =
-            reference::quantise_page(&rows(|p| &p.0), &rows(|p| &p.1), SHAPE.packed.bits, SHAPE.packed.group_size);
+        let of_head = |x: &[f32]| x[head * d..][..d].to_vec();
+        let k: Vec<_> = pairs.iter().map(|(k, _)| of_head(k)).collect();
+        let v: Vec<_> = pairs.iter().map(|(_, v)| of_head(v)).collect();
+        let expected = reference::quantise_page(&k, &v, SHAPE.packed.bits, SHAPE.packed.group_size);
         let bytes = &packed[SHAPE.packed_head(page, head)];
         let number = |at: usize| half::f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32();
         for (group, channels) in expected.k.iter().enumerate() {
@@ -451,7 +450,7 @@ impl World {
 }
 
 proptest! {
-    #![proptest_config(cases(40))]
+    #![proptest_config(cases(100))]
 
     /// Prompts, prompts that are given up, steps, truncations and forks in any order, in every mode: each sequence holds its
     /// own tokens and nobody else's, on the device and on the host; in the end nothing is held.

@@ -7,7 +7,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
-use std::sync::{Once, OnceLock};
+use std::sync::{LazyLock, Once, OnceLock};
 use std::time::{Duration, Instant};
 use std::{env, fs, panic, process};
 
@@ -33,10 +33,10 @@ pub static WEIGHTS: Format = Format { name: "weights", try_it: weights, most_byt
 pub static INDEX: Format = Format { name: "index", try_it: index, most_bytes: 4 << 20 };
 pub static TOKENIZER: Format = Format { name: "tokenizer", try_it: tokenizer, most_bytes: 128 << 20 };
 pub static IDS: Format = Format { name: "ids", try_it: ids, most_bytes: 16 << 20 };
-/// The fuel of a template pays for 128 MB of text, and a vector that grows has twice that, now and then in two places.
+/// The fuel of a template pays for 64 MB of text, in several places at once, and a vector that grows has twice its own.
 pub static CHAT_TEMPLATE: Format = Format { name: "chat_template", try_it: chat_template, most_bytes: 1 << 30 };
 
-/// Longest time for one input, on a machine that does other things as well.
+/// Most time that one input may take.
 const MOST_TIME: Duration = Duration::from_secs(20);
 
 /// Tries one input.
@@ -52,13 +52,22 @@ pub fn run(format: &Format, data: &[u8]) {
         }));
     });
     let folder = scratch(format.name);
-    let (start, before) = (Instant::now(), LIVE.get());
+    let (start, before) = (computed(), LIVE.get());
     PEAK.set(before);
     (format.try_it)(&folder, data);
     let taken = PEAK.get().saturating_sub(before) as usize;
     let most = format.most_bytes + 200 * data.len();
     assert!(taken <= most, "{}: {} bytes of input took {taken} of memory", format.name, data.len());
-    assert!(start.elapsed() < MOST_TIME, "{}: {:?}", format.name, start.elapsed());
+    let time = computed() - start;
+    assert!(time < MOST_TIME, "{}: {time:?}", format.name);
+}
+
+/// Time that this thread has computed; the time of day where the system does not say.
+fn computed() -> Duration {
+    static BEGIN: LazyLock<Instant> = LazyLock::new(Instant::now);
+    let stat = fs::read_to_string("/proc/thread-self/schedstat").ok();
+    let nanoseconds = stat.and_then(|stat| stat.split(' ').next()?.parse().ok());
+    nanoseconds.map_or_else(|| BEGIN.elapsed(), Duration::from_nanos)
 }
 
 /// The model folder of this thread, which holds what the format needs beside the input.
@@ -114,7 +123,7 @@ fn config(folder: &Path, data: &[u8]) {
 
 // Safetensors.
 
-static SMALL: std::sync::LazyLock<serde_json::Value> = std::sync::LazyLock::new(|| {
+static SMALL: LazyLock<serde_json::Value> = LazyLock::new(|| {
     json!({"model_type": "llama", "hidden_size": 8, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2,
            "num_key_value_heads": 1, "vocab_size": 6, "tie_word_embeddings": true})
 });
@@ -209,8 +218,7 @@ fn tokenizer(folder: &Path, data: &[u8]) {
     };
     // Ids of its own, and any.
     let ids: Vec<u32> = ids.into_iter().take(200).chain(0..20).chain([u32::MAX, 1 << 20]).collect();
-    let decoded = tokenizer.decode(&ids).map_or_else(|e| names(&e, "tokenizer.json"), drop);
-    std::hint::black_box(decoded);
+    tokenizer.decode(&ids).map_or_else(|e| names(&e, "tokenizer.json"), drop);
     let mut stream = tokenizer.stream(&ids[..3]);
     for &id in &ids {
         if let Err(error) = stream.push(id) {
