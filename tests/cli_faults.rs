@@ -425,7 +425,7 @@ fn ctrl_c_at_any_time_leaves_nothing_half_done() {
         assert!(command(args).output().unwrap().status.success(), "{args:?}");
         let whole = start.elapsed();
         let mut codes = [0, 0];
-        for point in 0..12 {
+        for point in 0..8 {
             clear(&outputs);
             let mut child = command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
             std::thread::sleep(whole.mul_f64((random.bits() % 1100) as f64 / 1000.0));
