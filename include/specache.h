@@ -129,7 +129,8 @@ typedef struct specache_engine_options {
  * SPECACHE_ERR_ABI for a size that this library does not know. */
 int32_t specache_engine_options_init(specache_engine_options *options, uint32_t struct_size);
 
-/* Loads a model: a folder in Hugging Face layout, or "synthetic:SHAPE" for random weights. Weights are mapped, not copied.
+/* Loads a model: a folder in Hugging Face layout, "org/name" for one in the Hugging Face cache (HF_HUB_CACHE, HF_HOME), or
+ * "synthetic:SHAPE" for random weights. Weights are mapped, not copied.
  * `abi_version` is SPECACHE_ABI_VERSION. `model` is a C string, `options` may be NULL. *engine is NULL after a failure.
  * SPECACHE_ERR_ABI, _USAGE (options, no such device), _MODEL, _FAILED (unreadable files). */
 int32_t specache_engine_create(uint32_t abi_version, const char *model, const specache_engine_options *options,

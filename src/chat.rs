@@ -10,12 +10,16 @@ use minijinja_contrib::pycompat;
 use serde::Serialize as _;
 use serde_json::ser::Formatter;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, presentable};
 use crate::model::fields::read_text;
 
 /// Bounds a template's time and memory: about 64 bytes or one instruction each. Published templates take some hundred per
-/// message and a unit per 64 bytes of it, so that a conversation of 100 MB passes, and an endless loop ends within a second.
-const FUEL: u64 = 10_000_000;
+/// message and a unit per 64 bytes of it, so that a conversation of 10 MB passes, an endless loop ends at once, and what grows
+/// without an end within seconds.
+const FUEL: u64 = 1_000_000;
+
+/// Most bytes of a value as JSON, which fuel does not pay for: more than any context holds.
+const MOST_JSON: usize = 16 << 20;
 
 /// One message of a conversation.
 #[derive(Clone, Copy, Debug)]
@@ -83,7 +87,7 @@ impl ChatTemplate {
         let given = context! { messages => values(messages), add_generation_prompt, bos_token => bos_token.unwrap_or_default(),
         eos_token => eos_token.unwrap_or_default() };
         template.render(given).map_err(|e| match refusal(&e) {
-            Some(why) => Error::Usage(format!("the chat template refuses these messages: {why}")),
+            Some(why) => Error::Usage(presentable(&format!("the chat template refuses these messages: {why}"))),
             None => self.error(e),
         })
     }
@@ -126,13 +130,25 @@ fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     environment.set_syntax(syntax.expect("the usual delimiters"));
-    environment.set_unknown_method_callback(pycompat::unknown_method_callback);
+    environment.set_unknown_method_callback(|state, value, method, arguments| match (method, value.as_str()) {
+        ("format", Some(text)) if wide(text) => {
+            Err(minijinja::Error::new(ErrorKind::InvalidOperation, "a field is too wide"))
+        }
+        _ => pycompat::unknown_method_callback(state, value, method, arguments),
+    });
     environment.set_fuel(Some(FUEL));
     environment.add_filter("tojson", to_json);
     environment.add_function("raise_exception", |why: String| -> Result<Value, minijinja::Error> {
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, why.clone()).with_source(Refusal(why)))
     });
     environment
+}
+
+/// Whether a format has a width or precision that no text needs: `{:>9999999999}`. Fuel is not asked to pay for them.
+fn wide(format: &str) -> bool {
+    let specs = format.split('{').skip(1).filter_map(|field| field.split('}').next()?.split_once(':'));
+    let mut numbers = specs.flat_map(|(_, spec)| spec.split(|c: char| !c.is_ascii_digit()));
+    numbers.any(|number| number.trim_start_matches('0').len() > 4)
 }
 
 /// `raise_exception`: the template does not take these messages.
@@ -157,7 +173,7 @@ fn to_json(value: Value, arguments: Kwargs) -> Result<Value, minijinja::Error> {
     let _ascii: Option<bool> = arguments.get("ensure_ascii")?; // false is what is done
     arguments.assert_all_used()?;
     let wrong = |e| minijinja::Error::new(ErrorKind::BadSerialization, "not possible as JSON").with_source(e);
-    let mut text = Vec::new();
+    let mut text = Limited(Vec::new());
     match indent {
         None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut text, Spaced)).map_err(wrong)?,
         Some(n) => {
@@ -166,7 +182,23 @@ fn to_json(value: Value, arguments: Kwargs) -> Result<Value, minijinja::Error> {
             value.serialize(&mut serde_json::Serializer::with_formatter(&mut text, pretty)).map_err(wrong)?;
         }
     }
-    Ok(Value::from(String::from_utf8_lossy(&text).into_owned()))
+    Ok(Value::from(String::from_utf8_lossy(&text.0).into_owned()))
+}
+
+/// A text that ends. Lists of lists that share their parts are small, and endless when written out.
+struct Limited(Vec<u8>);
+
+impl io::Write for Limited {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.0.len() + bytes.len() > MOST_JSON {
+            return Err(io::Error::other("the text is too long"));
+        }
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// A space behind commas and colons, as Python writes JSON.

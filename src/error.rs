@@ -54,9 +54,9 @@ pub enum Error {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
-    /// A model file that cannot be used.
-    pub fn model(file: impl AsRef<Path>, what: impl Into<String>) -> Self {
-        Error::Model { file: file.as_ref().to_owned(), what: what.into() }
+    /// A model file that cannot be used. `what` may quote it: see [`presentable`].
+    pub fn model(file: impl AsRef<Path>, what: impl AsRef<str>) -> Self {
+        Error::Model { file: file.as_ref().to_owned(), what: presentable(what.as_ref()) }
     }
 
     /// A failed read or write of `file`.
@@ -75,5 +75,31 @@ impl Error {
             Error::Device(_) => 5,
             Error::Interrupted => 130,
         }
+    }
+}
+
+/// A message that quotes a file of unknown origin, so that it neither floods nor steers a terminal: control characters are
+/// written as `\u{1b}`, and what is longer than any message of ours loses its middle.
+pub(crate) fn presentable(text: &str) -> String {
+    const END: usize = 500;
+    let shown = |c: char| if c.is_control() && c != '\n' { c.escape_unicode().to_string() } else { c.to_string() };
+    let count = text.chars().count();
+    if count <= 2 * END {
+        return text.chars().map(shown).collect();
+    }
+    let (head, tail) = (text.chars().take(END), text.chars().skip(count - END));
+    head.map(shown).chain([" ... ".to_string()]).chain(tail.map(shown)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_neither_flood_nor_steer_a_terminal() {
+        let text = |what: &str| Error::model("f", what).to_string();
+        assert_eq!(text("tensor \u{1b}[2J\r is é,\nbad"), "f: tensor \\u{1b}[2J\\u{d} is é,\nbad");
+        let long = text(&format!("begin {} end", "x".repeat(1 << 20)));
+        assert!(long.len() < 1100 && long.starts_with("f: begin xx") && long.ends_with("xx end"), "{long}");
     }
 }

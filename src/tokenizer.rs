@@ -1,14 +1,61 @@
 //! Text to token ids and back: `tokenizer.json` through the `tokenizers` crate.
+//!
+//! That crate panics on some files that are not tokenizers, and in some calls of those that it takes; fuzzing finds such
+//! files in seconds. So its calls are guarded: a panic inside becomes an error that names the file.
 
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
+use serde_json::Value;
+
 use crate::error::{Error, Result};
-use crate::model::fields::read_text;
+use crate::model::fields::{read_text, show};
+
+/// Token ids as JSON: a bare array of whole numbers.
+///
+/// # Errors
+/// What is wrong, and with which entry, for the caller to say where the text comes from.
+pub fn ids_of_json(json: &[u8]) -> Result<Vec<u32>, String> {
+    let json: Value = serde_json::from_slice(json).map_err(|e| format!("not JSON ({e}); an array of ids is needed"))?;
+    let Value::Array(entries) = json else {
+        return Err("not a JSON array; a bare array of token ids is needed, such as [1, 2, 3]".into());
+    };
+    let id = |(i, entry): (usize, &Value)| {
+        let id = entry.as_u64().and_then(|id| u32::try_from(id).ok());
+        id.ok_or_else(|| format!("entry {i} is {}; token ids are whole numbers from 0 to 2^32 - 1", show(entry)))
+    };
+    entries.iter().enumerate().map(id).collect()
+}
+
+thread_local!(static GUARDED: Cell<bool> = const { Cell::new(false) });
+
+/// Whether this thread is in a call whose panics become errors, so that a panic hook has nothing to say.
+pub fn is_guarded() -> bool {
+    GUARDED.get()
+}
+
+/// Calls the `tokenizers` crate.
+fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    let before = GUARDED.replace(true);
+    // What a call leaves half done is dropped with the error, or only read.
+    let outcome = catch_unwind(AssertUnwindSafe(call));
+    GUARDED.set(before);
+    match outcome {
+        Ok(outcome) => outcome.map_err(|e| e.to_string()),
+        Err(panic) => {
+            let what = panic.downcast_ref::<String>().map(String::as_str);
+            Err(what.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("it panicked").to_string())
+        }
+    }
+}
 
 /// The tokenizer of a model folder.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     file: PathBuf,
+    /// The token with the highest id.
+    last: Option<(String, u32)>,
 }
 
 impl Tokenizer {
@@ -19,12 +66,18 @@ impl Tokenizer {
     pub fn load(dir: &Path) -> Result<Option<Tokenizer>> {
         let file = dir.join("tokenizer.json");
         let Some(json) = read_text(&file)? else { return Ok(None) };
-        let mut inner = tokenizers::Tokenizer::from_bytes(json.as_bytes())
-            .map_err(|e| Error::model(&file, format!("not a usable tokenizer: {e}; download the file again")))?;
-        // Files carry what training used; a prompt must be neither cut nor filled up.
-        inner.with_padding(None);
-        inner.with_truncation(None).map_err(|e| Error::model(&file, format!("truncation: {e}")))?;
-        Ok(Some(Tokenizer { inner, file }))
+        let load = || {
+            let mut inner = tokenizers::Tokenizer::from_bytes(json.as_bytes())?;
+            // Files carry what training used; a prompt must be neither cut nor filled up.
+            inner.with_padding(None);
+            inner.with_truncation(None)?;
+            let last = inner.get_vocab(true).into_iter().max_by_key(|(_, id)| *id);
+            Ok((inner, last))
+        };
+        match guarded(load) {
+            Ok((inner, last)) => Ok(Some(Tokenizer { inner, file, last })),
+            Err(e) => Err(Error::model(&file, format!("not a usable tokenizer: {e}; download the file again"))),
+        }
     }
 
     /// The ids of a text. `add_special` adds what the model's post-processor adds, such as a first token.
@@ -32,7 +85,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Model`] if the tokenizer has no id for a part of the text.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, add_special).map_err(|e| self.error("encode", e))?;
+        let encoding = guarded(|| self.inner.encode_fast(text, add_special)).map_err(|e| self.error("encode", e))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -41,7 +94,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Model`] if the tokenizer's decoder fails.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.inner.decode(ids, true).map_err(|e| self.error("decode", e))
+        guarded(|| self.inner.decode(ids, true)).map_err(|e| self.error("decode", e))
     }
 
     /// The id of one token, written as in `tokenizer.json`.
@@ -51,7 +104,7 @@ impl Tokenizer {
 
     /// The highest id plus one.
     pub fn n_ids(&self) -> usize {
-        self.inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1)
+        self.last.as_ref().map_or(0, |(_, id)| *id as usize + 1)
     }
 
     /// Checks that every id has a row in the embedding of `vocab_size` rows. (More rows than ids are common: padding.)
@@ -59,9 +112,8 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Model`] naming both sizes.
     pub fn check_vocab(&self, vocab_size: usize) -> Result<()> {
-        let vocab = self.inner.get_vocab(true);
-        match vocab.into_iter().max_by_key(|(_, id)| *id) {
-            Some((token, id)) if id as usize >= vocab_size => Err(Error::model(
+        match &self.last {
+            Some((token, id)) if *id as usize >= vocab_size => Err(Error::model(
                 &self.file,
                 format!(
                     "token {token:?} has id {id}, but config.json has a vocab_size of {vocab_size}; \

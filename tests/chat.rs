@@ -82,6 +82,12 @@ fn templates_that_misbehave() {
     let cases = [
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "too long"),
         ("{% for a in range(9999) %}{{ 'x' * 10000000 }}{% endfor %}", "too long"),
+        ("{{ '{:>9999999999}'.format(3) }}", "too wide"),
+        ("{{ 1.5 | round(2) }}{{ '{:05}{:.3f}{x}'.format(3, 1.5, x='y') }}{{ no.such }}", "undefined"),
+        (
+            "{% set n = namespace(x=[1]) %}{% for i in range(40) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x | tojson }}",
+            "not possible as JSON",
+        ),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ messages[0].no.such }}", "undefined"),
         ("{{ strftime_now('%Y') }}", "strftime_now"),

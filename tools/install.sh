@@ -1,5 +1,6 @@
 #!/bin/sh
-# Installs the C library: header, libspecache.so and .a, the file for pkg-config, and the command line.
+# Installs the C library: header, libspecache.so and .a, the file for pkg-config, and the command line with its manual pages
+# and the completions of bash, zsh and fish.
 #
 #   tools/install.sh PREFIX            builds in release, then installs below PREFIX (such as /usr/local)
 #   tools/install.sh PREFIX --from DIR installs what was built into DIR: a target folder, or one with the libraries
@@ -47,6 +48,13 @@ ln -sf "libspecache.so.$abi" "$lib/libspecache.so"
 place 644 libspecache.a "$lib/libspecache.a"
 if [ -x "$from/specache-engine" ]; then
     install -m 755 "$from/specache-engine" "$root/bin/specache-engine"
+    # Written by the program itself, in the places where shells and man look for them.
+    share=$root/share
+    mkdir -p "$share/man/man1" "$share/bash-completion/completions" "$share/zsh/site-functions" "$share/fish/vendor_completions.d"
+    "$from/specache-engine" man -o "$share/man/man1"
+    "$from/specache-engine" completions bash > "$share/bash-completion/completions/specache-engine"
+    "$from/specache-engine" completions zsh > "$share/zsh/site-functions/_specache-engine"
+    "$from/specache-engine" completions fish > "$share/fish/vendor_completions.d/specache-engine.fish"
 fi
 cat > "$lib/pkgconfig/specache.pc" <<PC
 prefix=$prefix

@@ -55,12 +55,12 @@ impl EngineObject {
     fn load(spec: &str, options: &EngineOptions) -> Result<EngineObject> {
         let log = Log { callback: options.log, user_data: options.log_user_data, level: options.log_level };
         let engine = Engine::load(spec, &device_options(options)?)?;
-        let folder = (!spec.starts_with("synthetic:")).then(|| Path::new(spec));
-        let tokenizer = folder.map(Tokenizer::load).transpose()?.flatten();
+        let folder = model::folder(spec)?;
+        let tokenizer = folder.as_deref().map(Tokenizer::load).transpose()?.flatten();
         if let Some(tokenizer) = &tokenizer {
             tokenizer.check_vocab(engine.model().config.vocab_size)?;
         }
-        let chat = folder.map(ChatTemplate::load).transpose()?.flatten();
+        let chat = folder.as_deref().map(ChatTemplate::load).transpose()?.flatten();
         if let Some(trace) = engine.device().trace() {
             trace.pause(true);
         }

@@ -83,6 +83,12 @@ pub enum Command {
     /// What a KV mode costs in quality: needles, perplexity, divergence, coverage, LongBench.
     #[command(after_help = super::eval::args::EXAMPLES)]
     Eval(EvalArgs),
+    /// Print what makes a shell complete this command's arguments.
+    #[command(after_help = COMPLETIONS_EXAMPLES)]
+    Completions(CompletionsArgs),
+    /// Print the manual page, or write the pages of all commands into a folder.
+    #[command(after_help = MAN_EXAMPLES)]
+    Man(ManArgs),
 }
 
 const GENERATE_EXAMPLES: &str = "\
@@ -169,7 +175,7 @@ does not fit, stderr says what is short and what fits.";
 /// `plan`.
 #[derive(Args)]
 pub struct PlanArgs {
-    /// Model folder (only its config.json is read), or synthetic:SHAPE
+    /// Model folder (only its config.json is read), org/name of one in the Hugging Face cache, or synthetic:SHAPE
     #[arg(short, long, env = "SPECACHE_MODEL", value_name = "DIR")]
     pub model: String,
     /// Device memory, such as 48GiB [default: that of --gpu, else of the first GPU, else what this machine has free]
@@ -255,7 +261,7 @@ tokens behind the prompt.";
 /// `bench`.
 #[derive(Args)]
 pub struct BenchArgs {
-    /// Model folders or synthetic:SHAPE, separated by commas [default: the recall model and synthetic:llama-3.2-1b; with
+    /// Model folders, org/name or synthetic:SHAPE, separated by commas [default: the recall model and synthetic:llama-3.2-1b; with
     /// --overlap the latter only, with --simulate synthetic:llama-3-8b]
     #[arg(short, long, env = "SPECACHE_BENCH_MODEL", value_name = "DIR,...", value_delimiter = ',')]
     pub model: Vec<String>,
@@ -303,10 +309,38 @@ pub struct BenchArgs {
     pub output: String,
 }
 
+const COMPLETIONS_EXAMPLES: &str = "\
+Examples:
+  source <(specache-engine completions bash)
+  specache-engine completions zsh > ~/.zfunc/_specache-engine
+  specache-engine completions fish > ~/.config/fish/completions/specache-engine.fish
+
+tools/install.sh puts them where bash, zsh and fish look.";
+
+/// `completions`.
+#[derive(Args)]
+pub struct CompletionsArgs {
+    /// The shell
+    pub shell: clap_complete::Shell,
+}
+
+const MAN_EXAMPLES: &str = "\
+Examples:
+  specache-engine man | man -l -
+  specache-engine man -o ~/.local/share/man/man1";
+
+/// `man`.
+#[derive(Args)]
+pub struct ManArgs {
+    /// Folder for the pages of all commands: specache-engine.1, specache-engine-generate.1, ...
+    #[arg(short, long, env = "SPECACHE_MAN_OUTPUT", value_name = "FOLDER")]
+    pub output: Option<PathBuf>,
+}
+
 /// Which model, on what.
 #[derive(Args)]
 pub struct ModelArgs {
-    /// Model folder (Hugging Face layout), or synthetic:SHAPE for random weights
+    /// Model folder (Hugging Face layout), org/name of one in the Hugging Face cache, or synthetic:SHAPE for random weights
     #[arg(short, long, env = "SPECACHE_MODEL", value_name = "DIR")]
     pub model: String,
     #[command(flatten)]

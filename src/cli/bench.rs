@@ -41,7 +41,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
     let start = Instant::now();
     let plot = args.plot.as_deref().map(|file| AtomicFile::create("--plot", file)).transpose()?;
     let mut progress = Progress::new();
-    progress.show("measuring how fast this device reads its memory");
+    progress.announce("measuring how fast this device reads its memory");
     let mut report = Report::new(&args.output, machine(&args)?);
     let models = models::chosen(&args.model);
     progress.clear();
@@ -60,7 +60,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
 
 /// One model: every prompt, then every depth, with every batch.
 fn grid(args: &BenchArgs, model: &str, report: &mut Report, progress: &mut Progress) -> Result<()> {
-    progress.show(format_args!("loading {model}"));
+    progress.announce(format_args!("loading {model}"));
     let engine = Engine::load(model, &args.device.options()?)?;
     let _ctrl_c = interrupt::forward(engine.interrupt_flag());
     for &tokens in &args.prompt {

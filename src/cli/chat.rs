@@ -1,13 +1,13 @@
 //! `chat`: a conversation on one cache, which each turn continues.
 
 use std::io::{self, BufRead, IsTerminal, Write, stderr, stdin};
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use specache::chat::{ChatTemplate, Message};
 use specache::device::interrupt;
 use specache::error::{Error, Result};
 use specache::kv::{KvMode, KvOptions};
+use specache::model::folder;
 use specache::sampler::{Sampler, SamplingOptions};
 use specache::tokenizer::Tokenizer;
 use specache::{Buffers, Engine, Next, Prompt, Session};
@@ -37,7 +37,7 @@ pub fn run(args: ChatArgs) -> Result<()> {
     let trace = args.model.device.trace_file()?;
     let template = if args.raw { None } else { Some(template(&args.model.model)?) };
     let mut progress = Progress::new();
-    progress.show(format_args!("loading {}", args.model.model));
+    progress.announce(format_args!("loading {}", args.model.model));
     let engine = Engine::load(&args.model.model, &device)?;
     let config = &engine.model().config;
     let tokenizer = input::tokenizer(&args.model.model, config.vocab_size)?.ok_or_else(|| {
@@ -67,7 +67,7 @@ pub fn run(args: ChatArgs) -> Result<()> {
 }
 
 fn template(model: &str) -> Result<ChatTemplate> {
-    let found = if model.starts_with("synthetic:") { None } else { ChatTemplate::load(Path::new(model))? };
+    let found = folder(model)?.map(|folder| ChatTemplate::load(&folder)).transpose()?.flatten();
     found.ok_or_else(|| {
         Error::Usage(format!(
             "{model} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json): continue \

@@ -29,7 +29,7 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     let trace = args.model.device.trace_file()?;
     let source = input::prompt(&args.prompt)?;
     let mut progress = Progress::new();
-    progress.show(format_args!("loading {}", args.model.model));
+    progress.announce(format_args!("loading {}", args.model.model));
     let engine = Engine::load(&args.model.model, &device)?;
     let config = &engine.model().config;
     let tokenizer = input::tokenizer(&args.model.model, config.vocab_size)?;

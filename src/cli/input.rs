@@ -1,10 +1,12 @@
 //! What the user gives: prompts and lists of token ids, checked before any work begins.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
-use serde_json::Value;
 use specache::error::{Error, Result};
-use specache::tokenizer::Tokenizer;
+use specache::model::folder;
+use specache::tokenizer::{self, Tokenizer};
 
 use super::args::PromptArgs;
 
@@ -13,10 +15,8 @@ use super::args::PromptArgs;
 /// # Errors
 /// [`Error::Model`] for a file that is not a tokenizer, or belongs to another model.
 pub fn tokenizer(model: &str, vocab_size: usize) -> Result<Option<Tokenizer>> {
-    if model.starts_with("synthetic:") {
-        return Ok(None);
-    }
-    let tokenizer = Tokenizer::load(Path::new(model))?;
+    let Some(folder) = folder(model)? else { return Ok(None) };
+    let tokenizer = Tokenizer::load(&folder)?;
     if let Some(tokenizer) = &tokenizer {
         tokenizer.check_vocab(vocab_size)?;
     }
@@ -63,19 +63,7 @@ pub fn prompt(args: &PromptArgs) -> Result<Source> {
 /// # Errors
 /// [`Error::Usage`] naming the first entry that is not an id.
 pub fn ids(option: &str, file: &Path) -> Result<Vec<u32>> {
-    let wrong = |what: String| Error::Usage(format!("{option} {}: {what}", file.display()));
-    let json: Value = serde_json::from_slice(&read(file)?)
-        .map_err(|e| wrong(format!("not JSON ({e}); an array of ids is needed")))?;
-    let Value::Array(entries) = json else {
-        return Err(wrong("not a JSON array; a bare array of token ids is needed, such as [1, 2, 3]".into()));
-    };
-    let id = |(i, entry): (usize, &Value)| {
-        let id = entry.as_u64().and_then(|id| u32::try_from(id).ok());
-        id.ok_or_else(|| {
-            wrong(format!("entry {i} is {}; token ids are whole numbers from 0 to 2^32 - 1", brief(entry)))
-        })
-    };
-    entries.iter().enumerate().map(id).collect()
+    tokenizer::ids_of_json(&read(file)?).map_err(|what| Error::Usage(format!("{option} {}: {what}", file.display())))
 }
 
 /// Checks ids against a model.
@@ -94,12 +82,15 @@ pub fn check_ids(option: &str, ids: &[u32], vocab_size: usize) -> Result<()> {
     }
 }
 
-fn read(file: &Path) -> Result<Vec<u8>> {
-    std::fs::read(file).map_err(|e| Error::io(file, e))
-}
+/// Most bytes of a prompt: some 50 million tokens. What is longer is another kind of file, or one without an end.
+const MOST_BYTES: u64 = 256 << 20;
 
-/// An entry as an error shows it.
-fn brief(entry: &Value) -> String {
-    let text = entry.to_string();
-    if text.chars().count() > 40 { text.chars().take(40).chain("...".chars()).collect() } else { text }
+fn read(file: &Path) -> Result<Vec<u8>> {
+    let failed = |e| Error::io(file, e);
+    let mut bytes = Vec::new();
+    File::open(file).map_err(failed)?.take(MOST_BYTES + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > MOST_BYTES {
+        return Err(Error::Usage(format!("{}: more than {MOST_BYTES} bytes are no prompt", file.display())));
+    }
+    Ok(bytes)
 }

@@ -25,7 +25,7 @@ pub fn run(args: LogitsArgs) -> Result<()> {
     let speculative = args.spec_tokens.as_ref().map(|file| input::ids("--spec-tokens", file)).transpose()?;
     check_modes(&args, &kv)?;
     let mut progress = Progress::new();
-    progress.show(format_args!("loading {}", args.model.model));
+    progress.announce(format_args!("loading {}", args.model.model));
     let engine = Engine::load(&args.model.model, &device)?;
     let vocab_size = engine.model().config.vocab_size;
     input::check_ids("--tokens", &ids, vocab_size)?;

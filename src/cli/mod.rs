@@ -12,6 +12,7 @@ mod logits;
 mod output;
 mod plan;
 mod progress;
+mod shell;
 mod size;
 
 use std::io::ErrorKind;
@@ -54,6 +55,8 @@ fn run(cli: Cli) -> Result<()> {
         Command::Plan(args) => plan::run(&args),
         Command::Devices => devices::run(),
         Command::Doctor => doctor::run(),
+        Command::Completions(args) => shell::completions(&args),
+        Command::Man(args) => shell::man(&args),
     }
 }
 
@@ -62,10 +65,11 @@ fn is_closed_pipe(error: &Error) -> bool {
     file == Path::new(output::STDOUT) && source.kind() == ErrorKind::BrokenPipe
 }
 
-/// One message for people; a panic that follows from the first says nothing new.
+/// One message for people; a panic that follows from the first says nothing new, and one that becomes an error is told as
+/// such.
 fn report_panic(panic: &panic::PanicHookInfo) {
     static REPORTED: AtomicBool = AtomicBool::new(false);
-    if !REPORTED.swap(true, Ordering::Relaxed) {
+    if !specache::tokenizer::is_guarded() && !REPORTED.swap(true, Ordering::Relaxed) {
         let what = panic.payload_as_str().unwrap_or("a panic without a message");
         let place = panic.location().map(|at| format!(" ({}:{})", at.file(), at.line())).unwrap_or_default();
         say(format_args!("error: internal error: {what}{place}; please report this"));

@@ -5,6 +5,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use specache::device::Device;
+use specache::device::interrupt::{self, Unfinished};
 use specache::device::trace::{Slice, write_chrome};
 use specache::error::{Error, Result};
 
@@ -27,6 +28,8 @@ pub struct AtomicFile {
     /// `None`: written directly, or complete.
     temporary: Option<PathBuf>,
     out: Option<BufWriter<File>>,
+    /// Ctrl-C, too, leaves nothing that is not complete.
+    _unfinished: Option<Unfinished>,
 }
 
 impl AtomicFile {
@@ -49,11 +52,13 @@ impl AtomicFile {
             Ok(_) => beside(&target.canonicalize().map_err(failed)?),
             Err(_) => beside(target),
         };
+        let unfinished = temporary.as_deref().map(interrupt::unfinished);
         let file = match &temporary {
             Some(temporary) => File::create_new(temporary),
             None => File::options().write(true).open(&path),
         };
-        Ok(AtomicFile { target: path, temporary, out: Some(BufWriter::new(file.map_err(failed)?)) })
+        let out = Some(BufWriter::new(file.map_err(failed)?));
+        Ok(AtomicFile { target: path, temporary, out, _unfinished: unfinished })
     }
 
     /// Appends.

@@ -28,6 +28,14 @@ impl Progress {
         }
     }
 
+    /// As [`Progress::show`], and a line where stderr is not a terminal: what may take seconds says first what it is.
+    pub fn announce(&mut self, what: impl Display) {
+        match self.on_terminal {
+            true => self.show(what),
+            false => say(format_args!("{what}")),
+        }
+    }
+
     /// Removes the line.
     pub fn clear(&mut self) {
         if std::mem::take(&mut self.shown) {

@@ -141,7 +141,7 @@ impl<'a> Fields<'a> {
 }
 
 /// A value as JSON, cut where it would flood a terminal.
-fn show(value: &Value) -> String {
+pub(crate) fn show(value: &Value) -> String {
     const LONGEST: usize = 80;
     let text = value.to_string();
     match text.char_indices().nth(LONGEST) {

@@ -5,6 +5,7 @@
 pub mod config;
 pub(crate) mod fields;
 mod generation;
+pub mod hub;
 pub mod loader;
 pub mod rope;
 mod rope_config;
@@ -15,6 +16,8 @@ pub mod weights;
 pub use config::{Arch, Config, Dtype, Rope, RopeScaling};
 pub use rope::RopeTable;
 pub use weights::{Layer, Linear, Matrix, Weights};
+
+use std::path::{Path, PathBuf};
 
 use crate::error::Result;
 
@@ -51,26 +54,43 @@ pub struct GenerationConfig {
     pub eos_token_ids: Option<Vec<u32>>,
 }
 
-/// The configuration of a model folder or `synthetic:SHAPE`, without its weights.
+/// The folder of a model; `None` for `synthetic:SHAPE`, which has none. `org/name` is one of the Hugging Face cache.
+///
+/// # Errors
+/// As [`hub::folder`].
+pub fn folder(spec: &str) -> Result<Option<PathBuf>> {
+    if spec.starts_with("synthetic:") { Ok(None) } else { hub::folder(spec).map(Some) }
+}
+
+/// The configuration of a model folder, `org/name` or `synthetic:SHAPE`, without its weights.
 ///
 /// # Errors
 /// [`crate::error::Error::Model`] with file and field; [`crate::error::Error::Usage`] for an unknown shape.
 pub fn config_of(spec: &str) -> Result<Config> {
     match spec.strip_prefix("synthetic:") {
         Some(shape) => synthetic::config(shape),
-        None => loader::config(std::path::Path::new(spec)),
+        None => loader::config(&hub::folder(spec)?),
     }
 }
 
 impl Model {
-    /// Loads a Hugging Face folder, or makes `synthetic:<shape>` with random weights.
+    /// Loads a Hugging Face folder, also by its `org/name` in the local cache, or makes `synthetic:<shape>` with random
+    /// weights.
     ///
     /// # Errors
     /// [`crate::Error::Model`] with file, field or tensor, and the fix.
     pub fn load(spec: &str) -> Result<Model> {
         match spec.strip_prefix("synthetic:") {
             Some(shape) => synthetic::model(shape),
-            None => loader::load(std::path::Path::new(spec)),
+            None => {
+                let folder = hub::folder(spec)?;
+                let mut model = loader::load(&folder)?;
+                // A snapshot's own name is that of its revision.
+                if folder != Path::new(spec) {
+                    model.name = spec.to_string();
+                }
+                Ok(model)
+            }
         }
     }
 }

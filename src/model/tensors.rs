@@ -42,7 +42,7 @@ impl Tensors {
     /// Maps the safetensors files of `dir` and checks their headers.
     pub fn open(dir: &Path) -> Result<Tensors> {
         let single = dir.join(SINGLE);
-        if single.exists() {
+        if exists(&single)? {
             return Tensors::single(single);
         }
         let index = dir.join(INDEX);
@@ -67,7 +67,7 @@ impl Tensors {
         let mut shard_of = HashMap::new();
         for (name, tensors) in files {
             let file = dir.join(&name);
-            if !file.exists() {
+            if !exists(&file)? {
                 return Err(Error::model(&file, format!("this shard is missing, {INDEX} lists it; download it")));
             }
             shard_of.extend(tensors.into_iter().map(|tensor| (tensor, shards.len())));
@@ -111,7 +111,7 @@ impl Tensors {
 
 impl Shard {
     fn open(file: &Path) -> Result<Shard> {
-        if !file.is_file() {
+        if !std::fs::metadata(file).map_err(|e| Error::io(file, e))?.is_file() {
             return Err(Error::model(file, "not a regular file"));
         }
         let bytes = Bytes::file(file)?;
@@ -137,6 +137,11 @@ impl Shard {
             }
         }
     }
+}
+
+/// A file that cannot be looked at is not one that is missing.
+fn exists(file: &Path) -> Result<bool> {
+    file.try_exists().map_err(|e| Error::io(file, e))
 }
 
 /// What is wrong with a safetensors header, as a sentence about a file of `file_bytes` bytes.
@@ -176,8 +181,8 @@ fn shard_files(index: &Path, json: &str) -> Result<BTreeMap<String, Vec<String>>
     Ok(files)
 }
 
-/// A relative path that never leaves the folder, ending in `.safetensors`.
+/// A relative path that never leaves the folder, ending in `.safetensors`, that can be shown as it is.
 fn is_shard_name(file: &str) -> bool {
     let inside = Path::new(file).components().all(|part| matches!(part, Component::Normal(_)));
-    inside && file.ends_with(".safetensors") && !file.contains(['\\', '\0'])
+    inside && file.ends_with(".safetensors") && !file.contains(|c: char| c == '\\' || c.is_control())
 }

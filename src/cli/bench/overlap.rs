@@ -37,7 +37,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let plot = args.plot.as_deref().map(|file| AtomicFile::create("--plot", file)).transpose()?;
     let trace = args.device.trace_file()?;
     let mut progress = Progress::new();
-    progress.show(format_args!("loading {model}"));
+    progress.announce(format_args!("loading {model}"));
     let mut options = args.device.options()?;
     options.trace = true;
     let engine = Engine::load(&model, &options)?;

@@ -52,7 +52,7 @@ impl Subject {
         let device = args.device.options()?;
         let trace = args.device.trace_file()?;
         let mut progress = Progress::new();
-        progress.show(format_args!("loading {}", args.model));
+        progress.announce(format_args!("loading {}", args.model));
         let engine = Engine::load(&args.model, &device)?;
         if engine.model().synthetic {
             return Err(Error::Usage(format!(
