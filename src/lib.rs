@@ -51,6 +51,7 @@ pub mod error;
 pub mod gather;
 pub mod kv;
 pub mod model;
+pub mod notice;
 pub mod ops;
 pub mod prefill;
 pub mod reference;
