@@ -152,8 +152,9 @@ int32_t specache_engine_options_init(specache_engine_options *options, uint32_t 
 
 /* Loads a model: a folder in Hugging Face layout, or "synthetic:SHAPE" for random weights. Weights are mapped, not copied.
  * `abi_version` is SPECACHE_ABI_VERSION. `model` is a C string, `options` may be NULL. *engine is NULL after a failure.
- * SPECACHE_ERR_ABI, _USAGE (options, no such synthetic shape, a model that the GPU asked for has no kernels for), _MODEL, _FAILED
- * (unreadable files), _DEVICE (no such device, or one that cannot be used), _OUT_OF_MEMORY (a GPU too small for the weights). */
+ * SPECACHE_ERR_ABI, _USAGE (options, a GPU's number beyond those that there are, no such synthetic shape, a model that the GPU asked
+ * for has no kernels for), _MODEL, _FAILED (unreadable files), _DEVICE (no GPU where one is asked for, or one that cannot be used),
+ * _OUT_OF_MEMORY (a GPU too small for the weights). */
 int32_t specache_engine_create(uint32_t abi_version, const char *model, const specache_engine_options *options,
                                specache_engine **engine);
 
@@ -367,7 +368,8 @@ int32_t specache_session_prefill_text(specache_session *session, const char *tex
  * session holds of it already stays, as a rule all of it, and only the rest is prefilled. Answers are to be the texts that
  * specache_session_generate has shown. Where they are not, or the template rewrites what was said before, the common beginning
  * stays; SPECACHE_KV_KIVI, which cannot go back, begins anew then. How many tokens stayed is returned in *n_kept, which may be
- * NULL. As specache_session_prefill and specache_chat_prompt. After _OUT_OF_MEMORY, _CANCELLED, _FAILED and _DEVICE the session may
+ * NULL.
+ * As specache_session_prefill and specache_chat_prompt. After _OUT_OF_MEMORY, _CANCELLED, _FAILED and _DEVICE the session may
  * hold the common beginning alone. */
 int32_t specache_session_prefill_chat(specache_session *session, const specache_chat_message *messages, size_t n_messages,
                                       uint64_t *n_kept);

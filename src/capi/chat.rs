@@ -32,13 +32,7 @@ impl State {
     /// How many tokens stay, and what comes behind them, for the session to hold `text`, whose tokens are `ids`. Usually all
     /// stay: the ids begin with them, or, where the tokenizer would have cut an answer differently than the model wrote it,
     /// the text begins with theirs. Where a template rewrites what was said, the common beginning stays.
-    fn split(
-        &self,
-        engine: &EngineObject,
-        text: &str,
-        ids: &[u32],
-        shown: Option<u32>,
-    ) -> Result<(usize, Vec<u32>)> {
+    fn split(&self, engine: &EngineObject, text: &str, ids: &[u32], shown: Option<u32>) -> Result<(usize, Vec<u32>)> {
         let n = self.tokens.len();
         if ids.len() > n && ids.starts_with(&self.tokens) && shown.is_none_or(|token| ids[n] == token) {
             return Ok((n, ids[n..].to_vec()));

@@ -1,9 +1,9 @@
 //! Engines: a model on a device, with its tokenizer, its chat template and whoever listens to it.
 
 use std::ffi::{CString, c_char, c_void};
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,10 +14,10 @@ use super::status::{Fail, Result, Status, guard};
 use super::structs::{self, EngineOptions, LogFn, Memory, MemoryPlan, ModelInfo};
 use super::{KvOptionsC, SPECACHE_ABI_VERSION};
 use crate::chat::ChatTemplate;
-use crate::device::{DeviceOptions, Kind, LinearPath};
 use crate::device::choice::DeviceChoice;
 use crate::device::pin::{Mlock, Pin};
 use crate::device::trace::write_chrome;
+use crate::device::{DeviceOptions, Kind, LinearPath};
 use crate::error::Error;
 use crate::kv::{CacheBytes, KvMode, KvOptions, KvShape};
 use crate::model::{self, Dtype};
@@ -58,7 +58,10 @@ unsafe impl Sync for Log {}
 impl EngineObject {
     fn load(spec: &str, options: &EngineOptions) -> Result<EngineObject> {
         if !(0..=Level::Debug as i32).contains(&options.log_level) {
-            return Err(Fail::usage(format!("log_level {}: must be 0 (none) or one of SPECACHE_LOG_*", options.log_level)));
+            return Err(Fail::usage(format!(
+                "log_level {}: must be 0 (none) or one of SPECACHE_LOG_*",
+                options.log_level
+            )));
         }
         let log = Log { callback: options.log, user_data: options.log_user_data, level: options.log_level };
         notice::keep();

@@ -4,10 +4,10 @@ use std::ffi::c_char;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
+use super::chat::Conversation;
 use super::engine::{EngineObject, Level, kv_options, tokens};
 use super::handles::{self, EngineHandle, SessionHandle};
 use super::memory::{give, set, slice, text};
-use super::chat::Conversation;
 use super::status::{Fail, Result, Status, guard};
 use super::structs::{self, KvOptionsC, SamplingOptionsC};
 use crate::kv::KvOptions;
@@ -487,25 +487,46 @@ mod tests {
     use super::*;
     use crate::capi::*;
 
+    struct Listener {
+        alive: *mut SessionHandle,
+        errors: usize,
+    }
+
+    /// Hears of a bug, and goes on with another session.
+    unsafe extern "C" fn listen(user_data: *mut std::ffi::c_void, level: i32, _: *const c_char) {
+        // SAFETY: the listener of the test.
+        let listener = unsafe { &mut *user_data.cast::<Listener>() };
+        if level == Level::Error as i32 {
+            listener.errors += 1;
+            // SAFETY: NULL is allowed.
+            assert_eq!(unsafe { specache_session_step(listener.alive, 4, ptr::null_mut(), 0) }, 0);
+        }
+    }
+
     /// A panic within a call kills the sessions of that call, and nothing else.
     #[test]
     fn a_session_whose_call_panicked_is_dead() {
         let (mut engine, mut dead, mut alive) = (ptr::null_mut(), ptr::null_mut(), ptr::null_mut());
+        let mut listener = Listener { alive, errors: 0 };
         // SAFETY: pointers to values of this function, C strings.
         unsafe {
             let model = c"synthetic:tiny".as_ptr();
-            assert_eq!(specache_engine_create(SPECACHE_ABI_VERSION, model, ptr::null(), &mut engine), 0);
+            let mut options: EngineOptions = structs::Sized32::defaults();
+            options.device = c"cpu".as_ptr();
+            (options.log, options.log_user_data) = (Some(listen), (&raw mut listener).cast());
+            assert_eq!(specache_engine_create(SPECACHE_ABI_VERSION, model, &options, &mut engine), 0);
             for session in [&mut dead, &mut alive] {
                 assert_eq!(specache_session_create(engine, ptr::null(), 300, session), 0);
                 assert_eq!(specache_session_prefill(*session, [1, 2, 3].as_ptr(), 3), 0);
             }
         }
+        listener.alive = alive;
         let status = guard(|| {
             let object = handles::session(dead)?;
             let _state = object.lock()?;
             object.engine.with_buffers(|_| panic!("something is wrong"))
         });
-        assert_eq!(status, Status::Internal as i32);
+        assert_eq!((status, listener.errors), (Status::Internal as i32, 1));
         // SAFETY: as above.
         unsafe {
             let step = |session| specache_session_step(session, 4, ptr::null_mut(), 0);

@@ -139,7 +139,9 @@ impl GpuModel {
                 down: layout.linear(&layer.down),
             });
         }
-        let mut memory = device.grant_for(Kind::Weights, layout.bytes as u64, 0, "the weights")?.device(layout.bytes, "the weights")?;
+        let mut memory = device
+            .grant_for(Kind::Weights, layout.bytes as u64, 0, "the weights")?
+            .device(layout.bytes, "the weights")?;
         layout.parts.iter().for_each(|(at, bytes)| memory.write(*at, bytes));
         device.sound()?;
         let base = memory.address();
