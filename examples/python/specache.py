@@ -113,7 +113,7 @@ class _Calls:
         with self.changed:
             if self.ending:
                 raise RuntimeError("the program ends: no call of specache can begin")
-            self.running[key] = (name, args)
+            self.running[key] = (threading.get_ident(), name, args)
         try:
             status = getattr(_lib, "specache_" + name)(*args)
             if status != 0:
@@ -126,8 +126,9 @@ class _Calls:
     def end(self):
         with self.changed:
             self.ending = True
-            while self.running:
-                for name, args in self.running.values():
+            # This thread is in none: one that Ctrl-C has torn out of the list's upkeep is over.
+            while others := [call for thread, *call in self.running.values() if thread != threading.get_ident()]:
+                for name, args in others:
                     if name.startswith("session_") and name != "session_create":
                         _lib.specache_session_cancel(args[0])
                 # A callback may have been on its way to its next token, or a call to its beginning.
