@@ -153,8 +153,8 @@ int32_t specache_engine_options_init(specache_engine_options *options, uint32_t 
 /* Loads a model: a folder in Hugging Face layout, or "synthetic:SHAPE" for random weights. Weights are mapped, not copied.
  * `abi_version` is SPECACHE_ABI_VERSION. `model` is a C string, `options` may be NULL. *engine is NULL after a failure.
  * SPECACHE_ERR_ABI, _USAGE (options, a GPU's number beyond those that there are, no such synthetic shape, a model that the GPU
- * asked for has no kernels for), _MODEL, _FAILED (unreadable files), _DEVICE (no GPU where one is asked for, or one that cannot be
- * used), _OUT_OF_MEMORY (a GPU too small for the weights). */
+ * asked for has no kernels for), _MODEL, _FAILED (unreadable files), _DEVICE (no GPU where one is asked for, or one that cannot
+ * be used), _OUT_OF_MEMORY (a GPU too small for the weights). */
 int32_t specache_engine_create(uint32_t abi_version, const char *model, const specache_engine_options *options,
                                specache_engine **engine);
 

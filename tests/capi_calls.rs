@@ -811,6 +811,39 @@ fn a_conversation() {
     }
 }
 
+/// An answer whose text the tokenizer would cut differently stays as it was written.
+#[test]
+fn a_conversation_keeps_the_tokens_of_an_answer() {
+    let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("capi-cuts");
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(&folder).unwrap();
+    for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+        std::fs::copy(fixture("recall").join(file), folder.join(file)).unwrap();
+    }
+    std::fs::write(folder.join("chat_template.jinja"), "{% for m in messages %}{{ m.content }}. {% endfor %}").unwrap();
+    let engine = common::capi::engine(&folder, &engine_options());
+    let one = session(engine, &kv_options(), 64);
+    let mut said = vec![(c"user", c"Recall kose".to_owned())];
+    assert_eq!(prefill_chat(one, &said), 0);
+    let pieces: Vec<u32> = "zesi".chars().flat_map(|c| tokenize(engine, &c.to_string())).collect();
+    assert_ne!(tokenize(engine, "zesi"), pieces);
+    pieces.iter().for_each(|&id| ok(step(one, id)));
+    // SAFETY: `list` passes room for as many as it says.
+    let answer = list(0, |text: *mut c_char, capacity, n| unsafe {
+        specache_detokenize(engine, pieces.as_ptr(), pieces.len(), text, capacity, n)
+    });
+    said.push((c"assistant", CString::new(answer.iter().map(|&b| b as u8).collect::<Vec<_>>()).unwrap()));
+    said.push((c"user", c"Recall fimi".to_owned()));
+    let held = tokens(one);
+    assert_eq!(prefill_chat(one, &said), held.len(), "all of it stays");
+    assert_eq!(tokens(one)[held.len()..], tokenize(engine, ". Recall fimi. "));
+    // Changed afterwards, it does not.
+    said[1].1 = c"another answer".to_owned();
+    assert!(prefill_chat(one, &said) < held.len());
+    free(one);
+    close(engine);
+}
+
 fn c_messages(said: &[(&CStr, CString)]) -> Vec<ChatMessage> {
     said.iter().map(|(role, content)| ChatMessage { role: role.as_ptr(), content: content.as_ptr() }).collect()
 }
