@@ -513,7 +513,8 @@ mod tests {
             let model = c"synthetic:tiny".as_ptr();
             let mut options: EngineOptions = structs::Sized32::defaults();
             options.device = c"cpu".as_ptr();
-            (options.log, options.log_user_data) = (Some(listen), (&raw mut listener).cast());
+            options.log = Some(listen);
+            options.log_user_data = (&raw mut listener).cast();
             assert_eq!(specache_engine_create(SPECACHE_ABI_VERSION, model, &options, &mut engine), 0);
             for session in [&mut dead, &mut alive] {
                 assert_eq!(specache_session_create(engine, ptr::null(), 300, session), 0);
