@@ -1194,3 +1194,24 @@ fn on_a_small_stack() {
     };
     thread::Builder::new().stack_size(256 << 10).spawn(work).unwrap().join().unwrap();
 }
+
+/// Threads that the system refuses are no usage error. In a process of its own, whose address space ends soon.
+#[test]
+fn threads_that_cannot_be_started() {
+    use nix::sys::resource::{Resource, setrlimit};
+    const CHILD: &str = "SPECACHE_TEST_FEW_THREADS";
+    if std::env::var_os(CHILD).is_none() {
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+        child.args(["threads_that_cannot_be_started", "--exact", "--nocapture"]).env(CHILD, "1");
+        let output = child.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        return;
+    }
+    // Each thread has 2 MiB of stack.
+    setrlimit(Resource::RLIMIT_AS, 1 << 30, 1 << 30).unwrap();
+    let options = EngineOptions { threads: 1000, ..engine_options() };
+    let mut engine = ptr::null_mut();
+    // SAFETY: a C string and structs of this function.
+    let status = unsafe { specache_engine_create(1, c"synthetic:tiny".as_ptr(), &options, &mut engine) };
+    fails(status, Status::Device, "1000 compute threads cannot be started");
+}
