@@ -134,10 +134,11 @@ impl Sides {
         self.engine.decode(&mut [Next { session: &mut session, token }], &mut buffers)?;
         history.push(token);
         token = sampler.sample(buffers.logits(0)?, &history)?;
-        let mut sampled = 0;
-        // SAFETY: a number of this function.
-        assert_eq!(unsafe { specache_session_sample(handle, &mut sampled) }, 0);
-        assert_eq!(sampled, token);
+        let mut generated = 0;
+        // SAFETY: NULL is allowed.
+        let status =
+            unsafe { specache_session_generate(handle, 1, 3, None, ptr::null_mut(), &mut generated, ptr::null_mut()) };
+        assert_eq!((status, generated), (0, 1));
         for _ in 0..self.tokens / RUN {
             let mut run = || -> Result<()> {
                 let mut stream = tokenizer.map(|t| t.stream(&history));

@@ -18,7 +18,10 @@
  * STATUS. Functions that can fail return 0 (SPECACHE_OK) or one of the SPECACHE_ERR_* codes; then specache_last_error() on
  * the same thread says in words what is wrong and what to do. A call that fails has changed nothing, except where its
  * description says so. Nothing that is passed in makes the library crash or exit, as long as pointers are NULL or point to as
- * much memory as they say.
+ * much memory as they say. Descriptions name what a function can fail with. Not named each time, as every function that takes
+ * such a thing gives it: SPECACHE_ERR_HANDLE for a handle; _USAGE for NULL or a misaligned pointer where a value is needed, for
+ * flags that are not known and for text that is not UTF-8; _BUFFER for a buffer; _ABI for a struct_size; and for sessions
+ * _BUSY, _INTERNAL once dead, and _USAGE while they are without memory (specache_session_reset).
  *
  * HANDLES. specache_engine and specache_session are names, not addresses: they cannot be dereferenced, are never used twice in
  * a process, and the library knows which of them live. NULL, a handle that was freed and a handle of the other kind give
@@ -31,7 +34,10 @@
  *
  * THREADS. Every function may be called on any thread. Sessions are independent of each other. Of the calls with one session
  * only one runs at a time: another one, made meanwhile on another thread or in a callback, gives SPECACHE_ERR_BUSY, except for
- * specache_session_cancel, specache_session_clear_cancel and specache_session_free, which always work.
+ * specache_session_cancel, specache_session_clear_cancel and specache_session_free, which always work. A thread that calls needs
+ * at least 256 KiB of stack. Callbacks return normally: one that ends otherwise (an exception, longjmp, pthread_exit, a thread
+ * that is cancelled) ends the process. Calls are allowed until a thread's very end, in destructors of thread-local data too;
+ * there, specache_last_error may have no words.
  *
  * BUFFERS. Functions that fill an array or a text take its capacity and return in *n how much there is. If that is more than
  * the capacity, nothing is written and the call gives SPECACHE_ERR_BUFFER; a NULL buffer of capacity 0 asks for *n alone, and
@@ -46,6 +52,9 @@
  *
  * VERSIONS. The major version of the ABI is part of the shared library's name, libspecache.so.<major>. Within it, functions and
  * fields are added and never changed: a program runs with every library of the same major and the same or a higher minor.
+ * Structs grow at their end, by fields that are aligned without a gap before them and by a `reserved` one where the end would
+ * have one, so that every size that a struct ever had says which fields it has. Options that are added mean by 0 what was done
+ * before there was a choice.
  */
 #ifndef SPECACHE_H
 #define SPECACHE_H
@@ -71,7 +80,7 @@ enum {
     SPECACHE_ERR_USAGE = 2,         /* an argument, or a call, that cannot be */
     SPECACHE_ERR_MODEL = 3,         /* a model folder, or a file in it, that cannot be used */
     SPECACHE_ERR_OUT_OF_MEMORY = 4, /* a budget, or the machine, has too little memory; found before any is taken */
-    SPECACHE_ERR_DEVICE = 5,        /* the device, or a copy between host and device, failed */
+    SPECACHE_ERR_DEVICE = 5,        /* the device, a copy between host and device, or a thread of ours failed */
     SPECACHE_ERR_CANCELLED = 6,     /* specache_session_cancel, or a callback that returned non-zero */
     SPECACHE_ERR_BUSY = 7,          /* another call with this session is running */
     SPECACHE_ERR_HANDLE = 8,        /* NULL, a freed handle, or one of another kind */
@@ -103,26 +112,38 @@ typedef struct specache_session specache_session;
 enum {
     SPECACHE_LOG_ERROR = 1, /* bugs of the library */
     SPECACHE_LOG_WARN = 2,  /* what works, and may not be what is wanted */
-    SPECACHE_LOG_INFO = 3,  /* once per engine */
+    SPECACHE_LOG_INFO = 3,  /* once per engine: what it is, why the CPU computes where a GPU would be taken, kernels that are
+                               compiled first */
     SPECACHE_LOG_DEBUG = 4  /* once per session */
 };
 
 /* Receives log messages, on the thread of the call that has something to say; messages of several threads may come at the same
- * time. `message` is valid during the call. It may call any function of this library, with handles that are not busy. */
+ * time. What a thread of the library has to say waits for the next call, and comes once, to one engine that has a callback.
+ * `message` is valid during the call. The callback may call any function of this library, with handles that are not busy, and
+ * must return normally (THREADS). */
 typedef void (*specache_log_fn)(void *user_data, int32_t level, const char *message);
+
+/* How a GPU makes the matrix products of a layer. */
+enum {
+    SPECACHE_LINEAR_AUTO = 0,  /* fused kernels for up to 16 rows, cuBLASLt for more (default) */
+    SPECACHE_LINEAR_FUSED = 1, /* fused kernels always: a sequence's results do not depend on the batch that it is in */
+    SPECACHE_LINEAR_CUBLAS = 2 /* cuBLASLt always; not on the CPU, not for weights of 32 bits */
+};
 
 typedef struct specache_engine_options {
     uint32_t struct_size;
     uint32_t threads;          /* compute threads, up to 1024; 0 (default): as many as the process may use */
     const char *device;        /* "auto" (default, also NULL), "cpu", "cuda", "cuda:N" */
-    uint64_t device_kv_budget; /* most bytes of device memory for KV caches; 0 (default): no limit */
+    uint64_t device_budget;    /* most bytes of device memory; on a GPU for weights, KV caches and workspace together, on the CPU
+                                  for KV caches; 0 (default): no limit of ours, on a GPU what is free when the engine is made */
     uint64_t host_kv_budget;   /* most bytes of host memory for 16-bit KV copies; 0 (default): no limit */
     uint32_t lock_memory;      /* non-zero: lock the 16-bit copies in memory, so that they are never swapped out */
-    uint32_t trace;            /* non-zero: allow specache_engine_trace; tracing itself begins switched off */
+    uint32_t trace;            /* non-zero: allow specache_engine_trace; tracing itself begins switched off. On a GPU steps are
+                                  slower from then on, traced or not: they are not given to it as CUDA graphs */
     specache_log_fn log;       /* NULL (default): no messages */
     void *log_user_data;
-    int32_t log_level;         /* the highest level that is wanted; default SPECACHE_LOG_INFO */
-    uint32_t reserved;         /* 0 */
+    int32_t log_level;         /* the highest level that is wanted, 0: none; default SPECACHE_LOG_INFO */
+    int32_t linear;            /* SPECACHE_LINEAR_*: how a GPU makes matrix products */
 } specache_engine_options;
 
 /* Sets struct_size and the defaults. `struct_size` is sizeof(specache_engine_options).
@@ -132,7 +153,9 @@ int32_t specache_engine_options_init(specache_engine_options *options, uint32_t 
 /* Loads a model: a folder in Hugging Face layout, "org/name" for one in the Hugging Face cache (HF_HUB_CACHE, HF_HOME), or
  * "synthetic:SHAPE" for random weights. Weights are mapped, not copied.
  * `abi_version` is SPECACHE_ABI_VERSION. `model` is a C string, `options` may be NULL. *engine is NULL after a failure.
- * SPECACHE_ERR_ABI, _USAGE (options, no such device), _MODEL, _FAILED (unreadable files). */
+ * SPECACHE_ERR_ABI, _USAGE (options, a GPU's number beyond those that there are, no such synthetic shape, a model that the GPU
+ * asked for has no kernels for), _MODEL, _FAILED (unreadable files), _DEVICE (no GPU where one is asked for, or one that cannot
+ * be used), _OUT_OF_MEMORY (a GPU too small for the weights). */
 int32_t specache_engine_create(uint32_t abi_version, const char *model, const specache_engine_options *options,
                                specache_engine **engine);
 
@@ -154,21 +177,28 @@ typedef struct specache_model_info {
     uint64_t weight_bytes;      /* of its matrices, on the device */
 } specache_model_info;
 
-/* Fills *info. */
+/* Fills *info.
+ * SPECACHE_ERR_HANDLE, _USAGE (NULL), _ABI. */
 int32_t specache_engine_model_info(specache_engine *engine, specache_model_info *info);
 
-/* The ids of the tokens that end a text. */
+/* The ids of the tokens that end a text.
+ * SPECACHE_ERR_HANDLE, _USAGE (NULL), _BUFFER. */
 int32_t specache_engine_eos_tokens(specache_engine *engine, uint32_t *ids, size_t capacity, size_t *n);
 
-/* One line for people: the model and the device. */
+/* One line for people: the model and the device.
+ * SPECACHE_ERR_HANDLE, _USAGE (NULL), _BUFFER. */
 int32_t specache_engine_describe(specache_engine *engine, char *text, size_t capacity, size_t *n);
 
 typedef struct specache_memory {
     uint32_t struct_size;
     uint32_t reserved;
-    uint64_t weight_bytes;        /* weights, on the device */
-    uint64_t device_kv_bytes;     /* KV caches of all sessions, on the device */
-    uint64_t device_kv_budget;    /* UINT64_MAX: no limit */
+    uint64_t device_bytes;        /* all device memory that the budget counts, in three kinds: */
+    uint64_t device_budget;       /* the most that this may be, on a GPU at most what was free at first; UINT64_MAX: no limit */
+    uint64_t device_weight_bytes; /* weights, on a GPU; 0 on the CPU, where they are mapped from their files */
+    uint64_t device_kv_bytes;     /* KV caches of all sessions, and what prompts need while they are prefilled */
+    uint64_t device_workspace_bytes; /* what a GPU works in: it grows with the batch, and calls that run at once have their own.
+                                        Uncounted on the CPU: 0 */
+    uint64_t weight_bytes;        /* of the model's matrices, wherever they are */
     uint64_t host_mapped_bytes;   /* mapped on the host for 16-bit copies; kept for later sessions */
     uint64_t host_kv_budget;      /* UINT64_MAX: no limit */
     uint64_t host_page_bytes;     /* the pages that the host memory consists of: */
@@ -177,16 +207,27 @@ typedef struct specache_memory {
     uint64_t host_pages_free;     /* neither */
 } specache_memory;
 
-/* Fills *memory: what all sessions of the engine hold now. After the last was freed, leased and reserved are 0. */
+/* Fills *memory: what the engine and all its sessions hold now. After the last was freed, device_kv_bytes, leased and reserved
+ * are 0.
+ * SPECACHE_ERR_HANDLE, _USAGE (NULL), _ABI. */
 int32_t specache_engine_memory(specache_engine *engine, specache_memory *memory);
 
 /* Switches tracing on (non-zero) or off, for an engine that was made with options.trace: what ran when on which stream. Slices
- * stay in memory (about 100 bytes each) until they are written. */
+ * stay in memory (about 100 bytes each) until they are written.
+ * SPECACHE_ERR_HANDLE, _USAGE for an engine without options.trace. */
 int32_t specache_engine_trace(specache_engine *engine, int32_t on);
 
 /* Writes what was traced since the last time to a file (a C string; replaced if it exists) in the Chrome trace format, which
- * Perfetto opens. */
+ * Perfetto opens. A regular file is replaced when all is written: after a failure it is as before, and nothing of the trace is
+ * lost. Another file of this name with ".<process>.partial" behind it is there meanwhile.
+ * SPECACHE_ERR_HANDLE, _USAGE for an engine without options.trace, _FAILED. */
 int32_t specache_engine_trace_write(specache_engine *engine, const char *path);
+
+/* On a GPU: has steps measure from now on (non-zero) or no longer how long they wait for copies (specache_session_stats). Off at
+ * first: steps that measure are slower, as they are not given to the GPU as CUDA graphs. An engine with options.trace always
+ * measures, as the CPU does, where this changes nothing.
+ * SPECACHE_ERR_HANDLE. */
+int32_t specache_engine_measure_waits(specache_engine *engine, int32_t on);
 
 /* ---- text ---- */
 
@@ -199,7 +240,7 @@ int32_t specache_tokenize(specache_engine *engine, const char *text, size_t n_by
                           size_t capacity, size_t *n);
 
 /* The text of some ids, without special tokens. Bytes that are not UTF-8 become U+FFFD.
- * SPECACHE_ERR_USAGE for ids beyond the vocabulary. */
+ * SPECACHE_ERR_USAGE for ids beyond the vocabulary and for a model without a tokenizer. */
 int32_t specache_detokenize(specache_engine *engine, const uint32_t *ids, size_t n_ids, char *text, size_t capacity,
                             size_t *n);
 
@@ -210,7 +251,7 @@ typedef struct specache_chat_message {
 
 /* Messages as a prompt, by the model's chat template (chat_template.jinja, else that of tokenizer_config.json). The text has the
  * special tokens written out: prefill it without SPECACHE_ADD_SPECIAL. With `add_generation_prompt` (non-zero) it ends where
- * the assistant's answer begins.
+ * the assistant's answer begins. For the turns of a conversation there is specache_session_prefill_chat.
  * SPECACHE_ERR_USAGE for messages that the template refuses and for a model without a template; SPECACHE_ERR_MODEL for a
  * template that fails or works for too long. */
 int32_t specache_chat_prompt(specache_engine *engine, const specache_chat_message *messages, size_t n_messages,
@@ -245,7 +286,8 @@ typedef struct specache_kv_options {
     int32_t dtype;         /* SPECACHE_DTYPE_* */
 } specache_kv_options;
 
-/* As specache_engine_options_init. */
+/* As specache_engine_options_init.
+ * SPECACHE_ERR_USAGE (NULL), _ABI. */
 int32_t specache_kv_options_init(specache_kv_options *options, uint32_t struct_size);
 
 typedef struct specache_memory_plan {
@@ -269,7 +311,7 @@ int32_t specache_plan(uint32_t abi_version, const char *model, const specache_kv
 
 /* An empty session with room for `max_tokens` tokens, whose memory is set aside now. `options` may be NULL. *session is NULL
  * after a failure.
- * SPECACHE_ERR_USAGE for options that do not fit the model, _OUT_OF_MEMORY. */
+ * SPECACHE_ERR_HANDLE, _ABI, _USAGE for options that do not fit the model, _OUT_OF_MEMORY, _DEVICE. */
 int32_t specache_session_create(specache_engine *engine, const specache_kv_options *options, uint64_t max_tokens,
                                 specache_session **session);
 
@@ -277,39 +319,61 @@ int32_t specache_session_create(specache_engine *engine, const specache_kv_optio
 void specache_session_free(specache_session *session);
 
 /* A second session with the same tokens, options, room and state of sampling, which goes its own way from here. 16-bit pages on
- * the host are shared, what lies on the device is copied. Its statistics begin anew. */
+ * the host are shared, what lies on the device is copied. Its statistics begin anew. *fork is NULL after a failure.
+ * SPECACHE_ERR_HANDLE, _BUSY, _OUT_OF_MEMORY, _DEVICE, _USAGE for a session that has failed. */
 int32_t specache_session_fork(specache_session *session, specache_session **fork);
 
-/* Forgets the tokens from `n_tokens` on (1 to as many as there are). Then feed a token or a prompt: there are no logits.
- * SPECACHE_ERR_USAGE in SPECACHE_KV_KIVI for tokens whose 16-bit form is gone; _OUT_OF_MEMORY where pages are shared. */
+/* Forgets the tokens from `n_tokens` on (1 to as many as there are), and a generated one that was not fed yet. Then feed a token
+ * or a prompt: there are no logits.
+ * SPECACHE_ERR_HANDLE, _BUSY, _USAGE in SPECACHE_KV_KIVI for tokens whose 16-bit form is gone, or a session that has failed;
+ * _OUT_OF_MEMORY where pages are shared; _DEVICE, which ends the session. */
 int32_t specache_session_truncate(specache_session *session, uint64_t n_tokens);
 
 /* Forgets everything: the session is as when it was created, with its options, its present room and its sampling options at
- * the start of their random sequence. Works on sessions that have failed, too. If another session takes the memory
- * meanwhile, the call gives SPECACHE_ERR_OUT_OF_MEMORY and the session is empty and without room until a reset succeeds. */
+ * the start of their random sequence; a cancellation that nothing has heeded is forgotten too. The session keeps its memory. Of a
+ * fork, pages that it shares are replaced: SPECACHE_ERR_OUT_OF_MEMORY if there are too few others, and nothing has changed.
+ * Works on sessions that have failed (_FAILED, _DEVICE), too. Those give their memory back and ask for it anew: if somebody else
+ * takes it meanwhile, the call gives _OUT_OF_MEMORY, and the session is empty and without memory until a reset succeeds.
+ * SPECACHE_ERR_HANDLE, _BUSY, _OUT_OF_MEMORY, _DEVICE. */
 int32_t specache_session_reset(specache_session *session);
 
-/* Makes room for at least `max_tokens` tokens. Prefills make room by themselves, decoding does not. */
+/* Makes room for at least `max_tokens` tokens. Prefills make room by themselves, decoding does not.
+ * SPECACHE_ERR_HANDLE, _BUSY, _USAGE for more than the model or the library supports, _OUT_OF_MEMORY, _DEVICE. */
 int32_t specache_session_reserve(specache_session *session, uint64_t max_tokens);
 
 /* Stops the running prefill, generate or step of this session, on whatever thread, or the next one if none is running: it gives
- * SPECACHE_ERR_CANCELLED within a layer of the model, and with that the request is over. A prefill or step that is stopped
- * leaves the session as it was; of a generation the tokens stay that were complete, and another call goes on from there. */
+ * SPECACHE_ERR_CANCELLED, and with that the request is over. The CPU heeds it within a layer of the model; a GPU between two
+ * steps, and in a prompt within a layer. A prefill or step that is stopped leaves the session as it was; of a generation the
+ * tokens stay that were complete, and another call goes on from there.
+ * SPECACHE_ERR_HANDLE. */
 int32_t specache_session_cancel(specache_session *session);
 
-/* Takes back a request to cancel that nothing has heeded yet. */
+/* Takes back a request to cancel that nothing has heeded yet.
+ * SPECACHE_ERR_HANDLE. */
 int32_t specache_session_clear_cancel(specache_session *session);
 
 /* ---- from tokens to tokens ---- */
 
-/* Adds tokens behind what the session holds, makes room for them if need be, and computes the logits of what follows. A token
- * that was generated last and not fed yet goes in front.
- * SPECACHE_ERR_USAGE for ids beyond the vocabulary; _OUT_OF_MEMORY; _CANCELLED; _FAILED if NaN or infinity comes out of the model,
- * which ends the session, as _DEVICE does. */
+/* Adds tokens behind what the session holds, makes room for them if need be, and computes the logits of what follows. The last
+ * token that specache_session_generate has shown is not fed yet, and goes in front; specache_session_truncate drops it.
+ * SPECACHE_ERR_HANDLE, _BUSY, _USAGE for nothing to add, ids beyond the vocabulary, more tokens than are supported, or a session
+ * that has failed; _OUT_OF_MEMORY; _CANCELLED; _FAILED if NaN or infinity comes out of the model, which ends the session, as
+ * _DEVICE does. */
 int32_t specache_session_prefill(specache_session *session, const uint32_t *ids, size_t n_ids);
 
-/* The same with a text of `n_bytes` bytes; flags as in specache_tokenize. */
+/* The same with a text of `n_bytes` bytes; flags as in specache_tokenize.
+ * As specache_session_prefill, and as specache_tokenize. */
 int32_t specache_session_prefill_text(specache_session *session, const char *text, size_t n_bytes, uint32_t flags);
+
+/* A conversation up to where its next answer begins, by the model's chat template: all messages so far, each time. What the
+ * session holds of it already stays, as a rule all of it, and only the rest is prefilled. Answers are to be the texts that
+ * specache_session_generate has shown. Where they are not, or the template rewrites what was said before, the common beginning
+ * stays; SPECACHE_KV_KIVI, which cannot go back, begins anew then. How many tokens stayed is returned in *n_kept, which may be
+ * NULL.
+ * As specache_session_prefill and specache_chat_prompt. After _OUT_OF_MEMORY, _CANCELLED, _FAILED and _DEVICE the session may
+ * hold the common beginning alone. */
+int32_t specache_session_prefill_chat(specache_session *session, const specache_chat_message *messages, size_t n_messages,
+                                      uint64_t *n_kept);
 
 typedef struct specache_sampling_options {
     uint32_t struct_size;
@@ -322,12 +386,13 @@ typedef struct specache_sampling_options {
 } specache_sampling_options;
 
 /* Sets struct_size and the defaults of the engine's model: those of its generation_config.json where that says do_sample, else
- * the most likely token. */
+ * the most likely token.
+ * SPECACHE_ERR_HANDLE, _USAGE (NULL), _ABI. */
 int32_t specache_sampling_options_init(specache_engine *engine, specache_sampling_options *options, uint32_t struct_size);
 
 /* How this session chooses tokens from now on, at the start of the seed's random sequence. NULL: the model's defaults, which
  * sessions begin with.
- * SPECACHE_ERR_USAGE naming what is out of range. */
+ * SPECACHE_ERR_HANDLE, _BUSY, _ABI, _USAGE naming what is out of range. */
 int32_t specache_session_set_sampling(specache_session *session, const specache_sampling_options *options);
 
 #define SPECACHE_NO_TOKEN UINT32_MAX
@@ -340,12 +405,13 @@ typedef struct specache_token {
     const char *text;    /* the text that is complete with it, in whole UTF-8 characters, and a NUL; "" while a character is
                             incomplete, for tokens that end a text, and without a tokenizer */
     uint64_t n_bytes;    /* of text, without the NUL */
-    uint32_t is_eos;     /* 1: the model ends its text here */
+    uint32_t is_eos;     /* 1: the model ends its text here, heeded or not */
     uint32_t reserved;
 } specache_token;
 
 /* Receives tokens, on the thread that called. Non-zero stops the generation, which then gives SPECACHE_ERR_CANCELLED; the
- * session can go on from there. It may not use this session, except to cancel or to free it. */
+ * session can go on from there. It may not use this session, except to cancel or to free it, and must return normally (THREADS):
+ * no C++ exception, longjmp or pthread_exit may leave it. */
 typedef int32_t (*specache_token_fn)(void *user_data, const specache_token *token);
 
 /* Flags of specache_session_generate. */
@@ -354,6 +420,7 @@ typedef int32_t (*specache_token_fn)(void *user_data, const specache_token *toke
 
 /* Why a generation came to its end. */
 enum {
+    SPECACHE_STOP_ERROR = -1, /* none: the call has failed */
     SPECACHE_STOP_LENGTH = 0, /* as many tokens as were asked for */
     SPECACHE_STOP_EOS = 1,    /* the model ended its text */
     SPECACHE_STOP_FULL = 2    /* the session has no room: specache_session_reserve */
@@ -361,23 +428,27 @@ enum {
 
 /* Generates up to `n_tokens` tokens, beginning with what follows the last prefill, step or generate. `on_token` may be NULL. The
  * number of tokens and the reason for the end (SPECACHE_STOP_*) are returned in *n_generated and *stop, either of which may be
- * NULL, also after a failure half way: what was generated until then stays.
+ * NULL. After a failure half way *n_generated is right too, and what was generated until then stays. The last token is shown,
+ * and fed by whatever comes next: generate, a prefill; or specache_session_step and specache_step_batch, if they are given it.
  * If a call ends within a character, its bytes come as U+FFFD with SPECACHE_NO_TOKEN at the end.
- * SPECACHE_ERR_USAGE for an empty session; _CANCELLED; _FAILED and _DEVICE as in prefill. */
+ * SPECACHE_ERR_HANDLE, _BUSY, _USAGE for an empty session or one that has failed; _CANCELLED; _FAILED and _DEVICE as in
+ * prefill. */
 int32_t specache_session_generate(specache_session *session, uint64_t n_tokens, uint32_t flags, specache_token_fn on_token,
                                   void *user_data, uint64_t *n_generated, int32_t *stop);
 
-/* One decode step: feeds `token` and computes the logits of what follows, which go to `logits` too if that is not NULL; then
- * `n_logits` must be vocab_size.
- * SPECACHE_ERR_USAGE for a session that is empty or full, or an id beyond the vocabulary; _CANCELLED, _FAILED, _DEVICE as in
- * prefill. */
+/* One decode step: feeds `token` and computes the logits of what follows, which go to `logits` too if that is not NULL.
+ * `n_logits` must be vocab_size then, else 0.
+ * SPECACHE_ERR_HANDLE, _BUSY, _USAGE for a session that is empty, full or has failed, or an id beyond the vocabulary;
+ * _CANCELLED, _FAILED, _DEVICE as in prefill. */
 int32_t specache_session_step(specache_session *session, uint32_t token, float *logits, size_t n_logits);
 
-/* The logits [vocab_size] of what follows the session's last token, from its last prefill, step or generate. */
+/* The logits [vocab_size] of what follows the session's last token, from its last prefill, step, batched step or generate.
+ * SPECACHE_ERR_HANDLE, _BUSY, _BUFFER, _USAGE if there are none: in an empty session, and after specache_session_truncate. */
 int32_t specache_session_logits(specache_session *session, float *logits, size_t capacity, size_t *n);
 
-/* Chooses a token from these logits with the session's sampling options. It is not fed: give it to specache_session_step, or let
- * specache_session_generate go on from it. */
+/* Chooses a token from these logits with the session's sampling options. The session does not remember it: give it to
+ * specache_session_step, or do not. specache_session_generate, called next, chooses itself, one further in the random sequence.
+ * SPECACHE_ERR_HANDLE, _BUSY, _USAGE as in specache_session_logits. */
 int32_t specache_session_sample(specache_session *session, uint32_t *token);
 
 /* One sequence of a batched step. */
@@ -386,17 +457,22 @@ typedef struct specache_step {
     float *logits;     /* out: [vocab_size], or NULL */
     uint64_t n_logits; /* vocab_size, or 0 if logits is NULL */
     uint32_t token;    /* in: the token to feed */
-    uint32_t next;     /* out: the token that the session's sampling options choose to follow it */
-    int32_t status;    /* out: of this sequence */
+    uint32_t next;     /* out: what specache_session_sample gives then, else SPECACHE_NO_TOKEN */
+    int32_t status;    /* out: of this sequence; where the call is refused as a whole, its status */
     uint32_t reserved;
 } specache_step;
 
 /* A decode step of several sessions of one engine at once, which reads the weights once for all of them. A sequence that fails,
  * or is busy, does not disturb the others; each has its own status. Returns the first status that is not SPECACHE_OK;
- * specache_last_error names all of them. `step_size` is sizeof(specache_step). Results are the same as from single steps. */
+ * specache_last_error names all of them. `step_size` is sizeof(specache_step). A session may be in a batch once.
+ * Results are the same as from single steps, bit for bit, on the CPU, and on a GPU with SPECACHE_LINEAR_FUSED, or up to 16 rows
+ * (SPECACHE_KV_SPECACHE has two for each sequence, the other modes one). With more rows, SPECACHE_LINEAR_AUTO changes over to
+ * cuBLASLt, and the last bits may differ.
+ * Of a step: as specache_session_step. Of the call: SPECACHE_ERR_ABI (step_size), _USAGE (NULL; sessions of two engines). */
 int32_t specache_step_batch(specache_step *steps, size_t n_steps, size_t step_size);
 
-/* The tokens that the session holds. */
+/* The tokens that the session holds, without one that was generated and not fed yet.
+ * SPECACHE_ERR_HANDLE, _BUSY, _USAGE (NULL), _BUFFER. */
 int32_t specache_session_tokens(specache_session *session, uint32_t *ids, size_t capacity, size_t *n);
 
 /* ---- statistics ---- */
@@ -414,15 +490,18 @@ typedef struct specache_session_stats {
     uint64_t fetched_bytes;     /* host to device, in decode steps */
     uint64_t pre_decode_bytes;  /* host to device, once per prefill */
     uint64_t offloaded_bytes;   /* device to host, prefills included */
-    uint64_t exposed_ns;        /* time that decode steps waited for copies */
+    uint64_t exposed_ns;        /* time that exposed_steps waited for copies */
     uint64_t packed_bytes;      /* memory, as in specache_memory_plan */
     uint64_t wide_bytes;
     uint64_t slot_bytes;
     uint64_t load_bytes;
-    uint64_t host_bytes;
+    uint64_t host_bytes;        /* the room for 16-bit pages; of forks, those that they share count for each of them */
+    uint64_t exposed_steps;     /* decode steps whose waiting was measured: on the CPU all, on a GPU while
+                                   specache_engine_measure_waits is on */
 } specache_session_stats;
 
-/* Fills *stats: since the session was created or reset. */
+/* Fills *stats: since the session was created or reset.
+ * SPECACHE_ERR_HANDLE, _BUSY, _USAGE (NULL), _ABI. */
 int32_t specache_session_get_stats(specache_session *session, specache_session_stats *stats);
 
 /* One layer's pairs. The hit rate is hits / hits_of. */
@@ -433,7 +512,8 @@ typedef struct specache_layer_stats {
     uint64_t selected; /* pairs that were selected; those not fetched were still in their slots */
 } specache_layer_stats;
 
-/* One entry per layer. */
+/* One entry per layer.
+ * SPECACHE_ERR_HANDLE, _BUSY, _USAGE (NULL), _BUFFER. */
 int32_t specache_session_layer_stats(specache_session *session, specache_layer_stats *layers, size_t capacity, size_t *n);
 
 #ifdef __cplusplus

@@ -53,6 +53,7 @@ pub mod eval;
 pub mod gather;
 pub mod kv;
 pub mod model;
+pub mod notice;
 pub mod ops;
 pub mod prefill;
 pub mod reference;

@@ -151,6 +151,26 @@ impl Session {
         self.check_copies()
     }
 
+    /// Forgets everything: the session is as a new one with the same options and the same room, which it never gives
+    /// away. Figures begin anew.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] or [`Error::Device`] for a session that has failed; [`Error::OutOfMemory`] if pages that a fork
+    /// shares cannot be replaced. Nothing has changed then.
+    pub fn clear(&mut self) -> Result<()> {
+        self.cache.come_to_rest();
+        self.check_sound().and_then(|()| self.check_copies())?;
+        self.cache.truncate(0)?;
+        (self.speculative, self.last_guess, self.forced, self.trace) = (None, None, None, None);
+        self.stats = Stats::new(&self.cache);
+        self.check_copies()
+    }
+
+    /// Whether the session has failed, and can only be given up.
+    pub fn has_failed(&self) -> bool {
+        self.failure.is_some() || self.cache.failure().is_some()
+    }
+
     /// Tokens in the cache.
     pub fn n_tokens(&self) -> usize {
         self.cache.counters.n

@@ -1,7 +1,9 @@
 """The Python class of examples/python, for tests/capi.rs:  capi.py MODEL PROMPT_FILE"""
 
+import os
 import sys
 import threading
+import time
 
 import specache
 from specache import Engine
@@ -31,6 +33,14 @@ session.prefill(prompt)
 assert session.tokens() == ids
 logits = session.logits()
 assert len(logits) == 1536 and abs(sum(logits)) < 1e6
+try:
+    import numpy
+    assert isinstance(logits, numpy.ndarray) and logits.dtype == numpy.float32
+    session_ids = numpy.array(ids)  # ids may be one, too
+except ImportError:
+    assert "SPECACHE_REQUIRE_TOOLS" not in os.environ, "numpy is not there"
+    assert isinstance(logits, list)
+    session_ids = ids
 fork = session.fork()
 given = session.generate_ids(20, ignore_eos=True)
 assert max(range(1536), key=logits.__getitem__) == given[0]
@@ -46,12 +56,69 @@ for token in given:
 
 # A loop that is left, and goes on.
 fork.reset()
-fork.prefill(ids)
-pieces = fork.generate(20, ignore_eos=True)
+fork.prefill(session_ids)
+pieces = fork.generate(500, ignore_eos=True)
 next(pieces)
+fails(7, "another call", fork.tokens)
+time.sleep(0.3)  # it waits for whoever takes the pieces
 pieces.close()
+assert len(fork.tokens()) < len(ids) + 20, len(fork.tokens())
 fork.generate_ids(3)
 assert fork.tokens()[len(ids):] == given[: len(fork.tokens()) - len(ids)]
+
+# Numbers that C would cut off, and words that it would end.
+def raises(kind, words, call):
+    try:
+        call()
+    except kind as e:
+        assert words in str(e), str(e)
+    else:
+        raise AssertionError(f"no {kind.__name__}")
+
+
+held = fork.tokens()
+raises(OverflowError, "", lambda: fork.prefill([1, 2**33]))
+raises(OverflowError, "", lambda: fork.prefill([-1]))
+raises(TypeError, "", lambda: fork.prefill([1.5]))
+raises(OverflowError, "", lambda: engine.detokenize([2**32]))
+raises(OverflowError, "token 4294967296", lambda: fork.step(2**32))
+raises(OverflowError, "n_tokens -1", lambda: fork.truncate(-1))
+raises(OverflowError, "n_tokens", lambda: fork.generate_ids(2**64))
+raises(OverflowError, "max_tokens", lambda: engine.session(2**64))
+raises(OverflowError, "bits 4294967297", lambda: engine.session(10, bits=2**32 + 1))
+raises(OverflowError, "seed -1", lambda: fork.sampling(seed=-1))
+raises(OverflowError, "log_level", lambda: Engine(model, log_level=2**31))
+raises(TypeError, "", lambda: engine.session(10, bits=1.5))
+raises(ValueError, "kv 'nope': must be one of full", lambda: engine.session(10, kv="nope"))
+raises(ValueError, "linear", lambda: Engine(model, linear="nope"))
+raises(ValueError, "NUL", lambda: engine.chat_prompt([{"role": "user", "content": "a\0b"}]))
+fails(2, "no chat template", lambda: fork.prefill_chat([{"role": "user", "content": "hi"}]))
+assert fork.tokens() == held
+
+# Sessions in a batch, and what an engine and its sessions say of themselves.
+twins = [session.fork(), session.fork()]
+feed = [given[-1], given[0]]
+chosen, rows = specache.step_batch(twins, feed, logits=True)
+for twin, token, row in zip(twins, chosen, rows):
+    assert token == twin.sample() == max(range(1536), key=row.__getitem__) and len(twin.tokens()) == len(session.tokens()) + 1
+assert specache.step_batch(twins, chosen) != chosen and specache.step_batch([], []) == []
+raises(ValueError, "1 tokens for 2", lambda: specache.step_batch(twins, [1]))
+raises(OverflowError, "", lambda: specache.step_batch(twins, [1, 2**32]))
+assert [layer["hits_of"] > 0 for layer in session.layer_stats()] == [True] * 4
+assert engine.eos_tokens() and all(0 <= id < 1536 for id in engine.eos_tokens())
+memory, planned = engine.memory(), specache.plan(model, 1200, bits=1, top_k=16)
+assert memory["device_kv_bytes"] >= 2 * planned["device_bytes"] > 0 and memory["device_budget"] == 2**64 - 1, memory
+assert memory["device_bytes"] == memory["device_kv_bytes"] and memory["host_pages_leased"] > 0
+engine.measure_waits()
+fails(2, "set `trace`", engine.trace)
+traced = Engine(model, trace=1, threads=1)
+traced.trace()
+one = traced.session(64)
+one.prefill([1, 2, 3])
+traced.trace(False)
+traced.trace_write(sys.argv[3])
+assert os.path.getsize(sys.argv[3]) > 1000
+os.remove(sys.argv[3])
 
 # Another thread ends it.
 fork.reserve(4000)
@@ -85,7 +152,7 @@ except TypeError as e:
 else:
     raise AssertionError("no TypeError")
 stats = session.stats()
-assert stats["steps"] == 19 and 0 < stats["hit_rate"] <= 1, stats
+assert stats["steps"] == stats["exposed_steps"] == 19 and 0 < stats["hit_rate"] <= 1, stats
 session.close()
 fails(8, "NULL", session.tokens)
 fork.close()

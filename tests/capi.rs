@@ -1,5 +1,6 @@
 //! The C interface from the outside: header, libraries and examples in the layout that tools/install.sh makes. Needs a C
-//! compiler; pkg-config, a C++ compiler, Python and valgrind are used where they are, and a line says where one is not.
+//! compiler; pkg-config, a C++ compiler, Python, NumPy and valgrind are used where they are, and a line says where one is not
+//! (SPECACHE_REQUIRE_TOOLS=1: that is an error).
 
 mod common;
 
@@ -9,47 +10,153 @@ use std::sync::LazyLock;
 
 use specache::capi;
 
-/// What the library exports, in the order of the header: nothing is ever taken away or renamed while the ABI's major version
-/// stays. New functions come with a new minor version.
-const FUNCTIONS: [&str; 38] = [
-    "specache_abi_version",
-    "specache_version",
-    "specache_status_name",
-    "specache_last_error",
-    "specache_engine_options_init",
-    "specache_engine_create",
-    "specache_engine_free",
-    "specache_engine_model_info",
-    "specache_engine_eos_tokens",
-    "specache_engine_describe",
-    "specache_engine_memory",
-    "specache_engine_trace",
-    "specache_engine_trace_write",
-    "specache_tokenize",
-    "specache_detokenize",
-    "specache_chat_prompt",
-    "specache_kv_options_init",
-    "specache_plan",
-    "specache_session_create",
-    "specache_session_free",
-    "specache_session_fork",
-    "specache_session_truncate",
-    "specache_session_reset",
-    "specache_session_reserve",
-    "specache_session_cancel",
-    "specache_session_clear_cancel",
-    "specache_session_prefill",
-    "specache_session_prefill_text",
-    "specache_sampling_options_init",
-    "specache_session_set_sampling",
-    "specache_session_generate",
-    "specache_session_step",
-    "specache_session_logits",
-    "specache_session_sample",
-    "specache_step_batch",
-    "specache_session_tokens",
-    "specache_session_get_stats",
-    "specache_session_layer_stats",
+/// A function as C and Rust call it.
+struct Function {
+    name: &'static str,
+    /// What it returns and takes, in C.
+    c: (&'static str, &'static str),
+    /// Its type in Rust, written out.
+    rust: &'static str,
+}
+
+macro_rules! functions {
+    ($($name:ident($($any:tt),*) $returns:literal $takes:literal;)*) => {
+        [$(Function {
+            name: stringify!($name),
+            c: ($returns, $takes),
+            rust: type_name(capi::$name as unsafe extern "C" fn($($any),*) -> _),
+        },)*]
+    };
+}
+
+fn type_name<T>(_: T) -> &'static str {
+    std::any::type_name::<T>()
+}
+
+/// What the library exports, in the order of the header: nothing is ever taken away, renamed or changed while the ABI's major
+/// version stays. New functions come with a new minor version.
+#[rustfmt::skip]
+fn functions() -> [Function; 40] {
+    functions!(
+        specache_abi_version() "uint32_t" "";
+        specache_version() "const char *" "";
+        specache_status_name(_) "const char *" "int32_t";
+        specache_last_error() "const char *" "";
+        specache_engine_options_init(_, _) "int32_t" "specache_engine_options *, uint32_t";
+        specache_engine_create(_, _, _, _) "int32_t" "uint32_t, const char *, const specache_engine_options *, specache_engine **";
+        specache_engine_free(_) "void" "specache_engine *";
+        specache_engine_model_info(_, _) "int32_t" "specache_engine *, specache_model_info *";
+        specache_engine_eos_tokens(_, _, _, _) "int32_t" "specache_engine *, uint32_t *, size_t, size_t *";
+        specache_engine_describe(_, _, _, _) "int32_t" "specache_engine *, char *, size_t, size_t *";
+        specache_engine_memory(_, _) "int32_t" "specache_engine *, specache_memory *";
+        specache_engine_trace(_, _) "int32_t" "specache_engine *, int32_t";
+        specache_engine_trace_write(_, _) "int32_t" "specache_engine *, const char *";
+        specache_engine_measure_waits(_, _) "int32_t" "specache_engine *, int32_t";
+        specache_tokenize(_, _, _, _, _, _, _) "int32_t" "specache_engine *, const char *, size_t, uint32_t, uint32_t *, size_t, size_t *";
+        specache_detokenize(_, _, _, _, _, _) "int32_t" "specache_engine *, const uint32_t *, size_t, char *, size_t, size_t *";
+        specache_chat_prompt(_, _, _, _, _, _, _) "int32_t" "specache_engine *, const specache_chat_message *, size_t, int32_t, char *, size_t, size_t *";
+        specache_kv_options_init(_, _) "int32_t" "specache_kv_options *, uint32_t";
+        specache_plan(_, _, _, _, _) "int32_t" "uint32_t, const char *, const specache_kv_options *, uint64_t, specache_memory_plan *";
+        specache_session_create(_, _, _, _) "int32_t" "specache_engine *, const specache_kv_options *, uint64_t, specache_session **";
+        specache_session_free(_) "void" "specache_session *";
+        specache_session_fork(_, _) "int32_t" "specache_session *, specache_session **";
+        specache_session_truncate(_, _) "int32_t" "specache_session *, uint64_t";
+        specache_session_reset(_) "int32_t" "specache_session *";
+        specache_session_reserve(_, _) "int32_t" "specache_session *, uint64_t";
+        specache_session_cancel(_) "int32_t" "specache_session *";
+        specache_session_clear_cancel(_) "int32_t" "specache_session *";
+        specache_session_prefill(_, _, _) "int32_t" "specache_session *, const uint32_t *, size_t";
+        specache_session_prefill_text(_, _, _, _) "int32_t" "specache_session *, const char *, size_t, uint32_t";
+        specache_session_prefill_chat(_, _, _, _) "int32_t" "specache_session *, const specache_chat_message *, size_t, uint64_t *";
+        specache_sampling_options_init(_, _, _) "int32_t" "specache_engine *, specache_sampling_options *, uint32_t";
+        specache_session_set_sampling(_, _) "int32_t" "specache_session *, const specache_sampling_options *";
+        specache_session_generate(_, _, _, _, _, _, _) "int32_t" "specache_session *, uint64_t, uint32_t, specache_token_fn, void *, uint64_t *, int32_t *";
+        specache_session_step(_, _, _, _) "int32_t" "specache_session *, uint32_t, float *, size_t";
+        specache_session_logits(_, _, _, _) "int32_t" "specache_session *, float *, size_t, size_t *";
+        specache_session_sample(_, _) "int32_t" "specache_session *, uint32_t *";
+        specache_step_batch(_, _, _) "int32_t" "specache_step *, size_t, size_t";
+        specache_session_tokens(_, _, _, _) "int32_t" "specache_session *, uint32_t *, size_t, size_t *";
+        specache_session_get_stats(_, _) "int32_t" "specache_session *, specache_session_stats *";
+        specache_session_layer_stats(_, _, _, _) "int32_t" "specache_session *, specache_layer_stats *, size_t, size_t *";
+    )
+}
+
+/// A type of C as Rust names it.
+fn rust_type(c: &str) -> String {
+    let pointee = |c: &str| rust_type(c.trim_end());
+    if let Some(c) = c.strip_suffix('*') {
+        return match c.strip_prefix("const ") {
+            Some(c) => format!("*const {}", pointee(c)),
+            None => format!("*mut {}", pointee(c)),
+        };
+    }
+    let name = match c {
+        "int32_t" => "i32",
+        "uint32_t" => "u32",
+        "uint64_t" => "u64",
+        "size_t" => "usize",
+        "float" => "f32",
+        "char" => "i8",
+        "void" => "core::ffi::c_void",
+        "specache_engine" => std::any::type_name::<capi::EngineHandle>(),
+        "specache_session" => std::any::type_name::<capi::SessionHandle>(),
+        "specache_engine_options" => std::any::type_name::<capi::EngineOptions>(),
+        "specache_kv_options" => std::any::type_name::<capi::KvOptionsC>(),
+        "specache_sampling_options" => std::any::type_name::<capi::SamplingOptionsC>(),
+        "specache_model_info" => std::any::type_name::<capi::ModelInfo>(),
+        "specache_memory" => std::any::type_name::<capi::Memory>(),
+        "specache_memory_plan" => std::any::type_name::<capi::MemoryPlan>(),
+        "specache_session_stats" => std::any::type_name::<capi::SessionStats>(),
+        "specache_layer_stats" => std::any::type_name::<capi::LayerStats>(),
+        "specache_chat_message" => std::any::type_name::<capi::ChatMessage>(),
+        "specache_step" => std::any::type_name::<capi::Step>(),
+        "specache_token_fn" => std::any::type_name::<Option<capi::TokenFn>>(),
+        other => panic!("{other} is new"),
+    };
+    name.into()
+}
+
+/// The header's numbers. None of them ever changes.
+const CONSTANTS: [(&str, i64); 39] = [
+    ("SPECACHE_OK", 0),
+    ("SPECACHE_ERR_FAILED", 1),
+    ("SPECACHE_ERR_USAGE", 2),
+    ("SPECACHE_ERR_MODEL", 3),
+    ("SPECACHE_ERR_OUT_OF_MEMORY", 4),
+    ("SPECACHE_ERR_DEVICE", 5),
+    ("SPECACHE_ERR_CANCELLED", 6),
+    ("SPECACHE_ERR_BUSY", 7),
+    ("SPECACHE_ERR_HANDLE", 8),
+    ("SPECACHE_ERR_ABI", 9),
+    ("SPECACHE_ERR_BUFFER", 10),
+    ("SPECACHE_ERR_INTERNAL", 11),
+    ("SPECACHE_LOG_ERROR", 1),
+    ("SPECACHE_LOG_WARN", 2),
+    ("SPECACHE_LOG_INFO", 3),
+    ("SPECACHE_LOG_DEBUG", 4),
+    ("SPECACHE_LINEAR_AUTO", 0),
+    ("SPECACHE_LINEAR_FUSED", 1),
+    ("SPECACHE_LINEAR_CUBLAS", 2),
+    ("SPECACHE_ADD_SPECIAL", 1),
+    ("SPECACHE_KV_FULL", 0),
+    ("SPECACHE_KV_KIVI", 1),
+    ("SPECACHE_KV_OFFLOAD", 2),
+    ("SPECACHE_KV_FETCH", 3),
+    ("SPECACHE_KV_SPECACHE", 4),
+    ("SPECACHE_DTYPE_AUTO", 0),
+    ("SPECACHE_DTYPE_BF16", 1),
+    ("SPECACHE_DTYPE_FP16", 2),
+    ("SPECACHE_DTYPE_FP32", 3),
+    ("SPECACHE_NO_TOKEN", 0xFFFF_FFFF),
+    ("SPECACHE_IGNORE_EOS", 1),
+    ("SPECACHE_NO_TEXT", 2),
+    ("SPECACHE_STOP_ERROR", -1),
+    ("SPECACHE_STOP_LENGTH", 0),
+    ("SPECACHE_STOP_EOS", 1),
+    ("SPECACHE_STOP_FULL", 2),
+    ("SPECACHE_ABI_MAJOR", 0),
+    ("SPECACHE_ABI_MINOR", 1),
+    ("SPECACHE_ABI_VERSION", capi::SPECACHE_ABI_VERSION as i64),
 ];
 
 /// A struct as C and Rust call it, its size, and its fields with their places.
@@ -74,20 +181,20 @@ macro_rules! layouts {
 /// Sizes are of x86-64. They may grow with a new minor version, but for the last three.
 fn layouts() -> [Layout; 11] {
     layouts!(
-        "specache_engine_options" EngineOptions 64: struct_size threads device device_kv_budget host_kv_budget lock_memory
-            trace log log_user_data log_level reserved;
+        "specache_engine_options" EngineOptions 64: struct_size threads device device_budget host_kv_budget lock_memory
+            trace log log_user_data log_level linear;
         "specache_kv_options" KvOptionsC 28: struct_size mode bits group_size residual_len top_k dtype;
         "specache_sampling_options" SamplingOptionsC 32: struct_size temperature top_k top_p min_p repeat_penalty seed;
         "specache_model_info" ModelInfo 56: struct_size vocab_size n_layers n_heads n_kv_heads head_dim hidden_size
             has_tokenizer has_chat_template n_eos max_positions weight_bytes;
-        "specache_memory" Memory 80: struct_size reserved weight_bytes device_kv_bytes device_kv_budget host_mapped_bytes
-            host_kv_budget host_page_bytes host_pages_leased host_pages_reserved host_pages_free;
+        "specache_memory" Memory 104: struct_size reserved device_bytes device_budget device_weight_bytes device_kv_bytes
+            device_workspace_bytes weight_bytes host_mapped_bytes host_kv_budget host_page_bytes host_pages_leased host_pages_reserved host_pages_free;
         "specache_memory_plan" MemoryPlan 72: struct_size reserved packed_bytes wide_bytes slot_bytes load_bytes
             device_bytes prefill_bytes host_bytes weight_bytes;
         "specache_token" TokenC 40: struct_size id index text n_bytes is_eos reserved;
-        "specache_session_stats" SessionStats 136: struct_size n_layers n_tokens max_tokens steps hit_rate acceptance
+        "specache_session_stats" SessionStats 144: struct_size n_layers n_tokens max_tokens steps hit_rate acceptance
             accepted compared fetched_bytes pre_decode_bytes offloaded_bytes exposed_ns packed_bytes wide_bytes slot_bytes
-            load_bytes host_bytes;
+            load_bytes host_bytes exposed_steps;
         "specache_chat_message" ChatMessage 16: role content;
         "specache_layer_stats" LayerStats 32: hits hits_of fetched selected;
         "specache_step" Step 40: session logits n_logits token next status reserved;
@@ -116,6 +223,7 @@ fn run(command: &mut Command) -> String {
 fn has(tool: &str) -> bool {
     let there = Command::new(tool).arg("--version").output().is_ok_and(|output| output.status.success());
     if !there {
+        assert!(std::env::var_os("SPECACHE_REQUIRE_TOOLS").is_none(), "{tool} is not there");
         eprintln!("{tool} is not there: what needs it was not tested");
     }
     there
@@ -150,9 +258,12 @@ fn flags(options: &[&str]) -> Vec<String> {
 
 /// Compiles an example with the flags of the installed library.
 fn example(name: &str) -> PathBuf {
-    let program = scratch(name);
+    compile(&root().join("examples/c").join(name).with_extension("c"))
+}
+
+fn compile(source: &Path) -> PathBuf {
+    let program = scratch(source.file_stem().unwrap().to_str().unwrap());
     std::fs::create_dir_all(program.parent().unwrap()).unwrap();
-    let source = root().join("examples/c").join(name).with_extension("c");
     let mut cc = Command::new("cc");
     run(cc
         .arg("-std=c99")
@@ -217,6 +328,13 @@ fn own_log_and_cancel() {
     }
 }
 
+/// Calls in the destructors of a thread's own data, when the library's are gone.
+#[test]
+fn calls_at_a_threads_end() {
+    let program = compile(&root().join("tests/capi_thread_end.c"));
+    assert_eq!(run(start(program).arg(model())), "4 rounds\n");
+}
+
 /// Without a shared library: what programs that are shipped in one file do.
 #[test]
 fn linked_statically() {
@@ -231,22 +349,85 @@ fn linked_statically() {
     assert_eq!(run(Command::new(program).arg(model()).arg(prompt()).arg("4")), cli(&prompt(), "4"));
 }
 
+/// Python with our module: that of a virtual environment that has NumPy, where CI made one.
+fn python() -> Command {
+    let own = root().join("target/python/bin/python3");
+    let mut python = start(if own.exists() { own } else { "python3".into() });
+    python.env("SPECACHE_LIBRARY", lib().join("libspecache.so.0")).env("PYTHONDONTWRITEBYTECODE", "1");
+    python.env("PYTHONPATH", root().join("examples/python"));
+    python
+}
+
+/// A program of Python that begins with an engine and a prefilled session of much room, `s`.
+fn script(body: &str) -> Command {
+    let mut python = python();
+    let begin = "import sys, threading, time, specache\n\
+                 e = specache.Engine(sys.argv[1])\n\
+                 s = e.session(100_000, kv='kivi')\n\
+                 s.prefill([1, 2, 3])\n";
+    python.arg("-c").arg(format!("{begin}{body}")).arg(model());
+    python
+}
+
+/// A program may end while a generation runs, on whatever thread.
+#[test]
+fn python_ends_in_the_middle() {
+    if !has("python3") {
+        return;
+    }
+    let pieces = "it = s.generate(50_000, ignore_eos=True)\nnext(it)\nprint('ends')";
+    let daemon = "go = threading.Event()\n\
+                  work = lambda: s.generate_ids(50_000, True, lambda piece: go.set())\n\
+                  threading.Thread(target=work, daemon=True).start()\n\
+                  go.wait()\n\
+                  print('ends')";
+    for body in [pieces, daemon] {
+        for _ in 0..3 {
+            let Output { status, stdout, stderr } = script(body).output().unwrap();
+            let stderr = String::from_utf8_lossy(&stderr);
+            assert!(status.success() && stdout == b"ends\n" && stderr.is_empty(), "{status}: {stderr}");
+        }
+    }
+}
+
+/// Ctrl-C ends a call that takes long, as an exception, and the session goes on.
+#[test]
+fn python_is_interrupted() {
+    use nix::sys::signal::{Signal, kill};
+    use std::io::{BufRead, BufReader};
+    if !has("python3") {
+        return;
+    }
+    let body = "for call in (lambda: s.generate_ids(50_000, True), lambda: s.prefill([5] * 60_000)):\n    \
+                print('runs', flush=True)\n    \
+                try:\n        call()\n    \
+                except KeyboardInterrupt:\n        print('stopped', flush=True)\n\
+                print(len(s.generate_ids(3, True)), flush=True)";
+    let mut child = script(body).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map(|line| line.unwrap());
+    for _ in 0..2 {
+        assert_eq!(lines.next().unwrap(), "runs");
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        kill(nix::unistd::Pid::from_raw(child.id() as i32), Signal::SIGINT).unwrap();
+        assert_eq!(lines.next().unwrap(), "stopped");
+    }
+    assert_eq!(lines.next().unwrap(), "3");
+    assert!(child.wait().unwrap().success());
+}
+
 #[test]
 fn from_python() {
     if !has("python3") {
         return;
     }
-    let python = || {
-        let mut python = start("python3");
-        python.env("SPECACHE_LIBRARY", lib().join("libspecache.so.0")).env("PYTHONDONTWRITEBYTECODE", "1");
-        python.env("PYTHONPATH", root().join("examples/python"));
-        python
-    };
     let complete = root().join("examples/python/complete.py");
     let text = run(python().arg(complete).arg(model()).arg(prompt()).arg("12"));
     assert_eq!(text.strip_suffix('\n'), Some(cli(&prompt(), "12").as_str()));
     let checks = root().join("tests/capi.py");
-    assert_eq!(run(python().arg(checks).arg(model()).arg(common::fixture("recall_prompt.txt"))), "ok\n");
+    assert_eq!(
+        run(python().arg(checks).arg(model()).arg(common::fixture("recall_prompt.txt")).arg(scratch("python.json"))),
+        "ok\n"
+    );
 }
 
 /// Whatever a C program of ours does, it reads and writes no byte that is not its own, and loses none.
@@ -279,8 +460,11 @@ fn header() {
             expected += &format!("{field} {at}\n");
         }
     }
-    expected += &format!("{}\n", capi::SPECACHE_ABI_VERSION);
-    source += "printf(\"%u\\n\", (unsigned)SPECACHE_ABI_VERSION);\nreturn 0;\n}\n";
+    for (name, value) in CONSTANTS {
+        source += &format!("printf(\"{name} %lld\\n\", (long long){name});\n");
+        expected += &format!("{name} {value}\n");
+    }
+    source += "return 0;\n}\n";
     let file = dir.join("sizes.c");
     std::fs::write(&file, source).unwrap();
     let include = format!("-I{}", PREFIX.join("include").display());
@@ -293,19 +477,51 @@ fn header() {
     }
 }
 
-/// Exactly the functions of the header, under the name that programs remember.
+/// A declaration of the header: name, and what it returns and takes.
+fn declaration(text: &str) -> (&str, String, String) {
+    let (head, takes) = text.split_once('(').unwrap();
+    let at = head.find("specache_").unwrap();
+    // Without the names of parameters.
+    let kind = |parameter: &str| {
+        let name = parameter.rfind(|c: char| !c.is_alphanumeric() && c != '_').map_or(0, |at| at + 1);
+        parameter[..name].trim().to_string()
+    };
+    let takes = takes.strip_suffix(')').unwrap();
+    let takes =
+        if takes == "void" { vec![] } else { takes.split(',').map(|parameter| kind(parameter.trim())).collect() };
+    (&head[at..], head[..at].trim().to_string(), takes.join(", "))
+}
+
+/// Exactly the functions of the header, under the name that programs remember, and of the same types in C and Rust.
 #[test]
 fn symbols() {
     let header = std::fs::read_to_string(PREFIX.join("include/specache.h")).unwrap();
+    // All code, on one line for each statement.
+    let code = header.split("/*").flat_map(|part| part.split_once("*/").map_or(part, |(_, code)| code).lines());
+    let code = code.filter(|line| !line.starts_with('#')).collect::<Vec<_>>().join(" ");
+    let statements = code.split([';', '{']).map(|text| text.split_whitespace().collect::<Vec<_>>().join(" "));
     let starts = ["int32_t specache_", "uint32_t specache_", "void specache_", "const char *specache_"];
-    let declared = header.lines().filter(|line| starts.iter().any(|start| line.starts_with(start)));
-    let name = |line: &str| line[line.find("specache_").unwrap()..line.find('(').unwrap()].to_string();
-    assert_eq!(declared.map(name).collect::<Vec<_>>(), FUNCTIONS);
+    let declared: Vec<String> = statements.filter(|text| starts.iter().any(|start| text.starts_with(start))).collect();
+    let functions = functions();
+    assert_eq!(declared.len(), functions.len());
+    for (text, Function { name, c: (returns, takes), rust }) in declared.iter().zip(&functions) {
+        assert_eq!(declaration(text), (*name, returns.to_string(), takes.to_string()));
+        let types: Vec<String> = takes.split(", ").filter(|c| !c.is_empty()).map(rust_type).collect();
+        let result = if *returns == "void" { String::new() } else { format!(" -> {}", rust_type(returns)) };
+        assert_eq!(*rust, format!("unsafe extern \"C\" fn({}){result}", types.join(", ")), "{name}");
+    }
+    // Whatever has a number is among those that are pinned.
+    let numbers = header.split(|c: char| !c.is_alphanumeric() && c != '_').filter(|word| {
+        word.starts_with("SPECACHE_") && !word.ends_with('_') && *word != "SPECACHE_H" && *word != "SPECACHE_LIBRARY"
+    });
+    for word in numbers {
+        assert!(CONSTANTS.iter().any(|(name, _)| *name == word), "{word}");
+    }
 
     let library = lib().join("libspecache.so");
     let symbols = run(Command::new("nm").args(["-D", "--defined-only"]).arg(&library));
     let mut exported: Vec<&str> = symbols.lines().filter_map(|line| line.split_whitespace().nth(2)).collect();
-    let mut functions = FUNCTIONS.to_vec();
+    let mut functions = functions.map(|function| function.name);
     exported.sort_unstable();
     functions.sort_unstable();
     assert_eq!(exported, functions);

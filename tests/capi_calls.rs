@@ -44,7 +44,7 @@ fn tokens_are_those_of_the_command_line() {
             let output = cli
                 .args(["generate", "-m", fixture("recall").to_str().unwrap(), "-f", prompt.to_str().unwrap()])
                 .args(["-n", "40", "--json", "--ignore-eos", "--kv-bits", "1", "--kv-top-k", "16", "--kv", name])
-                .args(["--repeat-penalty", "1.1", "--top-p", "0.95"])
+                .args(["--device", "cpu", "--repeat-penalty", "1.1", "--top-p", "0.95"])
                 .args(["--temp", &format!("{temperature}"), "--seed", &format!("{seed}")])
                 .output()
                 .unwrap();
@@ -74,7 +74,7 @@ fn tokens_are_those_of_the_command_line() {
             let expected: Vec<u32> = serde_json::from_value(json["tokens"].clone()).unwrap();
             assert_eq!((given, text.as_str()), (expected, json["text"].as_str().unwrap()), "{name} {temperature}");
             let stats = stats(session);
-            assert_eq!(stats.steps, 39);
+            assert_eq!((stats.steps, stats.exposed_steps), (39, 39));
             let close = |a: f64, b: &serde_json::Value| b.as_f64().is_none_or(|b| (a - b).abs() < 1e-9);
             let figures = &json["specache"];
             assert!(close(stats.acceptance, &figures["acceptance"]) && close(stats.hit_rate, &figures["hit_rate"]));
@@ -122,9 +122,7 @@ fn one_step_is_like_another() {
         .iter()
         .zip(&mut rows)
         .map(|(&session, row)| {
-            let mut token = 0;
-            // SAFETY: a number of this function.
-            ok(unsafe { specache_session_sample(session, &mut token) });
+            let token = sample(session);
             let (logits, n_logits) = (row.as_mut_ptr(), vocab as u64);
             Step { session, logits, n_logits, token, next: 0, status: -1, reserved: 0 }
         })
@@ -143,11 +141,11 @@ fn one_step_is_like_another() {
         assert_eq!(alone, logits(fork));
         steps.iter_mut().for_each(|step| step.token = step.next);
     }
-    // A batch leaves its choices with the sessions: a generation goes on from them.
+    // A batch leaves logits with the sessions, and its choices with the caller.
     let (status, shown, _) = generate(sessions[1], 3, 1, None);
     ok(status);
-    assert_eq!(tokens(sessions[1]).len(), 200 + n - 1 + 3);
-    assert_eq!(shown.ids.len(), 3);
+    assert_eq!((shown.ids.len(), shown.ids[0]), (3, steps[1].next));
+    assert_eq!(tokens(sessions[1]).len(), 200 + n - 1 + 2);
     sessions.into_iter().chain([fork]).for_each(free);
     close(engine);
 }
@@ -241,7 +239,7 @@ fn ends_of_text() {
         let (status, shown, why) = generate(session, 6, flags, None);
         ok(status);
         assert_eq!((&shown.ids[..], why), (&expected[..n], stop));
-        assert_eq!(shown.eos.iter().position(|&eos| eos), (flags == 0).then_some(3));
+        assert_eq!(shown.eos.iter().position(|&eos| eos), Some(3), "heeded or not");
         // Without text.
         ok(specache_session_reset(session));
         ok(prefill(session, &ids));
@@ -366,6 +364,7 @@ fn wrong_handles() {
                 specache_session_clear_cancel(session),
                 specache_session_prefill(session, [1].as_ptr(), 1),
                 specache_session_prefill_text(session, c"a".as_ptr(), 1, 0),
+                specache_session_prefill_chat(session, ptr::null(), 0, ptr::null_mut()),
                 specache_session_set_sampling(session, ptr::null()),
                 specache_session_generate(session, 1, 0, None, ptr::null_mut(), ptr::null_mut(), ptr::null_mut()),
                 specache_session_step(session, 1, ptr::null_mut(), 0),
@@ -391,6 +390,7 @@ fn wrong_handles() {
                 specache_engine_describe(engine, ptr::null_mut(), 0, &mut n),
                 specache_engine_memory(engine, ptr::null_mut()),
                 specache_engine_trace(engine, 1),
+                specache_engine_measure_waits(engine, 1),
                 specache_engine_trace_write(engine, c"x".as_ptr()),
                 specache_tokenize(engine, c"a".as_ptr(), 1, 0, ptr::null_mut(), 0, &mut n),
                 specache_detokenize(engine, [1].as_ptr(), 1, ptr::null_mut(), 0, &mut n),
@@ -533,6 +533,16 @@ fn options_out_of_range() {
     let status = unsafe { specache_engine_create(1, c"synthetic:tiny".as_ptr(), &no_such, &mut engine) };
     assert!(status == Status::Device as i32 || status == Status::Usage as i32, "{status}");
     fails(create(&EngineOptions { threads: 5000, ..engine_options() }), Status::Usage, "threads 5000");
+    fails(create(&EngineOptions { linear: 3, ..engine_options() }), Status::Usage, "linear 3");
+    fails(create(&EngineOptions { linear: -1, ..engine_options() }), Status::Usage, "linear -1");
+    fails(create(&EngineOptions { linear: 2, ..engine_options() }), Status::Usage, "linear cublas needs a GPU");
+    for log_level in [-1, 5, 77] {
+        fails(
+            create(&EngineOptions { log_level, ..engine_options() }),
+            Status::Usage,
+            &format!("log_level {log_level}"),
+        );
+    }
     for (model, status, words) in [
         (c"/no/such/folder", Status::Model, "no such folder"),
         (c"synthetic:no-such", Status::Usage, "no-such"),
@@ -567,6 +577,11 @@ fn options_out_of_range() {
 
     let alive = session(engine, &kv, 64);
     fails(prefill(alive, &[1, 1536]), Status::Usage, "token 1536 at place 1");
+    // A token that was generated and not fed goes in front, and does not count for places.
+    ok(prefill(alive, &[1, 2]));
+    ok(generate(alive, 1, 1, None).0);
+    fails(prefill(alive, &[1, 1536]), Status::Usage, "token 1536 at place 1");
+    ok(specache_session_reset(alive));
     // SAFETY: the list is refused before it is read.
     let status = unsafe { specache_session_prefill(alive, ptr::dangling(), usize::MAX) };
     fails(status, Status::Usage, "too many");
@@ -583,6 +598,13 @@ fn options_out_of_range() {
         Status::Usage,
         "must be the vocabulary's 1536",
     );
+    // SAFETY: NULL is refused.
+    fails(unsafe { specache_session_step(alive, 1, ptr::null_mut(), 8) }, Status::Usage, "logits is NULL");
+    let mut stop = 5;
+    // SAFETY: values of this function.
+    let status =
+        unsafe { specache_session_generate(NULL_SESSION, 1, 0, None, ptr::null_mut(), ptr::null_mut(), &mut stop) };
+    assert_eq!((status, stop), (Status::Handle as i32, -1), "no reason for an end");
     // SAFETY: zero is a value of every field.
     let mut sampling: SamplingOptionsC = unsafe { std::mem::zeroed() };
     // SAFETY: a struct of this function.
@@ -604,7 +626,7 @@ fn options_out_of_range() {
 
 #[test]
 fn budgets() {
-    let options = EngineOptions { host_kv_budget: 4 << 20, device_kv_budget: 64 << 20, ..engine_options() };
+    let options = EngineOptions { host_kv_budget: 4 << 20, device_budget: 64 << 20, ..engine_options() };
     let engine = engine(&fixture("recall"), &options);
     let kv = kv_options();
     let create = |max_tokens, session: &mut SessionPtr| {
@@ -614,7 +636,6 @@ fn budgets() {
     let mut small = ptr::null_mut();
     ok(create(600, &mut small));
     fails(create(3500, &mut ptr::null_mut()), Status::OutOfMemory, "raise host_kv_budget");
-    // A session that has lost its memory at a reset says so, and comes back when there is some.
     let ids = tokenize(engine, &prompt_text());
     ok(prefill(small, &ids[..500]));
     fails(specache_session_reserve(small, 100_000), Status::OutOfMemory, "bytes are available");
@@ -623,17 +644,223 @@ fn budgets() {
     ok(prefill(small, &ids[..500]));
     assert_eq!(generate(small, 5, 1, None).1.ids, expected);
     let memory = memory(engine);
-    assert_eq!((memory.host_kv_budget, memory.device_kv_budget), (4 << 20, 64 << 20));
+    assert_eq!((memory.host_kv_budget, memory.device_budget), (4 << 20, 64 << 20));
     assert!(memory.host_pages_leased > 0 && memory.device_kv_bytes > 0);
+    assert_eq!((memory.device_bytes, memory.device_weight_bytes), (memory.device_kv_bytes, 0), "weights are mapped");
     free(small);
 
-    let options = EngineOptions { device_kv_budget: 1 << 16, ..engine_options() };
+    let options = EngineOptions { device_budget: 1 << 16, ..engine_options() };
     let tight = common::capi::engine(&fixture("recall"), &options);
     // SAFETY: as above.
     let status = unsafe { specache_session_create(tight, &kv, 1000, &mut ptr::null_mut()) };
-    fails(status, Status::OutOfMemory, "raise device_kv_budget");
+    fails(status, Status::OutOfMemory, "raise device_budget");
     close(tight);
     close(engine);
+}
+
+/// A reset keeps the session's memory. Forks share pages, which must be replaced: what there are too few of for that is
+/// refused, and then nothing has changed.
+#[test]
+fn resets_of_forks() {
+    let options = EngineOptions { host_kv_budget: 6 << 20, ..engine_options() };
+    let engine = engine(&fixture("recall"), &options);
+    let ids = tokenize(engine, &prompt_text());
+    let trunk = session(engine, &kv_options(), 900);
+    ok(prefill(trunk, &ids[..850]));
+    let forks: Vec<SessionPtr> = (0..8).map(|_| fork(trunk)).collect();
+    let expected = generate(trunk, 5, 1, None).1.ids;
+    let mut refused = Vec::new();
+    for &fork in &forks {
+        match specache_session_reset(fork) {
+            0 => {
+                assert!(tokens(fork).is_empty());
+                ok(prefill(fork, &ids[..850]));
+            }
+            status => {
+                fails(status, Status::OutOfMemory, "host_kv_budget");
+                assert_eq!(tokens(fork), ids[..850], "nothing has changed");
+                refused.push(fork);
+            }
+        }
+        assert_eq!(generate(fork, 5, 1, None).1.ids, expected);
+    }
+    assert!(!refused.is_empty() && refused.len() < forks.len(), "{} of 8", refused.len());
+    // With the others gone there are pages again.
+    free(trunk);
+    forks.iter().filter(|fork| !refused.contains(fork)).for_each(|&fork| free(fork));
+    ok(specache_session_reset(refused[0]));
+    ok(prefill(refused[0], &ids[..850]));
+    assert_eq!(generate(refused[0], 5, 1, None).1.ids, expected);
+    refused.into_iter().for_each(free);
+    close(engine);
+}
+
+/// In every mode a session that was reset is as a new one: the same logits, bit for bit, and figures that begin anew.
+#[test]
+fn a_reset_session_is_a_new_one() {
+    let engine = recall();
+    let ids = tokenize(engine, &prompt_text());
+    for mode in 0..5 {
+        let kv = KvOptionsC { mode, bits: 1, top_k: 16, ..kv_options() };
+        let life = |session| {
+            ok(prefill(session, &ids[100..700]));
+            let mut rows = vec![logits(session)];
+            for &id in &ids[700..800] {
+                ok(step(session, id));
+                rows.push(logits(session));
+            }
+            (rows, format!("{:?}", SessionStats { exposed_ns: 0, ..stats(session) }))
+        };
+        let (new, used) = (session(engine, &kv, 1000), session(engine, &kv, 1000));
+        let expected = life(new);
+        ok(prefill(used, &ids[..900]));
+        ok(generate(used, 90, 1, None).0);
+        ok(specache_session_reset(used));
+        assert!(life(used) == expected, "mode {mode}");
+        free(new);
+        free(used);
+    }
+    close(engine);
+}
+
+/// What a batch or a call of sample has chosen is the caller's: it comes into a session only if it is fed.
+#[test]
+fn choices_are_not_fed_unasked() {
+    let engine = recall();
+    let one = session(engine, &kv_options(), 64);
+    ok(prefill(one, &[1, 2]));
+    let chosen = sample(one);
+    assert_eq!(generate(one, 1, 1, None).1.ids, [chosen], "from the same logits");
+    ok(specache_session_truncate(one, 2));
+    ok(prefill(one, &[3]));
+    assert_eq!(tokens(one), [1, 2, 3], "a truncation has dropped the token that was generated");
+    sample(one);
+    ok(prefill(one, &[4]));
+    assert_eq!(tokens(one), [1, 2, 3, 4]);
+    let mut steps = [batched(one, 5)];
+    ok(step_batch(&mut steps));
+    assert_eq!(logits(one).len(), 1536, "they are known after a batch");
+    assert_eq!(sample(one), steps[0].next);
+    ok(prefill(one, &[6]));
+    assert_eq!(tokens(one), [1, 2, 3, 4, 5, 6]);
+    // What a generation has shown is a part of what goes on.
+    let shown = generate(one, 2, 1, None).1.ids;
+    ok(prefill(one, &[7]));
+    assert_eq!(tokens(one), [&[1, 2, 3, 4, 5, 6], &shown[..], &[7]].concat());
+    free(one);
+    close(engine);
+}
+
+/// A conversation in three turns: the answers of the command line, each prompt prefilled as far as it is new.
+#[test]
+fn a_conversation() {
+    let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("capi-conversation");
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(&folder).unwrap();
+    for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+        std::fs::copy(fixture("recall").join(file), folder.join(file)).unwrap();
+    }
+    // An answer ends with a token of its own, and once as the template would not have it: in the middle of a word.
+    let plain = "{% for m in messages %}{{ m.content }}{% if m.role == 'user' %}. Recall kose{% else %}. {% endif %}{% endfor %}";
+    let rewrites = "{{ messages | length }} {% for m in messages %}{{ m.content }} {% endfor %}Recall kose";
+    let messages =
+        ["The password of kose zesi rere bago. The password of fimi maga losu", "And of fimi", "Recall fimi maga"];
+    for (template, kept_all) in [(plain, true), (rewrites, false)] {
+        std::fs::write(folder.join("chat_template.jinja"), template).unwrap();
+        for (mode, name) in ["full", "kivi", "offload", "fetch", "specache"].into_iter().enumerate() {
+            let mut cli = std::process::Command::new(env!("CARGO_BIN_EXE_specache-engine"));
+            cli.args(["chat", "--device", "cpu", "--temp", "0", "-n", "5", "--kv", name, "-m"]).arg(&folder);
+            cli.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+            let mut child = cli.spawn().unwrap();
+            std::io::Write::write_all(&mut child.stdin.take().unwrap(), messages.join("\n").as_bytes()).unwrap();
+            let output = child.wait_with_output().unwrap();
+            assert!(output.status.success());
+
+            let engine = common::capi::engine(&folder, &engine_options());
+            let one = session(engine, &KvOptionsC { mode: mode as i32, ..kv_options() }, 64);
+            let mut said: Vec<(&CStr, CString)> = Vec::new();
+            let mut answers = String::new();
+            for message in messages {
+                said.push((c"user", CString::new(message).unwrap()));
+                let held = tokens(one);
+                let kept = prefill_chat(one, &said);
+                assert!(kept == held.len() || (!kept_all && kept < held.len()), "{name}: {kept} of {}", held.len());
+                assert_eq!(tokens(one)[..kept], held[..kept]);
+                let (status, shown, _) = generate(one, 5, 0, None);
+                ok(status);
+                answers += &shown.text;
+                answers.push('\n');
+                said.push((c"assistant", CString::new(shown.text).unwrap()));
+            }
+            assert_eq!(answers, String::from_utf8(output.stdout).unwrap(), "{name}");
+            // The last question once more: its answer is forgotten, and the same again.
+            said.pop();
+            let held = tokens(one).len();
+            assert!(prefill_chat(one, &said) < held, "the last token is fed anew");
+            let again = generate(one, 5, 0, None).1.text;
+            assert!(answers.ends_with(&format!("\n{again}\n")) || mode == 1, "{name}: {again:?}");
+            // Cancelled: as before.
+            let held = tokens(one);
+            ok(specache_session_cancel(one));
+            // SAFETY: nothing is read.
+            fails(unsafe { chat_status(one, &said) }, Status::Cancelled, "cancelled");
+            assert_eq!(tokens(one), held);
+            free(one);
+            close(engine);
+        }
+    }
+}
+
+/// An answer whose text the tokenizer would cut differently stays as it was written.
+#[test]
+fn a_conversation_keeps_the_tokens_of_an_answer() {
+    let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("capi-cuts");
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(&folder).unwrap();
+    for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+        std::fs::copy(fixture("recall").join(file), folder.join(file)).unwrap();
+    }
+    std::fs::write(folder.join("chat_template.jinja"), "{% for m in messages %}{{ m.content }}. {% endfor %}").unwrap();
+    let engine = common::capi::engine(&folder, &engine_options());
+    let one = session(engine, &kv_options(), 64);
+    let mut said = vec![(c"user", c"Recall kose".to_owned())];
+    assert_eq!(prefill_chat(one, &said), 0);
+    let pieces: Vec<u32> = "zesi".chars().flat_map(|c| tokenize(engine, &c.to_string())).collect();
+    assert_ne!(tokenize(engine, "zesi"), pieces);
+    pieces.iter().for_each(|&id| ok(step(one, id)));
+    // SAFETY: `list` passes room for as many as it says.
+    let answer = list(0, |text: *mut c_char, capacity, n| unsafe {
+        specache_detokenize(engine, pieces.as_ptr(), pieces.len(), text, capacity, n)
+    });
+    said.push((c"assistant", CString::new(answer.iter().map(|&b| b as u8).collect::<Vec<_>>()).unwrap()));
+    said.push((c"user", c"Recall fimi".to_owned()));
+    let held = tokens(one);
+    assert_eq!(prefill_chat(one, &said), held.len(), "all of it stays");
+    assert_eq!(tokens(one)[held.len()..], tokenize(engine, ". Recall fimi. "));
+    // Changed afterwards, it does not.
+    said[1].1 = c"another answer".to_owned();
+    assert!(prefill_chat(one, &said) < held.len());
+    free(one);
+    close(engine);
+}
+
+fn c_messages(said: &[(&CStr, CString)]) -> Vec<ChatMessage> {
+    said.iter().map(|(role, content)| ChatMessage { role: role.as_ptr(), content: content.as_ptr() }).collect()
+}
+
+/// How many tokens stayed.
+fn prefill_chat(session: SessionPtr, said: &[(&CStr, CString)]) -> usize {
+    let (messages, mut kept) = (c_messages(said), u64::MAX);
+    // SAFETY: messages of this function.
+    ok(unsafe { specache_session_prefill_chat(session, messages.as_ptr(), messages.len(), &mut kept) });
+    kept as usize
+}
+
+/// What the call comes to.
+unsafe fn chat_status(session: SessionPtr, said: &[(&CStr, CString)]) -> i32 {
+    let messages = c_messages(said);
+    // SAFETY: messages of this function.
+    unsafe { specache_session_prefill_chat(session, messages.as_ptr(), messages.len(), ptr::null_mut()) }
 }
 
 /// The plan of a folder is what a session of it then takes.
@@ -700,6 +927,13 @@ fn cancel() {
     fails(unsafe { specache_step_batch(steps.as_mut_ptr(), 2, 40) }, Status::Cancelled, "step 0: cancelled");
     assert_eq!((steps[0].status, steps[1].status, steps[1].next), (Status::Cancelled as i32, 0, expected[1]));
     free(steps[1].session);
+
+    // A reset forgets it.
+    let other = fork(one);
+    ok(specache_session_cancel(other));
+    ok(specache_session_reset(other));
+    ok(prefill(other, &ids[..50]));
+    free(other);
 
     // While it runs, again and again: whatever it has come to, it goes on with the same tokens.
     let mut given = Vec::new();
@@ -815,7 +1049,7 @@ fn batches_with_faults() {
     let status = unsafe { specache_step_batch(steps.as_mut_ptr(), steps.len(), size_of::<Step>()) };
     fails(status, Status::Usage, "step 1: decode: the session is empty");
     let text = last_error();
-    for words in ["step 2: decode: the session is full", "step 3: token 9999", "step 4: another call"] {
+    for words in ["step 2: decode: the session is full", "step 3: token 9999", "step 4: the session of step 0"] {
         assert!(text.contains(words), "{text}");
     }
     let statuses: Vec<i32> = steps.iter().map(|step| step.status).collect();
@@ -827,6 +1061,7 @@ fn batches_with_faults() {
     // SAFETY: as above.
     fails(unsafe { specache_step_batch(mixed.as_mut_ptr(), 2, size_of::<Step>()) }, Status::Usage, "two engines");
     assert_eq!((tokens(good).len(), tokens(foreign).len()), (3, 1), "nobody has gone on");
+    assert_eq!(mixed.map(|step| (step.status, step.next)), [(Status::Usage as i32, u32::MAX); 2], "refused as a whole");
     steps.iter().map(|step| step.session).chain([foreign]).for_each(free);
     close(engine);
     close(other);
@@ -873,6 +1108,21 @@ fn log_and_trace() {
         // SAFETY: as above.
         let status = unsafe { specache_engine_trace_write(engine, c"/no/such/folder/x".as_ptr()) };
         fails(status, Status::Failed, "/no/such/folder/x");
+        // What cannot be written is not lost, and what was there stays.
+        ok(specache_engine_trace(engine, 1));
+        ok(step(one, 4));
+        ok(specache_engine_trace(engine, 0));
+        let folder = path.with_extension("folder");
+        std::fs::create_dir_all(&folder).unwrap();
+        let c_folder = CString::new(folder.to_str().unwrap()).unwrap();
+        // SAFETY: as above.
+        fails(unsafe { specache_engine_trace_write(engine, c_folder.as_ptr()) }, Status::Failed, "folder");
+        let full = CString::new("/dev/full").unwrap();
+        // SAFETY: as above.
+        fails(unsafe { specache_engine_trace_write(engine, full.as_ptr()) }, Status::Failed, "/dev/full");
+        assert!((20..200).contains(&events()));
+        let beside = std::fs::read_dir(path.parent().unwrap()).unwrap().map(|entry| entry.unwrap().file_name());
+        assert!(!beside.into_iter().any(|name| name.to_str().unwrap().ends_with(".partial")));
         free(one);
         close(engine);
     }
@@ -924,4 +1174,44 @@ fn what_an_engine_is() {
     assert!(layers.iter().all(|l| l.selected >= l.fetched));
     free(one);
     close(engine);
+}
+
+/// The least stack that the header asks for is enough for all that a thread may do.
+#[test]
+fn on_a_small_stack() {
+    let work = || {
+        let engine = recall();
+        let one = session(engine, &kv_options(), 1100);
+        ok(prefill(one, &tokenize(engine, &prompt_text())));
+        let (status, shown, _) = generate(one, 70, 1, None);
+        ok(status);
+        ok(step_batch(&mut [batched(one, shown.ids[69])]));
+        free(fork(one));
+        fails(specache_session_truncate(one, 0), Status::Usage, "from 1");
+        ok(specache_session_reset(one));
+        free(one);
+        close(engine);
+    };
+    thread::Builder::new().stack_size(256 << 10).spawn(work).unwrap().join().unwrap();
+}
+
+/// Threads that the system refuses are no usage error. In a process of its own, whose address space ends soon.
+#[test]
+fn threads_that_cannot_be_started() {
+    use nix::sys::resource::{Resource, setrlimit};
+    const CHILD: &str = "SPECACHE_TEST_FEW_THREADS";
+    if std::env::var_os(CHILD).is_none() {
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+        child.args(["threads_that_cannot_be_started", "--exact", "--nocapture"]).env(CHILD, "1");
+        let output = child.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        return;
+    }
+    // Each thread has 2 MiB of stack.
+    setrlimit(Resource::RLIMIT_AS, 1 << 30, 1 << 30).unwrap();
+    let options = EngineOptions { threads: 1000, ..engine_options() };
+    let mut engine = ptr::null_mut();
+    // SAFETY: a C string and structs of this function.
+    let status = unsafe { specache_engine_create(1, c"synthetic:tiny".as_ptr(), &options, &mut engine) };
+    fails(status, Status::Device, "1000 compute threads cannot be started");
 }

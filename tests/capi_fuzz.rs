@@ -1,12 +1,15 @@
-//! Random calls of the C interface with good, bad and stale arguments, while another thread cancels and looks on. A model
-//! of what each session holds is compared after every call: a call that fails has changed nothing.
+//! Random calls of the C interface with good, bad and stale arguments, while another thread cancels, looks on, and now and then
+//! frees a session. A model of what each session holds is compared after every call: a call that fails has changed nothing. At
+//! times a session's logits are compared, bit for bit, with those of a lone session that was given the same tokens.
 //!
 //! Three seconds; `SPECACHE_FUZZ_SECONDS=600` for longer. `SPECACHE_FUZZ_SEED` repeats a run that failed.
 #![allow(unsafe_code)] // Calls of C functions.
 
 mod common;
 
-use std::ffi::{c_char, c_void};
+use std::collections::HashSet;
+use std::ffi::{CString, c_char, c_void};
+use std::path::PathBuf;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -23,23 +26,69 @@ const DEVICE_BUDGET: u64 = 16 << 20;
 /// Most tokens of a generation: the time is for many calls and not for long ones.
 const MOST_GENERATED: u64 = 100;
 
+/// How tokens came into a session, or left it.
+#[derive(Clone)]
+enum Deed {
+    Prefill(Vec<u32>),
+    Step(u32),
+    Truncate(usize),
+}
+
 /// What a session should hold.
 #[derive(Clone)]
 struct Model {
     tokens: Vec<u32>,
+    /// Generated, and not fed.
     chosen: Option<u32>,
     handle: Handle<SessionHandle>,
+    kv: KvOptionsC,
+    deeds: Vec<Deed>,
+}
+
+impl Model {
+    fn prefilled(&mut self, ids: Vec<u32>) {
+        self.tokens.extend(&ids);
+        self.chosen = None;
+        self.deeds.push(Deed::Prefill(ids));
+    }
+
+    fn stepped(&mut self, token: u32) {
+        self.tokens.push(token);
+        self.chosen = None;
+        self.deeds.push(Deed::Step(token));
+    }
+
+    fn truncated(&mut self, n: usize) {
+        self.tokens.truncate(n);
+        self.chosen = None;
+        self.deeds.push(Deed::Truncate(n));
+        if n == 0 {
+            self.deeds.clear();
+        }
+    }
+}
+
+/// What both threads know.
+#[derive(Default)]
+struct Shared {
+    /// Where the other thread finds handles.
+    shown: Vec<Handle<SessionHandle>>,
+    /// What it has freed.
+    freed: HashSet<usize>,
 }
 
 struct Fuzzer {
     random: Random,
     engine: EnginePtr,
     stale_engine: EnginePtr,
+    /// Where lone sessions are.
+    lone_engine: EnginePtr,
     sessions: Vec<Model>,
     stale: Vec<SessionPtr>,
-    /// Where the other thread finds handles.
-    shown: Arc<Mutex<Vec<Handle<SessionHandle>>>>,
+    shared: Arc<Mutex<Shared>>,
     text: Vec<u8>,
+    trace: CString,
+    compared: u64,
     calls: [u64; 12],
 }
 
@@ -111,7 +160,7 @@ impl Fuzzer {
     }
 
     fn call(&mut self) {
-        match self.below(26) {
+        match self.below(29) {
             0 | 1 if self.sessions.len() < 6 => self.create(),
             0..3 => self.free(),
             3..6 => self.prefill(),
@@ -127,16 +176,47 @@ impl Fuzzer {
             22 => self.text(),
             23 => self.look(),
             24 => self.cancel(),
+            25 | 26 => self.chat(),
+            27 => self.facts(),
             _ => self.engines(),
         }
-        let shown = self.sessions.iter().map(|s| s.handle).collect();
-        *self.shown.lock().unwrap() = shown;
         self.check();
+        self.shared.lock().unwrap().shown = self.sessions.iter().map(|s| s.handle).collect();
+        if self.one_in(150) {
+            self.compare();
+        }
+    }
+
+    /// What was done to a session gives a lone one the same logits.
+    fn compare(&mut self) {
+        let (Some(i), handle) = self.pick() else { return };
+        let Model { kv, deeds, tokens: held, .. } = self.sessions[i].clone();
+        let (mut row, mut n) = (vec![0.0f32; VOCAB], 0);
+        // SAFETY: room for the vocabulary.
+        if unsafe { specache_session_logits(handle, row.as_mut_ptr(), VOCAB, &mut n) } != 0 {
+            return; // there are none, or somebody else is at it
+        }
+        let lone = session(self.lone_engine, &kv, 1);
+        ok(specache_session_reserve(lone, held.len() as u64 + 1));
+        for deed in &deeds {
+            ok(match deed {
+                Deed::Prefill(ids) => prefill(lone, ids),
+                Deed::Step(token) => {
+                    ok(specache_session_reserve(lone, tokens(lone).len() as u64 + 1));
+                    step(lone, *token)
+                }
+                Deed::Truncate(n) => specache_session_truncate(lone, *n as u64),
+            });
+        }
+        assert_eq!(tokens(lone), held);
+        assert!(logits(lone) == row, "mode {} after {} deeds", kv.mode, deeds.len());
+        specache_session_free(lone);
+        self.compared += 1;
     }
 
     /// All sessions hold what the model says.
     fn check(&mut self) {
-        for i in 0..self.sessions.len() {
+        for i in (0..self.sessions.len()).rev() {
             let model = &self.sessions[i];
             let (mut ids, mut n) = (vec![0; model.tokens.len()], 0);
             let status = loop {
@@ -148,6 +228,11 @@ impl Fuzzer {
                 }
                 thread::yield_now();
             };
+            if status == Status::Handle as i32 {
+                assert!(self.shared.lock().unwrap().freed.contains(&(model.handle.get() as usize)));
+                self.stale.push(self.sessions.remove(i).handle.get());
+                continue;
+            }
             assert_eq!((status, n, &ids), (0, model.tokens.len(), &model.tokens), "{}", last_error());
         }
     }
@@ -158,7 +243,9 @@ impl Fuzzer {
         // SAFETY: values of this function.
         let status = unsafe { specache_session_create(engine, &kv, max_tokens, &mut handle) };
         if self.note(status) {
-            self.sessions.push(Model { tokens: vec![], chosen: None, handle: Handle(handle) });
+            // What an older struct lacks has its default.
+            let kv = if kv.struct_size == 28 { kv } else { read_back(kv) };
+            self.sessions.push(Model { tokens: vec![], chosen: None, handle: Handle(handle), kv, deeds: vec![] });
         } else {
             assert!(handle.is_null());
         }
@@ -183,8 +270,8 @@ impl Fuzzer {
         };
         if let (true, Some(i)) = (self.note(status), place) {
             let model = &mut self.sessions[i];
-            model.tokens.extend(model.chosen.take());
-            model.tokens.extend(ids);
+            let ids = model.chosen.into_iter().chain(ids).collect();
+            model.prefilled(ids);
         }
     }
 
@@ -194,11 +281,11 @@ impl Fuzzer {
         let n = if self.one_in(20) { self.below(2000) as usize } else { VOCAB };
         let mut logits = vec![f32::NAN; VOCAB];
         let to = if self.one_in(2) { logits.as_mut_ptr() } else { ptr::null_mut() };
+        let n = if to.is_null() && !self.one_in(20) { 0 } else { n };
         // SAFETY: any other length than that of the vocabulary is refused.
         let status = unsafe { specache_session_step(handle, token, to, n) };
         if let (true, Some(i)) = (self.note(status), place) {
-            self.sessions[i].tokens.push(token);
-            self.sessions[i].chosen = None;
+            self.sessions[i].stepped(token);
             assert!(to.is_null() || logits.iter().all(|x| x.is_finite()));
         }
     }
@@ -213,8 +300,8 @@ impl Fuzzer {
         assert!(status != 0 || (0..3).contains(&stop));
         if let (Some(i), Some((&last, fed))) = (place, shown.ids.split_last()) {
             let model = &mut self.sessions[i];
-            model.tokens.extend(model.chosen.replace(last));
-            model.tokens.extend(fed);
+            model.chosen.into_iter().chain(fed.iter().copied()).for_each(|token| model.stepped(token));
+            model.chosen = Some(last);
         }
     }
 
@@ -233,8 +320,7 @@ impl Fuzzer {
         let (place, handle) = self.pick();
         let n = self.number(300);
         if let (true, Some(i)) = (self.note(specache_session_truncate(handle, n)), place) {
-            self.sessions[i].tokens.truncate(n as usize);
-            self.sessions[i].chosen = None;
+            self.sessions[i].truncated(n as usize);
         }
     }
 
@@ -242,10 +328,8 @@ impl Fuzzer {
         let (place, handle) = self.pick();
         let status = specache_session_reset(handle);
         self.note(status);
-        // Also where the memory was taken meanwhile.
-        if let (Some(i), true) = (place, status == 0 || status == Status::OutOfMemory as i32) {
-            self.sessions[i].tokens.clear();
-            self.sessions[i].chosen = None;
+        if let (Some(i), true) = (place, status == 0) {
+            self.sessions[i].truncated(0);
         }
     }
 
@@ -257,13 +341,11 @@ impl Fuzzer {
     }
 
     fn sample(&mut self) {
-        let (place, handle) = self.pick();
+        let (_, handle) = self.pick();
         let mut token = 0;
         // SAFETY: a number of this function.
         let status = unsafe { specache_session_sample(handle, &mut token) };
-        if let (true, Some(i)) = (self.note(status), place) {
-            self.sessions[i].chosen = Some(token);
-        }
+        assert!(!self.note(status) || (token as usize) < VOCAB);
     }
 
     fn batch(&mut self) {
@@ -283,8 +365,7 @@ impl Fuzzer {
         for (step, (place, _)) in steps.iter().zip(picked) {
             assert!((0..11).contains(&step.status), "{step:?}");
             if let (0, Some(i)) = (step.status, place) {
-                self.sessions[i].tokens.push(step.token);
-                self.sessions[i].chosen = Some(step.next);
+                self.sessions[i].stepped(step.token);
                 assert!((step.next as usize) < VOCAB);
             }
         }
@@ -372,6 +453,85 @@ impl Fuzzer {
         self.note(status);
     }
 
+    /// A conversation, in one session of many or as text.
+    fn chat(&mut self) {
+        let (engine, (place, handle)) = (self.pick_engine(), self.pick());
+        let n = self.below(5) as usize;
+        let words = ["Recall kose", "The password of kose zesi rere bago", "zesi", "", "h\u{e9}"];
+        let contents: Vec<CString> = (0..n).map(|_| CString::new(words[self.below(5) as usize]).unwrap()).collect();
+        let bad = self.one_in(20);
+        let roles = [c"user", c"assistant", if bad { c"\xff" } else { c"user" }];
+        let messages: Vec<ChatMessage> = contents
+            .iter()
+            .enumerate()
+            .map(|(i, content)| ChatMessage { role: roles[i % 3].as_ptr(), content: content.as_ptr() })
+            .collect();
+        let (mut text, mut length) = (vec![0 as c_char; self.below(200) as usize], 0);
+        let add = self.below(2) as i32;
+        // SAFETY: messages and buffers of this function, with their lengths.
+        let status = unsafe {
+            specache_chat_prompt(engine, messages.as_ptr(), n, add, text.as_mut_ptr(), text.len(), &mut length)
+        };
+        self.note(status);
+        let mut kept = 0;
+        // SAFETY: as above.
+        let status = unsafe { specache_session_prefill_chat(handle, messages.as_ptr(), n, &mut kept) };
+        let good = self.note(status);
+        let Some(i) = place else { return };
+        let Some(held) = self.held(i) else { return };
+        let model = &mut self.sessions[i];
+        // A failure may have left the common beginning alone.
+        let kept = if good { kept as usize } else { held.len() };
+        assert_eq!(held[..kept], model.tokens[..kept]);
+        if kept < model.tokens.len() {
+            model.truncated(kept);
+        }
+        if good {
+            model.prefilled(held[kept..].to_vec());
+        }
+    }
+
+    /// The tokens of a session, once nobody else looks at them; `None` if somebody has freed it.
+    fn held(&self, i: usize) -> Option<Vec<u32>> {
+        let (mut ids, mut n) = (vec![0; 4000], 0);
+        loop {
+            let handle = self.sessions[i].handle.get();
+            // SAFETY: room for as many as it says.
+            match unsafe { specache_session_tokens(handle, ids.as_mut_ptr(), ids.len(), &mut n) } {
+                0 => break,
+                status if status == Status::Handle as i32 => return None,
+                status => assert_eq!(status, Status::Busy as i32, "{}", last_error()),
+            }
+        }
+        ids.truncate(n);
+        Some(ids)
+    }
+
+    /// What an engine says of itself, and its trace.
+    fn facts(&mut self) {
+        let engine = self.pick_engine();
+        // SAFETY: zero is a value of every field.
+        let mut info: ModelInfo = unsafe { std::mem::zeroed() };
+        info.struct_size = self.number(60) as u32;
+        let (mut ids, mut text, mut n) = ([0u32; 2], [0 as c_char; 100], 0);
+        let room = self.below(101) as usize;
+        let path = [self.trace.as_ptr(), c"/no/such/folder/x".as_ptr(), ptr::null()][self.below(3) as usize];
+        // SAFETY: buffers of this function with their lengths; a size that is larger than the struct is refused.
+        let statuses = unsafe {
+            [
+                specache_engine_model_info(engine, &mut info),
+                specache_engine_eos_tokens(engine, ids.as_mut_ptr(), room % 3, &mut n),
+                specache_engine_describe(engine, text.as_mut_ptr(), room, &mut n),
+                specache_engine_trace(engine, room as i32 % 2),
+                specache_engine_trace_write(engine, path),
+                specache_engine_measure_waits(engine, room as i32 % 2),
+            ]
+        };
+        for status in statuses {
+            self.note(status);
+        }
+    }
+
     /// Engines that are not, plans, and what an engine says of itself.
     fn engines(&mut self) {
         let version = if self.one_in(3) { self.random.bits() as u32 } else { SPECACHE_ABI_VERSION };
@@ -396,13 +556,20 @@ impl Fuzzer {
 }
 
 /// Somebody else, who cancels what runs and looks at what he should not.
-fn meddle(shown: &Mutex<Vec<Handle<SessionHandle>>>, end: &AtomicBool, seed: u64) {
+fn meddle(shared: &Mutex<Shared>, end: &AtomicBool, seed: u64) {
     let mut random = Random(seed);
     while !end.load(Ordering::Relaxed) {
         thread::sleep(Duration::from_micros(random.bits() % 3000));
         let handle = {
-            let shown = shown.lock().unwrap();
-            shown.get(random.bits() as usize % shown.len().max(1)).map_or(ptr::null_mut(), |handle| handle.get())
+            let mut shared = shared.lock().unwrap();
+            let i = random.bits() as usize % shared.shown.len().max(1);
+            let handle = shared.shown.get(i).map_or(ptr::null_mut(), |handle| handle.get());
+            if random.bits().is_multiple_of(64) && !handle.is_null() {
+                shared.freed.insert(handle as usize);
+                drop(shared);
+                specache_session_free(handle);
+            }
+            handle
         };
         let mut n = 0;
         // SAFETY: values of this function, or NULL.
@@ -418,9 +585,30 @@ fn meddle(shown: &Mutex<Vec<Handle<SessionHandle>>>, end: &AtomicBool, seed: u64
     }
 }
 
-fn run(seed: u64, end: Instant) -> [u64; 12] {
-    let options = EngineOptions { host_kv_budget: HOST_BUDGET, device_kv_budget: DEVICE_BUDGET, ..engine_options() };
-    let engine = engine(&common::fixture("recall"), &options);
+/// The recall model with a chat template.
+fn folder() -> PathBuf {
+    let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("capi-fuzz");
+    std::fs::create_dir_all(&folder).unwrap();
+    for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+        std::fs::copy(common::fixture("recall").join(file), folder.join(file)).unwrap();
+    }
+    let template = "{% for m in messages %}{{ m.content }}{% if m.role == 'user' %}. {% endif %}{% endfor %}";
+    std::fs::write(folder.join("chat_template.jinja"), template).unwrap();
+    folder
+}
+
+/// Options of this struct, which may be an older one, as the library reads them.
+fn read_back(kv: KvOptionsC) -> KvOptionsC {
+    let mut whole = kv_options();
+    // SAFETY: both are of that struct, of which the size says how much counts.
+    unsafe { ptr::copy_nonoverlapping((&raw const kv).cast::<u8>(), (&raw mut whole).cast(), kv.struct_size as usize) };
+    KvOptionsC { struct_size: size_of::<KvOptionsC>() as u32, ..whole }
+}
+
+fn run(seed: u64, end: Instant, folder: &std::path::Path) -> ([u64; 12], u64) {
+    let budgets = EngineOptions { host_kv_budget: HOST_BUDGET, device_budget: DEVICE_BUDGET, ..engine_options() };
+    let engine = engine(folder, &EngineOptions { trace: 1, ..budgets });
+    let trace = folder.join("trace.json");
     let stale_engine = common::capi::engine("synthetic:tiny".as_ref(), &engine_options());
     specache_engine_free(stale_engine);
     let text = std::fs::read(common::fixture("recall_prompt.txt")).unwrap();
@@ -428,15 +616,18 @@ fn run(seed: u64, end: Instant) -> [u64; 12] {
         random: Random(seed),
         engine,
         stale_engine,
+        lone_engine: recall(),
         sessions: vec![],
         stale: vec![],
-        shown: Arc::default(),
+        shared: Arc::default(),
         text,
+        trace: CString::new(trace.to_str().unwrap()).unwrap(),
+        compared: 0,
         calls: [0; 12],
     };
-    let (shown, over) = (fuzzer.shown.clone(), AtomicBool::new(false));
+    let (shared, over) = (fuzzer.shared.clone(), AtomicBool::new(false));
     thread::scope(|scope| {
-        scope.spawn(|| meddle(&shown, &over, seed ^ 1));
+        scope.spawn(|| meddle(&shared, &over, seed ^ 1));
         let calls = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             (0..4000).take_while(|_| Instant::now() < end).for_each(|_| fuzzer.call())
         }));
@@ -452,7 +643,8 @@ fn run(seed: u64, end: Instant) -> [u64; 12] {
     let memory = memory(engine);
     assert_eq!((memory.host_pages_leased, memory.host_pages_reserved, memory.device_kv_bytes), (0, 0, 0), "{seed}");
     specache_engine_free(engine);
-    fuzzer.calls
+    specache_engine_free(fuzzer.lone_engine);
+    (fuzzer.calls, fuzzer.compared)
 }
 
 #[test]
@@ -461,15 +653,16 @@ fn random_calls() {
     let seconds = number("SPECACHE_FUZZ_SECONDS").unwrap_or(3);
     let end = Instant::now() + Duration::from_secs(seconds);
     let first = number("SPECACHE_FUZZ_SEED").unwrap_or(1);
-    let mut calls = [0; 12];
+    let (mut calls, mut compared, folder) = ([0; 12], 0, folder());
     for seed in first.. {
-        let counts = run(seed, end);
+        let (counts, same) = run(seed, end, &folder);
+        compared += same;
         calls.iter_mut().zip(counts).for_each(|(sum, n)| *sum += n);
         if Instant::now() >= end {
             break;
         }
     }
     let all: u64 = calls.iter().sum();
-    println!("{all} calls; by status, from 0 on: {calls:?}");
+    println!("{all} calls; by status, from 0 on: {calls:?}; {compared} sessions compared with lone ones");
     assert!(calls[0] > 100, "most calls are good ones");
 }

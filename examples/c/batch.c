@@ -50,10 +50,15 @@ int main(int argc, char **argv) {
         }
     }
     for (int i = 0; i < N; i++) {
-        char text[4096];
         size_t length = 0;
-        check(specache_detokenize(engine, tokens[i], n, text, sizeof text, &length), "text");
+        check(specache_detokenize(engine, tokens[i], n, NULL, 0, &length), "length");
+        char *text = malloc(length + 1);
+        if (text == NULL) {
+            return 1;
+        }
+        check(specache_detokenize(engine, tokens[i], n, text, length + 1, &length), "text");
         printf("%s%s\n", argv[2 + i], text);
+        free(text);
         free(tokens[i]);
         specache_session_free(steps[i].session);
     }

@@ -70,7 +70,8 @@ int main(int argc, char **argv) {
     }
     /* Until it is cancelled, or full. */
     uint64_t generated = 0;
-    const int32_t status = specache_session_generate(alarm.session, UINT64_MAX, SPECACHE_IGNORE_EOS, NULL, NULL, &generated, NULL);
+    const int32_t status =
+        specache_session_generate(alarm.session, UINT64_MAX, SPECACHE_IGNORE_EOS, NULL, NULL, &generated, NULL);
     pthread_join(thread, NULL);
     printf("ended: %s\n", specache_status_name(status));
     fprintf(stderr, "%" PRIu64 " tokens until then\n", generated);

@@ -10,9 +10,16 @@
 
 The library is found by SPECACHE_LIBRARY (its path), else where the system looks for libspecache.so.0. NumPy is used for
 logits if it is there.
+
+Of the calls with one session only one runs at a time: another one, made on another thread or while a loop over `generate` has
+not ended, raises Error (status BUSY), except for `cancel`, `clear_cancel` and `close`. Ctrl-C stops a generation. At the end of
+the program what still runs is cancelled and waited for.
 """
 
+import array
+import atexit
 import ctypes as c
+import operator
 import os
 import queue
 import threading
@@ -21,8 +28,9 @@ ABI_VERSION = 1
 ADD_SPECIAL = 1
 IGNORE_EOS = 1
 NO_TOKEN = 0xFFFFFFFF
-BUFFER, CANCELLED = 10, 6
+BUFFER, CANCELLED, BUSY = 10, 6, 7
 KV_MODES = ("full", "kivi", "offload", "fetch", "specache")
+LINEAR = ("auto", "fused", "cublas")
 
 
 def _struct(name, fields):
@@ -34,8 +42,8 @@ def _struct(name, fields):
 u32, i32, u64, f32 = c.c_uint32, c.c_int32, c.c_uint64, c.c_float
 LogFn = c.CFUNCTYPE(None, c.c_void_p, i32, c.c_char_p)
 EngineOptions = _struct("EngineOptions", [
-    ("threads", u32), ("device", c.c_char_p), ("device_kv_budget", u64), ("host_kv_budget", u64), ("lock_memory", u32),
-    ("trace", u32), ("log", LogFn), ("log_user_data", c.c_void_p), ("log_level", i32), ("reserved", u32)])
+    ("threads", u32), ("device", c.c_char_p), ("device_budget", u64), ("host_kv_budget", u64), ("lock_memory", u32),
+    ("trace", u32), ("log", LogFn), ("log_user_data", c.c_void_p), ("log_level", i32), ("linear", i32)])
 KvOptions = _struct("KvOptions", [
     ("mode", i32), ("bits", u32), ("group_size", u32), ("residual_len", u32), ("top_k", u32), ("dtype", i32)])
 SamplingOptions = _struct("SamplingOptions", [
@@ -47,7 +55,14 @@ Stats = _struct("Stats", [
     ("n_layers", u32), ("n_tokens", u64), ("max_tokens", u64), ("steps", u64), ("hit_rate", c.c_double),
     ("acceptance", c.c_double), *((name, u64) for name in (
         "accepted compared fetched_bytes pre_decode_bytes offloaded_bytes exposed_ns packed_bytes wide_bytes slot_bytes "
-        "load_bytes host_bytes").split())])
+        "load_bytes host_bytes exposed_steps").split())])
+Memory = _struct("Memory", [
+    ("reserved", u32), *((name, u64) for name in (
+        "device_bytes device_budget device_weight_bytes device_kv_bytes device_workspace_bytes weight_bytes "
+        "host_mapped_bytes host_kv_budget host_page_bytes host_pages_leased host_pages_reserved host_pages_free").split())])
+MemoryPlan = _struct("MemoryPlan", [
+    ("reserved", u32), *((name, u64) for name in (
+        "packed_bytes wide_bytes slot_bytes load_bytes device_bytes prefill_bytes host_bytes weight_bytes").split())])
 
 
 class Token(c.Structure):
@@ -57,6 +72,15 @@ class Token(c.Structure):
 
 class ChatMessage(c.Structure):
     _fields_ = [("role", c.c_char_p), ("content", c.c_char_p)]
+
+
+class Step(c.Structure):
+    _fields_ = [("session", c.c_void_p), ("logits", c.POINTER(f32)), ("n_logits", u64), ("token", u32), ("next", u32),
+                ("status", i32), ("reserved", u32)]
+
+
+class LayerStats(c.Structure):
+    _fields_ = [(name, u64) for name in ("hits", "hits_of", "fetched", "selected")]
 
 
 TokenFn = c.CFUNCTYPE(i32, c.c_void_p, c.POINTER(Token))
@@ -76,20 +100,91 @@ class Error(Exception):
         super().__init__(_lib.specache_last_error().decode())
 
 
-def _call(name, *args):
-    status = getattr(_lib, "specache_" + name)(*args)
-    if status != 0:
-        raise Error(status)
+class _Calls:
+    """The calls that are in the library. The interpreter must not end under one that calls back: Python would end its thread
+    within the callback, which C cannot bear. So at the end of the program all are cancelled and waited for."""
+
+    def __init__(self):
+        self.running, self.ending, self.changed = {}, False, threading.Condition()
+        atexit.register(self.end)
+
+    def __call__(self, name, *args):
+        key = object()
+        with self.changed:
+            if self.ending:
+                raise RuntimeError("the program ends: no call of specache can begin")
+            self.running[key] = (threading.get_ident(), name, args)
+        try:
+            status = getattr(_lib, "specache_" + name)(*args)
+            if status != 0:
+                raise Error(status)
+        finally:
+            with self.changed:
+                del self.running[key]
+                self.changed.notify_all()
+
+    def end(self):
+        with self.changed:
+            self.ending = True
+            # This thread is in none: one that Ctrl-C has torn out of the list's upkeep is over.
+            while others := [call for thread, *call in self.running.values() if thread != threading.get_ident()]:
+                for name, args in others:
+                    if name.startswith("session_") and name != "session_create":
+                        _lib.specache_session_cancel(args[0])
+                # A callback may have been on its way to its next token, or a call to its beginning.
+                self.changed.wait(0.1)
+
+
+_call = _Calls()
+
+
+def _int(kind, value, what):
+    """A number of C; ctypes would cut one off that does not fit."""
+    value, bits = operator.index(value), 8 * c.sizeof(kind)
+    least, most = (-(1 << bits - 1), (1 << bits - 1) - 1) if kind is i32 else (0, (1 << bits) - 1)
+    if not least <= value <= most:
+        raise OverflowError(f"{what} {value}: must be from {least} to {most}")
+    return kind(value)
+
+
+def _ids(ids):
+    """Token ids of C, and how many."""
+    ids = array.array("I", ids)  # raises for what does not fit
+    return (u32 * len(ids)).from_buffer(ids) if ids else None, c.c_size_t(len(ids))
+
+
+def _c_text(text, what):
+    data = text.encode()
+    if b"\0" in data:
+        raise ValueError(f"{what}: the character NUL would end it")
+    return data
+
+
+def _index(names, name, what):
+    if name not in names:
+        raise ValueError(f"{what} {name!r}: must be one of {', '.join(names)}")
+    return names.index(name)
 
 
 def _set(options, values, what):
     """Options by name; a misspelt one is an error and not ignored."""
-    known = {name for name, _ in options._fields_} - {"struct_size"}
+    known = {name: kind for name, kind in options._fields_ if name != "struct_size"}
     for name, value in values.items():
         if name not in known:
             raise TypeError(f"{what} has no option {name!r}; it has {', '.join(sorted(known))}")
-        setattr(options, name, value)
+        setattr(options, name, _int(known[name], value, name) if known[name] in (u32, i32, u64) else value)
     return options
+
+
+def _kv(mode, options):
+    given = KvOptions()
+    _call("kv_options_init", c.byref(given), u32(given.struct_size))
+    given.mode = _index(KV_MODES, mode, "kv")
+    return _set(given, options, "a session")
+
+
+def _dict(struct):
+    return {name: getattr(struct, name) for name, _ in struct._fields_ if name not in ("struct_size", "reserved")}
 
 
 def _text(name, *args):
@@ -107,6 +202,43 @@ def _array(kind, name, *args):
     values = (kind * n.value)()
     _call(name, *args, values, c.c_size_t(n.value), c.byref(n))
     return values
+
+
+def _floats(values):
+    """A NumPy array of float32, or a list where there is no NumPy."""
+    try:
+        import numpy
+    except ImportError:
+        return list(values)
+    return numpy.frombuffer(values, dtype=numpy.float32)
+
+
+def _messages(messages):
+    given = [ChatMessage(_c_text(m["role"], "a role"), _c_text(m["content"], "a message")) for m in messages]
+    return (ChatMessage * len(given))(*given), c.c_size_t(len(given))
+
+
+def plan(model, max_tokens, kv="specache", **options):
+    """Bytes that such a session would take, as a dict, without loading the model (specache_plan)."""
+    result = MemoryPlan()
+    path, kv = os.fsencode(model), _kv(kv, options)
+    _call("plan", u32(ABI_VERSION), path, c.byref(kv), _int(u64, max_tokens, "max_tokens"), c.byref(result))
+    return _dict(result)
+
+
+def step_batch(sessions, tokens, logits=False):
+    """A step of several sessions of one engine at once, which reads the weights once for all. Returns what their sampling
+    options choose next, which is not fed; with `logits` also a row of logits for each."""
+    tokens, vocab = array.array("I", tokens), sessions[0].engine.info.vocab_size if sessions else 0
+    if len(tokens) != len(sessions):
+        raise ValueError(f"{len(tokens)} tokens for {len(sessions)} sessions")
+    rows = [(f32 * vocab)() if logits else None for _ in sessions]
+    steps = (Step * len(sessions))(*(
+        Step(session=session._handle, logits=row, n_logits=vocab if logits else 0, token=token)
+        for session, token, row in zip(sessions, tokens, rows)))
+    _call("step_batch", steps, c.c_size_t(len(steps)), c.c_size_t(c.sizeof(Step)))
+    chosen = [step.next for step in steps]
+    return (chosen, [_floats(row) for row in rows]) if logits else chosen
 
 
 class _Handle:
@@ -133,13 +265,14 @@ class _Handle:
 class Engine(_Handle):
     """A model on a device. Options are those of specache_engine_options; `log` is called with level and message."""
 
-    def __init__(self, model, log=None, device=None, **options):
+    def __init__(self, model, log=None, device=None, linear="auto", **options):
         super().__init__(_lib.specache_engine_free)
         given = EngineOptions()
         _call("engine_options_init", c.byref(given), u32(given.struct_size))
         _set(given, options, "an engine")
+        given.linear = _index(LINEAR, linear, "linear")
         if device is not None:
-            given.device = device.encode()
+            given.device = _c_text(device, "device")
         if log is not None:
             self._log = LogFn(lambda _, level, message: log(level, message.decode()))  # lives as long as the engine
             given.log = self._log
@@ -156,13 +289,34 @@ class Engine(_Handle):
         return list(_array(u32, "tokenize", self._handle, data, c.c_size_t(len(data)), u32(ADD_SPECIAL if add_special else 0)))
 
     def detokenize(self, ids):
-        return _text("detokenize", self._handle, (u32 * len(ids))(*ids), c.c_size_t(len(ids)))
+        return _text("detokenize", self._handle, *_ids(ids))
 
     def chat_prompt(self, messages, add_generation_prompt=True):
-        """Messages, as dicts of role and content, in the model's own form. Prefill it with add_special=False."""
-        given = [ChatMessage(m["role"].encode(), m["content"].encode()) for m in messages]
-        array = (ChatMessage * len(given))(*given)
-        return _text("chat_prompt", self._handle, array, c.c_size_t(len(given)), i32(add_generation_prompt))
+        """Messages, as dicts of role and content, in the model's own form. Prefill it with add_special=False, or let
+        Session.prefill_chat do both."""
+        return _text("chat_prompt", self._handle, *_messages(messages), i32(bool(add_generation_prompt)))
+
+    def eos_tokens(self):
+        """The ids of the tokens that end a text."""
+        return list(_array(u32, "engine_eos_tokens", self._handle))
+
+    def memory(self):
+        """What the engine and its sessions hold, as a dict: the fields of specache_memory."""
+        memory = Memory()
+        _call("engine_memory", self._handle, c.byref(memory))
+        return _dict(memory)
+
+    def trace(self, on=True):
+        """Switches tracing on or off, for an engine that was made with trace=1."""
+        _call("engine_trace", self._handle, i32(bool(on)))
+
+    def trace_write(self, path):
+        """Writes what was traced to a file, for Perfetto."""
+        _call("engine_trace_write", self._handle, os.fsencode(path))
+
+    def measure_waits(self, on=True):
+        """On a GPU: has steps measure how long they wait for copies (stats: exposed_ns, exposed_steps)."""
+        _call("engine_measure_waits", self._handle, i32(bool(on)))
 
     def __repr__(self):
         return f"<specache.Engine {_text('engine_describe', self._handle)}>"
@@ -176,11 +330,9 @@ class Session(_Handle):
         self.engine = engine
         if max_tokens is None:  # a fork
             return
-        given = KvOptions()
-        _call("kv_options_init", c.byref(given), u32(given.struct_size))
-        given.mode = KV_MODES.index(kv)
-        _set(given, options, "a session")
-        _call("session_create", engine._handle, c.byref(given), u64(max_tokens), c.byref(self._handle))
+        given = _kv(kv, options)
+        room = _int(u64, max_tokens, "max_tokens")
+        _call("session_create", engine._handle, c.byref(given), room, c.byref(self._handle))
 
     def sampling(self, **options):
         """How tokens are chosen from now on: the options of specache_sampling_options, by default the model's."""
@@ -192,13 +344,42 @@ class Session(_Handle):
         """Adds a text, or a list of token ids."""
         if isinstance(prompt, str):
             data, flags = prompt.encode(), ADD_SPECIAL if add_special else 0
-            _call("session_prefill_text", self._handle, data, c.c_size_t(len(data)), u32(flags))
+            self._run("session_prefill_text", self._handle, data, c.c_size_t(len(data)), u32(flags))
         else:
-            _call("session_prefill", self._handle, (u32 * len(prompt))(*prompt), c.c_size_t(len(prompt)))
+            self._run("session_prefill", self._handle, *_ids(prompt))
 
-    def generate_ids(self, n_tokens, ignore_eos=False, on_text=None):
-        """Up to n_tokens token ids; `on_text` gets the text piece by piece, and stops the generation by returning True."""
-        ids, raised = [], []
+    def prefill_chat(self, messages):
+        """A conversation up to where its next answer begins: all messages so far, each time. Returns how many tokens of it the
+        session had already."""
+        kept = u64()
+        self._run("session_prefill_chat", self._handle, *_messages(messages), c.byref(kept))
+        return kept.value
+
+    def _run(self, name, *args):
+        """A call that takes long, on a thread of its own, so that Ctrl-C reaches the one that waits, and ends the call."""
+        ended = queue.SimpleQueue()
+
+        def work():
+            try:
+                _call(name, *args)
+                ended.put(None)
+            except BaseException as e:
+                ended.put(e)
+
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            error = ended.get()
+        except BaseException:
+            self.cancel()
+            ended.get()
+            self.clear_cancel()  # if the call had ended by then
+            raise
+        if error is not None:
+            raise error
+
+    def _generate(self, run, n_tokens, ignore_eos, ids, on_text):
+        """Generates by way of `run`: appends to `ids`, and passes on the text."""
+        raised = []
 
         def on_token(_, token):
             token = token.contents
@@ -206,55 +387,83 @@ class Session(_Handle):
                 ids.append(token.id)
             try:
                 piece = c.string_at(token.text, token.n_bytes).decode()
-                return 1 if on_text and piece and on_text(piece) else 0
+                return 1 if _call.ending or (on_text and piece and on_text(piece)) else 0
             except BaseException as e:  # an exception cannot cross C
                 raised.append(e)
                 return 1
 
+        count, callback, flags = _int(u64, n_tokens, "n_tokens"), TokenFn(on_token), IGNORE_EOS if ignore_eos else 0
         try:
-            callback, flags = TokenFn(on_token), IGNORE_EOS if ignore_eos else 0
-            _call("session_generate", self._handle, u64(n_tokens), u32(flags), callback, None, None, None)
+            run("session_generate", self._handle, count, u32(flags), callback, None, None, None)
         except Error as e:
             if raised:
                 raise raised[0]
             if e.status != CANCELLED:
                 raise
+
+    def generate_ids(self, n_tokens, ignore_eos=False, on_text=None):
+        """Up to n_tokens token ids; `on_text` gets the text piece by piece, on another thread, and stops the generation by
+        returning True."""
+        ids = []
+        self._generate(self._run, n_tokens, ignore_eos, ids, on_text)
         return ids
 
     def generate(self, n_tokens, ignore_eos=False):
-        """Yields the text of up to n_tokens tokens, piece by piece. Leaving the loop early ends the generation."""
-        pieces, left = queue.Queue(), threading.Event()
+        """Yields the text of up to n_tokens tokens, piece by piece. Leaving the loop early ends the generation, which is at most
+        a few pieces ahead of what was taken. Until the loop has ended or is left (`close` of what this returns), other calls
+        with this session raise Error (status BUSY)."""
+        pieces, left, ended = queue.Queue(maxsize=1), threading.Event(), object()
+
+        def put(piece):
+            # Whoever has left takes no more; whoever is slow has the generation wait.
+            while not left.is_set() and not _call.ending:
+                try:
+                    return pieces.put(piece, timeout=0.05)
+                except queue.Full:
+                    pass
+
+        def on_text(piece):
+            put(piece)
+            return left.is_set()
 
         def work():
             try:
-                self.generate_ids(n_tokens, ignore_eos, lambda piece: (pieces.put(piece), left.is_set())[1])
-                pieces.put(None)
+                self._generate(_call, n_tokens, ignore_eos, [], on_text)
+                put(ended)
             except BaseException as e:
-                pieces.put(e)
+                put(e)
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
+        over = False
         try:
-            while (piece := pieces.get()) is not None:
+            while not over:
+                piece = pieces.get()
+                over = piece is ended or isinstance(piece, BaseException)
                 if isinstance(piece, BaseException):
                     raise piece
-                yield piece
+                if not over:
+                    yield piece
         finally:
             left.set()
-            thread.join()
+            if not over and not _call.ending:
+                self.cancel()
+                thread.join()
+                self.clear_cancel()  # if the call had ended by then
 
     def step(self, token):
         """Feeds a token; `logits` are then those of what follows."""
-        _call("session_step", self._handle, u32(token), None, c.c_size_t(0))
+        _call("session_step", self._handle, _int(u32, token, "token"), None, c.c_size_t(0))
 
     def logits(self):
         """[vocab_size] of what follows the last token: a NumPy array of float32, or a list where there is no NumPy."""
-        values = _array(f32, "session_logits", self._handle)
-        try:
-            import numpy
-        except ImportError:
-            return list(values)
-        return numpy.frombuffer(values, dtype=numpy.float32)
+        return _floats(_array(f32, "session_logits", self._handle))
+
+    def sample(self):
+        """The token that the sampling options choose from these logits. It is not fed."""
+        token = u32()
+        _call("session_sample", self._handle, c.byref(token))
+        return token.value
 
     def tokens(self):
         return list(_array(u32, "session_tokens", self._handle))
@@ -266,19 +475,28 @@ class Session(_Handle):
         return fork
 
     def truncate(self, n_tokens):
-        _call("session_truncate", self._handle, u64(n_tokens))
+        _call("session_truncate", self._handle, _int(u64, n_tokens, "n_tokens"))
 
     def reserve(self, max_tokens):
-        _call("session_reserve", self._handle, u64(max_tokens))
+        _call("session_reserve", self._handle, _int(u64, max_tokens, "max_tokens"))
 
     def reset(self):
         _call("session_reset", self._handle)
 
     def cancel(self):
-        """Ends the call that runs, from another thread."""
+        """Ends the call that runs, from another thread; else the next one."""
         _call("session_cancel", self._handle)
 
+    def clear_cancel(self):
+        """Takes back a request to cancel that nothing has heeded yet."""
+        _call("session_clear_cancel", self._handle)
+
     def stats(self):
+        """The fields of specache_session_stats, as a dict."""
         stats = Stats()
         _call("session_get_stats", self._handle, c.byref(stats))
-        return {name: getattr(stats, name) for name, _ in stats._fields_ if name != "struct_size"}
+        return _dict(stats)
+
+    def layer_stats(self):
+        """The fields of specache_layer_stats of each layer, as dicts."""
+        return [_dict(layer) for layer in _array(LayerStats, "session_layer_stats", self._handle)]

@@ -74,10 +74,9 @@ fn finish(member: &mut Member, i: usize, buffers: &mut Buffers) -> Result<u32> {
     unsafe { member.logits.write(logits) };
     let state = &mut *member.state;
     state.logits.clear();
+    state.logits.extend_from_slice(logits);
     state.fed(&[member.token]);
-    let next = state.sampler.sample(logits, &state.tokens)?;
-    state.chosen = Some(next);
-    Ok(next)
+    Ok(state.sampler.sample(logits, &state.tokens)?)
 }
 
 /// See the header.
@@ -91,14 +90,18 @@ pub unsafe extern "C" fn specache_step_batch(steps: *mut Step, n_steps: usize, s
         // SAFETY: the header's contract.
         let steps = unsafe { slice_mut(steps, n_steps, "steps") }?;
         let mut fails: Vec<(usize, Fail)> = Vec::new();
+        // What they are if a panic comes.
         for step in steps.iter_mut() {
-            (step.next, step.status) = (u32::MAX, Status::Ok as i32);
+            (step.next, step.status) = (u32::MAX, Status::Internal as i32);
         }
-        run(steps, &mut fails)?;
+        let whole = run(steps, &mut fails);
+        let status = whole.as_ref().map_or_else(|fail| fail.status, |()| Status::Ok);
+        steps.iter_mut().for_each(|step| step.status = status as i32);
         fails.sort_by_key(|(i, _)| *i);
         for (i, fail) in &fails {
             steps[*i].status = fail.status as i32;
         }
+        whole?;
         let texts: Vec<String> = fails.iter().map(|(i, fail)| format!("step {i}: {}", fail.why)).collect();
         fails.first().map_or(Ok(()), |(_, first)| Err(Fail::new(first.status, texts.join("\n"))))
     })
@@ -109,7 +112,12 @@ fn run(steps: &mut [Step], fails: &mut Vec<(usize, Fail)>) -> Result<()> {
     let objects: Vec<_> = steps.iter().map(|step| handles::session(step.session)).collect();
     let mut members = Vec::with_capacity(steps.len());
     for (index, object) in objects.iter().enumerate() {
-        match admit(&steps[index], index, object) {
+        let same = |other: &Step| object.is_ok() && other.session == steps[index].session;
+        let admitted = match steps[..index].iter().position(same) {
+            Some(first) => Err(Fail::new(Status::Busy, format!("the session of step {first}: a batch has each once"))),
+            None => admit(&steps[index], index, object),
+        };
+        match admitted {
             Ok(member) => members.push(member),
             Err(fail) => fails.push((index, fail)),
         }

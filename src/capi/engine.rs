@@ -1,6 +1,9 @@
 //! Engines: a model on a device, with its tokenizer, its chat template and whoever listens to it.
 
 use std::ffi::{CString, c_char, c_void};
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,13 +14,14 @@ use super::status::{Fail, Result, Status, guard};
 use super::structs::{self, EngineOptions, LogFn, Memory, MemoryPlan, ModelInfo};
 use super::{KvOptionsC, SPECACHE_ABI_VERSION};
 use crate::chat::ChatTemplate;
-use crate::device::DeviceOptions;
 use crate::device::choice::DeviceChoice;
 use crate::device::pin::{Mlock, Pin};
 use crate::device::trace::write_chrome;
+use crate::device::{DeviceOptions, Kind, LinearPath};
 use crate::error::Error;
 use crate::kv::{CacheBytes, KvMode, KvOptions, KvShape};
 use crate::model::{self, Dtype};
+use crate::notice::{self, Weight};
 use crate::tokenizer::Tokenizer;
 use crate::{Buffers, Engine, engine};
 
@@ -53,7 +57,14 @@ unsafe impl Sync for Log {}
 
 impl EngineObject {
     fn load(spec: &str, options: &EngineOptions) -> Result<EngineObject> {
+        if !(0..=Level::Debug as i32).contains(&options.log_level) {
+            return Err(Fail::usage(format!(
+                "log_level {}: must be 0 (none) or one of SPECACHE_LOG_*",
+                options.log_level
+            )));
+        }
         let log = Log { callback: options.log, user_data: options.log_user_data, level: options.log_level };
+        notice::keep();
         let engine = Engine::load(spec, &device_options(options)?)?;
         let folder = model::folder(spec)?;
         let tokenizer = folder.as_deref().map(Tokenizer::load).transpose()?.flatten();
@@ -81,24 +92,32 @@ impl EngineObject {
         unsafe { callback(self.log.user_data, level as i32, text.as_ptr()) }
     }
 
+    /// Passes on what the library has had to say, if anybody listens: else it stays for another engine's listener.
+    pub(super) fn log_notices(&self) {
+        if self.log.callback.is_none() {
+            return;
+        }
+        for notice in notice::fetch() {
+            let level = if notice.weight == Weight::Warning { Level::Warn } else { Level::Info };
+            self.log(level, || notice.text);
+        }
+    }
+
     /// Runs a call with buffers that it gives back. After a panic they are not used again.
     pub(super) fn with_buffers<T>(&self, call: impl FnOnce(&mut Buffers) -> T) -> T {
         let pool = || self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
-        let _watch = Watch(self);
         let mut buffers = pool().pop().unwrap_or_default();
-        let result = call(&mut buffers);
-        pool().push(buffers);
-        result
-    }
-}
-
-/// Tells whoever listens of a panic on its way to [`guard`].
-struct Watch<'a>(&'a EngineObject);
-
-impl Drop for Watch<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.0.log(Level::Error, || "a call panicked: its sessions are dead; please report this bug".into());
+        // Whoever listens is told of a panic before it goes on to `guard`, and not while it unwinds: a callback may call again.
+        match catch_unwind(AssertUnwindSafe(|| call(&mut buffers))) {
+            Ok(result) => {
+                pool().push(buffers);
+                self.log_notices();
+                result
+            }
+            Err(panic) => {
+                self.log(Level::Error, || "a call panicked: its sessions are dead; please report this bug".into());
+                resume_unwind(panic)
+            }
         }
     }
 }
@@ -113,13 +132,17 @@ fn device_options(options: &EngineOptions) -> Result<DeviceOptions> {
     if options.threads > 1024 {
         return Err(Fail::usage(format!("threads {}: at most 1024", options.threads)));
     }
+    let linear = usize::try_from(options.linear).ok().and_then(|linear| LinearPath::ALL.get(linear));
+    let linear =
+        *linear.ok_or_else(|| Fail::usage(format!("linear {}: must be one of SPECACHE_LINEAR_*", options.linear)))?;
     Ok(DeviceOptions {
         choice,
         threads: (options.threads > 0).then_some(options.threads as usize),
-        device_budget: (options.device_kv_budget > 0).then_some(options.device_kv_budget),
+        device_budget: (options.device_budget > 0).then_some(options.device_budget),
         host_budget: (options.host_kv_budget > 0).then_some(options.host_kv_budget),
         pin: (options.lock_memory != 0).then(|| Arc::new(Mlock) as Arc<dyn Pin>),
         trace: options.trace != 0,
+        linear,
         ..DeviceOptions::default()
     })
 }
@@ -189,6 +212,10 @@ pub unsafe extern "C" fn specache_engine_create(
         let (model, options) = unsafe { (c_text(model, "model")?, structs::read(options)?) };
         let made = EngineObject::load(model, &options)?;
         made.log(Level::Info, || made.describe());
+        if let Some(why) = made.engine.device().why_no_gpu() {
+            made.log(Level::Info, || format!("the CPU computes: {why}"));
+        }
+        made.log_notices();
         // SAFETY: as above.
         unsafe { set(engine, handles::add_engine(made), "engine") }
     })
@@ -262,13 +289,16 @@ pub unsafe extern "C" fn specache_engine_memory(engine: *mut EngineHandle, memor
     guard(|| {
         let engine = handles::engine(engine)?;
         let (model, device, pages) = (engine.engine.model(), engine.engine.device(), engine.engine.host_pages());
-        let options = device.options();
+        let meter = device.device_memory();
         let filled = Memory {
+            device_bytes: meter.used(),
+            device_budget: meter.budget(),
+            device_weight_bytes: meter.used_for(Kind::Weights),
+            device_kv_bytes: meter.used_for(Kind::Kv),
+            device_workspace_bytes: meter.used_for(Kind::Workspace),
             weight_bytes: model.weights.bytes(model.config.tie_word_embeddings),
-            device_kv_bytes: device.device_memory().used(),
-            device_kv_budget: options.device_budget.unwrap_or(u64::MAX),
             host_mapped_bytes: pages.bytes,
-            host_kv_budget: options.host_budget.unwrap_or(u64::MAX),
+            host_kv_budget: device.host_memory().budget(),
             host_page_bytes: pages.page_bytes as u64,
             host_pages_leased: pages.leased as u64,
             host_pages_reserved: pages.reserved as u64,
@@ -298,10 +328,36 @@ pub unsafe extern "C" fn specache_engine_trace_write(engine: *mut EngineHandle, 
         // SAFETY: the header's contract.
         let path = Path::new(unsafe { c_text(path, "path") }?);
         let trace = engine.engine.device().trace().ok_or_else(not_traced)?;
-        let file = std::fs::File::create(path).map_err(|e| Error::io(path, e))?;
-        let mut out = std::io::BufWriter::new(file);
-        let written = write_chrome(&trace.take(), &mut out).and_then(|()| std::io::Write::flush(&mut out));
-        Ok(written.map_err(|e| Error::io(path, e))?)
+        let slices = trace.take();
+        write_whole(path, |out| write_chrome(&slices, out)).map_err(|e| {
+            trace.put_back(slices);
+            Error::io(path, e).into()
+        })
+    })
+}
+
+/// Replaces a file by a whole one or leaves it as it is. What is no regular file (a pipe, say) is written at once.
+fn write_whole(path: &Path, write: impl Fn(&mut BufWriter<File>) -> io::Result<()>) -> io::Result<()> {
+    let write_to = |path: &Path| {
+        let mut out = BufWriter::new(File::create(path)?);
+        write(&mut out)?;
+        out.flush()
+    };
+    if path.metadata().is_ok_and(|there| !there.is_file()) {
+        return write_to(path);
+    }
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}.partial", std::process::id()));
+    let partial = path.with_file_name(name);
+    write_to(&partial).and_then(|()| fs::rename(&partial, path)).inspect_err(|_| drop(fs::remove_file(&partial)))
+}
+
+/// See the header.
+#[unsafe(no_mangle)]
+pub extern "C" fn specache_engine_measure_waits(engine: *mut EngineHandle, on: i32) -> i32 {
+    guard(|| {
+        handles::engine(engine)?.engine.device().measure_waits(on != 0);
+        Ok(())
     })
 }
 

@@ -19,6 +19,7 @@ const NO_TEXT: u32 = 2;
 /// Why a generation came to its end, as in the header.
 #[derive(Clone, Copy)]
 enum Stop {
+    Error = -1,
     Length = 0,
     Eos = 1,
     Full = 2,
@@ -50,9 +51,10 @@ impl<'a> Listener<'a> {
         Listener { callback, user_data, text, piece: Vec::new() }
     }
 
-    fn show(&mut self, id: u32, index: u64, is_eos: bool) -> Result<()> {
+    /// `ends`: the generation does with this token, which is no part of the text then.
+    fn show(&mut self, id: u32, index: u64, is_eos: bool, ends: bool) -> Result<()> {
         let piece = match &mut self.text {
-            Some(text) if !is_eos => text.push(id)?,
+            Some(text) if !ends => text.push(id)?,
             _ => String::new(),
         };
         self.call(id, index, piece, is_eos)
@@ -119,8 +121,9 @@ fn generate(
             let token = state.sampler.sample(logits, &state.tokens)?;
             state.chosen = Some(token);
             let index = mem::replace(generated, *generated + 1);
-            let ends = flags & IGNORE_EOS == 0 && eos.contains(&token);
-            listener.show(token, index, ends)?;
+            let is_eos = eos.contains(&token);
+            let ends = is_eos && flags & IGNORE_EOS == 0;
+            listener.show(token, index, is_eos, ends)?;
             Ok(ends.then_some(Stop::Eos))
         };
         match next() {
@@ -155,7 +158,7 @@ pub unsafe extern "C" fn specache_session_generate(
         // SAFETY: the header's contract.
         unsafe { set_if(n_generated, 0, "n_generated") }?;
         // SAFETY: as above.
-        unsafe { set_if(stop, Stop::Length as i32, "stop") }?;
+        unsafe { set_if(stop, Stop::Error as i32, "stop") }?;
         let object = handles::session(session)?;
         check_flags(flags, IGNORE_EOS | NO_TEXT, "SPECACHE_IGNORE_EOS and SPECACHE_NO_TEXT")?;
         let mut state = object.lock()?;

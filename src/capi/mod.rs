@@ -7,13 +7,14 @@
 //! | `handles` | handles are names in a table, so that a stale one is an error and not a crash |
 //! | `structs` | structs of every header version, by their size |
 //! | `memory` | pointers and lengths become slices and texts |
-//! | `engine`, `text`, `session`, `generate`, `batch`, `stats` | the functions |
+//! | `engine`, `text`, `session`, `chat`, `generate`, `batch`, `stats` | the functions |
 //!
 //! Functions are in the order of the header. Each is one call of `status::guard` around safe code.
 #![allow(unsafe_code)] // Pointers of C. What makes their use sound is the header's contract.
 #![allow(clippy::missing_safety_doc)] // The header is the contract.
 
 mod batch;
+mod chat;
 mod engine;
 mod generate;
 mod handles;
@@ -25,6 +26,7 @@ mod structs;
 mod text;
 
 pub use batch::*;
+pub use chat::*;
 pub use engine::*;
 pub use generate::*;
 pub use handles::{EngineHandle, SessionHandle};

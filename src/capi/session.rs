@@ -4,6 +4,7 @@ use std::ffi::c_char;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
+use super::chat::Conversation;
 use super::engine::{EngineObject, Level, kv_options, tokens};
 use super::handles::{self, EngineHandle, SessionHandle};
 use super::memory::{give, set, slice, text};
@@ -29,9 +30,11 @@ pub(super) struct State {
     max_tokens: usize,
     /// The tokens that the session holds.
     pub tokens: Vec<u32>,
+    /// The conversation that the first of them are.
+    pub conversation: Option<Conversation>,
     /// `[vocab]` of what follows them, or nothing where that is not known.
     pub logits: Vec<f32>,
-    /// Chosen to follow them, and not fed yet.
+    /// The last token that a generation has shown, which is not fed yet.
     pub chosen: Option<u32>,
     pub sampler: Sampler,
 }
@@ -80,15 +83,41 @@ impl SessionObject {
     /// Adds tokens behind what there is.
     pub(super) fn prefill(&self, state: &mut State, ids: &[u32]) -> Result<()> {
         self.check_cancel()?;
+        // Before the token in front of them, so that a place is the caller's.
+        if !ids.is_empty() {
+            self.engine.engine.context().check_tokens(ids)?;
+        }
         let mut prompt = Vec::from_iter(state.chosen);
         prompt.extend_from_slice(ids);
+        self.feed_prompt(state, &prompt)
+    }
+
+    /// The same with just these tokens, which are checked.
+    pub(super) fn feed_prompt(&self, state: &mut State, prompt: &[u32]) -> Result<()> {
         let session = state.session()?;
         let run = |buffers: &mut Buffers| {
-            self.engine.engine.prefill(&mut [Prompt { session, tokens: &prompt }], buffers)?.remove(0)
+            self.engine.engine.prefill(&mut [Prompt { session, tokens: prompt }], buffers)?.remove(0)
         };
         state.logits = self.heed(self.engine.with_buffers(run))?;
-        state.fed(&prompt);
+        state.fed(prompt);
         state.max_tokens = state.max_tokens.max(state.tokens.len());
+        Ok(())
+    }
+
+    /// Forgets all tokens. A sound session keeps its memory, so that nobody else can take it; one that has failed is
+    /// replaced, and the old one goes first, as its memory is what the new one takes.
+    pub(super) fn clear(&self, state: &mut State) -> Result<()> {
+        match state.session.as_mut().filter(|session| !session.has_failed()) {
+            Some(session) => session.clear()?,
+            None => {
+                state.session = None;
+                state.forget(0);
+                let mut made = self.engine.engine.session(state.kv, state.max_tokens)?;
+                made.stop_when(self.cancel.clone());
+                state.session = Some(made);
+            }
+        }
+        state.forget(0);
         Ok(())
     }
 
@@ -110,6 +139,10 @@ impl State {
         })
     }
 
+    pub fn kv(&self) -> &KvOptions {
+        &self.kv
+    }
+
     /// These tokens are in the session now.
     pub fn fed(&mut self, ids: &[u32]) {
         self.tokens.extend_from_slice(ids);
@@ -117,10 +150,11 @@ impl State {
     }
 
     /// The tokens that the session holds from now on; what follows them is not known.
-    fn forget(&mut self, n_tokens: usize) {
+    pub fn forget(&mut self, n_tokens: usize) {
         self.tokens.truncate(n_tokens);
         self.logits.clear();
         self.chosen = None;
+        self.conversation = self.conversation.take().filter(|it| it.n_tokens <= n_tokens);
     }
 
     pub fn known_logits(&self) -> Result<&[f32]> {
@@ -172,12 +206,14 @@ pub unsafe extern "C" fn specache_session_create(
                 format!("a session of {max_tokens} tokens, but the model's max_position_embeddings is {most}")
             });
         }
+        engine.log_notices();
         engine.log(Level::Debug, || format!("a session of {max_tokens} tokens, {}", kv.mode.name()));
         let rest = |session| State {
             session: Some(session),
             kv,
             max_tokens,
             tokens: Vec::new(),
+            conversation: None,
             logits: Vec::new(),
             chosen: None,
             sampler,
@@ -210,6 +246,7 @@ pub unsafe extern "C" fn specache_session_fork(session: *mut SessionHandle, fork
             kv: state.kv,
             max_tokens: state.max_tokens,
             tokens: state.tokens.clone(),
+            conversation: state.conversation.clone(),
             logits: state.logits.clone(),
             chosen: state.chosen,
             sampler: state.sampler.clone(),
@@ -237,13 +274,9 @@ pub extern "C" fn specache_session_reset(session: *mut SessionHandle) -> i32 {
     guard(|| {
         let object = handles::session(session)?;
         let mut state = object.lock()?;
+        object.clear(&mut state)?;
         state.sampler = Sampler::new(*state.sampler.options())?;
-        state.forget(0);
-        // The old one goes first: its memory is what the new one takes.
-        state.session = None;
-        let mut made = object.engine.engine.session(state.kv, state.max_tokens)?;
-        made.stop_when(object.cancel.clone());
-        state.session = Some(made);
+        object.cancel.store(false, Ordering::Relaxed);
         Ok(())
     })
 }
@@ -374,6 +407,9 @@ impl LogitsOut {
     pub fn new(object: &SessionObject, logits: *mut f32, n_logits: usize) -> Result<LogitsOut> {
         let vocab = object.engine.engine.model().config.vocab_size;
         match logits {
+            logits if logits.is_null() && n_logits > 0 => {
+                Err(Fail::usage(format!("logits is NULL, but n_logits is {n_logits}: pass 0 for no logits")))
+            }
             logits if logits.is_null() => Ok(LogitsOut(logits)),
             _ if n_logits != vocab => {
                 Err(Fail::usage(format!("n_logits {n_logits}: must be the vocabulary's {vocab}")))
@@ -422,7 +458,6 @@ pub unsafe extern "C" fn specache_session_sample(session: *mut SessionHandle, to
             return state.known_logits().map(|_| ());
         }
         let chosen = sampler.sample(logits, tokens)?;
-        state.chosen = Some(chosen);
         // SAFETY: as above.
         unsafe { set(token, chosen, "token") }
     })
@@ -452,25 +487,47 @@ mod tests {
     use super::*;
     use crate::capi::*;
 
+    struct Listener {
+        alive: *mut SessionHandle,
+        errors: usize,
+    }
+
+    /// Hears of a bug, and goes on with another session.
+    unsafe extern "C" fn listen(user_data: *mut std::ffi::c_void, level: i32, _: *const c_char) {
+        // SAFETY: the listener of the test.
+        let listener = unsafe { &mut *user_data.cast::<Listener>() };
+        if level == Level::Error as i32 {
+            listener.errors += 1;
+            // SAFETY: NULL is allowed.
+            assert_eq!(unsafe { specache_session_step(listener.alive, 4, ptr::null_mut(), 0) }, 0);
+        }
+    }
+
     /// A panic within a call kills the sessions of that call, and nothing else.
     #[test]
     fn a_session_whose_call_panicked_is_dead() {
         let (mut engine, mut dead, mut alive) = (ptr::null_mut(), ptr::null_mut(), ptr::null_mut());
+        let mut listener = Listener { alive, errors: 0 };
         // SAFETY: pointers to values of this function, C strings.
         unsafe {
             let model = c"synthetic:tiny".as_ptr();
-            assert_eq!(specache_engine_create(SPECACHE_ABI_VERSION, model, ptr::null(), &mut engine), 0);
+            let mut options: EngineOptions = structs::Sized32::defaults();
+            options.device = c"cpu".as_ptr();
+            options.log = Some(listen);
+            options.log_user_data = (&raw mut listener).cast();
+            assert_eq!(specache_engine_create(SPECACHE_ABI_VERSION, model, &options, &mut engine), 0);
             for session in [&mut dead, &mut alive] {
                 assert_eq!(specache_session_create(engine, ptr::null(), 300, session), 0);
                 assert_eq!(specache_session_prefill(*session, [1, 2, 3].as_ptr(), 3), 0);
             }
         }
+        listener.alive = alive;
         let status = guard(|| {
             let object = handles::session(dead)?;
             let _state = object.lock()?;
             object.engine.with_buffers(|_| panic!("something is wrong"))
         });
-        assert_eq!(status, Status::Internal as i32);
+        assert_eq!((status, listener.errors), (Status::Internal as i32, 1));
         // SAFETY: as above.
         unsafe {
             let step = |session| specache_session_step(session, 4, ptr::null_mut(), 0);

@@ -93,22 +93,24 @@ impl Fail {
     /// Stays with the calling thread, for `specache_last_error`.
     fn keep(&self) -> i32 {
         let text = CString::new(self.why.replace('\0', "\u{FFFD}")).expect("no NUL is left");
-        LAST_ERROR.with_borrow_mut(|last| *last = text);
+        // Within a destructor of thread-local data of the caller's, ours may be gone: the status alone tells then.
+        let _text_is_lost = LAST_ERROR.try_with(|last| *last.borrow_mut() = text);
         self.status as i32
     }
 }
 
 /// Options as the command line calls them, and as they are called here.
-const NAMES: [(&str, &str); 16] = [
+const NAMES: [(&str, &str); 17] = [
     ("--kv-bits", "bits"),
     ("--kv-group", "group_size"),
     ("--kv-residual", "residual_len"),
     ("--kv-top-k", "top_k"),
     ("--kv-dtype", "dtype"),
     ("--kv ", "mode "),
-    ("--vram-budget", "device_kv_budget"),
+    ("--vram-budget", "device_budget"),
     ("--host-kv-budget", "host_kv_budget"),
     ("--threads", "threads"),
+    ("--linear", "linear"),
     ("--device", "device"),
     ("--temp", "temperature"),
     ("--top-p", "top_p"),

@@ -51,14 +51,14 @@ sized! {
     EngineOptions = "specache_engine_options" {
         threads: u32 = 0,
         device: *const c_char = ptr::null(),
-        device_kv_budget: u64 = 0,
+        device_budget: u64 = 0,
         host_kv_budget: u64 = 0,
         lock_memory: u32 = 0,
         trace: u32 = 0,
         log: Option<LogFn> = None,
         log_user_data: *mut c_void = ptr::null_mut(),
         log_level: i32 = 3,
-        reserved: u32 = 0,
+        linear: i32 = 0,
     }
 }
 
@@ -107,9 +107,12 @@ sized! {
     /// `specache_memory`.
     Memory = "specache_memory" {
         reserved: u32 = 0,
-        weight_bytes: u64 = 0,
+        device_bytes: u64 = 0,
+        device_budget: u64 = 0,
+        device_weight_bytes: u64 = 0,
         device_kv_bytes: u64 = 0,
-        device_kv_budget: u64 = 0,
+        device_workspace_bytes: u64 = 0,
+        weight_bytes: u64 = 0,
         host_mapped_bytes: u64 = 0,
         host_kv_budget: u64 = 0,
         host_page_bytes: u64 = 0,
@@ -166,6 +169,7 @@ sized! {
         slot_bytes: u64 = 0,
         load_bytes: u64 = 0,
         host_bytes: u64 = 0,
+        exposed_steps: u64 = 0,
     }
 }
 

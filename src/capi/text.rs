@@ -20,6 +20,28 @@ impl EngineObject {
         })
     }
 
+    /// Messages as the model's chat template writes them.
+    ///
+    /// # Safety
+    /// `messages` is NULL or points to so many messages.
+    pub(super) unsafe fn render(&self, messages: *const ChatMessage, n: usize, for_answer: bool) -> Result<String> {
+        let name = &self.engine.model().name;
+        let template = self.chat.as_ref().ok_or_else(|| {
+            Fail::usage(format!(
+                "{name} has no chat template, neither chat_template.jinja nor one in tokenizer_config.json"
+            ))
+        })?;
+        // SAFETY: the caller's promise.
+        let messages = unsafe { slice(messages, n, "messages") }?;
+        let message = |m: &ChatMessage| {
+            // SAFETY: the header's contract.
+            let (role, content) = unsafe { (c_text(m.role, "a message's role")?, c_text(m.content, "its content")?) };
+            Ok(Message { role, content })
+        };
+        let messages = messages.iter().map(message).collect::<Result<Vec<_>>>()?;
+        Ok(template.render(&messages, for_answer)?)
+    }
+
     /// Token ids of a text.
     pub(super) fn encode(&self, text: &str, flags: u32) -> Result<Vec<u32>> {
         check_flags(flags, ADD_SPECIAL, "SPECACHE_ADD_SPECIAL")?;
@@ -94,21 +116,8 @@ pub unsafe extern "C" fn specache_chat_prompt(
 ) -> i32 {
     guard(|| {
         let engine = handles::engine(engine)?;
-        let name = &engine.engine.model().name;
-        let template = engine.chat.as_ref().ok_or_else(|| {
-            Fail::usage(format!(
-                "{name} has no chat template, neither chat_template.jinja nor one in tokenizer_config.json"
-            ))
-        })?;
         // SAFETY: the header's contract.
-        let messages = unsafe { slice(messages, n_messages, "messages") }?;
-        let message = |m: &ChatMessage| {
-            // SAFETY: as above.
-            let (role, content) = unsafe { (c_text(m.role, "a message's role")?, c_text(m.content, "its content")?) };
-            Ok(Message { role, content })
-        };
-        let messages = messages.iter().map(message).collect::<Result<Vec<_>>>()?;
-        let rendered = template.render(&messages, add_generation_prompt != 0)?;
+        let rendered = unsafe { engine.render(messages, n_messages, add_generation_prompt != 0) }?;
         // SAFETY: as above.
         unsafe { give_text(&rendered, text, capacity, n) }
     })

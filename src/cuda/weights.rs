@@ -5,10 +5,11 @@ use bytemuck::cast_slice;
 use super::dtype_code;
 use crate::device::cuda::bindings::abi::SPECACHE_FP32;
 use crate::device::cuda::cublas::Cublas;
-use crate::device::{Buffer, Device, LinearPath};
+use crate::device::{Buffer, Device, Kind, LinearPath};
 use crate::error::{Error, Result};
 use crate::model::rope::RopeTable;
 use crate::model::{Dtype, Layer, Linear, Matrix, Model};
+use crate::notice;
 
 /// Addresses of a model's tensors, and the memory that they are in.
 pub(crate) struct GpuModel {
@@ -138,7 +139,9 @@ impl GpuModel {
                 down: layout.linear(&layer.down),
             });
         }
-        let mut memory = device.grant(layout.bytes as u64, 0, "the weights")?.device(layout.bytes, "the weights")?;
+        let mut memory = device
+            .grant_for(Kind::Weights, layout.bytes as u64, 0, "the weights")?
+            .device(layout.bytes, "the weights")?;
         layout.parts.iter().for_each(|(at, bytes)| memory.write(*at, bytes));
         device.sound()?;
         let base = memory.address();
@@ -191,7 +194,7 @@ fn open_cublas(device: &Device, model: &Model) -> Result<Option<Cublas>> {
         ))),
         (LinearPath::Cublas, None) => Cublas::open(device, gpu).map(Some),
         (LinearPath::Auto, None) => Ok(Cublas::open(device, gpu)
-            .inspect_err(|why| eprintln!("specache: the fused kernels compute all products: {why}"))
+            .inspect_err(|why| notice::info(format_args!("the fused kernels compute all products: {why}")))
             .ok()),
     }
 }

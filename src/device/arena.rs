@@ -31,6 +31,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock};
 use super::buffer::Meter;
 use super::pin::Pin;
 use crate::error::{Error, Result};
+use crate::notice;
 
 /// What the system maps and pins by.
 const SYSTEM_PAGE: usize = 4 << 10;
@@ -369,7 +370,7 @@ impl Arena {
             Ok(()) => Ok(true),
             Err(why) if pin.is_required() => Err(Error::Device(why)),
             Err(why) => {
-                WARNING.call_once(|| eprintln!("warning: KV pages in host memory stay pageable: {why}"));
+                WARNING.call_once(|| notice::warn(format_args!("KV pages in host memory stay pageable: {why}")));
                 let _first_reason_wins = self.not_pinned.set(why);
                 Ok(false)
             }

@@ -11,9 +11,25 @@ use super::cuda::{Gpu, GpuMemory};
 use super::order::StreamId;
 use crate::error::{Error, Result};
 
-/// Counts the bytes of one kind of memory against a budget. Cheap to clone; clones count together.
+/// Counts the bytes of one memory against a budget, and apart what they are for. Cheap to clone; clones count together.
 #[derive(Clone, Debug)]
-pub struct Meter(Arc<Counts>);
+pub struct Meter {
+    counts: Arc<Counts>,
+    /// What bytes that are taken through this clone are for.
+    kind: Kind,
+}
+
+/// What memory is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Kind {
+    /// What passes work in.
+    #[default]
+    Workspace,
+    /// Caches of sequences, and what a prefill needs beside them.
+    Kv,
+    /// The model's matrices.
+    Weights,
+}
 
 #[derive(Debug)]
 struct Counts {
@@ -21,28 +37,46 @@ struct Counts {
     budget: u64,
     used: AtomicU64,
     peak: AtomicU64,
+    /// Of `used`, by [`Kind`].
+    by_kind: [AtomicU64; 3],
 }
 
 impl Meter {
     /// A meter for `memory` ("device" or "host"); no budget counts only.
     pub fn new(memory: &'static str, budget: Option<u64>) -> Meter {
-        let (used, peak) = (AtomicU64::new(0), AtomicU64::new(0));
-        Meter(Arc::new(Counts { memory, budget: budget.unwrap_or(u64::MAX), used, peak }))
+        let (used, peak, by_kind) = (AtomicU64::new(0), AtomicU64::new(0), Default::default());
+        let counts = Counts { memory, budget: budget.unwrap_or(u64::MAX), used, peak, by_kind };
+        Meter { counts: Arc::new(counts), kind: Kind::default() }
+    }
+
+    /// The same meter for bytes of one kind.
+    pub fn of(&self, kind: Kind) -> Meter {
+        Meter { kind, ..self.clone() }
+    }
+
+    /// Bytes of one kind that are held now.
+    pub fn used_for(&self, kind: Kind) -> u64 {
+        self.counts.by_kind[kind as usize].load(Ordering::Relaxed)
+    }
+
+    /// The most bytes that may be held; `u64::MAX`: no budget.
+    pub fn budget(&self) -> u64 {
+        self.counts.budget
     }
 
     /// Bytes held now.
     pub fn used(&self) -> u64 {
-        self.0.used.load(Ordering::Relaxed)
+        self.counts.used.load(Ordering::Relaxed)
     }
 
     /// The most bytes that were ever held at once.
     pub fn peak(&self) -> u64 {
-        self.0.peak.load(Ordering::Relaxed)
+        self.counts.peak.load(Ordering::Relaxed)
     }
 
     /// Bytes that may still be taken.
     pub fn available(&self) -> u64 {
-        self.0.budget.saturating_sub(self.used())
+        self.counts.budget.saturating_sub(self.used())
     }
 
     /// Takes `bytes` from the budget.
@@ -50,13 +84,14 @@ impl Meter {
     /// # Errors
     /// [`Error::OutOfMemory`] naming `what`, the bytes needed and the bytes available; nothing is taken then.
     pub fn take(&self, bytes: u64, what: &str) -> Result<()> {
-        let add = |used: u64| used.checked_add(bytes).filter(|&sum| sum <= self.0.budget);
-        match self.0.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add) {
+        let add = |used: u64| used.checked_add(bytes).filter(|&sum| sum <= self.counts.budget);
+        match self.counts.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add) {
             Ok(before) => {
-                self.0.peak.fetch_max(before + bytes, Ordering::Relaxed);
+                self.counts.peak.fetch_max(before + bytes, Ordering::Relaxed);
+                self.counts.by_kind[self.kind as usize].fetch_add(bytes, Ordering::Relaxed);
                 Ok(())
             }
-            Err(used) => Err(self.refusal(bytes, self.0.budget - used, what)),
+            Err(used) => Err(self.refusal(bytes, self.counts.budget - used, what)),
         }
     }
 
@@ -72,7 +107,7 @@ impl Meter {
 
     /// The budget has only `available` bytes.
     pub(crate) fn refusal(&self, needed: u64, available: u64, what: &str) -> Error {
-        let (memory, fix) = match (self.0.budget, self.0.memory) {
+        let (memory, fix) = match (self.counts.budget, self.counts.memory) {
             (u64::MAX, _) => ("system", "free memory or shorten the context"),
             (_, "device") => ("device", "raise --vram-budget or shorten the context"),
             (_, memory) => (memory, "raise --host-kv-budget or shorten the context"),
@@ -88,7 +123,8 @@ impl Meter {
     }
 
     pub(crate) fn give_back(&self, bytes: u64) {
-        self.0.used.fetch_sub(bytes, Ordering::Relaxed);
+        self.counts.by_kind[self.kind as usize].fetch_sub(bytes, Ordering::Relaxed);
+        self.counts.used.fetch_sub(bytes, Ordering::Relaxed);
     }
 }
 

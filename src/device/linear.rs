@@ -4,7 +4,7 @@
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum LinearPath {
     /// The fused kernels for at most [`LinearPath::FUSED_ROWS`] rows, cuBLASLt for more; the fused kernels alone where
-    /// cuBLASLt or its workspace cannot be had (a line on stderr says so) and for fp32 weights.
+    /// cuBLASLt or its workspace cannot be had (a line says so: [`crate::notice`]) and for fp32 weights.
     #[default]
     Auto,
     /// The fused kernels, for any number of rows: sixteen at a time.

@@ -25,7 +25,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-pub use buffer::{Buffer, Grant, Meter};
+pub use buffer::{Buffer, Grant, Kind, Meter};
 pub use choice::DeviceChoice;
 pub use in_flight::{Carried, InFlight};
 pub use linear::LinearPath;
@@ -187,7 +187,7 @@ impl Device {
             .num_threads(threads)
             .thread_name(|i| format!("compute-{i}"))
             .build()
-            .map_err(|e| Error::Usage(format!("--threads {threads}: {e}")))?;
+            .map_err(|e| Error::Device(format!("{threads} compute threads cannot be started: {e}; take fewer")))?;
         let topology = Topology::detect();
         let gather_threads = options.gather_threads.unwrap_or_else(|| gather_threads(&topology));
         let gather_options = GatherOptions { threads: Some(gather_threads), isa, ..GatherOptions::default() };
@@ -515,13 +515,21 @@ impl Device {
         &self.0.host_memory
     }
 
+    /// As [`Device::grant_for`], for what passes work in.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn grant(&self, device_bytes: u64, host_bytes: u64, what: &str) -> Result<Grants> {
+        self.grant_for(Kind::Workspace, device_bytes, host_bytes, what)
+    }
+
     /// Admits a request: sets bytes of device memory aside, if the budget allows it and the machine has them, and as many
     /// for the host pages beside them: both are the same RAM on this device. Host pages are promised by their slab.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] naming `what`, the bytes needed and the bytes available; nothing is taken then.
-    pub fn grant(&self, device_bytes: u64, host_bytes: u64, what: &str) -> Result<Grants> {
-        let device = self.0.device_memory.grant(device_bytes, what)?;
+    pub fn grant_for(&self, kind: Kind, device_bytes: u64, host_bytes: u64, what: &str) -> Result<Grants> {
+        let device = self.0.device_memory.of(kind).grant(device_bytes, what)?;
         // The CPU device's memory is the system's.
         let needed = if self.0.gpu.is_some() { host_bytes } else { device_bytes.saturating_add(host_bytes) };
         match ram::available() {

@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 use libloading::Library;
 
 use super::cuda::probe::reason;
+use crate::notice;
 
 /// Begins a range of the calling thread that lasts until it is dropped. Ranges of a thread nest.
 pub(crate) fn range(name: impl Display) -> Option<Range> {
@@ -62,7 +63,7 @@ impl Profiler {
         let path = std::env::var_os("NVTX_INJECTION64_PATH").filter(|path| !path.is_empty())?;
         let attached = Profiler::open(&path);
         if let Err(why) = &attached {
-            eprintln!("warning: NVTX_INJECTION64_PATH {}: no ranges for a profiler: {why}", path.display());
+            notice::warn(format_args!("NVTX_INJECTION64_PATH {}: no ranges for a profiler: {why}", path.display()));
         }
         attached.ok()
     }

@@ -163,6 +163,13 @@ impl Trace {
     pub fn take(&self) -> Vec<Slice> {
         std::mem::take(&mut self.slices.lock().unwrap_or_else(|e| e.into_inner()))
     }
+
+    /// Puts back what was taken and could not be used: it lies before what has been added since.
+    pub fn put_back(&self, mut taken: Vec<Slice>) {
+        let mut slices = self.slices.lock().unwrap_or_else(|e| e.into_inner());
+        taken.append(&mut slices);
+        *slices = taken;
+    }
 }
 
 /// The streams that have a row: all but that of a CPU's gather threads where none gathered, as on a GPU, whose copy-in queue

@@ -17,7 +17,7 @@ use super::tables::{List, Tables};
 use super::view::{Far, KvView, Replaced};
 use crate::device::cuda::bindings::abi::specache_layer_cache;
 use crate::device::order::{Resource, Site, StreamId, Uses};
-use crate::device::{Buffer, Device, Event, Grants, InFlight};
+use crate::device::{Buffer, Device, Event, Grants, InFlight, Kind};
 use crate::error::{Error, Result};
 use crate::ops;
 
@@ -119,7 +119,7 @@ impl Admission {
     /// # Errors
     /// [`crate::Error::OutOfMemory`]; nothing is taken then.
     pub fn ask(device: &Device, slab: &Slab, bytes: u64, host_pages: usize, what: &str) -> Result<Admission> {
-        let granted = device.grant(bytes, slab.missing_bytes(host_pages), what)?;
+        let granted = device.grant_for(Kind::Kv, bytes, slab.missing_bytes(host_pages), what)?;
         Ok(Admission { device: granted, host: slab.reserve(host_pages)? })
     }
 
@@ -234,16 +234,18 @@ impl Cache {
         Ok(fork)
     }
 
-    /// Forgets all tokens from `n` on (at least one stays): the cache is as after a prefill of the first `n`.
+    /// Forgets all tokens from `n` on: the cache is as after a prefill of the first `n`, or, with 0, as a new one.
     ///
     /// # Errors
-    /// [`crate::Error::Usage`] in `kivi`, where the 16-bit pairs that would become the residual are gone;
+    /// [`crate::Error::Usage`] in `kivi` (not with 0), where the 16-bit pairs that would become the residual are gone;
     /// [`crate::Error::OutOfMemory`] if host pages are shared with a fork and none are left to take their place. Nothing
     /// has changed then.
     pub fn truncate(&mut self, n: usize) -> Result<()> {
         let mut counters = Counters::new(&self.options);
-        counters.after_prefill(n);
-        if !self.options.mode.on_host() && counters.nq < self.counters.nq {
+        if n > 0 {
+            counters.after_prefill(n);
+        }
+        if n > 0 && !self.options.mode.on_host() && counters.nq < self.counters.nq {
             let least = self.counters.nq + self.options.residual_len;
             return Err(Error::Usage(format!(
                 "truncate to {n} tokens: --kv kivi keeps the tokens before {} in their low-bit form only; keep at least \
@@ -281,7 +283,7 @@ impl Cache {
         tail.drain(kept..).for_each(|page| self.spare.push_back(Spare { page, free_after: None }));
         let packed = new.saturating_sub(old).min(tail.len());
         tail.drain(..packed).for_each(|page| self.spare.push_back(Spare { page, free_after: None }));
-        if new < old {
+        if new < old.min(end) {
             let mut loaded = self.load(layer, new..old.min(end));
             loaded.append(&mut tail);
             tail = loaded;

@@ -53,11 +53,13 @@ unsafe impl<T> Send for Handle<T> {}
 // SAFETY: as above.
 unsafe impl<T> Sync for Handle<T> {}
 
+/// The defaults, on the CPU whatever this machine has.
 pub fn engine_options() -> EngineOptions {
     // SAFETY: zero and NULL are values of every field.
     let mut options: EngineOptions = unsafe { std::mem::zeroed() };
     // SAFETY: a struct of this function.
     ok(unsafe { specache_engine_options_init(&mut options, size_of::<EngineOptions>() as u32) });
+    options.device = c"cpu".as_ptr();
     options
 }
 
@@ -121,6 +123,25 @@ pub fn tokenize(engine: EnginePtr, text: &str) -> Vec<u32> {
     let data = text.as_ptr().cast();
     // SAFETY: as above, and the text's own length.
     list(0, |ids, capacity, n| unsafe { specache_tokenize(engine, data, text.len(), 0, ids, capacity, n) })
+}
+
+/// A step of a batch, without logits.
+pub fn batched(session: SessionPtr, token: u32) -> Step {
+    Step { session, logits: ptr::null_mut(), n_logits: 0, token, next: 0, status: -1, reserved: 0 }
+}
+
+/// A batched step, as they are.
+pub fn step_batch(steps: &mut [Step]) -> i32 {
+    // SAFETY: as many steps as there are, each with room for its logits.
+    unsafe { specache_step_batch(steps.as_mut_ptr(), steps.len(), size_of::<Step>()) }
+}
+
+/// What a session's sampling options choose.
+pub fn sample(session: SessionPtr) -> u32 {
+    let mut token = 0;
+    // SAFETY: a number of this function.
+    ok(unsafe { specache_session_sample(session, &mut token) });
+    token
 }
 
 pub fn memory(engine: EnginePtr) -> Memory {

@@ -15,6 +15,7 @@ use super::driver::Facts;
 use super::images::{HEADERS, KERNELS, Source};
 use super::library;
 use crate::error::{Error, Result};
+use crate::notice;
 
 /// A kernel file, compiled.
 pub(crate) struct Compiled {
@@ -32,7 +33,7 @@ impl Compiled {
     /// As [`compile_all`].
     pub(crate) fn recompile(&self, facts: &Facts) -> Result<Option<Vec<u8>>> {
         let Some(file) = &self.read_from else { return Ok(None) };
-        eprintln!("specache: {} does not load: compiling it anew", file.display());
+        notice::info(format_args!("{} does not load: compiling it anew", file.display()));
         // If it stays, the next start does the same.
         let _ = fs::remove_file(file);
         Ok(Some(compile(self.source, facts, &Nvrtc::open()?)?.image))
@@ -48,7 +49,7 @@ pub(crate) fn compile_all(facts: &Facts) -> Result<Vec<Compiled>> {
     let kept: Vec<_> = KERNELS.iter().map(|source| nvrtc.read(source, facts)).collect();
     let missing = kept.iter().filter(|kept| kept.is_none()).count();
     if missing > 0 {
-        eprintln!("specache: compiling {missing} kernel files for {}, once for this machine", facts.gpu.name);
+        notice::info(format_args!("compiling {missing} kernel files for {}, once for this machine", facts.gpu.name));
     }
     let compiled = KERNELS.par_iter().zip(kept).map(|(source, kept)| match kept {
         Some(kept) => Ok(kept),
@@ -114,10 +115,10 @@ impl Nvrtc {
             fs::rename(&unfinished, &file)
         };
         if let Err(e) = write() {
-            eprintln!(
-                "specache: compiled kernels cannot be kept as {}: {e}; the next start compiles again",
+            notice::info(format_args!(
+                "compiled kernels cannot be kept as {}: {e}; the next start compiles again",
                 file.display()
-            );
+            ));
             let _ = fs::remove_file(&unfinished);
         }
     }
