@@ -117,8 +117,10 @@ fn generate(
             } else if first.is_empty() {
                 return Err(Fail::usage("nothing to go on from: prefill, or feed a token with specache_session_step"));
             }
-            let logits = if stepped { buffers.logits(0)? } else { &first };
-            let token = state.sampler.sample(logits, &state.tokens)?;
+            let token = match stepped {
+                true => buffers.sample(0, &mut state.sampler, &state.tokens)?,
+                false => state.sampler.sample(&first, &state.tokens)?,
+            };
             state.chosen = Some(token);
             let index = mem::replace(generated, *generated + 1);
             let is_eos = eos.contains(&token);

@@ -147,13 +147,20 @@ impl Queues {
         at
     }
 
+    /// A point of `stream` that is in its queue, or will be: outside of a pass that becomes a graph the points of one that was
+    /// given up never come, and stand for what was there before it.
+    fn reachable(&self, stream: StreamId, at: u64) -> u64 {
+        match graph::calls(self) {
+            Calls::Direct => at.min(self.of(stream).recorded()),
+            Calls::Captured | Calls::Replayed => at,
+        }
+    }
+
     /// Whether `stream` could be ahead of point `at` of `other`: nobody knows yet that the point has passed, and `stream` has
     /// not been told to wait for it.
     pub(crate) fn must_wait(&self, stream: StreamId, other: StreamId, at: u64) -> bool {
+        let at = self.reachable(other, at);
         let known = |point: &AtomicU64| point.load(Ordering::Acquire) >= at;
-        if graph::calls(self) == Calls::Direct && at > self.of(other).recorded() {
-            return false; // the end of a graph that was given up; the next point of that number is another
-        }
         // Streams of a graph begin with the compute stream, and know nothing of their own past.
         let awaited = graph::calls(self) == Calls::Direct && known(&self.of(stream).awaited[other as usize]);
         stream != other && !known(&self.of(other).passed) && !awaited
@@ -164,7 +171,7 @@ impl Queues {
         if !self.must_wait(stream, other, at) {
             return;
         }
-        let from = self.of(other);
+        let (from, at) = (self.of(other), self.reachable(other, at));
         match (graph::calls(self), at > from.recorded()) {
             (Calls::Direct, _) => {
                 let _use = self.use_.read().unwrap_or_else(|e| e.into_inner());
@@ -224,10 +231,8 @@ impl Queues {
 
     /// Blocks the calling thread until point `at` of `stream` has passed.
     pub(crate) fn finish(&self, stream: StreamId, at: u64) {
-        let queue = self.of(stream);
-        // As in `must_wait`.
-        let given_up = at > queue.recorded();
-        if at == 0 || given_up || queue.passed.load(Ordering::Acquire) >= at {
+        let (queue, at) = (self.of(stream), self.reachable(stream, at));
+        if at == 0 || queue.passed.load(Ordering::Acquire) >= at {
             return;
         }
         // SAFETY: the handle lives as long as `self`; the event was recorded.
@@ -247,7 +252,7 @@ impl Queues {
 
     /// Whether point `at` of `stream` has passed; does not wait.
     pub(crate) fn has_passed(&self, stream: StreamId, at: u64) -> bool {
-        let queue = self.of(stream);
+        let (queue, at) = (self.of(stream), self.reachable(stream, at));
         if queue.passed.load(Ordering::Acquire) >= at {
             return true;
         }
