@@ -12,6 +12,7 @@ struct Options {
     std::string log;               // SPECACHE_EMU_LOG: a file; one JSON line per call that matters
     std::string fail_function;     // SPECACHE_EMU_FAIL=function:countdown:CUresult
     uint64_t fail_countdown = 0;   // 1: the next call
+    bool fail_lasts = false;       // countdown+: all calls from that one on
     int fail_result = 0;
     size_t vram = size_t(4) << 30;   // SPECACHE_EMU_VRAM: bytes
     int major = 9, minor = 0;        // SPECACHE_EMU_CC

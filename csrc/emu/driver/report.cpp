@@ -15,7 +15,8 @@ static bool parse_fault(const char* text, Options& o) {
     if (!colon) return false;
     o.fail_function.assign(text, colon);
     unsigned long long countdown;
-    if (std::sscanf(colon, ":%llu:%d", &countdown, &o.fail_result) != 2) return false;
+    o.fail_lasts = std::sscanf(colon, ":%llu+:%d", &countdown, &o.fail_result) == 2;
+    if (!o.fail_lasts && std::sscanf(colon, ":%llu:%d", &countdown, &o.fail_result) != 2) return false;
     o.fail_countdown = countdown;
     return countdown > 0 && o.fail_result > 0;
 }
@@ -28,7 +29,7 @@ static Options read_options() {
     if (const char* ms = std::getenv("SPECACHE_EMU_SILENCE_MS")) o.silence_ms = unsigned(std::strtoul(ms, nullptr, 0));
     const char *cc = std::getenv("SPECACHE_EMU_CC"), *fault = std::getenv("SPECACHE_EMU_FAIL");
     if (cc && std::sscanf(cc, "%d.%d", &o.major, &o.minor) != 2) o.error = "SPECACHE_EMU_CC is not major.minor";
-    if (fault && !parse_fault(fault, o)) o.error = "SPECACHE_EMU_FAIL is not function:countdown:CUresult";
+    if (fault && !parse_fault(fault, o)) o.error = "SPECACHE_EMU_FAIL is not function:countdown[+]:CUresult";
     if (o.vram == 0) o.error = "SPECACHE_EMU_VRAM is not a number of bytes";
     return o;
 }
@@ -50,6 +51,7 @@ static bool is_named(const char* function, const std::string& name) {
 bool must_fail(const char* function, CUresult* result) {
     Options& o = options();
     if (o.fail_countdown == 0 || !is_named(function, o.fail_function) || --o.fail_countdown != 0) return false;
+    if (o.fail_lasts) o.fail_countdown = 1;
     *result = CUresult(o.fail_result);
     report_note("%s failed with %d, as asked", function, o.fail_result);
     return true;
