@@ -1,7 +1,7 @@
 // y = W x for 1 to 16 rows of x, at the speed at which W comes from memory.
 //
 // Every number of W is used once per row and 16 rows are few, so nothing but the stream of W counts. A CTA has 32
-// features (two tiles of 16 rows of W) and all of k; its 8 or 16 warps share k, and their sums meet in shared memory
+// features (two tiles of 16 rows of W) and all of k; its eight warps share k, and their sums meet in shared memory
 // once, in a fixed order: no atomics, and the bits of a row depend on the shape of W and on that row alone, not on how
 // many there are beside it.
 //
@@ -23,10 +23,10 @@
 // -------
 // x stays fp32. A lane splits it into hi + lo, two numbers of W's type, and multiplies both: the products are exact, x
 // keeps 16 bits or more (an error of 2^-16 at most with bf16; fp16 see Operand), sums are fp32. That doubles the mma,
-// which is free: at 16 rows a step of a warp (2 KiB of W) is 16 of them and about 220 instructions, and memory brings
-// such a step every 100 clocks and SM (H200; 160 A100, 400 A6000, 650 RTX 4090): a quarter of the tensor cores' rate,
-// half of the issue slots. RMS norm costs no pass of its own: every CTA sees all of x, so it adds up the squares on the
-// way, and the sums are divided by the root at the very end.
+// which is free: at 16 rows a step of a warp (2 KiB of W) is 16 of them and about 240 instructions (8 and 120 up to 8
+// rows), and memory brings such a step every 100 clocks and SM (H200; 160 A100, 400 A6000, 650 RTX 4090): a quarter of
+// the tensor cores' rate, 60 % of the issue slots. RMS norm costs no pass of its own: every CTA sees all of x, so it
+// adds up the squares on the way, and the sums are divided by the root at the very end.
 //
 // Bytes in flight
 // ---------------
