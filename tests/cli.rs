@@ -527,6 +527,27 @@ fn bench_json_has_every_repetition() {
     assert!(modes[0]["hit_rate"].is_null() && modes[1]["hit_rate"].as_f64().unwrap() > 0.0, "{out}");
 }
 
+#[test]
+fn a_prompt_from_standard_input() {
+    let model = recall();
+    let args = ["generate", "-m", &model, "-n", "4", "--kv", "full"];
+    let prompt = fs::read_to_string(fixture("recall_prompt.txt")).unwrap();
+    let mut child = command(&[&args[..], &["-f", "-"]].concat())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), prompt.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let file = fixture("recall_prompt.txt");
+    assert_eq!(
+        String::from_utf8(output.stdout).unwrap(),
+        stdout(&[&args[..], &["-f", file.to_str().unwrap()]].concat())
+    );
+}
+
 /// Lists of depths and batches are a grid; every format has all of it, and a picture shows it.
 #[test]
 fn bench_grids_prompts_and_formats() {

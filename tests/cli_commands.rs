@@ -138,11 +138,26 @@ fn plan_says_what_does_not_fit() {
     assert_fails(&["plan", "-m", "/nowhere"], 3, &["/nowhere"]);
 }
 
+/// Without a GPU caches and host pages lie in the same RAM, which is counted once.
+#[test]
+fn plan_counts_shared_memory_once() {
+    let (planned, notes) = plan(&["-m", "synthetic:tiny", "-c", "20000000"]);
+    assert_eq!(planned["shared"], true, "{notes}");
+    let room = number(&planned, "vram_bytes");
+    for mode in planned["modes"].as_array().unwrap() {
+        let taken = number(mode, "device_bytes") + number(mode, "host_bytes");
+        assert_eq!(mode["fits"], taken <= room, "{mode}");
+    }
+    let (apart, _) = plan(&["-m", "synthetic:tiny", "-c", "1000", "--vram", "1GiB", "--host", "1GiB"]);
+    assert_eq!(apart["shared"], false);
+    assert_fails(&["plan", "-m", "synthetic:tiny", "-c", "0"], 2, &["-c 0"]);
+}
+
 #[test]
 fn plan_is_a_table_for_people() {
     let output = command(&["plan", "-m", "synthetic:llama-3-8b", "--gpu", "h200", "--host", "1TiB"]).output().unwrap();
     let table = text(&output.stdout);
-    for words in ["| weights", "specache |", "largest batch of 32768 tokens", "tokens/s", "estimated, not measured"] {
+    for words in ["| weights", "specache |", "largest batch of 8192 tokens", "tokens/s", "estimated, not measured"] {
         assert!(table.contains(words), "{words}: {table}");
     }
 }

@@ -184,7 +184,7 @@ pub struct PlanArgs {
     /// Host memory for 16-bit KV copies [default: what this machine has free]
     #[arg(long, env = "SPECACHE_PLAN_HOST", value_name = "SIZE", value_parser = size::parse)]
     pub host: Option<u64>,
-    /// Tokens of a sequence [default: 32768, or the model's limit if that is less]
+    /// Tokens of a sequence [default: 32768, or what the model was trained for if that is less]
     #[arg(short, long, env = "SPECACHE_CTX_SIZE", value_name = "TOKENS", allow_negative_numbers = true)]
     pub ctx_size: Option<usize>,
     /// Sequences that are decoded together
@@ -461,7 +461,7 @@ pub struct PromptArgs {
     /// Prompt text
     #[arg(short, long, env = "SPECACHE_PROMPT", value_name = "TEXT", allow_hyphen_values = true)]
     pub prompt: Option<String>,
-    /// File with the prompt text, UTF-8, used as it is
+    /// File with the prompt text, UTF-8, used as it is; -: standard input
     #[arg(short, long, env = "SPECACHE_FILE", value_name = "FILE")]
     pub file: Option<PathBuf>,
     /// File with the prompt's token ids: a JSON array; no first token is added

@@ -88,7 +88,11 @@ const MOST_BYTES: u64 = 256 << 20;
 fn read(file: &Path) -> Result<Vec<u8>> {
     let failed = |e| Error::io(file, e);
     let mut bytes = Vec::new();
-    File::open(file).map_err(failed)?.take(MOST_BYTES + 1).read_to_end(&mut bytes).map_err(failed)?;
+    let from: Box<dyn Read> = match file == Path::new("-") {
+        true => Box::new(std::io::stdin().lock()),
+        false => Box::new(File::open(file).map_err(failed)?),
+    };
+    from.take(MOST_BYTES + 1).read_to_end(&mut bytes).map_err(failed)?;
     if bytes.len() as u64 > MOST_BYTES {
         return Err(Error::Usage(format!("{}: more than {MOST_BYTES} bytes are no prompt", file.display())));
     }

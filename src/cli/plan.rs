@@ -33,6 +33,9 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     if args.batch == 0 {
         return Err(Error::Usage("-b 0: at least one sequence is needed".into()));
     }
+    if args.ctx_size == Some(0) {
+        return Err(Error::Usage("-c 0: at least one token is needed".into()));
+    }
     let plan = Plan::new(args)?;
     let modes = plan.modes(args)?;
     let trained = plan.config.max_positions;
@@ -57,6 +60,8 @@ struct Plan {
     on_gpu: bool,
     device: Memory,
     host: Memory,
+    /// Both are the same RAM: what one takes the other lacks.
+    shared: bool,
     /// Of all matrices, in the type that the model's config names.
     weight_bytes: u64,
 }
@@ -95,9 +100,10 @@ impl Plan {
         let number_bytes = if config.dtype == Some(Dtype::F32) { 4 } else { 2 };
         Ok(Plan {
             model: args.model.clone(),
-            context: args.ctx_size.unwrap_or(CONTEXT.min(config.max_context().unwrap_or(CONTEXT))),
+            context: args.ctx_size.unwrap_or(CONTEXT.min(config.max_positions)),
             batch: args.batch,
             on_gpu: gpu.is_some() || here.is_some(),
+            shared: gpu.is_none() && here.is_none() && args.vram.is_none() && args.host.is_none(),
             device: given(args.vram, "--vram").map_or_else(|| device_memory(gpu.as_ref(), here), Ok)?,
             host: given(args.host, "--host").map_or_else(host_memory, Ok)?,
             weight_bytes: config.n_weights().saturating_mul(number_bytes),
@@ -151,11 +157,17 @@ impl Plan {
 
     fn fits(&self, need: &Need, batch: u64) -> bool {
         let (device, host) = self.total(need, batch);
-        device <= self.device.bytes && host <= self.host.bytes
+        match self.shared {
+            true => device.saturating_add(host) <= self.device.bytes,
+            false => device <= self.device.bytes && host <= self.host.bytes,
+        }
     }
 
     fn largest_batch(&self, need: &Need) -> u64 {
         let free = self.device.bytes.saturating_sub(self.weight_bytes).saturating_sub(need.workspace);
+        if self.shared {
+            return free.checked_div(need.cache.device().saturating_add(need.cache.host)).unwrap_or(0);
+        }
         let by_host = self.host.bytes.checked_div(need.cache.host).unwrap_or(u64::MAX);
         free.checked_div(need.cache.device()).unwrap_or(0).min(by_host)
     }
@@ -182,7 +194,10 @@ impl Plan {
             let (needed_text, bytes) = (size::show(needed), size::show(has.bytes));
             (needed > has.bytes).then(|| format!("{memory} {needed_text} of {bytes} ({})", has.source))
         };
-        let parts = [short("device", device, &self.device), short("host", host, &self.host)];
+        let parts = match self.shared {
+            true => [short("device and host", device.saturating_add(host), &self.device), None],
+            false => [short("device", device, &self.device), short("host", host, &self.host)],
+        };
         let fix = match (mode.largest_context, mode.largest_batch) {
             _ if self.weight_bytes > self.device.bytes => "the weights alone are more".to_string(),
             (None, 0) => "no context fits".to_string(),
@@ -203,13 +218,13 @@ impl Plan {
 
     fn markdown(&self, modes: &[Mode]) -> String {
         let Plan { model, context, batch, device, host, .. } = self;
-        let mut text = format!(
-            "{model}: {batch} x {context} tokens; device memory {} ({}), host memory {} ({})\n\n",
-            size::show(device.bytes),
-            device.source,
-            size::show(host.bytes),
-            host.source
-        );
+        let room =
+            |name: &str, memory: &Memory| format!("{name} memory {} ({})", size::show(memory.bytes), memory.source);
+        let rooms = match self.shared {
+            true => room("device and host", device),
+            false => format!("{}, {}", room("device", device), room("host", host)),
+        };
+        let mut text = format!("{model}: {batch} x {context} tokens; {rooms}\n\n");
         let header: Vec<&str> = ["bytes"].into_iter().chain(modes.iter().map(|mode| mode.kv.mode.name())).collect();
         text.push_str(&table(&header, &self.rows(modes)));
         let rows = if self.on_gpu { ", with 256 MiB for the GPU's working rows" } else { "" };
@@ -301,6 +316,7 @@ impl Plan {
             "gpu": self.gpu.map(|gpu| gpu.name),
             "vram_bytes": self.device.bytes,
             "host_bytes": self.host.bytes,
+            "shared": self.shared,
             "weight_bytes": self.weight_bytes,
             "modes": modes.iter().map(mode).collect::<Vec<_>>(),
         })

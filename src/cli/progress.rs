@@ -2,29 +2,33 @@
 
 use std::fmt::{Arguments, Display};
 use std::io::{IsTerminal, Write, stderr};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Writes a line to stderr. Unlike `eprintln!` it survives a closed stderr.
+/// Whether a line of progress stands on the terminal.
+static SHOWN: AtomicBool = AtomicBool::new(false);
+
+/// Writes a line to stderr, in the place of a line of progress. Unlike `eprintln!` it survives a closed stderr.
 pub fn say(line: Arguments) {
-    let _ = writeln!(stderr(), "{line}");
+    let clear = if SHOWN.swap(false, Ordering::Relaxed) { "\r\x1b[2K" } else { "" };
+    let _ = writeln!(stderr(), "{clear}{line}");
 }
 
 /// A line on a terminal that says what goes on and vanishes when it is over; nothing where stderr is not a terminal.
 pub struct Progress {
     on_terminal: bool,
-    shown: bool,
 }
 
 impl Progress {
     /// Nothing is shown yet.
     pub fn new() -> Progress {
-        Progress { on_terminal: stderr().is_terminal(), shown: false }
+        Progress { on_terminal: stderr().is_terminal() }
     }
 
     /// Replaces the line.
     pub fn show(&mut self, what: impl Display) {
         if self.on_terminal {
             let _ = write!(stderr(), "\r\x1b[2K{what} ...");
-            self.shown = true;
+            SHOWN.store(true, Ordering::Relaxed);
         }
     }
 
@@ -38,7 +42,7 @@ impl Progress {
 
     /// Removes the line.
     pub fn clear(&mut self) {
-        if std::mem::take(&mut self.shown) {
+        if SHOWN.swap(false, Ordering::Relaxed) {
             let _ = write!(stderr(), "\r\x1b[2K");
         }
     }

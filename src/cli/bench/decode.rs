@@ -78,6 +78,8 @@ pub fn bench(
     let steps = steps.and_then(|steps| steps.checked_add(WARM_UP.max(SCORED) + fill.depth()));
     let capacity = steps.ok_or_else(|| Error::Usage("-n, -d, -r: too many tokens for any context".into()))?;
 
+    warn_beyond_training(engine, fill.depth());
+    progress.announce(format_args!("{model}: {} tokens in the cache, batch {batch}", fill.depth()));
     let mut buffers = Buffers::default();
     let mut cases = Vec::new();
     for kv in args.kv.iter().map(|&mode| args.tuning.options(mode)) {
@@ -104,6 +106,17 @@ pub fn bench(
     let modes = cases.into_iter().zip(kld).map(|(case, kld)| case.result(engine, fill.depth(), kld)).collect();
     let (model, synthetic) = (engine.model().name.clone(), engine.model().synthetic);
     Ok(ModelResult { model, synthetic, depth: fill.depth(), n, batch, weight_bytes, modes })
+}
+
+/// Speed does not depend on it, but what comes out of a model does.
+pub fn warn_beyond_training(engine: &Engine, tokens: usize) {
+    let config = &engine.model().config;
+    if tokens > config.max_positions && !engine.model().synthetic {
+        say(format_args!(
+            "warning: {tokens} tokens, but the model's max_position_embeddings is {}",
+            config.max_positions
+        ));
+    }
 }
 
 /// The mean KL divergence of each case from `full`, nats, while forks of all of them are fed the same tokens.

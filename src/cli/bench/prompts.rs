@@ -39,6 +39,8 @@ pub fn bench(
     let ids = models::cycled(models::text(engine, model)?.0, tokens);
     let mut modes: Vec<PromptMode> =
         args.kv.iter().map(|&mode| PromptMode { kv: args.tuning.options(mode), seconds: Vec::new() }).collect();
+    super::decode::warn_beyond_training(engine, tokens);
+    progress.announce(format_args!("{model}: prompts of {tokens} tokens, batch {batch}"));
     let mut buffers = Buffers::default();
     // The first round sizes the buffers and warms up; it does not count.
     for repetition in 0..=args.repetitions {

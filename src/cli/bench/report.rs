@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 use specache::error::Result;
-use specache::kv::KvMode;
+use specache::kv::{KvMode, KvOptions};
 
 use super::Machine;
 use super::decode::{ModeResult, ModelResult};
@@ -172,7 +172,7 @@ impl Report {
             mb(best.kv_reads)
         );
         match self.machine.read_gbps {
-            _ if result.weight_bytes < LARGEST_CACHE => line += "; so few weights may stay in caches",
+            _ if result.weight_bytes < LARGEST_CACHE => line += "; so few weights may stay in the CPU's caches",
             Some(limit) if gbps <= limit => line += &format!(", {:.0} % of what memory gives", 100.0 * gbps / limit),
             Some(_) => line += "; more than was measured above: the machine was busier then",
             None => {}
@@ -230,12 +230,13 @@ fn row(mode: &ModeResult, result: &ModelResult) -> Vec<String> {
 
 fn model_json(result: &ModelResult) -> Value {
     let mode = |mode: &ModeResult| {
+        let options = options(&mode.kv);
         json!({
             "mode": mode.kv.mode.name(),
-            "bits": mode.kv.bits,
-            "group": mode.kv.group_size,
-            "residual": mode.kv.residual_len,
-            "top_k": mode.kv.top_k,
+            "bits": options[0],
+            "group": options[1],
+            "residual": options[2],
+            "top_k": options[3],
             "decode_tok_s": {"mean": mean(&mode.tok_s), "sd": deviation(&mode.tok_s), "repetitions": mode.tok_s},
             "prefill_tok_s": mode.prefill_tok_s,
             "first_token_s": mode.first_token_s,
@@ -268,7 +269,7 @@ fn cells(mode: &ModeResult, result: &ModelResult) -> Vec<String> {
     let mut cells = vec!["decode".into(), result.model.clone()];
     cells.extend([result.depth, result.batch].map(|x| x.to_string()));
     cells.push(kv.mode.name().into());
-    cells.extend([kv.bits, kv.group_size, kv.residual_len, kv.top_k].map(|x| x.to_string()));
+    cells.extend(options(kv).map(|x| x.map_or(String::new(), |x| x.to_string())));
     cells.extend([mean(&mode.tok_s), deviation(&mode.tok_s)].map(|x| x.to_string()));
     cells.extend([mode.first_token_s.map(|s| 1e3 * s), mode.prefill_tok_s].map(optional));
     cells.push(gbps(mode, result).to_string());
@@ -285,11 +286,22 @@ fn prompt_cells(mode: &PromptMode, result: &PromptResult) -> Vec<String> {
     let mut cells = vec!["prompt".into(), result.model.clone()];
     cells.extend([result.tokens, result.batch].map(|x| x.to_string()));
     cells.push(kv.mode.name().into());
-    cells.extend([kv.bits, kv.group_size, kv.residual_len, kv.top_k].map(|x| x.to_string()));
+    cells.extend(options(kv).map(|x| x.map_or(String::new(), |x| x.to_string())));
     cells.extend([mean(&rates), deviation(&rates), 1e3 * mean(&mode.seconds), mean(&rates)].map(|x| x.to_string()));
     cells.extend(vec![String::new(); 8]);
     cells.push(optional(prompt_ratio(mode, result)));
     cells
+}
+
+/// Bits, group, residual and top-k, as far as a mode has them.
+fn options(kv: &KvOptions) -> [Option<usize>; 4] {
+    let codes = kv.mode.low_bit();
+    [
+        codes.then_some(kv.bits),
+        codes.then_some(kv.group_size),
+        (kv.mode != KvMode::Full).then_some(kv.residual_len),
+        kv.mode.fetches().then_some(kv.top_k),
+    ]
 }
 
 fn optional(x: Option<f64>) -> String {
@@ -326,13 +338,13 @@ fn prompt_row(mode: &PromptMode, result: &PromptResult) -> Vec<String> {
 
 fn prompts_json(result: &PromptResult) -> Value {
     let mode = |mode: &PromptMode| {
-        let rates = rates(mode, result);
+        let (rates, options) = (rates(mode, result), options(&mode.kv));
         json!({
             "mode": mode.kv.mode.name(),
-            "bits": mode.kv.bits,
-            "group": mode.kv.group_size,
-            "residual": mode.kv.residual_len,
-            "top_k": mode.kv.top_k,
+            "bits": options[0],
+            "group": options[1],
+            "residual": options[2],
+            "top_k": options[3],
             "prefill_tok_s": {"mean": mean(&rates), "sd": deviation(&rates), "repetitions": rates},
             "first_token_s": mean(&mode.seconds),
             "ratio_to_full": prompt_ratio(mode, result),

@@ -180,7 +180,7 @@ pub struct NeedleArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     /// Text to hide the needle in, UTF-8; it begins again where it is too short
-    #[arg(long, env = "SPECACHE_EVAL_HAYSTACK", value_name = "FILE", required_unless_present = "prompts")]
+    #[arg(short = 'f', long, env = "SPECACHE_EVAL_HAYSTACK", value_name = "FILE", required_unless_present = "prompts")]
     pub haystack: Option<PathBuf>,
     /// Tokens of the prompts, separated by commas [default: 1000,2000,4000, as far as the model goes]
     #[arg(long, env = "SPECACHE_EVAL_LENGTHS", value_name = "TOKENS,...", value_delimiter = ',')]

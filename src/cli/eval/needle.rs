@@ -79,6 +79,13 @@ pub fn run(args: &NeedleArgs) -> Result<()> {
     let what = format!("{} of up to {longest} tokens; {}", some(cases.len(), "prompt"), names(&variants));
     let items = Items::begin("needle", key, &args.results, cases.len() * variants.len(), &what)?;
     let (subject, scores) = measure(subject, items, |subject, items| ask_all(subject, &cases, &variants, items))?;
+    let full = variants.iter().position(|kv| kv.mode == KvMode::Full);
+    if full.is_some_and(|full| scores[full].iter().all(|&score| score == 0.0)) {
+        say(format_args!(
+            "note: full finds nothing either, so the rows say nothing about the KV modes: try another needle, --chat, or \
+             shorter prompts"
+        ));
+    }
     let map = heatmap(&subject.engine.model().name, &cases, &variants, &scores);
     draw(plot, || map.svg())?;
     report(&args.results, &results_json(&subject, &cases, &variants, &scores), &text(&cases, &variants, &scores, &map))
