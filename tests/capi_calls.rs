@@ -1264,7 +1264,7 @@ fn a_model_of_the_hugging_face_cache() {
     close(by_folder);
 
     let mut none = ptr::null_mut();
-    // SAFETY: C strings and structs of this function, here and below.
+    // SAFETY: a C string and structs of this function.
     let status = unsafe { specache_engine_create(1, c"facts/none".as_ptr(), &engine_options(), &mut none) };
     fails(status, Status::Model, "hf download facts/none");
     assert!(last_error().contains(home.join("hub/models--facts--none").to_str().unwrap()), "{}", last_error());
@@ -1272,6 +1272,7 @@ fn a_model_of_the_hugging_face_cache() {
     // SAFETY: zero is a value of every field.
     let mut plan: MemoryPlan = unsafe { std::mem::zeroed() };
     plan.struct_size = size_of::<MemoryPlan>() as u32;
+    // SAFETY: a C string and structs of this function.
     ok(unsafe { specache_plan(1, c"facts/recall-1".as_ptr(), &kv_options(), 1000, &mut plan) });
     assert!(plan.weight_bytes > 0, "{plan:?}");
 }
