@@ -1215,3 +1215,64 @@ fn threads_that_cannot_be_started() {
     let status = unsafe { specache_engine_create(1, c"synthetic:tiny".as_ptr(), &options, &mut engine) };
     fails(status, Status::Device, "1000 compute threads cannot be started");
 }
+
+/// `org/name` is a model of the Hugging Face cache. In processes of their own, as `HF_HOME` says where that is.
+#[test]
+fn a_model_of_the_hugging_face_cache() {
+    const CHILD: &str = "SPECACHE_TEST_HUB";
+    let home = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("capi-hub");
+    if std::env::var_os(CHILD).is_none() {
+        let _ = std::fs::remove_dir_all(&home);
+        common::hub_cache(&home.join("hub"), "facts/recall-1", &["0123abcd", "4567ef00"], Some("4567ef00"));
+        let template = home.join("hub/models--facts--recall-1/snapshots/4567ef00/chat_template.jinja");
+        std::fs::write(template, "{% for m in messages %}{{ m.content }}{% endfor %}").unwrap();
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+        for name in ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"] {
+            child.env_remove(name);
+        }
+        child
+            .args(["a_model_of_the_hugging_face_cache", "--exact", "--nocapture"])
+            .env(CHILD, "1")
+            .env("HF_HOME", &home);
+        let output = child.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+        assert!(said.contains("1 passed"), "{said}");
+        return;
+    }
+    let (by_name, by_folder) = (engine("facts/recall-1".as_ref(), &engine_options()), recall());
+    let ids = tokenize(by_folder, &prompt_text());
+    assert_eq!(tokenize(by_name, &prompt_text()), ids, "its tokenizer");
+    let shown = [by_name, by_folder].map(|engine| {
+        let one = session(engine, &kv_options(), 1100);
+        ok(prefill(one, &ids));
+        let (status, shown, _) = generate(one, 4, 1, None);
+        ok(status);
+        free(one);
+        shown.text
+    });
+    assert_eq!(shown, [" fimi maga losu.", " fimi maga losu."]);
+    let one = session(by_name, &kv_options(), 64);
+    assert_eq!(prefill_chat(one, &[(c"user", c"Recall kose".to_owned())]), 0, "its chat template");
+    free(one);
+    // The name is the model's, not the revision's.
+    // SAFETY: `list` passes room for as many as it says.
+    let name =
+        list(0, |text: *mut c_char, capacity, n| unsafe { specache_engine_describe(by_name, text, capacity, n) });
+    assert!(name.iter().map(|&b| b as u8 as char).collect::<String>().starts_with("facts/recall-1: 4 layers"));
+    close(by_name);
+    close(by_folder);
+
+    let mut none = ptr::null_mut();
+    // SAFETY: a C string and structs of this function.
+    let status = unsafe { specache_engine_create(1, c"facts/none".as_ptr(), &engine_options(), &mut none) };
+    fails(status, Status::Model, "hf download facts/none");
+    assert!(last_error().contains(home.join("hub/models--facts--none").to_str().unwrap()), "{}", last_error());
+    assert!(none.is_null());
+    // SAFETY: zero is a value of every field.
+    let mut plan: MemoryPlan = unsafe { std::mem::zeroed() };
+    plan.struct_size = size_of::<MemoryPlan>() as u32;
+    // SAFETY: a C string and structs of this function.
+    ok(unsafe { specache_plan(1, c"facts/recall-1".as_ptr(), &kv_options(), 1000, &mut plan) });
+    assert!(plan.weight_bytes > 0, "{plan:?}");
+}

@@ -8,7 +8,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use common::fixture;
+use common::{fixture, hub_cache};
 
 const PROMPT: &str = "The password of kose is zesi rere bago. Recall kose";
 const COMMANDS: [&str; 9] = ["generate", "chat", "logits", "plan", "doctor", "devices", "bench", "completions", "man"];
@@ -43,32 +43,11 @@ fn folder(test: &str) -> PathBuf {
 
 // org/name
 
-/// A cache as `hf download` leaves it: blobs, snapshots of links to them, and a name for the newest.
-fn cache(hub: &Path, model: &str, revisions: &[&str], main: Option<&str>) {
-    let folder = hub.join(format!("models--{}", model.replace('/', "--")));
-    let blobs = folder.join("blobs");
-    fs::create_dir_all(&blobs).unwrap();
-    for revision in revisions {
-        let snapshot = folder.join("snapshots").join(revision);
-        fs::create_dir_all(&snapshot).unwrap();
-        for entry in fs::read_dir(fixture("recall")).unwrap() {
-            let entry = entry.unwrap();
-            let name = entry.file_name();
-            fs::copy(entry.path(), blobs.join(&name)).unwrap();
-            symlink(Path::new("../../blobs").join(&name), snapshot.join(&name)).unwrap();
-        }
-    }
-    if let Some(revision) = main {
-        fs::create_dir_all(folder.join("refs")).unwrap();
-        fs::write(folder.join("refs/main"), revision).unwrap();
-    }
-}
-
 #[test]
 fn a_model_is_found_by_its_name() {
     let home = folder("hub");
     let hub = home.join(".cache/huggingface/hub");
-    cache(&hub, "facts/recall-1", &["0123abcd", "4567ef00"], Some("4567ef00"));
+    hub_cache(&hub, "facts/recall-1", &["0123abcd", "4567ef00"], Some("4567ef00"));
     let ids = home.join("ids.json");
     fs::write(&ids, "[620, 295, 623, 15, 77]").unwrap();
     let (ids, npy) = (ids.to_str().unwrap(), home.join("o.npy"));
@@ -108,10 +87,10 @@ fn a_model_is_found_by_its_name() {
 fn a_name_that_is_not_found_says_where_it_was_looked_for() {
     let home = folder("hub-missing");
     let hub = home.join("hub");
-    cache(&hub, "a/several", &["0123", "4567"], None);
-    cache(&hub, "a/only", &["0123"], None);
-    cache(&hub, "a/gone", &["0123"], Some("4567"));
-    cache(&hub, "a/outside", &["0123"], Some("../../../a"));
+    hub_cache(&hub, "a/several", &["0123", "4567"], None);
+    hub_cache(&hub, "a/only", &["0123"], None);
+    hub_cache(&hub, "a/gone", &["0123"], Some("4567"));
+    hub_cache(&hub, "a/outside", &["0123"], Some("../../../a"));
     fs::create_dir_all(hub.join("models--a--empty")).unwrap();
     let run = |model: &str, variable: &str| {
         let mut command = command(&["generate", "-m", model, "-p", PROMPT, "-n", "4"]);
@@ -225,6 +204,56 @@ fn colours_are_for_those_who_want_them() {
         assert!(!coloured(&[("CLICOLOR_FORCE", "1"), ("NO_COLOR", "1")], args), "{args:?}");
     }
     assert!(coloured(&[("CLICOLOR_FORCE", "1")], &["--help"]), "so that this test can fail");
+}
+
+/// `eval` finds a model by its name, with its chat template, and says what it does before it loads.
+#[test]
+fn eval_by_a_models_name() {
+    let home = folder("eval");
+    hub_cache(&home.join("hub"), "facts/recall-1", &["0123abcd"], None);
+    let snapshot = home.join("hub/models--facts--recall-1/snapshots/0123abcd");
+    fs::write(snapshot.join("chat_template.jinja"), "{% for m in messages %}{{ m.content }}{% endfor %}").unwrap();
+    let item =
+        r#"{"input":"Recall kose","context":"The password of kose is zesi rere bago.","answers":["zesi"],"_id":"a"}"#;
+    fs::write(home.join("triviaqa.jsonl"), item).unwrap();
+    let ids: Vec<u32> = (10..210).collect();
+    let (tokens, hay) = (home.join("ids.json"), fixture("recall_prompt.txt"));
+    fs::write(&tokens, format!("{ids:?}")).unwrap();
+    let [tokens, hay, data] = [&tokens, &hay, &home].map(|path| path.to_str().unwrap());
+    let run = |args: &[&str]| {
+        let mut command = command(&["eval"]);
+        command.args(args).args(["-m", "facts/recall-1", "--device", "cpu"]).env("HF_HOME", &home).output().unwrap()
+    };
+    let commands = [
+        &["ppl", "--tokens", tokens, "-c", "100"][..],
+        &["kld", "--tokens", tokens, "-c", "100", "--kv", "kivi"],
+        &["coverage", "--tokens", tokens, "-c", "200"],
+        &["needle", "--haystack", hay, "--lengths", "200", "--depths", "50", "--kv", "full", "-n", "2", "--chat"],
+        &["longbench", "--data", data, "--kv", "full", "--chat"],
+    ];
+    for args in commands {
+        let output = run(args);
+        assert!(stdout(&output).contains("| "), "{args:?}");
+        let said = text(&output.stderr);
+        assert!(
+            said.starts_with("loading facts/recall-1\n") && said.contains(&format!("eval {}: ", args[0])),
+            "{said}"
+        );
+    }
+    // It is said before, and not after: a model that cannot be loaded was announced.
+    fs::remove_file(snapshot.join("model.safetensors")).unwrap();
+    fs::write(snapshot.join("model.safetensors"), "short").unwrap();
+    for args in commands {
+        let output = run(args);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(3), "{said}");
+        assert!(said.starts_with("loading facts/recall-1\nerror: ") && said.contains("model.safetensors"), "{said}");
+    }
+    // Random weights have nothing to measure: they are not even made.
+    let output = command(&["eval", "ppl", "-m", "synthetic:llama-3-8b", "--tokens", tokens]).output().unwrap();
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(said.starts_with("error: ") && said.contains("no quality to measure"), "{said}");
 }
 
 /// What takes long says first what it is: the line comes while a model of 2.5 GB of random weights is still being made. (It

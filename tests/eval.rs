@@ -549,6 +549,9 @@ fn bad_input_is_refused_by_name() {
     let (hay, beyond) = (place("hay", b"Some words."), place("beyond.json", b"[1, 2, 99999]"));
     let data = folder.to_str().unwrap();
     place("qasper.jsonl", b"{}\n");
+    place("lcc.jsonl", format!(r#"{{"answers":"{}"}}"#, "x".repeat(100_000)).as_bytes());
+    std::os::unix::fs::symlink("/dev/zero", folder.join("samsum.jsonl")).unwrap();
+    let endless = folder.join("samsum.jsonl").to_str().unwrap().to_string();
     for (args, words) in [
         (&["ppl"][..], &["no text", "--tokens"][..]),
         (&["ppl", "--tokens", ids, "-f", &hay], &["several texts"]),
@@ -582,6 +585,14 @@ fn bad_input_is_refused_by_name() {
         (&["needle", "--prompts", &odd], &["prompt 0 has neither depth nor index"]),
         (&["needle", "--prompts", ids], &["not a JSON array of objects"]),
         (&["longbench", "--data", data], &["qasper.jsonl: line 1", "missing field"]),
+        (
+            &["longbench", "--data", data, "--tasks", "lcc"],
+            &["lcc.jsonl: line 1", "xxx ... xxx", "expected a sequence"],
+        ),
+        (&["longbench", "--data", data, "--tasks", "samsum"], &["samsum.jsonl: not a regular file"]),
+        (&["ppl", "-f", &endless], &["samsum.jsonl: more than 268435456 bytes"]),
+        (&["needle", "--haystack", &endless], &["samsum.jsonl: more than"]),
+        (&["needle", "--prompts", &endless], &["samsum.jsonl: more than"]),
         (&["longbench", "--data", data, "--tasks", "dureader"], &["dureader", "Chinese", "jieba"]),
         (&["longbench", "--data", data, "--tasks", "nothing"], &["no task of LongBench", "narrativeqa"]),
     ] {

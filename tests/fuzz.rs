@@ -159,6 +159,11 @@ fn chat_template() {
     fuzz(&formats::CHAT_TEMPLATE);
 }
 
+#[test]
+fn longbench() {
+    fuzz(&formats::LONGBENCH);
+}
+
 /// Each format has seeds and a target for libFuzzer.
 #[test]
 fn every_format_is_fuzzed() {

@@ -2,7 +2,7 @@
 # Fuzzes what reads a stranger's files, with libFuzzer: coverage-guided, debug assertions and overflow checks on. Needs a C++
 # compiler and the stable toolchain (`cargo +nightly fuzz run TARGET` works as well, where cargo-fuzz is).
 #
-#   tools/fuzz.sh TARGET [SECONDS]    config, weights, index, tokenizer, ids or chat_template; 600 s
+#   tools/fuzz.sh TARGET [SECONDS]    config, weights, index, tokenizer, ids, chat_template or longbench; 600 s
 #
 # Starts from tests/fixtures/fuzz/TARGET, keeps what it finds in target/fuzz/corpus/TARGET; an input that breaks something
 # is left in target/fuzz/found-TARGET-*: make it smaller with -minimize_crash=1, mend the fault, and put the input into

@@ -40,13 +40,7 @@ pub fn prompt(args: &PromptArgs) -> Result<Source> {
     let usage = |what: String| Err(Error::Usage(what));
     let source = match (&args.prompt, &args.file, &args.tokens) {
         (Some(text), None, None) => Source::Text(text.clone()),
-        (None, Some(file), None) => match String::from_utf8(read(file)?) {
-            Ok(text) => Source::Text(text),
-            Err(e) => {
-                let at = e.utf8_error().valid_up_to();
-                return usage(format!("-f {}: byte {at} is not valid UTF-8; convert the file", file.display()));
-            }
-        },
+        (None, Some(file), None) => Source::Text(text("-f", file)?),
         (None, None, Some(file)) => Source::Ids(ids("--tokens", file)?),
         (None, None, None) => return usage("no prompt: give one of -p/--prompt, -f/--file or --tokens".into()),
         _ => return usage("several prompts: give only one of -p/--prompt, -f/--file and --tokens".into()),
@@ -56,6 +50,17 @@ pub fn prompt(args: &PromptArgs) -> Result<Source> {
         Source::Ids(ids) if ids.is_empty() => usage("--tokens: the list is empty: at least one is needed".into()),
         _ => Ok(source),
     }
+}
+
+/// A text file.
+///
+/// # Errors
+/// [`Error::Usage`] for text that is not UTF-8, and as [`read`].
+pub fn text(option: &str, file: &Path) -> Result<String> {
+    String::from_utf8(read(file)?).map_err(|e| {
+        let at = e.utf8_error().valid_up_to();
+        Error::Usage(format!("{option} {}: byte {at} is not valid UTF-8; convert the file", file.display()))
+    })
 }
 
 /// A file with a JSON array of token ids.
@@ -82,10 +87,14 @@ pub fn check_ids(option: &str, ids: &[u32], vocab_size: usize) -> Result<()> {
     }
 }
 
-/// Most bytes of a prompt: some 50 million tokens. What is longer is another kind of file, or one without an end.
+/// Most bytes of a text: some 50 million tokens. What is longer is another kind of file, or one without an end.
 const MOST_BYTES: u64 = 256 << 20;
 
-fn read(file: &Path) -> Result<Vec<u8>> {
+/// The bytes of a file.
+///
+/// # Errors
+/// [`Error::Io`] for one that cannot be read; [`Error::Usage`] for one of more than 256 MiB, or without an end.
+pub fn read(file: &Path) -> Result<Vec<u8>> {
     let failed = |e| Error::io(file, e);
     let mut bytes = Vec::new();
     let from: Box<dyn Read> = match file == Path::new("-") {
@@ -94,7 +103,7 @@ fn read(file: &Path) -> Result<Vec<u8>> {
     };
     from.take(MOST_BYTES + 1).read_to_end(&mut bytes).map_err(failed)?;
     if bytes.len() as u64 > MOST_BYTES {
-        return Err(Error::Usage(format!("{}: more than {MOST_BYTES} bytes are no prompt", file.display())));
+        return Err(Error::Usage(format!("{}: more than {MOST_BYTES} bytes are no text to read", file.display())));
     }
     Ok(bytes)
 }

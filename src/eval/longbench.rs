@@ -12,7 +12,7 @@ use std::sync::LazyLock;
 use serde::Deserialize;
 
 use super::metrics;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, presentable};
 
 /// Tasks in Chinese.
 const CHINESE: [&str; 5] = ["multifieldqa_zh", "dureader", "vcsum", "lsht", "passage_retrieval_zh"];
@@ -122,18 +122,29 @@ pub struct Item {
     pub id: String,
 }
 
+/// Most bytes of a task's file; the published ones have tens of megabytes.
+const MOST_FILE_BYTES: u64 = 256 << 20;
+
 /// The items of a task's file.
 ///
 /// # Errors
 /// [`Error::Io`] for a file that cannot be read; [`Error::Usage`] naming file, line and field of one that is not in the
-/// published form.
+/// published form, is no regular file or too large.
 pub fn items(folder: &Path, name: &str) -> Result<Vec<Item>> {
     let task = task(name)?;
     let path = file_of(folder, name);
+    let wrong = |what: &str| Error::Usage(format!("{}: {}", path.display(), presentable(what)));
+    let meta = fs::metadata(&path).map_err(|e| Error::io(&path, e))?;
+    if !meta.is_file() {
+        return Err(wrong("not a regular file"));
+    }
+    if meta.len() > MOST_FILE_BYTES {
+        return Err(wrong(&format!("{} bytes are too many; at most {MOST_FILE_BYTES} are read", meta.len())));
+    }
     let bytes = fs::read(&path).map_err(|e| Error::io(&path, e))?;
-    parse(task, &bytes).map_err(|(line, what)| {
-        let what = if line == 0 { what } else { format!("line {line}: {what}") };
-        Error::Usage(format!("{}: {what}", path.display()))
+    parse(task, &bytes).map_err(|(line, what)| match line {
+        0 => wrong(&what),
+        _ => wrong(&format!("line {line}: {what}")),
     })
 }
 
@@ -148,9 +159,7 @@ pub fn parse(task: &Task, bytes: &[u8]) -> Result<Vec<Item>, (usize, String)> {
     for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         let wrong = |what: String| (i + 1, what);
         let item: Item = serde_json::from_str(line).map_err(|e| wrong(format!("not an item of LongBench ({e})")))?;
-        if item.answers.is_empty() {
-            return Err(wrong("`answers` is empty".into()));
-        }
+        item.check().map_err(wrong)?;
         if task.metric == Metric::Classification && item.all_classes.is_none() {
             return Err(wrong("`all_classes` is missing, which classification needs".into()));
         }
@@ -163,6 +172,30 @@ pub fn parse(task: &Task, bytes: &[u8]) -> Result<Vec<Item>, (usize, String)> {
         items.push(item);
     }
     if items.is_empty() { Err((0, "has no items".into())) } else { Ok(items) }
+}
+
+impl Item {
+    /// Metrics take time and memory by the products of lengths: ROUGE-L four bytes for each word of the answer and of the
+    /// true one. The published answers have some kilobytes, and TREC 50 classes.
+    fn check(&self) -> Result<(), String> {
+        const MOST_ANSWER: usize = 64 << 10;
+        const MOST_CLASSES: usize = 1000;
+        const MOST_ID: usize = 200;
+        if self.answers.is_empty() {
+            return Err("`answers` is empty".into());
+        }
+        if self.answers.iter().any(|answer| answer.len() > MOST_ANSWER) {
+            return Err(format!("`answers` has one of more than {MOST_ANSWER} bytes"));
+        }
+        if self.all_classes.as_ref().is_some_and(|classes| classes.len() > MOST_CLASSES) {
+            return Err(format!("`all_classes` has more than {MOST_CLASSES} classes"));
+        }
+        // It is shown while the item is measured.
+        if self.id.len() > MOST_ID || self.id.contains(char::is_control) {
+            return Err(format!("`_id` must be a name of at most {MOST_ID} bytes without control characters"));
+        }
+        Ok(())
+    }
 }
 
 impl Task {
@@ -277,6 +310,10 @@ mod tests {
             ("qasper", &format!("{good}\n{good}"), 2, "earlier line"),
             ("qasper", &good.replace("\"context\"", "\"text\""), 1, "context"),
             ("qasper", &good.replace("[\"Paragraph 1\"]", "[]"), 1, "`answers` is empty"),
+            ("qasper", &good.replace("\"a\"", "\"\\u001b[2J\""), 1, "`_id` must be"),
+            ("qasper", &good.replace("\"a\"", &format!("{:?}", "a".repeat(201))), 1, "`_id` must be"),
+            ("qasper", &good.replace("Paragraph 1", &"word ".repeat(14_000)), 1, "more than 65536 bytes"),
+            ("trec", &good.replace("null", &format!("{:?}", vec!["x"; 1001])), 1, "more than 1000 classes"),
             ("trec", good, 1, "all_classes"),
             ("passage_retrieval_en", &good.replace("Paragraph 1", "one"), 1, "Paragraph"),
         ] {

@@ -15,6 +15,7 @@ use serde_json::json;
 use specache::Error;
 use specache::chat::{ChatTemplate, Message};
 use specache::engine;
+use specache::eval::longbench;
 use specache::kv::{KvMode, KvOptions};
 use specache::model::{GenerationConfig, Matrix, Model, RopeTable, config_of};
 use specache::tokenizer::{Tokenizer, ids_of_json, is_guarded};
@@ -27,7 +28,7 @@ pub struct Format {
     most_bytes: usize,
 }
 
-pub const ALL: [&Format; 6] = [&CONFIG, &WEIGHTS, &INDEX, &TOKENIZER, &IDS, &CHAT_TEMPLATE];
+pub const ALL: [&Format; 7] = [&CONFIG, &WEIGHTS, &INDEX, &TOKENIZER, &IDS, &CHAT_TEMPLATE, &LONGBENCH];
 pub static CONFIG: Format = Format { name: "config", try_it: config, most_bytes: 4 << 20 };
 pub static WEIGHTS: Format = Format { name: "weights", try_it: weights, most_bytes: 4 << 20 };
 pub static INDEX: Format = Format { name: "index", try_it: index, most_bytes: 4 << 20 };
@@ -35,6 +36,8 @@ pub static TOKENIZER: Format = Format { name: "tokenizer", try_it: tokenizer, mo
 pub static IDS: Format = Format { name: "ids", try_it: ids, most_bytes: 16 << 20 };
 /// The fuel of a template pays for 64 MB of text, in several places at once, and a vector that grows has twice its own.
 pub static CHAT_TEMPLATE: Format = Format { name: "chat_template", try_it: chat_template, most_bytes: 1 << 30 };
+/// ROUGE-L keeps four bytes for each word of the longest true answer and each of what was said: 32,768 by 512.
+pub static LONGBENCH: Format = Format { name: "longbench", try_it: questions, most_bytes: 80 << 20 };
 
 /// Most time that one input may take.
 const MOST_TIME: Duration = Duration::from_secs(20);
@@ -89,11 +92,16 @@ fn scratch(format: &str) -> PathBuf {
     folder
 }
 
-/// An error about `name`, whose fault it is.
+/// An error about `name`, a model's file, whose fault it is.
 #[track_caller]
 fn names(error: &Error, name: &str) {
+    blames(error, 3, name);
+}
+
+#[track_caller]
+fn blames(error: &Error, exit_code: u8, name: &str) {
     let text = error.to_string();
-    assert_eq!(error.exit_code(), 3, "{text}");
+    assert_eq!(error.exit_code(), exit_code, "{text}");
     assert!(text.contains(name), "{name} is not in: {text}");
     assert!(text.len() < 9000 && !text.contains(|c: char| c.is_control() && c != '\n'), "{text:?}");
 }
@@ -280,6 +288,37 @@ fn chat_template(folder: &Path, data: &[u8]) {
             // The template's own words.
             Err(Error::Usage(what)) => assert!(what.contains("refuses") && what.len() < 9000, "{what}"),
             Err(error) => names(&error, "chat_template.jinja"),
+        }
+    }
+}
+
+// Lines of a LongBench file, and behind a zero byte what a model said.
+
+fn questions(folder: &Path, data: &[u8]) {
+    let (lines, said) = halves(data);
+    // Each metric, and both fields of prompts in either order.
+    for name in ["qasper", "gov_report", "trec", "passage_count", "passage_retrieval_en", "lcc", "repobench-p"] {
+        let file = format!("{name}.jsonl");
+        fs::write(folder.join(&file), lines).unwrap();
+        let items = match longbench::items(folder, name) {
+            Ok(items) => items,
+            Err(error) => {
+                blames(&error, 2, &file);
+                continue;
+            }
+        };
+        let task = longbench::task(name).unwrap();
+        assert!(!items.is_empty());
+        for item in &items {
+            assert!(task.prompt(item).contains(&item.context));
+            // It is shown while the item is measured.
+            assert!(item.id.len() < 1000 && !item.id.contains(char::is_control), "{:?}", item.id);
+            for said in [&said, &item.answers[0]] {
+                // As long as 512 tokens may be.
+                let said: String = said.chars().take(1024).collect();
+                let score = task.score(&said, item);
+                assert!((0.0..=1.0).contains(&score), "{name}: {score}");
+            }
         }
     }
 }

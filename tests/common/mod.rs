@@ -6,6 +6,7 @@ pub mod emulated;
 pub mod tiny;
 
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -62,6 +63,27 @@ pub fn on_every_other_isa(filter: &str) {
         let text = String::from_utf8_lossy(&output.stdout);
         assert!(output.status.success(), "{isa}: {text}");
         assert!(!text.contains("running 0 tests"), "{filter}: {text}");
+    }
+}
+
+/// The recall model in a Hugging Face cache, as `hf download` leaves it: blobs, snapshots of links to them, and a name for the newest.
+pub fn hub_cache(hub: &Path, model: &str, revisions: &[&str], main: Option<&str>) {
+    let folder = hub.join(format!("models--{}", model.replace('/', "--")));
+    let blobs = folder.join("blobs");
+    fs::create_dir_all(&blobs).unwrap();
+    for revision in revisions {
+        let snapshot = folder.join("snapshots").join(revision);
+        fs::create_dir_all(&snapshot).unwrap();
+        for entry in fs::read_dir(fixture("recall")).unwrap() {
+            let entry = entry.unwrap();
+            let name = entry.file_name();
+            fs::copy(entry.path(), blobs.join(&name)).unwrap();
+            symlink(Path::new("../../blobs").join(&name), snapshot.join(&name)).unwrap();
+        }
+    }
+    if let Some(revision) = main {
+        fs::create_dir_all(folder.join("refs")).unwrap();
+        fs::write(folder.join("refs/main"), revision).unwrap();
     }
 }
 

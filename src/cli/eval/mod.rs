@@ -16,6 +16,7 @@ use specache::device::interrupt;
 use specache::error::{Error, Result};
 use specache::eval::{self, journal::Journal};
 use specache::kv::{KvMode, KvOptions};
+use specache::model::folder;
 use specache::tokenizer::Tokenizer;
 
 use super::args::ModelArgs;
@@ -50,16 +51,16 @@ impl Subject {
     /// Loads the model, and checks the variants against it.
     fn load(args: &ModelArgs, variants: &[KvOptions]) -> Result<Subject> {
         let device = args.device.options()?;
-        let trace = args.device.trace_file()?;
-        let mut progress = Progress::new();
-        progress.announce(format_args!("loading {}", args.model));
-        let engine = Engine::load(&args.model, &device)?;
-        if engine.model().synthetic {
+        if folder(&args.model)?.is_none() {
             return Err(Error::Usage(format!(
                 "{}: random weights have no quality to measure; give a model folder",
                 args.model
             )));
         }
+        let trace = args.device.trace_file()?;
+        let mut progress = Progress::new();
+        progress.announce(format_args!("loading {}", args.model));
+        let engine = Engine::load(&args.model, &device)?;
         let tokenizer = input::tokenizer(&args.model, engine.model().config.vocab_size)?;
         variants.iter().try_for_each(|kv| kv.validate(&engine.model().config))?;
         Ok(Subject { engine, tokenizer, trace })
@@ -238,22 +239,14 @@ fn template(chat: bool, model: &str) -> Result<Option<ChatTemplate>> {
     if !chat {
         return Ok(None);
     }
+    let found = folder(model)?.map(|folder| ChatTemplate::load(&folder)).transpose()?.flatten();
     let none = || Error::Usage(format!("--chat: {model} has no chat template; leave --chat out"));
-    ChatTemplate::load(Path::new(model))?.ok_or_else(none).map(Some)
+    found.ok_or_else(none).map(Some)
 }
 
 /// `1 window`, `2 windows`.
 fn some(n: usize, what: &str) -> String {
     format!("{n} {what}{}", if n == 1 { "" } else { "s" })
-}
-
-/// A text file.
-fn read_text(option: &str, file: &Path) -> Result<String> {
-    let bytes = std::fs::read(file).map_err(|e| Error::io(file, e))?;
-    String::from_utf8(bytes).map_err(|e| {
-        let at = e.utf8_error().valid_up_to();
-        Error::Usage(format!("{option} {}: byte {at} is not valid UTF-8; convert the file", file.display()))
-    })
 }
 
 /// A line of the file of `--output` that this version cannot read.

@@ -143,7 +143,7 @@ fn planted_cases(args: &NeedleArgs, subject: &Subject) -> Result<Vec<Case>> {
         return Err(Error::Usage(format!("--depths {depth}: must be from 0 to 100 percent")));
     }
     let tokenizer = subject.tokenizer()?;
-    let haystack = Haystack::new(tokenizer, &super::read_text("--haystack", file)?)?;
+    let haystack = Haystack::new(tokenizer, &input::text("--haystack", file)?)?;
     let answer = tokenizer.encode(&needle.answer, false)?.len();
     let most = args.n_predict.unwrap_or(answer + 16);
     let limit = subject.engine.model().config.max_positions;
@@ -196,7 +196,7 @@ struct Ready {
 
 fn ready_cases(args: &NeedleArgs, file: &Path, subject: &Subject) -> Result<Vec<Case>> {
     let wrong = |what: String| Error::Usage(format!("--prompts {}: {what}", file.display()));
-    let bytes = std::fs::read(file).map_err(|e| Error::io(file, e))?;
+    let bytes = input::read(file)?;
     let ready: Vec<Ready> = serde_json::from_slice(&bytes)
         .map_err(|e| wrong(format!("not a JSON array of objects with length, ids, answer and depth or index ({e})")))?;
     if ready.is_empty() {

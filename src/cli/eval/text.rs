@@ -40,7 +40,7 @@ impl Windows {
         let (prefix, tokens) = match (&args.file, &args.tokens) {
             (Some(file), None) => {
                 let tokenizer = subject.tokenizer()?;
-                let text = super::read_text("-f", file)?;
+                let text = input::text("-f", file)?;
                 // A window begins as a text does.
                 (tokenizer.encode("", true)?, tokenizer.encode(&text, false)?)
             }
