@@ -125,7 +125,7 @@ impl SessionObject {
     pub(super) fn feed(&self, state: &mut State, token: u32, buffers: &mut Buffers) -> Result<()> {
         let session = state.session()?;
         self.heed(self.engine.engine.decode(&mut [Next { session, token }], buffers))?;
-        buffers.logits(0)?;
+        buffers.argmax(0)?; // whether it has failed; its logits may stay where they are
         state.logits.clear();
         state.fed(&[token]);
         Ok(())
