@@ -431,19 +431,22 @@ enum {
  * NULL. After a failure half way *n_generated is right too, and what was generated until then stays. The last token is shown,
  * and fed by whatever comes next: generate, a prefill; or specache_session_step and specache_step_batch, if they are given it.
  * If a call ends within a character, its bytes come as U+FFFD with SPECACHE_NO_TOKEN at the end.
+ * On a GPU tokens are drawn there, with weights in fp32; specache_session_sample and specache_step_batch draw on the host, in
+ * fp64: where the random number falls within a millionth of a border, the same seed gives another token.
  * SPECACHE_ERR_HANDLE, _BUSY, _USAGE for an empty session or one that has failed; _CANCELLED; _FAILED and _DEVICE as in
- * prefill. */
+ * prefill; on a GPU _OUT_OF_MEMORY if there is no room for what calls work in, which grows with how many run at once. */
 int32_t specache_session_generate(specache_session *session, uint64_t n_tokens, uint32_t flags, specache_token_fn on_token,
                                   void *user_data, uint64_t *n_generated, int32_t *stop);
 
 /* One decode step: feeds `token` and computes the logits of what follows, which go to `logits` too if that is not NULL.
  * `n_logits` must be vocab_size then, else 0.
  * SPECACHE_ERR_HANDLE, _BUSY, _USAGE for a session that is empty, full or has failed, or an id beyond the vocabulary;
- * _CANCELLED, _FAILED, _DEVICE as in prefill. */
+ * _CANCELLED, _FAILED, _DEVICE as in prefill; _OUT_OF_MEMORY as in specache_session_generate. */
 int32_t specache_session_step(specache_session *session, uint32_t token, float *logits, size_t n_logits);
 
 /* The logits [vocab_size] of what follows the session's last token, from its last prefill, step, batched step or generate.
- * SPECACHE_ERR_HANDLE, _BUSY, _BUFFER, _USAGE if there are none: in an empty session, and after specache_session_truncate. */
+ * SPECACHE_ERR_HANDLE, _BUSY, _BUFFER, _USAGE if there are none: in an empty session, after
+ * specache_session_truncate, and after a call that was cancelled or failed half way. */
 int32_t specache_session_logits(specache_session *session, float *logits, size_t capacity, size_t *n);
 
 /* Chooses a token from these logits with the session's sampling options. The session does not remember it: give it to

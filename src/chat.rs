@@ -18,6 +18,10 @@ use crate::model::fields::read_text;
 /// without an end within seconds.
 const FUEL: u64 = 1_000_000;
 
+/// Room for the calls that a template can nest: a list in a list costs some units of fuel, and writing or dropping it a stack
+/// frame. It is taken as it is used.
+const STACK: usize = 512 << 20;
+
 /// Most bytes of a value as JSON, which fuel does not pay for: more than any context holds.
 const MOST_JSON: usize = 16 << 20;
 
@@ -67,7 +71,7 @@ impl ChatTemplate {
             bos_token: token(&config["bos_token"]),
             eos_token: token(&config["eos_token"]),
         };
-        environment().template_from_str(&template.source).map_err(|e| template.error(e))?;
+        on_deep_stack(|| environment().template_from_str(&template.source).map(drop).map_err(|e| template.error(e)))??;
         Ok(Some(template))
     }
 
@@ -81,6 +85,10 @@ impl ChatTemplate {
         if messages.is_empty() {
             return Err(Error::Usage("a chat without messages: at least one is needed".into()));
         }
+        on_deep_stack(|| self.render_here(messages, add_generation_prompt))?
+    }
+
+    fn render_here(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let environment = environment();
         let template = environment.template_from_str(&self.source).map_err(|e| self.error(e))?;
         let (bos_token, eos_token) = (self.bos_token.as_deref(), self.eos_token.as_deref());
@@ -99,6 +107,20 @@ impl ChatTemplate {
         };
         Error::model(&self.file, what)
     }
+}
+
+/// Runs `work` on a thread with [`STACK`] bytes of stack: whoever calls may have little, and templates are strangers' programs.
+///
+/// # Errors
+/// [`Error::Device`] if the system refuses the thread.
+fn on_deep_stack<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {
+    let refused =
+        |e| Error::Device(format!("no thread for the chat template: {e}; raise the limits on memory and processes"));
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("template".into()).stack_size(STACK).spawn_scoped(scope, work);
+        let done = thread.map_err(refused)?.join();
+        done.map_err(|_| Error::Device("the chat template made a thread panic".into()))
+    })
 }
 
 fn values(messages: &[Message]) -> Vec<Value> {

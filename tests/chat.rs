@@ -101,6 +101,24 @@ fn templates_that_misbehave() {
     }
 }
 
+/// However deep a template nests its calls and values, its caller's stack is not what they fill: not even a small one.
+#[test]
+fn deep_templates_on_a_small_stack() {
+    let nest = "{% set n = namespace(x=[]) %}{% for i in range(300) %}{% for j in range(300) %}{% set n.x = [n.x] %}\
+                {% endfor %}{% endfor %}";
+    let deep = move || {
+        let error = render("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}").unwrap_err();
+        assert!(error.to_string().contains("recursion"), "{error}");
+        for end in ["", "{{ n.x | tojson }}", "{{ n.x | string }}", "{{ n.x }}"] {
+            match render(&format!("{nest}{end}")) {
+                Ok(text) => assert!(end.is_empty() == text.is_empty()),
+                Err(error) => assert_eq!(error.exit_code(), 3, "{error}"),
+            }
+        }
+    };
+    std::thread::Builder::new().stack_size(128 << 10).spawn(deep).unwrap().join().unwrap();
+}
+
 #[test]
 fn refusals_are_the_callers_to_mend() {
     let error = render("{{ raise_exception('Roles must take turns') }}").unwrap_err();

@@ -92,9 +92,10 @@ impl EngineObject {
         unsafe { callback(self.log.user_data, level as i32, text.as_ptr()) }
     }
 
-    /// Passes on what the library has had to say, if anybody listens: else it stays for another engine's listener.
+    /// Passes on what the library has had to say, if somebody listens to all of it: else it stays for another engine's
+    /// listener.
     pub(super) fn log_notices(&self) {
-        if self.log.callback.is_none() {
+        if self.log.callback.is_none() || self.log.level < Level::Info as i32 {
             return;
         }
         for notice in notice::fetch() {
