@@ -30,11 +30,16 @@ fn folder(test: &str) -> PathBuf {
 
 /// `eval` without the environment's own settings.
 fn eval(args: &[&str]) -> Command {
+    eval_of(&fixture("recall"), args)
+}
+
+/// `eval` of the model in this folder.
+fn eval_of(model: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_specache-engine"));
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("SPECACHE_")) {
         command.env_remove(name);
     }
-    command.arg("eval").args(args).args(["--device", "cpu", "-m"]).arg(fixture("recall")).stdin(Stdio::null());
+    command.arg("eval").args(args).args(["--device", "cpu", "-m"]).arg(model).stdin(Stdio::null());
     command
 }
 
@@ -531,6 +536,66 @@ fn finished_items_are_not_measured_again() {
     }
     fails(&["kld", "--tokens", &file, "-c", "200", "--output", path], &["it is of `eval ppl`"]);
     assert_eq!(fs::read_to_string(&output).unwrap(), kept);
+}
+
+/// Whatever the results depend on is another than it was: the file is refused, with the name of what differs.
+#[test]
+fn results_of_another_model_or_data_are_refused_by_name() {
+    let folder = folder("stale");
+    let model = folder.join("model");
+    fs::create_dir(&model).unwrap();
+    for entry in fs::read_dir(fixture("recall")).unwrap().map(Result::unwrap) {
+        fs::copy(entry.path(), model.join(entry.file_name())).unwrap();
+    }
+    let template = "{% for m in messages %}{{ m.content }}{% endfor %}";
+    fs::write(model.join("chat_template.jinja"), template).unwrap();
+    let item = longbench_item(0, "The password of kose is zesi rere bago.", "Recall kose", "zesi rere bago");
+    let data = folder.join("qasper_e.jsonl");
+    fs::write(&data, item.to_string()).unwrap();
+    let output = folder.join("out.jsonl");
+    let [place, output] = [&folder, &output].map(|path| path.to_str().unwrap());
+    let args = ["longbench", "--data", place, "--kv", "full", "--chat", "--output", output];
+    let run = || eval_of(&model, &args).output().unwrap();
+    assert!(run().status.success());
+    let kept = fs::read(output).unwrap();
+    let change = |file: &Path, from: &str, to: &str, named: &str| {
+        let before = fs::read(file).unwrap();
+        let changed = text(&before).replacen(from, to, 1);
+        assert_ne!(changed.as_bytes(), before, "{from}");
+        fs::write(file, changed).unwrap();
+        let refused = run();
+        let said = text(&refused.stderr);
+        assert_eq!(refused.status.code(), Some(2), "{said}");
+        assert!(said.contains("was written with other options") && said.contains(named), "{named}: {said}");
+        assert_eq!(fs::read(output).unwrap(), kept);
+        fs::write(file, before).unwrap();
+    };
+    let config = model.join("config.json");
+    change(&config, "500000.0", "10000.0", "model config.json was");
+    change(&model.join("chat_template.jinja"), "{{ m.content }}", "{{ m.content }} ", "model chat_template.jinja was");
+    change(&model.join("tokenizer.json"), "{", "{ ", "model tokenizer.json was");
+    change(
+        &model.join("generation_config.json"),
+        "\"eos_token_id\": 1",
+        "\"eos_token_id\": 2",
+        "model eos was [1], is [2]",
+    );
+    change(&data, "\"length\":", "\"length\":1", "data was");
+    change(&data, "\"all_classes\":null", "\"all_classes\":[\"x\"]", "data was");
+    // The last norm, in bf16: bytes behind the header, found by name.
+    let weights = model.join("model.safetensors");
+    let sound = fs::read(&weights).unwrap();
+    let header = u64::from_le_bytes(sound[..8].try_into().unwrap()) as usize;
+    let names: Value = serde_json::from_slice(&sound[8..8 + header]).unwrap();
+    for tensor in ["model.norm.weight", "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"] {
+        let mut bytes = sound.clone();
+        bytes[8 + header + names[tensor]["data_offsets"][0].as_u64().unwrap() as usize] ^= 1;
+        fs::write(&weights, bytes).unwrap();
+        let refused = run();
+        assert!(text(&refused.stderr).contains("model weights was"), "{tensor}: {}", text(&refused.stderr));
+    }
+    fs::write(&weights, sound).unwrap();
+    assert!(run().status.success(), "all is as it was");
 }
 
 // What people give

@@ -149,13 +149,16 @@ fn check_head(path: &Path, line: &str, command: &str, options: &Value) -> Result
     if of != command {
         return Err(other(format!("it is of `eval {of}`, this is `eval {command}`")));
     }
-    let names = |v: &Value| v.as_object().map(|o| o.keys().cloned().collect::<Vec<_>>()).unwrap_or_default();
-    let mut all = names(options);
-    all.extend(names(&head["options"]));
-    match all.iter().find(|&name| head["options"][name] != options[name]) {
-        Some(name) => Err(other(format!("{name} was {}, is {}", head["options"][name], options[name]))),
-        None => Ok(()),
+    difference(&head["options"], options).map_or(Ok(()), |what| Err(other(what)))
+}
+
+/// The first entry that differs, with the names on the way to it: `model config.json was "a", is "b"`.
+fn difference(was: &Value, is: &Value) -> Option<String> {
+    if was == is {
+        return None;
     }
+    let (Some(old), Some(new)) = (was.as_object(), is.as_object()) else { return Some(format!("was {was}, is {is}")) };
+    new.keys().chain(old.keys()).find_map(|name| Some(format!("{name} {}", difference(&was[name], &is[name])?)))
 }
 
 fn items<'a>(path: &Path, lines: impl Iterator<Item = &'a str>) -> Result<HashMap<String, Value>> {

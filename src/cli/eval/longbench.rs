@@ -39,13 +39,9 @@ pub fn run(args: &LongbenchArgs) -> Result<()> {
     let answers = questions.iter().map(|q| q.task.max_tokens).max().unwrap_or(0);
     subject.check_length(max_length.saturating_add(answers))?;
     let total: usize = questions.iter().map(|q| q.items.len()).sum();
-    let texts = questions.iter().flat_map(|q| &q.items).flat_map(|item| {
-        let answers = item.answers.iter().map(String::as_bytes);
-        [item.id.as_bytes(), item.context.as_bytes(), item.input.as_bytes()].into_iter().chain(answers)
-    });
     let key = json!({
-        "model": subject.identity(),
-        "data": hash(texts),
+        "model": subject.identity(args.chat)?,
+        "data": hash(questions.iter().flat_map(|q| &q.items).map(item_text)),
         "tasks": questions.iter().map(|q| q.name.as_str()).collect::<Vec<_>>(),
         "items": total,
         "max_length": max_length,
@@ -69,6 +65,11 @@ pub fn run(args: &LongbenchArgs) -> Result<()> {
         "variants": (0..variants.len()).map(|v| variant_json(&variants[v], v, &questions, &scores)).collect::<Vec<_>>(),
     });
     report(&args.results, &json, &text)
+}
+
+/// All of an item, without doubt about where a field ends.
+fn item_text(item: &Item) -> String {
+    json!([item.id, item.context, item.input, item.answers, item.length, item.all_classes]).to_string()
 }
 
 fn questions(args: &LongbenchArgs) -> Result<Vec<Questions>> {

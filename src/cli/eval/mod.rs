@@ -16,10 +16,10 @@ use specache::device::interrupt;
 use specache::error::{Error, Result};
 use specache::eval::{self, journal::Journal};
 use specache::kv::{KvMode, KvOptions};
-use specache::model::folder;
+use specache::model::{Linear, Matrix, Weights, folder};
 use specache::tokenizer::Tokenizer;
 
-use super::args::ModelArgs;
+use super::args::{ModelArgs, version};
 use super::input;
 use super::output::{AtomicFile, print, traced};
 use super::progress::{Progress, say};
@@ -42,6 +42,7 @@ pub fn run(args: EvalArgs) -> Result<()> {
 
 /// A model that can be judged.
 struct Subject {
+    folder: PathBuf,
     engine: Engine,
     tokenizer: Option<Tokenizer>,
     trace: Option<AtomicFile>,
@@ -51,19 +52,17 @@ impl Subject {
     /// Loads the model, and checks the variants against it.
     fn load(args: &ModelArgs, variants: &[KvOptions]) -> Result<Subject> {
         let device = args.device.options()?;
-        if folder(&args.model)?.is_none() {
-            return Err(Error::Usage(format!(
-                "{}: random weights have no quality to measure; give a model folder",
-                args.model
-            )));
-        }
+        let folder = folder(&args.model)?.ok_or_else(|| {
+            let model = &args.model;
+            Error::Usage(format!("{model}: random weights have no quality to measure; give a model folder"))
+        })?;
         let trace = args.device.trace_file()?;
         let mut progress = Progress::new();
         progress.announce(format_args!("loading {}", args.model));
         let engine = Engine::load(&args.model, &device)?;
         let tokenizer = input::tokenizer(&args.model, engine.model().config.vocab_size)?;
         variants.iter().try_for_each(|kv| kv.validate(&engine.model().config))?;
-        Ok(Subject { engine, tokenizer, trace })
+        Ok(Subject { folder, engine, tokenizer, trace })
     }
 
     fn tokenizer(&self) -> Result<&Tokenizer> {
@@ -83,33 +82,66 @@ impl Subject {
         self.engine.plan(&full, tokens).map(|_| ())
     }
 
-    /// What of the model and the device the results depend on, for the file of `--output`.
-    fn identity(&self) -> Value {
-        let device = if self.engine.device().is_gpu() { "cuda" } else { "cpu" };
-        json!({ "name": self.engine.model().name, "weights": weights_hash(&self.engine), "device": device })
+    /// What of the model and the device the results depend on, for the file of `--output`: weights, the folder's other files
+    /// by their names, and with `chat` those that a chat template may come from.
+    ///
+    /// # Errors
+    /// [`Error::Io`] for a file of the folder that cannot be read.
+    fn identity(&self, chat: bool) -> Result<Value> {
+        let model = self.engine.model();
+        let mut identity = json!({
+            "name": model.name,
+            "device": if self.engine.device().is_gpu() { "cuda" } else { "cpu" },
+            "weights": weights_hash(&model.weights),
+            "eos": model.config.eos_token_ids,
+        });
+        let template = ["chat_template.jinja", "tokenizer_config.json"].into_iter().filter(|_| chat);
+        for name in ["config.json", "generation_config.json", "tokenizer.json"].into_iter().chain(template) {
+            identity[name] = json!(file_hash(&self.folder.join(name))?);
+        }
+        Ok(identity)
     }
 }
 
-/// FNV-1a, 64 bits, as hexadecimal digits.
-fn hash<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> String {
+/// FNV-1a, 64 bits, as hexadecimal digits. Each part goes in behind its length, so that what moves from one to the next is
+/// another hash.
+fn hash<P: AsRef<[u8]>>(parts: impl IntoIterator<Item = P>) -> String {
     let mut hash = 0xcbf2_9ce4_8422_2325u64;
-    for byte in parts.into_iter().flatten() {
-        hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+    for part in parts {
+        let part = part.as_ref();
+        for byte in (part.len() as u64).to_le_bytes().iter().chain(part) {
+            hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        }
     }
     format!("{hash:016x}")
 }
 
-fn ids_hash(ids: &[u32]) -> String {
-    hash([bytemuck::cast_slice(ids)])
+/// The hash of a file; `None` where there is none.
+fn file_hash(file: &Path) -> Result<Option<String>> {
+    if file.exists() { Ok(Some(hash([input::read(file)?]))) } else { Ok(None) }
 }
 
-/// Tells models apart, though not with certainty: the beginning of the query and MLP matrices of every layer.
-fn weights_hash(engine: &Engine) -> String {
-    let layers = engine.model().weights.layers.iter();
-    hash(layers.flat_map(|l| [&l.q, &l.down]).map(|linear| {
-        let bytes = linear.weight.bytes();
-        &bytes[..bytes.len().min(4096)]
-    }))
+fn ids_hash(ids: &[u32]) -> String {
+    hash([bytemuck::cast_slice::<_, u8>(ids)])
+}
+
+/// Tells models apart, though not with certainty: the beginning of every matrix, all norms, and the biases.
+fn weights_hash(weights: &Weights) -> String {
+    const BEGINNING: usize = 4096;
+    fn linear(linear: &Linear) -> [&[u8]; 2] {
+        [beginning(&linear.weight), bytemuck::cast_slice(linear.bias.as_deref().unwrap_or_default())]
+    }
+    fn beginning(matrix: &Matrix) -> &[u8] {
+        let bytes = matrix.bytes();
+        &bytes[..bytes.len().min(BEGINNING)]
+    }
+    let ends = [beginning(&weights.embed), bytemuck::cast_slice(&weights.final_norm)];
+    let layers = weights.layers.iter().flat_map(|l| {
+        let norms = [Some(&l.input_norm), Some(&l.post_norm), l.q_norm.as_ref(), l.k_norm.as_ref()];
+        let norms = norms.map(|norm| bytemuck::cast_slice(norm.map_or(&[][..], |norm| norm)));
+        [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down].into_iter().flat_map(linear).chain(norms)
+    });
+    hash(ends.into_iter().chain(linear(&weights.lm_head)).chain(layers))
 }
 
 /// `--plot`, begun before any work is done.
@@ -139,7 +171,7 @@ impl<'a> Items<'a> {
     /// this program's version.
     fn begin(command: &str, mut options: Value, results: &'a Results, total: usize, what: &str) -> Result<Items<'a>> {
         let output = results.output.as_deref();
-        options["version"] = json!(env!("CARGO_PKG_VERSION"));
+        options["version"] = json!(version());
         let journal = Journal::open(output, command, &options)?;
         if let (torn @ 1.., Some(file)) = (journal.torn(), output) {
             say(format_args!("{}: the last line was torn; its {torn} bytes were removed", file.display()));

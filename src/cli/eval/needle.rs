@@ -15,8 +15,7 @@ use specache::kv::{KvMode, KvOptions};
 
 use super::args::NeedleArgs;
 use super::{
-    Items, Subject, draw, hash, ids_hash, measure, names, plot_file, report, some, template, unreadable, variant,
-    variants_key,
+    Items, Subject, draw, hash, measure, names, plot_file, report, some, template, unreadable, variant, variants_key,
 };
 use crate::cli::input;
 use crate::cli::output::table;
@@ -63,14 +62,13 @@ pub fn run(args: &NeedleArgs) -> Result<()> {
     };
     let longest = cases.iter().map(|case| case.ids.len().saturating_add(case.most)).max().unwrap_or(0);
     subject.check_length(longest)?;
-    let all: Vec<u32> = cases.iter().flat_map(|case| case.ids.iter().copied()).collect();
     let expected = cases.iter().map(|case| match &case.expected {
         Expected::Text(text) => text.as_bytes(),
         Expected::Ids(ids) => bytemuck::cast_slice(ids),
     });
     let key = json!({
-        "model": subject.identity(),
-        "prompts": ids_hash(&all),
+        "model": subject.identity(args.chat)?,
+        "prompts": hash(cases.iter().map(|case| bytemuck::cast_slice::<_, u8>(&case.ids))),
         "answers": hash(expected),
         "lengths": cases.iter().map(|case| case.length).collect::<Vec<_>>(),
         "n_predict": cases.iter().map(|case| case.most).max(),

@@ -64,15 +64,15 @@ impl Windows {
     }
 
     /// What the results depend on.
-    fn key(&self, subject: &Subject, variants: &[KvOptions]) -> Value {
-        json!({
-            "model": subject.identity(),
+    fn key(&self, subject: &Subject, variants: &[KvOptions]) -> Result<Value> {
+        Ok(json!({
+            "model": subject.identity(false)?,
             "text": self.hash,
             "window": self.cut.length,
             "prefill": self.cut.prefill,
             "windows": self.ids.len(),
             "kv": variants_key(variants),
-        })
+        }))
     }
 
     fn json(&self) -> Value {
@@ -94,7 +94,7 @@ impl Windows {
             self.scored(),
             names(variants)
         );
-        Items::begin(command, self.key(subject, variants), results, self.ids.len(), &what)
+        Items::begin(command, self.key(subject, variants)?, results, self.ids.len(), &what)
     }
 
     /// The result of every window. `one` gets a window's tokens, its prompt length and a function for its progress.
