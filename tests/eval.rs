@@ -43,6 +43,16 @@ fn eval_of(model: &Path, args: &[&str]) -> Command {
     command
 }
 
+/// The recall model below `folder`, for a test to change.
+fn recall_copy(folder: &Path) -> PathBuf {
+    let model = folder.join("model");
+    fs::create_dir(&model).unwrap();
+    for entry in fs::read_dir(fixture("recall")).unwrap().map(Result::unwrap) {
+        fs::copy(entry.path(), model.join(entry.file_name())).unwrap();
+    }
+    model
+}
+
 fn text(bytes: &[u8]) -> &str {
     std::str::from_utf8(bytes).unwrap()
 }
@@ -470,6 +480,52 @@ fn longbench_is_generate_and_a_metric() {
     near(number(&kept["result"], "tokens"), 100.0, 2.0);
 }
 
+/// samsum alone, as published: its first token is never one of those that end an answer (that of the end of a text, which is
+/// made to be what the model would say first, and a newline's). An id beyond the vocabulary ends nothing, with a warning.
+#[test]
+fn samsum_answers_are_never_empty() {
+    let tasks = specache::eval::longbench::names();
+    let one_line = |name: &&&str| specache::eval::longbench::task(name).unwrap().one_line;
+    assert_eq!(tasks.iter().filter(one_line).collect::<Vec<_>>(), [&"samsum"]);
+    let folder = folder("samsum");
+    let model = recall_copy(&folder);
+    let item = longbench_item(0, "The password of kose is zesi rere bago.", "Recall kose", "zesi rere bago");
+    for task in ["samsum", "triviaqa"] {
+        fs::write(folder.join(format!("{task}.jsonl")), item.to_string()).unwrap();
+    }
+    let tokenizer = Tokenizer::load(&model).unwrap().unwrap();
+    let ask = |task: &str| {
+        let output = folder.join("out.jsonl");
+        let _ = fs::remove_file(&output);
+        let args = ["longbench", "--data", folder.to_str().unwrap(), "--kv", "full", "--tasks", task];
+        let ended = eval_of(&model, &args).arg("--output").arg(&output).output().unwrap();
+        assert!(ended.status.success(), "{}", text(&ended.stderr));
+        let line: Value = serde_json::from_str(fs::read_to_string(&output).unwrap().lines().nth(1).unwrap()).unwrap();
+        (line["result"]["pred"].as_str().unwrap().to_string(), text(&ended.stderr).to_string())
+    };
+    let newline = *tokenizer.encode("\n", false).unwrap().last().unwrap();
+    for task in ["samsum", "triviaqa"] {
+        // What a lone run would say first, and what it would say if it might not.
+        let prompt = specache::eval::longbench::task(task).unwrap();
+        let prompt = prompt.prompt(&serde_json::from_value(item.clone()).unwrap());
+        let ids = tokenizer.encode(&prompt, true).unwrap();
+        let (engine, mut buffers) = (recall(), Buffers::default());
+        let mut session = engine.session(kv(KvMode::Full, 2, 64, 64, 16), ids.len() + 1).unwrap();
+        let prompt = Prompt { session: &mut session, tokens: &ids };
+        let mut logits = engine.prefill(&mut [prompt], &mut buffers).unwrap().remove(0).unwrap();
+        let first = argmax(&logits);
+        [first, newline].iter().for_each(|&id| logits[id as usize] = f32::NEG_INFINITY);
+        let second = tokenizer.decode(&[argmax(&logits)]).unwrap();
+        fs::write(model.join("generation_config.json"), json!({"eos_token_id": [first, 99_999]}).to_string()).unwrap();
+        let (said, stderr) = ask(task);
+        match task {
+            "samsum" => assert!(!second.is_empty() && said.starts_with(&second), "{said:?}, not {second:?}"),
+            _ => assert_eq!(said, ""),
+        }
+        assert!(stderr.contains("eos_token_id 99999 is beyond the vocabulary"), "{stderr}");
+    }
+}
+
 // The file of finished items
 
 /// Interrupted wherever it may be, a run leaves whole lines and says 130; the same command goes on, and ends with the
@@ -542,11 +598,7 @@ fn finished_items_are_not_measured_again() {
 #[test]
 fn results_of_another_model_or_data_are_refused_by_name() {
     let folder = folder("stale");
-    let model = folder.join("model");
-    fs::create_dir(&model).unwrap();
-    for entry in fs::read_dir(fixture("recall")).unwrap().map(Result::unwrap) {
-        fs::copy(entry.path(), model.join(entry.file_name())).unwrap();
-    }
+    let model = recall_copy(&folder);
     let template = "{% for m in messages %}{{ m.content }}{% endfor %}";
     fs::write(model.join("chat_template.jinja"), template).unwrap();
     let item = longbench_item(0, "The password of kose is zesi rere bago.", "Recall kose", "zesi rere bago");

@@ -27,7 +27,12 @@ pub fn greedy(engine: &Engine, kv: KvOptions, prompt: &[u32], limits: &Limits) -
     let mut logits =
         engine.prefill(&mut [Prompt { session: &mut session, tokens: prompt }], &mut buffers)?.remove(0)?;
     if limits.not_empty {
-        limits.stop.iter().for_each(|&id| logits[id as usize] = f32::NEG_INFINITY);
+        // A configuration may name ids beyond the vocabulary; no token is one of them.
+        for &id in &limits.stop {
+            if let Some(logit) = logits.get_mut(id as usize) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
     }
     let mut token = argmax(&logits);
     let mut said = Vec::new();

@@ -61,7 +61,12 @@ impl Subject {
         progress.announce(format_args!("loading {}", args.model));
         let engine = Engine::load(&args.model, &device)?;
         let tokenizer = input::tokenizer(&args.model, engine.model().config.vocab_size)?;
-        variants.iter().try_for_each(|kv| kv.validate(&engine.model().config))?;
+        let config = &engine.model().config;
+        variants.iter().try_for_each(|kv| kv.validate(config))?;
+        if let Some(id) = config.eos_token_ids.iter().find(|&&id| id as usize >= config.vocab_size) {
+            let last = config.vocab_size - 1;
+            say(format_args!("warning: eos_token_id {id} is beyond the vocabulary, which ends at {last}: no answer ends by it"));
+        }
         Ok(Subject { folder, engine, tokenizer, trace })
     }
 
