@@ -34,24 +34,23 @@ impl Journal {
     pub fn open(path: Option<&Path>, command: &str, options: &Value) -> Result<Journal> {
         let Some(path) = path else { return Ok(Journal { file: None, done: HashMap::new(), torn: 0 }) };
         let mut file = open_locked(path)?;
-        let mut text = String::new();
-        file.read_to_string(&mut text).map_err(|e| match e.kind() {
-            std::io::ErrorKind::InvalidData => foreign(path, "it is not text"),
-            _ => Error::io(path, e),
-        })?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).map_err(|e| Error::io(path, e))?;
         let head = json!({ "specache_eval": command, "options": options });
-        let whole = text.rfind('\n').map_or(0, |end| end + 1);
-        let mut lines = text[..whole].lines();
+        let whole = bytes.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
+        // What is torn may end inside a character.
+        let text = std::str::from_utf8(&bytes[..whole]).map_err(|_| foreign(path, "it is not text"))?;
+        let mut lines = text.lines();
         let done = match lines.next() {
             Some(first) => {
                 check_head(path, first, command, options)?;
                 items(path, lines)?
             }
             // Nothing, or the beginning of a first line.
-            None if format!("{head}\n").starts_with(&text) => HashMap::new(),
+            None if format!("{head}\n").as_bytes().starts_with(&bytes) => HashMap::new(),
             None => return Err(foreign(path, "its first line is not that of an evaluation")),
         };
-        let mut journal = Journal { file: Some((file, path.to_owned())), done, torn: text.len() - whole };
+        let mut journal = Journal { file: Some((file, path.to_owned())), done, torn: bytes.len() - whole };
         journal.cut(whole as u64)?;
         if whole == 0 {
             journal.write(&head)?;
@@ -219,14 +218,14 @@ mod tests {
         assert_eq!(fs::read_to_string(&path).unwrap().lines().count(), 2);
     }
 
-    /// Cut off after any byte, the file is continued, and then holds what it would have held.
+    /// Cut off after any byte, be it inside a character, the file is continued, and then holds what it would have held.
     #[test]
     fn a_torn_line_is_cut_off_wherever_it_was_torn() {
         let folder = Folder::new("torn");
-        let (path, options) = (folder.0.join("out.jsonl"), json!({"windows": 2}));
+        let (path, options) = (folder.0.join("out.jsonl"), json!({"windows": 2, "name": "é"}));
+        let items = [("a", json!("é")), ("b", json!("→ 2"))];
         let mut journal = open(&path, &options).unwrap();
-        journal.add("a", &json!(1)).unwrap();
-        journal.add("b", &json!(2)).unwrap();
+        items.iter().for_each(|(item, result)| drop(journal.add(item, result).unwrap()));
         drop(journal);
         let whole = fs::read(&path).unwrap();
         for length in 0..whole.len() {
@@ -234,9 +233,9 @@ mod tests {
             let mut journal = open(&path, &options).unwrap();
             let lines = whole[..length].iter().filter(|&&b| b == b'\n').count();
             assert_eq!(journal.len(), lines.saturating_sub(1), "{length} bytes");
-            for (item, result) in [("a", 1), ("b", 2)] {
+            for (item, result) in &items {
                 if journal.get(item).is_none() {
-                    journal.add(item, &json!(result)).unwrap();
+                    journal.add(item, result).unwrap();
                 }
             }
             drop(journal);
