@@ -5,8 +5,9 @@
 //! {"item":"window 0","result":{...}}
 //! ```
 //!
-//! A line is written at once when its item is finished, so whatever ends the process leaves whole lines, or one torn last
-//! line if the machine itself stops: that one is cut off when the file is opened again, and its item is done anew.
+//! A line is written at once when its item is finished, and brought to the disk before the next one begins (an item takes
+//! seconds, that takes milliseconds). So whatever ends the process leaves whole lines, and a machine that stops at most one
+//! torn line at the end: it is cut off when the file is opened again, and its item is done anew.
 
 use std::collections::HashMap;
 use std::fs::{File, TryLockError};
@@ -54,6 +55,7 @@ impl Journal {
         journal.cut(whole as u64)?;
         if whole == 0 {
             journal.write(&head)?;
+            sync_folder(path);
         }
         Ok(journal)
     }
@@ -92,10 +94,11 @@ impl Journal {
         Ok(result)
     }
 
-    /// One call of the system for the whole line: an interrupt comes before it or after it.
+    /// One call of the system for the whole line: an interrupt comes before it or after it. Then it goes to the disk.
     fn write(&mut self, line: &Value) -> Result<()> {
         let Some((file, path)) = &mut self.file else { return Ok(()) };
-        file.write_all(format!("{line}\n").as_bytes()).map_err(|e| Error::io(&*path, e))
+        let written = file.write_all(format!("{line}\n").as_bytes()).and_then(|()| file.sync_data());
+        written.map_err(|e| Error::io(&*path, e))
     }
 
     fn cut(&mut self, length: u64) -> Result<()> {
@@ -103,6 +106,12 @@ impl Journal {
         let cut = file.set_len(length).and_then(|()| file.seek(SeekFrom::End(0)));
         cut.map(|_| ()).map_err(|e| Error::io(&*path, e))
     }
+}
+
+/// Brings a new file's name to the disk. Some file systems refuse that for folders, and bring names there by themselves.
+fn sync_folder(file: &Path) {
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let _ = File::open(folder).and_then(|folder| folder.sync_all());
 }
 
 fn open_locked(path: &Path) -> Result<File> {
