@@ -286,3 +286,23 @@ fn output_files_are_whole_or_not_there() {
         }
     }
 }
+
+/// A file system without locks: results are kept all the same, with one warning that names the file.
+#[test]
+fn results_that_cannot_be_locked_are_kept_with_a_warning() {
+    let outputs = folder("locks");
+    let ids = folder("locks-ids").join("ids.json");
+    fs::write(&ids, format!("{:?}", (0..90).collect::<Vec<_>>())).unwrap();
+    let (model, results) = (fixture("recall"), outputs.join("r.jsonl"));
+    let [ids, model, results] = [&ids, &model, &results].map(|path| path.to_str().unwrap());
+    let args = ["eval", "ppl", "-m", model, "--tokens", ids, "-c", "40", "--kv", "full", "--output", results];
+    let (struck, output) = faulty(&outputs, "lock:0", &args);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(struck && output.status.success(), "{said}");
+    let warnings: Vec<&str> = said.lines().filter(|line| line.contains("cannot be locked")).collect();
+    assert!(
+        warnings.len() == 1 && warnings[0].starts_with("warning: --output ") && warnings[0].contains(results),
+        "{said}"
+    );
+    assert_eq!(fs::read_to_string(results).unwrap().lines().count(), 3);
+}

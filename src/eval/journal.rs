@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
+use crate::notice;
 
 /// Finished items, in a file or in memory only.
 pub struct Journal {
@@ -129,9 +130,14 @@ fn open_locked(path: &Path) -> Result<File> {
     let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
     let file = file.map_err(|e| Error::io(path, e))?;
     match file.try_lock() {
-        // Some network file systems have no locks.
-        Ok(()) | Err(TryLockError::Error(_)) => Ok(file),
+        Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => usage("another run is writing it; wait for its end, or name another file"),
+        // Some network file systems have no locks.
+        Err(TryLockError::Error(why)) => {
+            let path = path.display();
+            notice::warn(format_args!("--output {path}: cannot be locked ({why}); let no other run write it at the same time"));
+            Ok(file)
+        }
     }
 }
 

@@ -97,6 +97,11 @@ ssize_t write(int fd, const void *from, size_t n) {
     return syscall(SYS_write, fd, from, n);
 }
 
+int flock(int fd, int operation) {
+    if (is_watched(fd) && strikes("lock")) return fail(ENOLCK);
+    return syscall(SYS_flock, fd, operation);
+}
+
 int rename(const char *from, const char *to) {
     if (is_ours(to) && strikes("rename")) return fail(EIO);
     return syscall(SYS_rename, from, to);
