@@ -738,6 +738,50 @@ fn options_come_from_the_environment_too() {
     assert_eq!(text(&command.env("SPECACHE_JSON", "1").output().unwrap().stdout), text(&typed));
 }
 
+/// What excludes what is on the command line has no say in the environment; on one side both are refused.
+#[test]
+fn the_command_line_wins_over_variables_that_exclude_it() {
+    let folder = folder("precedence");
+    let (ids, prompts) = (write_ids(&folder, &long_ids()[..300]), folder.join("prompts.json"));
+    fs::write(&prompts, r#"[{"length": 3, "ids": [5, 6, 7], "answer": [8], "depth": 50}]"#).unwrap();
+    let (prompts, hay) = (prompts.to_str().unwrap(), fixture("recall_prompt.txt"));
+    let hay = hay.to_str().unwrap();
+    let run = |args: &[&str], variables: &[(&str, &str)]| {
+        let variables = variables.iter().map(|(name, value)| (format!("SPECACHE_EVAL_{name}"), value));
+        eval(args).args(["--kv", "full"]).envs(variables).output().unwrap()
+    };
+    let ppl = ["ppl", "-c", "100", "--windows", "1"];
+    let needle = ["needle", "--lengths", "200", "--depths", "50", "-n", "1"];
+    for (args, variables) in [
+        (&[&ppl[..], &["--tokens", &ids]].concat(), &[("FILE", "/nowhere")][..]),
+        (&[&ppl[..], &["-f", hay]].concat(), &[("TOKENS", "/nowhere")]),
+        (&vec!["needle", "--prompts", prompts], &[("HAYSTACK", "/nowhere"), ("LENGTHS", "7"), ("NEEDLE", "x")]),
+        (&vec!["needle", "--prompts", prompts], &[("CHAT", "0")]),
+        (&vec!["needle"], &[("PROMPTS", prompts), ("CHAT", "off")]),
+        (&[&needle[..], &["-f", hay]].concat(), &[("PROMPTS", "/nowhere")]),
+        (&needle.to_vec(), &[("HAYSTACK", hay), ("PROMPTS", "/nowhere")]),
+    ] {
+        let output = run(args, variables);
+        assert!(output.status.success(), "{args:?}, {variables:?}: {}", text(&output.stderr));
+    }
+    for (args, variables, words) in [
+        (&ppl[..], &[("FILE", hay), ("TOKENS", ids.as_str())][..], "several texts"),
+        (&["needle", "--prompts", prompts, "-f", hay], &[], "cannot be used with"),
+        (&["needle"], &[("PROMPTS", prompts), ("HAYSTACK", hay)], "cannot be used with"),
+        (&["needle", "--prompts", prompts, "--chat"], &[("CHAT", "0")], "cannot be used with"),
+    ] {
+        let output = run(args, variables);
+        assert_eq!(output.status.code(), Some(2), "{args:?}, {variables:?}");
+        assert!(text(&output.stderr).contains(words), "{args:?}, {variables:?}: {}", text(&output.stderr));
+    }
+    let mut simulate = Command::new(env!("CARGO_BIN_EXE_specache-engine"));
+    simulate.args(["bench", "--simulate", "-d", "1000"]).env("SPECACHE_BENCH_OVERLAP", "1");
+    assert!(simulate.output().unwrap().status.success());
+    let mut simulate = Command::new(env!("CARGO_BIN_EXE_specache-engine"));
+    simulate.args(["bench", "-d", "1000"]).env("SPECACHE_BENCH_OVERLAP", "no").env("SPECACHE_BENCH_SIMULATE", "yes");
+    assert!(text(&simulate.output().unwrap().stdout).starts_with("Simulated"));
+}
+
 /// Every variant beside the others in one batch, on a GPU too; what only the CPU keeps is refused there.
 #[test]
 fn on_a_gpu() {

@@ -1,11 +1,11 @@
 //! What can be said on the command line, and in `SPECACHE_*` variables.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
 
 use clap::builder::{FalseyValueParser, PossibleValuesParser, TypedValueParser};
-use clap::parser::ValueSource;
-use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use specache::device::link::LinkOptions;
 use specache::device::pin::{Mlock, Pin};
@@ -17,7 +17,7 @@ use specache::sampler::SamplingOverrides;
 
 use super::eval::args::EvalArgs;
 use super::output::AtomicFile;
-use super::size;
+use super::{precedence, size};
 
 static VERSION: LazyLock<String> = LazyLock::new(|| match option_env!("SPECACHE_COMMIT") {
     Some(commit) => format!("{} ({commit})", env!("CARGO_PKG_VERSION")),
@@ -287,10 +287,10 @@ pub struct BenchArgs {
     #[command(flatten)]
     pub device: DeviceArgs,
     /// Run nothing: simulate the pipeline of a decode step on a card, from bytes over bandwidth, under each schedule
-    #[arg(long, env = "SPECACHE_BENCH_SIMULATE")]
+    #[arg(long, env = "SPECACHE_BENCH_SIMULATE", value_parser = FalseyValueParser::new())]
     pub simulate: bool,
     /// Run one model under each schedule in turns, and show layer by layer what of its copies is hidden
-    #[arg(long, env = "SPECACHE_BENCH_OVERLAP", conflicts_with = "simulate")]
+    #[arg(long, env = "SPECACHE_BENCH_OVERLAP", value_parser = FalseyValueParser::new(), conflicts_with = "simulate")]
     pub overlap: bool,
     /// Sequences that are decoded together; of a real prompt they are forks, which share its pages on the host
     #[arg(short, long, env = "SPECACHE_BENCH_BATCH", value_name = "B,...", value_delimiter = ',', default_value = "1")]
@@ -469,18 +469,6 @@ pub struct PromptArgs {
     pub tokens: Option<PathBuf>,
 }
 
-impl PromptArgs {
-    /// A prompt on the command line wins over one in the environment.
-    fn prefer_command_line(&mut self, matches: &ArgMatches) {
-        let typed = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
-        if ["prompt", "file", "tokens"].into_iter().any(typed) {
-            self.prompt = self.prompt.take().filter(|_| typed("prompt"));
-            self.file = self.file.take().filter(|_| typed("file"));
-            self.tokens = self.tokens.take().filter(|_| typed("tokens"));
-        }
-    }
-}
-
 /// How K and V are kept.
 #[derive(Args)]
 pub struct KvArgs {
@@ -596,10 +584,33 @@ pub fn parse() -> Cli {
         Some("--list-devices") if i == 1 => "devices".into(),
         _ => arg,
     });
-    let matches = Cli::command().get_matches_from(args);
-    let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
-    if let (Command::Generate(args), Some((_, matches))) = (&mut cli.command, matches.subcommand()) {
-        args.prompt.prefer_command_line(matches);
+    let args: Vec<OsString> = args.collect();
+    let matches = precedence::settle(Cli::command(), &args).get_matches_from(args);
+    Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::ArgAction;
+    use clap::builder::ValueParser;
+
+    /// `SPECACHE_X=0`, `=no`, `=yes`: for every flag of every command, as README and help promise it for all options.
+    #[test]
+    fn every_flag_can_be_a_variable_that_says_yes_or_no() {
+        fn flags(command: &clap::Command) -> Vec<String> {
+            let own = command.get_arguments().filter(|arg| matches!(arg.get_action(), ArgAction::SetTrue)).map(|arg| {
+                let name = format!("{} --{}", command.get_name(), arg.get_id());
+                assert!(arg.get_env().is_some(), "{name} has no variable");
+                let (parser, strict) = (arg.get_value_parser(), ValueParser::bool());
+                assert_ne!(format!("{parser:?}"), format!("{strict:?}"), "{name} takes `true` and `false` only");
+                name
+            });
+            own.chain(command.get_subcommands().flat_map(flags)).collect()
+        }
+        let all = flags(&Cli::command());
+        for name in ["bench --simulate", "bench --overlap", "needle --chat", "generate --json"] {
+            assert!(all.iter().any(|flag| flag == name), "no {name} in {all:?}");
+        }
     }
-    cli
 }

@@ -11,6 +11,7 @@ mod input;
 mod logits;
 mod output;
 mod plan;
+mod precedence;
 mod progress;
 mod shell;
 mod size;

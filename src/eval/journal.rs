@@ -135,7 +135,9 @@ fn open_locked(path: &Path) -> Result<File> {
         // Some network file systems have no locks.
         Err(TryLockError::Error(why)) => {
             let path = path.display();
-            notice::warn(format_args!("--output {path}: cannot be locked ({why}); let no other run write it at the same time"));
+            notice::warn(format_args!(
+                "--output {path}: cannot be locked ({why}); let no other run write it at the same time"
+            ));
             Ok(file)
         }
     }

@@ -65,7 +65,9 @@ impl Subject {
         variants.iter().try_for_each(|kv| kv.validate(config))?;
         if let Some(id) = config.eos_token_ids.iter().find(|&&id| id as usize >= config.vocab_size) {
             let last = config.vocab_size - 1;
-            say(format_args!("warning: eos_token_id {id} is beyond the vocabulary, which ends at {last}: no answer ends by it"));
+            say(format_args!(
+                "warning: eos_token_id {id} is beyond the vocabulary, which ends at {last}: no answer ends by it"
+            ));
         }
         Ok(Subject { folder, engine, tokenizer, trace })
     }

@@ -1,0 +1,63 @@
+//! Whose word counts where options exclude each other: the command line's before that of the environment.
+
+use std::ffi::OsString;
+
+use clap::parser::ValueSource;
+use clap::{Arg, ArgAction, ArgMatches, Command};
+
+/// A text, or token ids.
+const TEXT: &[&[&str]] = &[&["file"], &["tokens"]];
+
+/// A command, by the words on the way to it, and sides of which only one may have its say.
+const SIDES: [(&[&str], &[&[&str]]); 6] = [
+    (&["generate"], &[&["prompt"], &["file"], &["tokens"]]),
+    (&["bench"], &[&["simulate"], &["overlap"]]),
+    (&["eval", "ppl"], TEXT),
+    (&["eval", "kld"], TEXT),
+    (&["eval", "coverage"], TEXT),
+    (&["eval", "needle"], &[&["prompts"], &["haystack", "lengths", "depths", "needle", "question", "answer", "chat"]]),
+];
+
+/// The command without the variables that have no say for these arguments: those of the sides that exclude a side on the command
+/// line, and those of flags that say no, which exclude nothing. Two sides of one source are left to the command itself.
+pub fn settle(command: Command, args: &[OsString]) -> Command {
+    let command = each_arg(command, &|arg| if says_no(&arg) { arg.env(None::<&str>) } else { arg });
+    let bare = each_arg(command.clone(), &|arg| arg.env(None::<&str>)).ignore_errors(true);
+    // An error here is a question for help or the version.
+    let Ok(typed) = bare.try_get_matches_from(args) else { return command };
+    SIDES.iter().fold(command, |command, (path, sides)| {
+        let Some(matches) = below(&typed, path) else { return command };
+        let is_typed =
+            |side: &&[&str]| side.iter().any(|id| matches.value_source(id) == Some(ValueSource::CommandLine));
+        if !sides.iter().any(is_typed) {
+            return command;
+        }
+        let silent: Vec<&str> =
+            sides.iter().filter(|side| !is_typed(side)).flat_map(|side| side.iter().copied()).collect();
+        at(command, path, &|command| {
+            silent.iter().fold(command, |command, id| command.mut_arg(id, |a| a.env(None::<&str>)))
+        })
+    })
+}
+
+/// Whether a flag's variable is one of the words by which `FalseyValueParser` means no.
+fn says_no(arg: &Arg) -> bool {
+    let said = arg.get_env().and_then(std::env::var_os).map(|value| value.to_string_lossy().to_lowercase());
+    let no = ["", "0", "n", "no", "f", "false", "off"];
+    matches!(arg.get_action(), ArgAction::SetTrue) && said.is_some_and(|said| no.contains(&said.as_str()))
+}
+
+fn each_arg(command: Command, change: &dyn Fn(Arg) -> Arg) -> Command {
+    command.mut_args(change).mut_subcommands(|command| each_arg(command, change))
+}
+
+fn below<'a>(matches: &'a ArgMatches, path: &[&str]) -> Option<&'a ArgMatches> {
+    path.iter().try_fold(matches, |matches, name| matches.subcommand_matches(name))
+}
+
+fn at(command: Command, path: &[&str], change: &dyn Fn(Command) -> Command) -> Command {
+    match path {
+        [] => change(command),
+        [name, path @ ..] => command.mut_subcommand(name, |command| at(command, path, change)),
+    }
+}
