@@ -7,7 +7,6 @@ use specache::chat::{ChatTemplate, Message};
 use specache::device::interrupt;
 use specache::error::{Error, Result};
 use specache::kv::{KvMode, KvOptions};
-use specache::model::folder;
 use specache::sampler::{Sampler, SamplingOptions};
 use specache::tokenizer::Tokenizer;
 use specache::{Buffers, Engine, Next, Prompt, Session};
@@ -67,8 +66,7 @@ pub fn run(args: ChatArgs) -> Result<()> {
 }
 
 fn template(model: &str) -> Result<ChatTemplate> {
-    let found = folder(model)?.map(|folder| ChatTemplate::load(&folder)).transpose()?.flatten();
-    found.ok_or_else(|| {
+    input::template(model)?.ok_or_else(|| {
         Error::Usage(format!(
             "{model} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json): continue \
              texts with `generate`, or join the turns plainly with `chat --raw`"

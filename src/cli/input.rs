@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+use specache::chat::ChatTemplate;
 use specache::error::{Error, Result};
 use specache::model::folder;
 use specache::tokenizer::{self, Tokenizer};
@@ -21,6 +22,14 @@ pub fn tokenizer(model: &str, vocab_size: usize) -> Result<Option<Tokenizer>> {
         tokenizer.check_vocab(vocab_size)?;
     }
     Ok(tokenizer)
+}
+
+/// The chat template of a model; `None` for a folder without one and for random weights.
+///
+/// # Errors
+/// As [`ChatTemplate::load`].
+pub fn template(model: &str) -> Result<Option<ChatTemplate>> {
+    Ok(folder(model)?.map(|folder| ChatTemplate::load(&folder)).transpose()?.flatten())
 }
 
 /// What the prompt is made from.

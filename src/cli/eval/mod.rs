@@ -278,9 +278,8 @@ fn template(chat: bool, model: &str) -> Result<Option<ChatTemplate>> {
     if !chat {
         return Ok(None);
     }
-    let found = folder(model)?.map(|folder| ChatTemplate::load(&folder)).transpose()?.flatten();
     let none = || Error::Usage(format!("--chat: {model} has no chat template; leave --chat out"));
-    found.ok_or_else(none).map(Some)
+    input::template(model)?.ok_or_else(none).map(Some)
 }
 
 /// `1 window`, `2 windows`.
