@@ -686,6 +686,7 @@ fn bad_input_is_refused_by_name() {
         (&["needle", "--haystack", &empty], &["--haystack", "empty"]),
         (&["needle", "--haystack", &hay, "--depths", "101"], &["--depths 101"]),
         (&["needle", "--haystack", &hay, "--lengths", "10"], &["--lengths 10", "alone are"]),
+        (&["needle", "--haystack", &hay, "--lengths", "100,5000000"], &["--lengths 5000000", "at most 4194304"]),
         (&["needle", "--haystack", &hay, "--needle", "A."], &["--question"]),
         (
             &["needle", "--haystack", &hay, "--needle", "A.", "--question", "?", "--answer", "!"],
@@ -723,6 +724,36 @@ fn bad_input_is_refused_by_name() {
     let output = random.args(["eval", "ppl", "-m", "synthetic:tiny", "--tokens", ids]).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(text(&output.stderr).contains("random weights have no quality"), "{}", text(&output.stderr));
+}
+
+/// What is wrong with the arguments alone is said before a model is loaded, and at once.
+#[test]
+fn mistakes_show_before_a_model_is_loaded() {
+    let folder = folder("before");
+    let ids = write_ids(&folder, &long_ids()[..300]);
+    let odd = folder.join("odd.json");
+    fs::write(&odd, r#"[{"length":5,"ids":[1],"answer":[2]}]"#).unwrap();
+    let (odd, hay) = (odd.to_str().unwrap(), fixture("recall_prompt.txt"));
+    let (hay, place) = (hay.to_str().unwrap(), folder.to_str().unwrap());
+    for args in [
+        &["ppl"][..],
+        &["ppl", "-f", "/nowhere"],
+        &["ppl", "--tokens", &ids, "-f", hay],
+        &["kld", "--tokens", &ids, "--output", place],
+        &["ppl", "--tokens", &ids, "--output", "/nowhere/out.jsonl"],
+        &["coverage", "-f", "/nowhere"],
+        &["needle", "--haystack", "/nowhere"],
+        &["needle", "--haystack", hay, "--depths", "101"],
+        &["needle", "--haystack", hay, "--chat"],
+        &["needle", "--haystack", hay, "--lengths", "200,100000000"],
+        &["needle", "--prompts", odd],
+        &["longbench", "--data", "/nowhere"],
+    ] {
+        let output = eval(args).output().unwrap();
+        let said = text(&output.stderr);
+        assert!(matches!(output.status.code(), Some(1 | 2)) && said.contains("error: "), "{args:?}: {said}");
+        assert!(!said.contains("loading "), "{args:?}: {said}");
+    }
 }
 
 #[test]

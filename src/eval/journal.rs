@@ -115,7 +115,11 @@ fn sync_folder(file: &Path) {
     let _ = File::open(folder).and_then(|folder| folder.sync_all());
 }
 
-fn open_locked(path: &Path) -> Result<File> {
+/// Whether such a file can be at this place, so that it is known before any work is done.
+///
+/// # Errors
+/// [`Error::Usage`] for a folder, a folder that is not there, and what is not a regular file.
+pub fn check_place(path: &Path) -> Result<()> {
     let usage = |what: &str| Err(Error::Usage(format!("--output {}: {what}", path.display())));
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     if path.is_dir() {
@@ -127,6 +131,12 @@ fn open_locked(path: &Path) -> Result<File> {
     if path.exists() && !path.is_file() {
         return usage("is not a regular file, so that no later run could continue it");
     }
+    Ok(())
+}
+
+fn open_locked(path: &Path) -> Result<File> {
+    check_place(path)?;
+    let usage = |what: &str| Err(Error::Usage(format!("--output {}: {what}", path.display())));
     let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
     let file = file.map_err(|e| Error::io(path, e))?;
     match file.try_lock() {

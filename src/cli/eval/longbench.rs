@@ -28,14 +28,14 @@ struct Questions {
 pub fn run(args: &LongbenchArgs) -> Result<()> {
     let variants = args.variants.options(&[KvMode::Full, KvMode::Kivi, KvMode::SpeCache])?;
     let questions = questions(args)?;
-    let subject = Subject::load(&args.model, &variants)?;
-    subject.tokenizer()?;
     let template = template(args.chat, &args.model.model)?;
-    let positions = subject.engine.model().config.max_positions;
-    let max_length = args.max_length.unwrap_or(default_max_length(positions));
-    if max_length < 2 {
+    if let Some(max_length @ ..2) = args.max_length {
         return Err(Error::Usage(format!("--max-length {max_length}: at least 2 tokens are needed")));
     }
+    let subject = Subject::load(&args.model, &variants, &args.results)?;
+    subject.tokenizer()?;
+    let positions = subject.engine.model().config.max_positions;
+    let max_length = args.max_length.unwrap_or(default_max_length(positions).max(2));
     let answers = questions.iter().map(|q| q.task.max_tokens).max().unwrap_or(0);
     subject.check_length(max_length.saturating_add(answers))?;
     let total: usize = questions.iter().map(|q| q.items.len()).sum();

@@ -14,7 +14,8 @@ use specache::Engine;
 use specache::chat::ChatTemplate;
 use specache::device::interrupt;
 use specache::error::{Error, Result};
-use specache::eval::{self, journal::Journal};
+use specache::eval;
+use specache::eval::journal::{Journal, check_place};
 use specache::kv::{KvMode, KvOptions};
 use specache::model::{Linear, Matrix, Weights, folder};
 use specache::tokenizer::Tokenizer;
@@ -49,8 +50,9 @@ struct Subject {
 }
 
 impl Subject {
-    /// Loads the model, and checks the variants against it.
-    fn load(args: &ModelArgs, variants: &[KvOptions]) -> Result<Subject> {
+    /// Loads the model, and checks the variants against it; before, whether results can be kept.
+    fn load(args: &ModelArgs, variants: &[KvOptions], results: &Results) -> Result<Subject> {
+        results.output.as_deref().map_or(Ok(()), check_place)?;
         let device = args.device.options()?;
         let folder = folder(&args.model)?.ok_or_else(|| {
             let model = &args.model;

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
-use specache::chat::Message;
+use specache::chat::{ChatTemplate, Message};
 use specache::error::{Error, Result};
 use specache::eval;
 use specache::eval::answer::{Limits, greedy};
@@ -23,6 +23,8 @@ use crate::cli::progress::say;
 
 /// Lengths unless the user says otherwise.
 const LENGTHS: [usize; 3] = [1000, 2000, 4000];
+/// Longest prompt; no model goes as far, and a text is made and cut into tokens several times to find its length.
+const MOST_TOKENS: usize = 4 << 20;
 /// More depths than this become rows of ten percent each.
 const MOST_ROWS: usize = 21;
 
@@ -55,13 +57,14 @@ pub fn run(args: &NeedleArgs) -> Result<()> {
         return Err(Error::Usage("-n 0: at least one token must be generated".into()));
     }
     let plot = plot_file(args.plot.as_ref())?;
-    let subject = Subject::load(&args.model, &variants)?;
-    let cases = match &args.prompts {
-        Some(file) => ready_cases(args, file, &subject)?,
-        None => planted_cases(args, &subject)?,
+    // What needs no model comes first, so that mistakes show before one is loaded.
+    let given = args.prompts.as_deref().map_or_else(|| Given::planted(args), Given::ready)?;
+    let subject = Subject::load(&args.model, &variants, &args.results)?;
+    let cases = match given {
+        Given::Ready(prompts) => ready_cases(args, prompts, &subject)?,
+        Given::Planted { needle, haystack, template } => planted_cases(args, &needle, &haystack, template, &subject)?,
     };
     let longest = cases.iter().map(|case| case.ids.len().saturating_add(case.most)).max().unwrap_or(0);
-    subject.check_length(longest)?;
     let expected = cases.iter().map(|case| match &case.expected {
         Expected::Text(text) => text.as_bytes(),
         Expected::Ids(ids) => bytemuck::cast_slice(ids),
@@ -125,23 +128,66 @@ fn ask(subject: &Subject, case: &Case, kv: KvOptions) -> Result<Value> {
     })
 }
 
-/// Prompts made of a haystack.
-fn planted_cases(args: &NeedleArgs, subject: &Subject) -> Result<Vec<Case>> {
-    let file = args.haystack.as_deref().ok_or_else(|| Error::Usage("no haystack: give --haystack FILE".into()))?;
-    let needle = match (&args.needle, &args.question, &args.answer) {
-        (Some(needle), Some(question), Some(answer)) => {
-            Needle { needle: needle.clone(), question: question.clone(), answer: answer.clone() }
+/// What the prompts are made of.
+enum Given {
+    Ready(Vec<Ready>),
+    Planted { needle: Needle, haystack: String, template: Option<ChatTemplate> },
+}
+
+impl Given {
+    fn planted(args: &NeedleArgs) -> Result<Given> {
+        let usage = |what: String| Err(Error::Usage(what));
+        let Some(file) = &args.haystack else { return usage("no haystack: give --haystack FILE".into()) };
+        let needle = match (&args.needle, &args.question, &args.answer) {
+            (Some(needle), Some(question), Some(answer)) => {
+                Needle { needle: needle.clone(), question: question.clone(), answer: answer.clone() }
+            }
+            _ => Needle::default(),
+        };
+        if eval::metrics::normalised_words(&needle.answer).is_empty() {
+            return usage("--answer: has no words that could be found".into());
         }
-        _ => Needle::default(),
-    };
-    if eval::metrics::normalised_words(&needle.answer).is_empty() {
-        return Err(Error::Usage("--answer: has no words that could be found".into()));
+        if args.depths.is_empty() {
+            return usage("--depths: at least one is needed".into());
+        }
+        if let Some(depth) = args.depths.iter().find(|depth| !(0.0..=100.0).contains(*depth)) {
+            return usage(format!("--depths {depth}: must be from 0 to 100 percent"));
+        }
+        if let Some(length) = args.lengths.iter().find(|&&length| length > MOST_TOKENS) {
+            return usage(format!("--lengths {length}: at most {MOST_TOKENS} tokens are supported"));
+        }
+        let haystack = input::text("--haystack", file)?;
+        Ok(Given::Planted { needle, haystack, template: template(args.chat, &args.model.model)? })
     }
-    if let Some(depth) = args.depths.iter().find(|depth| !(0.0..=100.0).contains(*depth)) {
-        return Err(Error::Usage(format!("--depths {depth}: must be from 0 to 100 percent")));
+
+    fn ready(file: &Path) -> Result<Given> {
+        let wrong = |what: String| Error::Usage(format!("--prompts {}: {what}", file.display()));
+        let ready: Vec<Ready> = serde_json::from_slice(&input::read(file)?).map_err(|e| {
+            wrong(format!("not a JSON array of objects with length, ids, answer and depth or index ({e})"))
+        })?;
+        if ready.is_empty() {
+            return Err(wrong("the list is empty".into()));
+        }
+        for (i, prompt) in ready.iter().enumerate() {
+            prompt.percent(&ready).map_err(|what| wrong(format!("prompt {i}{what}")))?;
+            if prompt.ids.is_empty() || prompt.answer.is_empty() {
+                return Err(wrong(format!("prompt {i}: `ids` and `answer` need a token each")));
+            }
+        }
+        Ok(Given::Ready(ready))
     }
+}
+
+/// Prompts made of a haystack.
+fn planted_cases(
+    args: &NeedleArgs,
+    needle: &Needle,
+    haystack: &str,
+    template: Option<ChatTemplate>,
+    subject: &Subject,
+) -> Result<Vec<Case>> {
     let tokenizer = subject.tokenizer()?;
-    let haystack = Haystack::new(tokenizer, &input::text("--haystack", file)?)?;
+    let haystack = Haystack::new(tokenizer, haystack)?;
     let answer = tokenizer.encode(&needle.answer, false)?.len();
     let most = args.n_predict.unwrap_or(answer + 16);
     let limit = subject.engine.model().config.max_positions;
@@ -152,14 +198,12 @@ fn planted_cases(args: &NeedleArgs, subject: &Subject) -> Result<Vec<Case>> {
         (true, none) if none.is_empty() => vec![limit.saturating_sub(most)],
         (true, fitting) => fitting,
     };
-    if args.depths.is_empty() {
-        return Err(Error::Usage("--depths: at least one is needed".into()));
-    }
-    if let Some(longest) = lengths.iter().max().filter(|&&longest| longest > haystack.tokens()) {
+    let longest = lengths.iter().copied().max().unwrap_or(0);
+    subject.check_length(longest.saturating_add(most))?;
+    if longest > haystack.tokens() {
         let tokens = haystack.tokens();
         say(format_args!("the haystack has about {tokens} tokens; for {longest} it begins again"));
     }
-    let template = template(args.chat, &args.model.model)?;
     let ids = |text: &str| match &template {
         Some(template) => tokenizer.encode(&template.render(&[Message { role: "user", content: text }], true)?, false),
         None => tokenizer.encode(text, true),
@@ -167,7 +211,7 @@ fn planted_cases(args: &NeedleArgs, subject: &Subject) -> Result<Vec<Case>> {
     let mut cases = Vec::new();
     for &length in &lengths {
         for &depth in &args.depths {
-            let ids = haystack.prompt(&needle, length, depth / 100.0, ids)?;
+            let ids = haystack.prompt(needle, length, depth / 100.0, ids)?;
             let index = number_among(&cases, length, depth);
             cases.push(Case { length, depth, index, ids, expected: Expected::Text(needle.answer.clone()), most });
         }
@@ -192,36 +236,35 @@ struct Ready {
     index: Option<usize>,
 }
 
-fn ready_cases(args: &NeedleArgs, file: &Path, subject: &Subject) -> Result<Vec<Case>> {
-    let wrong = |what: String| Error::Usage(format!("--prompts {}: {what}", file.display()));
-    let bytes = input::read(file)?;
-    let ready: Vec<Ready> = serde_json::from_slice(&bytes)
-        .map_err(|e| wrong(format!("not a JSON array of objects with length, ids, answer and depth or index ({e})")))?;
-    if ready.is_empty() {
-        return Err(wrong("the list is empty".into()));
-    }
-    let mut cases: Vec<Case> = Vec::new();
-    for (i, prompt) in ready.iter().enumerate() {
-        let of = ready.iter().filter(|other| other.length == prompt.length).count();
-        let depth = match (prompt.depth, prompt.index) {
-            (Some(depth), _) if (0.0..=100.0).contains(&depth) => depth,
-            (Some(depth), _) => return Err(wrong(format!("prompt {i}: depth {depth} must be from 0 to 100 percent"))),
-            (None, Some(index)) if index < of => (index as f64 + 0.5) / of as f64 * 100.0,
-            (None, Some(index)) => return Err(wrong(format!("prompt {i}: index {index} of {of} of its length"))),
-            (None, None) => return Err(wrong(format!("prompt {i} has neither depth nor index"))),
-        };
-        if prompt.ids.is_empty() || prompt.answer.is_empty() {
-            return Err(wrong(format!("prompt {i}: `ids` and `answer` need a token each")));
+impl Ready {
+    /// Its depth, among all of the file.
+    fn percent(&self, all: &[Ready]) -> Result<f64, String> {
+        let of = all.iter().filter(|other| other.length == self.length).count();
+        match (self.depth, self.index) {
+            (Some(depth), _) if (0.0..=100.0).contains(&depth) => Ok(depth),
+            (Some(depth), _) => Err(format!(": depth {depth} must be from 0 to 100 percent")),
+            (None, Some(index)) if index < of => Ok((index as f64 + 0.5) / of as f64 * 100.0),
+            (None, Some(index)) => Err(format!(": index {index} of {of} of its length")),
+            (None, None) => Err(" has neither depth nor index".into()),
         }
+    }
+}
+
+fn ready_cases(args: &NeedleArgs, ready: Vec<Ready>, subject: &Subject) -> Result<Vec<Case>> {
+    let depths = ready.iter().map(|prompt| prompt.percent(&ready)).collect::<Result<Vec<f64>, String>>();
+    let depths = depths.map_err(Error::Usage)?;
+    let mut cases: Vec<Case> = Vec::new();
+    for (i, (prompt, depth)) in ready.into_iter().zip(depths).enumerate() {
         for ids in [&prompt.ids, &prompt.answer] {
             input::check_ids(&format!("--prompts: prompt {i}"), ids, subject.engine.model().config.vocab_size)?;
         }
         let index = number_among(&cases, prompt.length, depth);
         let most = args.n_predict.unwrap_or(prompt.answer.len());
-        let (ids, expected) = (prompt.ids.clone(), Expected::Ids(prompt.answer.clone()));
-        cases.push(Case { length: prompt.length, depth, index, ids, expected, most });
+        let Ready { length, ids, answer, .. } = prompt;
+        cases.push(Case { length, depth, index, ids, expected: Expected::Ids(answer), most });
     }
-    Ok(cases)
+    let longest = cases.iter().map(|case| case.ids.len().saturating_add(case.most)).max().unwrap_or(0);
+    subject.check_length(longest).map(|()| cases)
 }
 
 /// The values of `key` that differ, ascending.

@@ -24,6 +24,24 @@ use crate::cli::progress::say;
 /// Tokens of a window unless the user says otherwise.
 const WINDOW: usize = 2048;
 
+/// A text as it was given.
+enum Text {
+    Words(String),
+    Ids(Vec<u32>),
+}
+
+impl Text {
+    /// Needs no model, so that mistakes show before one is loaded.
+    fn read(args: &TextArgs) -> Result<Text> {
+        match (&args.file, &args.tokens) {
+            (Some(file), None) => input::text("-f", file).map(Text::Words),
+            (None, Some(file)) => input::ids("--tokens", file).map(Text::Ids),
+            (None, None) => Err(Error::Usage("no text: give one of -f/--file and --tokens".into())),
+            _ => Err(Error::Usage("several texts: give only one of -f/--file and --tokens".into())),
+        }
+    }
+}
+
 /// A text in windows.
 struct Windows {
     ids: Vec<Vec<u32>>,
@@ -33,20 +51,17 @@ struct Windows {
 }
 
 impl Windows {
-    fn new(args: &TextArgs, subject: &Subject) -> Result<Windows> {
+    fn new(args: &TextArgs, text: Text, subject: &Subject) -> Result<Windows> {
         let config = &subject.engine.model().config;
         let length = args.ctx_size.unwrap_or(WINDOW.min(config.max_positions));
         let cut_at = Cut { length, prefill: args.prefill.unwrap_or(length / 2), most: args.windows };
-        let (prefix, tokens) = match (&args.file, &args.tokens) {
-            (Some(file), None) => {
+        let (prefix, tokens) = match text {
+            Text::Words(text) => {
                 let tokenizer = subject.tokenizer()?;
-                let text = input::text("-f", file)?;
                 // A window begins as a text does.
                 (tokenizer.encode("", true)?, tokenizer.encode(&text, false)?)
             }
-            (None, Some(file)) => (Vec::new(), input::ids("--tokens", file)?),
-            (None, None) => return Err(Error::Usage("no text: give one of -f/--file and --tokens".into())),
-            _ => return Err(Error::Usage("several texts: give only one of -f/--file and --tokens".into())),
+            Text::Ids(ids) => (Vec::new(), ids),
         };
         input::check_ids("--tokens", &tokens, config.vocab_size)?;
         let ids = cut(&tokens, &prefix, cut_at)?;
@@ -126,8 +141,9 @@ fn number(value: &Value, name: &str) -> Result<f64> {
 /// `eval ppl`.
 pub fn perplexity(args: &PplArgs) -> Result<()> {
     let variants = args.variants.options(&[KvMode::Full, KvMode::Kivi, KvMode::SpeCache])?;
-    let subject = Subject::load(&args.model, &variants)?;
-    let windows = Windows::new(&args.text, &subject)?;
+    let text = Text::read(&args.text)?;
+    let subject = Subject::load(&args.model, &variants, &args.results)?;
+    let windows = Windows::new(&args.text, text, &subject)?;
     let items = windows.begin("ppl", &subject, &variants, &args.results)?;
     let (subject, results) = measure(subject, items, |subject, items| {
         windows.each(items, |ids, prefill, progress| {
@@ -170,8 +186,9 @@ pub fn divergence(args: &KldArgs) -> Result<()> {
         return Err(Error::Usage("--kv full: eval kld measures the other modes against it; name some".into()));
     }
     let plot = plot_file(args.plot.as_ref())?;
-    let subject = Subject::load(&args.model, &variants)?;
-    let windows = Windows::new(&args.text, &subject)?;
+    let text = Text::read(&args.text)?;
+    let subject = Subject::load(&args.model, &variants, &args.results)?;
+    let windows = Windows::new(&args.text, text, &subject)?;
     let items = windows.begin("kld", &subject, &variants, &args.results)?;
     let (subject, results) = measure(subject, items, |subject, items| {
         windows.each(items, |ids, prefill, progress| {
@@ -252,13 +269,14 @@ pub fn coverage(args: &CoverageArgs) -> Result<()> {
         )));
     }
     let plot = plot_file(args.plot.as_ref())?;
-    let subject = Subject::load(&args.model, &variants)?;
+    let text = Text::read(&args.text)?;
+    let subject = Subject::load(&args.model, &variants, &args.results)?;
     if subject.engine.device().is_gpu() {
         return Err(Error::Usage(
             "eval coverage looks at attention, which only the CPU device keeps: use --device cpu".into(),
         ));
     }
-    let windows = Windows::new(&args.text, &subject)?;
+    let windows = Windows::new(&args.text, text, &subject)?;
     let items = windows.begin("coverage", &subject, &variants, &args.results)?;
     let (subject, results) = measure(subject, items, |subject, items| {
         windows.each(items, |ids, prefill, progress| {
