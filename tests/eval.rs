@@ -292,8 +292,8 @@ fn coverage_is_counted_as_by_hand() {
                 let hits = &mut sum.hits[0];
                 hits.hits += best.iter().filter(|p| fetched.contains(p)).count() as u64;
                 hits.of += 16;
-                hits.mass += mass(fetched) / mass(&best);
-                hits.mass_of += 1;
+                hits.ratio += mass(fetched) / mass(&best);
+                hits.ratio_of += 1;
             }
         }
         (nq, n) = (no, n + 1);
@@ -302,11 +302,11 @@ fn coverage_is_counted_as_by_hand() {
     assert!(nq > 192, "a page border was crossed");
     for (counted, expected) in counted.iter().zip(&expected) {
         let (c, e) = (&counted.hits[0], &expected.hits[0]);
-        assert_eq!((counted.keys, counted.of, c.of, c.mass_of), (expected.keys, expected.of, e.of, e.mass_of));
+        assert_eq!((counted.keys, counted.of, c.of, c.ratio_of), (expected.keys, expected.of, e.of, e.ratio_of));
         near(counted.share, expected.share, 1e-9);
         // Sums in another order: of means that are equal but for their last bit, another one may be in the top-k.
         near(c.hits as f64, e.hits as f64, 0.001 * e.of as f64);
-        near(c.mass, e.mass, 1e-3);
+        near(c.ratio, e.ratio, 1e-3);
     }
 }
 
@@ -318,7 +318,8 @@ fn what_is_fetched_whole_is_hit_always() {
     let args = ["coverage", "--tokens", &file, "-c", "300", "--windows", "1", "--kv", "specache,fetch", "--kv-top-k"];
     let coverage = result(&[&args[..], &["1000,16"]].concat());
     for layer in coverage["layers"].as_array().unwrap() {
-        let rates = |i: usize| (number(&layer["variants"][i], "hit_rate"), number(&layer["variants"][i], "mass"));
+        let rates =
+            |i: usize| (number(&layer["variants"][i], "hit_rate"), number(&layer["variants"][i], "attention_ratio"));
         for whole in [0, 2] {
             assert_eq!(rates(whole).0, 1.0);
             near(rates(whole).1, 1.0, 1e-6);

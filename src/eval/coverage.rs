@@ -38,9 +38,9 @@ pub struct Hits {
     /// Pairs of the true top-k.
     pub of: u64,
     /// Attention on the fetched pairs over attention on the true top-k, summed over steps and KV heads.
-    pub mass: f64,
+    pub ratio: f64,
     /// Terms of that sum.
-    pub mass_of: u64,
+    pub ratio_of: u64,
 }
 
 impl Layer {
@@ -53,8 +53,8 @@ impl Layer {
         for (to, from) in self.hits.iter_mut().zip(&other.hits) {
             to.hits += from.hits;
             to.of += from.of;
-            to.mass += from.mass;
-            to.mass_of += from.mass_of;
+            to.ratio += from.ratio;
+            to.ratio_of += from.ratio_of;
         }
     }
 }
@@ -143,8 +143,8 @@ fn count_hits(full: &Attention, variant: &Attention, group_heads: usize, k: usiz
         sum.of += best.len() as u64;
         let true_mass: f64 = best.iter().map(|&i| f64::from(scores[i])).sum();
         if true_mass > 0.0 {
-            sum.mass += fetched.iter().map(|&p| score(p)).sum::<f64>() / true_mass;
-            sum.mass_of += 1;
+            sum.ratio += fetched.iter().map(|&p| score(p)).sum::<f64>() / true_mass;
+            sum.ratio_of += 1;
         }
     }
 }
@@ -203,10 +203,10 @@ mod tests {
         };
         // The true top-2 are 1 and 0: 0 and 3 tie, the lower position wins.
         let sum = hits(&[1, 2], 2);
-        assert_eq!((sum.hits, sum.of, sum.mass_of), (1, 2, 1));
-        assert!((sum.mass - 0.4 / 0.55).abs() < 1e-6, "{}", sum.mass);
+        assert_eq!((sum.hits, sum.of, sum.ratio_of), (1, 2, 1));
+        assert!((sum.ratio - 0.4 / 0.55).abs() < 1e-6, "{}", sum.ratio);
         assert_eq!(hits(&[0, 1], 2).hits, 2);
-        assert_eq!(hits(&[0, 1, 2, 3], 64), Hits { hits: 4, of: 4, mass: hits(&[0, 1, 2, 3], 64).mass, mass_of: 1 });
+        assert_eq!(hits(&[0, 1, 2, 3], 64), Hits { hits: 4, of: 4, ratio: hits(&[0, 1, 2, 3], 64).ratio, ratio_of: 1 });
         // Nothing was fetched: nothing is hit, and that counts. Nothing is low-bit: there is no question.
         assert_eq!((hits(&[], 2).hits, hits(&[], 2).of), (0, 2));
         let mut sum = Hits::default();

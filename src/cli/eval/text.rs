@@ -298,7 +298,7 @@ pub fn coverage(args: &CoverageArgs) -> Result<()> {
     draw(plot, || coverage_picture(&subject, &variants, &lines).svg())?;
     let names: Vec<String> = variants.iter().map(eval::name).collect();
     let mut header = vec!["layer".to_string(), "keys that hold 90 %".into(), "share".into()];
-    header.extend(names.iter().flat_map(|name| [format!("{name}: hits"), "mass".into()]));
+    header.extend(names.iter().flat_map(|name| [format!("{name}: hits"), "attention ratio".into()]));
     let rows: Vec<Vec<String>> =
         lines.iter().map(|(name, layer)| coverage_row(name, layer)).chain([coverage_row("all", &all)]).collect();
     let text = table(&header.iter().map(String::as_str).collect::<Vec<_>>(), &rows);
@@ -325,13 +325,13 @@ fn coverage_row(name: &str, layer: &Layer) -> Vec<String> {
     ];
     for hits in &layer.hits {
         row.push(show(ratio(hits.hits as f64, hits.of), |x| format!("{x:.3}")));
-        row.push(show(ratio(hits.mass, hits.mass_of), |x| format!("{x:.3}")));
+        row.push(show(ratio(hits.ratio, hits.ratio_of), |x| format!("{x:.3}")));
     }
     row
 }
 
 fn coverage_json(layer: &Layer, names: &[String]) -> Value {
-    let hits = |(name, h): (&String, &Hits)| json!({ "name": name, "hit_rate": ratio(h.hits as f64, h.of), "mass": ratio(h.mass, h.mass_of) });
+    let hits = |(name, h): (&String, &Hits)| json!({ "name": name, "hit_rate": ratio(h.hits as f64, h.of), "attention_ratio": ratio(h.ratio, h.ratio_of) });
     json!({
         "keys": ratio(layer.keys, layer.of),
         "share_of_keys": ratio(layer.share, layer.of),
@@ -343,10 +343,10 @@ fn coverage_picture(subject: &Subject, variants: &[KvOptions], lines: &[(String,
     let mut series = vec!["share of the keys that hold 90 % of the attention".to_string()];
     for kv in variants {
         series.push(format!("{}: true hit rate", eval::name(kv)));
-        series.push(format!("{}: attention of the true top-k that was fetched", eval::name(kv)));
+        series.push(format!("{}: attention on the fetched pairs / on the true top-k", eval::name(kv)));
     }
     let values = |layer: &Layer| {
-        let hits = layer.hits.iter().flat_map(|h| [ratio(h.hits as f64, h.of), ratio(h.mass, h.mass_of)]);
+        let hits = layer.hits.iter().flat_map(|h| [ratio(h.hits as f64, h.of), ratio(h.ratio, h.ratio_of)]);
         [ratio(layer.share, layer.of)].into_iter().chain(hits).collect()
     };
     Bars {
@@ -359,7 +359,7 @@ fn coverage_picture(subject: &Subject, variants: &[KvOptions], lines: &[(String,
 }
 
 fn layer_json(layer: &Layer) -> Value {
-    let hits = |h: &Hits| json!([h.hits, h.of, h.mass, h.mass_of]);
+    let hits = |h: &Hits| json!([h.hits, h.of, h.ratio, h.ratio_of]);
     json!({
         "share": layer.share,
         "keys": layer.keys,
@@ -371,7 +371,7 @@ fn layer_json(layer: &Layer) -> Value {
 fn read_layer(value: &Value, variants: usize) -> Result<Layer> {
     let bad = || unreadable("layers");
     let hits = |h: &Value| {
-        Some(Hits { hits: h[0].as_u64()?, of: h[1].as_u64()?, mass: h[2].as_f64()?, mass_of: h[3].as_u64()? })
+        Some(Hits { hits: h[0].as_u64()?, of: h[1].as_u64()?, ratio: h[2].as_f64()?, ratio_of: h[3].as_u64()? })
     };
     let read = value["hits"].as_array().filter(|read| read.len() == variants).ok_or_else(bad)?;
     Ok(Layer {
