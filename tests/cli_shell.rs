@@ -11,7 +11,8 @@ use std::process::{Command, Output, Stdio};
 use common::{fixture, hub_cache};
 
 const PROMPT: &str = "The password of kose is zesi rere bago. Recall kose";
-const COMMANDS: [&str; 9] = ["generate", "chat", "logits", "plan", "doctor", "devices", "bench", "completions", "man"];
+const COMMANDS: [&str; 10] =
+    ["generate", "chat", "logits", "plan", "doctor", "devices", "bench", "eval", "completions", "man"];
 
 /// The command without the environment's own settings.
 fn command(args: &[&str]) -> Command {
@@ -162,6 +163,8 @@ fn every_command_has_a_manual_page() {
         COMMANDS.map(|name| (format!("specache-engine-{name}.1"), vec!["SYNOPSIS", name])).into_iter().chain([
             ("specache-engine.1".into(), vec!["SYNOPSIS", "Exit codes", "chat", "specache-engine 0."]),
             ("specache-engine-generate.1".into(), vec!["kv\\-top\\-k", "SPECACHE_KV_TOP_K", "Examples"]),
+            ("specache-engine-eval-needle.1".into(), vec!["SYNOPSIS", "haystack", "SPECACHE_EVAL_DEPTHS"]),
+            ("specache-engine-eval-longbench.1".into(), vec!["max\\-length"]),
         ])
     {
         let text = fs::read_to_string(folder.join(&page)).unwrap();

@@ -28,14 +28,17 @@ pub fn man(args: &ManArgs) -> Result<()> {
     main.build();
     let Some(folder) = &args.output else { return print(&String::from_utf8_lossy(&page(&manual(main)))) };
     std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
-    let commands: Vec<Command> = main.get_subcommands().cloned().chain([main.clone()]).collect();
-    for command in commands {
-        let manual = manual(command);
+    for command in with_all_below(&main) {
+        let manual = manual(command.clone());
         let mut file = AtomicFile::create("-o", &folder.join(manual.get_filename()))?;
         file.write(&page(&manual))?;
         file.commit()?;
     }
     Ok(())
+}
+
+fn with_all_below(command: &Command) -> Vec<&Command> {
+    [command].into_iter().chain(command.get_subcommands().flat_map(with_all_below)).collect()
 }
 
 fn manual(command: Command) -> Man {
