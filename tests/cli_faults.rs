@@ -78,13 +78,20 @@ fn a_broken_model_ends_every_command_with_3() {
     let model = dir.to_str().unwrap();
     let ids = dir.join("ids.json");
     fs::write(&ids, "[1, 2, 3]").unwrap();
-    let (ids, npy) = (ids.to_str().unwrap(), dir.join("o.npy"));
+    let item = r#"{"input":"Recall kose","context":"kose is zesi.","answers":["zesi"],"_id":"a"}"#;
+    fs::write(dir.join("qasper.jsonl"), item).unwrap();
+    let (ids, npy, hay) = (ids.to_str().unwrap(), dir.join("o.npy"), fixture("recall_prompt.txt"));
     let commands = [
         &["generate", "-m", model, "-p", "x", "-n", "2"][..],
         &["logits", "-m", model, "--tokens", ids, "--prefill", "1", "-o", npy.to_str().unwrap()],
         &["bench", "-m", model, "-n", "1", "-r", "1"],
         &["bench", "--overlap", "-m", model],
         &["chat", "--raw", "-m", model],
+        &["eval", "ppl", "-m", model, "--tokens", ids],
+        &["eval", "kld", "-m", model, "--tokens", ids],
+        &["eval", "coverage", "-m", model, "--tokens", ids],
+        &["eval", "needle", "-m", model, "--haystack", hay.to_str().unwrap()],
+        &["eval", "longbench", "-m", model, "--data", model],
     ];
     let all = |words: &[&str]| commands.iter().for_each(|args| fails(args, 3, words));
     let config = fs::read(dir.join("config.json")).unwrap();
@@ -102,7 +109,7 @@ fn a_broken_model_ends_every_command_with_3() {
     let tokenizer = fs::read(fixture("fuzz/tokenizer/decoder_panics.json")).unwrap();
     fs::write(dir.join("tokenizer.json"), tokenizer).unwrap();
     fails(commands[0], 3, &["tokenizer.json", "not a usable tokenizer"]);
-    fails(commands[4], 3, &["tokenizer.json", "not a usable tokenizer"]);
+    commands[4..].iter().for_each(|args| fails(args, 3, &["tokenizer.json", "not a usable tokenizer"]));
 }
 
 #[test]
@@ -293,8 +300,13 @@ fn every_command_survives_its_stdout() {
     let dir = copy("stdout");
     fs::write(dir.join("chat_template.jinja"), "{% for m in messages %}{{ m.content }}{% endfor %}").unwrap();
     let model = dir.to_str().unwrap();
+    let ids = dir.join("ids.json");
+    fs::write(&ids, format!("{:?}", (0..100).collect::<Vec<_>>())).unwrap();
+    let ids = ids.to_str().unwrap();
     let commands = [
-        &["generate", "-m", model, "-p", PROMPT, "-n", "4"][..],
+        &["eval", "ppl", "-m", model, "--tokens", ids, "-c", "40", "--windows", "1"][..],
+        &["eval", "ppl", "-m", model, "--tokens", ids, "-c", "40", "--windows", "1", "--json"],
+        &["generate", "-m", model, "-p", PROMPT, "-n", "4"],
         &["generate", "-m", model, "-p", PROMPT, "-n", "4", "--json"],
         &["chat", "-m", model, "-n", "4"],
         &["plan", "-m", model],
@@ -379,6 +391,7 @@ fn ctrl_c_at_any_time_leaves_nothing_half_done() {
     let outputs = folder("ctrl-c-outputs");
     let out = |name: &str| outputs.join(name).to_str().unwrap().to_string();
     let (npy, selections, trace, plot) = (out("o.npy"), out("s.json"), out("t.json"), out("p.svg"));
+    let results = out("r.jsonl");
     let (ids, long, model) = (ids.to_str().unwrap(), long.to_str().unwrap(), recall());
     let commands = [
         &["generate", "-m", &model, "--tokens", ids, "-n", "60", "--json", "--ignore-eos", "--trace", &trace][..],
@@ -415,6 +428,7 @@ fn ctrl_c_at_any_time_leaves_nothing_half_done() {
             &trace,
         ],
         &["bench", "-m", "synthetic:tiny", "-d", "600", "-n", "4", "-r", "2", "-o", "json"],
+        &["eval", "ppl", "-m", &model, "--tokens", ids, "-c", "100", "--output", &results, "--json"],
         &["man", "-o", &out("man")],
     ];
     let seed = std::env::var("SPECACHE_FUZZ_SEED").map_or(u64::from(std::process::id()), |seed| seed.parse().unwrap());
@@ -460,6 +474,12 @@ fn clear(folder: &Path) {
     fs::create_dir_all(folder).unwrap();
 }
 
+/// A file of results may lack results, but has whole lines.
+fn whole_lines(bytes: &[u8]) -> bool {
+    let lines = bytes.split_inclusive(|&byte| byte == b'\n');
+    lines.into_iter().all(|line| line.ends_with(b"\n") && serde_json::from_slice::<Value>(line).is_ok())
+}
+
 /// Every file is whole.
 fn check(folder: &Path, what: &str) {
     for entry in fs::read_dir(folder).unwrap() {
@@ -471,6 +491,7 @@ fn check(folder: &Path, what: &str) {
         let bytes = fs::read(&file).unwrap();
         let whole = match file.extension().and_then(OsStr::to_str) {
             Some("json") => serde_json::from_slice::<Value>(&bytes).is_ok(),
+            Some("jsonl") => whole_lines(&bytes),
             Some("npy") => bytes.len() == 128 + 70 * 1536 * 4,
             Some("svg") => bytes.ends_with(b"</svg>\n"),
             Some("1") => bytes.starts_with(b".ie") && bytes.ends_with(b"\n"),

@@ -260,7 +260,8 @@ fn eval_by_a_models_name() {
 }
 
 /// What takes long says first what it is: the line comes while a model of 2.5 GB of random weights is still being made. (It
-/// comes at once; a second is asked for on a machine that does nothing else, and a test may run on any.)
+/// comes at once; a second is asked for on a machine that does nothing else, and a test may run on any.) `eval` takes no random
+/// weights: `eval_by_a_models_name` looks at what it says before it loads.
 #[test]
 fn what_takes_long_is_announced() {
     use std::io::{BufRead, BufReader};
