@@ -643,6 +643,11 @@ fn simulated_schedules_are_in_order() {
         assert!(bound - 0.01 <= event && event <= stream && stream <= serial && event <= 1.03 * bound, "{row:?}");
     }
     assert_fails(&["bench", "--simulate", "--gpu", "voodoo"], 2, &["voodoo"]);
+    for typed in ["--repetitions=3", "--n-predict=4", "--vram-budget=1GiB", "--device=cpu", "--no-delta", "--threads=1"]
+    {
+        let name = typed.split('=').next().unwrap();
+        assert_fails(&["bench", "--simulate", typed], 2, &[name, "has no effect"]);
+    }
 }
 
 /// The README's example: 1-bit KIVI has forgotten what is asked for, 1-bit SpeCache has not.

@@ -307,6 +307,9 @@ pub struct BenchArgs {
     #[arg(short, long, env = "SPECACHE_BENCH_OUTPUT", value_name = "FORMAT", default_value = "md",
           value_parser = ["md", "csv", "json", "jsonl"])]
     pub output: String,
+    /// The options that are on the command line, as `--name`.
+    #[arg(skip)]
+    pub typed: Vec<String>,
 }
 
 const COMPLETIONS_EXAMPLES: &str = "\
@@ -586,7 +589,11 @@ pub fn parse() -> Cli {
     });
     let args: Vec<OsString> = args.collect();
     let matches = precedence::settle(Cli::command(), &args).get_matches_from(args);
-    Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit())
+    let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
+    if let Command::Bench(args) = &mut cli.command {
+        args.typed = precedence::typed(&Cli::command(), &matches, "bench");
+    }
+    cli
 }
 
 #[cfg(test)]

@@ -87,7 +87,22 @@ fn grid(args: &BenchArgs, model: &str, report: &mut Report, progress: &mut Progr
     Ok(())
 }
 
-/// What would have no effect is refused.
+/// What `--simulate` heeds. It runs nothing.
+const OF_SIMULATE: [&str; 10] = [
+    "--simulate",
+    "--gpu",
+    "--model",
+    "--depth",
+    "--kv-bits",
+    "--kv-group",
+    "--kv-residual",
+    "--kv-top-k",
+    "--kv-dtype",
+    "--output",
+];
+
+/// What would have no effect is refused: of the command line, all of it; of variables, which may be meant for other runs, what
+/// would be missed.
 fn check_combination(args: &BenchArgs) -> Result<()> {
     let usage = |what: &str| Err(Error::Usage(what.into()));
     let alone = !args.overlap && !args.simulate;
@@ -106,6 +121,12 @@ fn check_combination(args: &BenchArgs) -> Result<()> {
         _ if !args.prompt.is_empty() => usage("-p: --overlap and --simulate are about decoding; leave it out"),
         _ if args.output != "md" => usage("-o: --overlap and --simulate print tables only"),
         _ if args.kv != KvMode::ALL => usage("--kv: --overlap and --simulate are about specache; leave it out"),
+        (_, true) => match args.typed.iter().find(|option| !OF_SIMULATE.contains(&option.as_str())) {
+            Some(option) => {
+                usage(&format!("{option}: --simulate runs nothing, so that it has no effect; leave it out"))
+            }
+            None => Ok(()),
+        },
         _ => Ok(()),
     }
 }

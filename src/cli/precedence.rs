@@ -40,6 +40,15 @@ pub fn settle(command: Command, args: &[OsString]) -> Command {
     })
 }
 
+/// The options of a command that are on the command line, as `--name`.
+pub fn typed(all: &Command, matches: &ArgMatches, command: &str) -> Vec<String> {
+    let (Some(command), Some(matches)) = (all.find_subcommand(command), matches.subcommand_matches(command)) else {
+        return Vec::new();
+    };
+    let is_typed = |arg: &&Arg| matches.value_source(arg.get_id().as_str()) == Some(ValueSource::CommandLine);
+    command.get_arguments().filter(is_typed).filter_map(|arg| Some(format!("--{}", arg.get_long()?))).collect()
+}
+
 /// Whether a flag's variable is one of the words by which `FalseyValueParser` means no.
 fn says_no(arg: &Arg) -> bool {
     let said = arg.get_env().and_then(std::env::var_os).map(|value| value.to_string_lossy().to_lowercase());
