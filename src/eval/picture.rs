@@ -31,8 +31,7 @@ pub struct Heatmap {
     pub panels: Vec<Panel>,
 }
 
-/// From red (0) over yellow (0.5) to green (1), in steps that are equally far apart for the eye of most people; numbers stand
-/// in the cells for all others.
+/// From red (0) over yellow (0.5) to green (1), in straight lines between these three. Numbers stand in the cells, too.
 fn colour(x: f64) -> [u8; 3] {
     const STOPS: [[f64; 3]; 3] = [[215.0, 48.0, 39.0], [254.0, 224.0, 139.0], [26.0, 152.0, 80.0]];
     let at = x.clamp(0.0, 1.0) * 2.0;
