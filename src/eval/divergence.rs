@@ -37,8 +37,7 @@ pub fn window(
         let best = argmax(full);
         for (i, window) in windows.iter_mut().enumerate() {
             let logits = step.logits(i + 1)?;
-            // Rounding may leave a sum of zeros slightly below zero.
-            window.kl.push(kl_divergence(full, logits).max(0.0) as f32);
+            window.kl.push(from_full(full, logits) as f32);
             window.agreed += usize::from(argmax(logits) == best);
         }
         progress(step.number);
@@ -46,6 +45,11 @@ pub fn window(
     })?;
     windows.iter_mut().zip(&sessions[1..]).for_each(|(window, session)| window.guesses = Guesses::of(session));
     Ok(windows)
+}
+
+/// KL(full || variant) of one row of logits each, nats. Rounding may leave a sum of zeros slightly below zero: it is zero.
+pub fn from_full(full: &[f32], variant: &[f32]) -> f64 {
+    kl_divergence(full, variant).max(0.0)
 }
 
 /// `full`, with the number type of the variants, before them.

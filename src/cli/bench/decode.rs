@@ -3,9 +3,9 @@
 use std::time::Instant;
 
 use specache::error::{Error, Result};
+use specache::eval::divergence::from_full;
 use specache::kv::cache::CacheBytes;
 use specache::kv::{KvMode, KvOptions, KvShape};
-use specache::reference::kl_divergence;
 use specache::sampler::argmax;
 use specache::session::Stats;
 use specache::{Buffers, Engine, Next, Session};
@@ -138,8 +138,7 @@ fn divergences(engine: &Engine, cases: &mut [Case], tokens: &[u32], buffers: &mu
         (0..sums.len()).try_for_each(|i| buffers.logits(i).map(drop))?;
         let exact = buffers.logits_on_host(full)?;
         for (i, sum) in sums.iter_mut().enumerate() {
-            // Rounding may leave a sum of zeros slightly below zero.
-            *sum += kl_divergence(exact, buffers.logits_on_host(i)?).max(0.0);
+            *sum += from_full(exact, buffers.logits_on_host(i)?);
         }
     }
     Ok(sums.into_iter().map(|sum| Some(sum / tokens.len() as f64)).collect())
