@@ -205,6 +205,7 @@ impl<'a> Items<'a> {
         let (done, total, progress) = (self.done, self.total, &mut self.progress);
         progress.show(format_args!("{done} of {total}: {name}"));
         let result = work(&mut |at| progress.show(format_args!("{done} of {total}: {name}, {at}")))?;
+        check_figures(name, &result)?;
         let result = self.journal.add(name, &result)?;
         if !std::io::stderr().is_terminal() && self.last_line.elapsed() > Duration::from_secs(10) {
             say(format_args!("{done} of {total}: {name} is finished"));
@@ -289,7 +290,35 @@ fn some(n: usize, what: &str) -> String {
     format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
 
-/// A line of the file of `--output` that this version cannot read.
+/// JSON has no infinity and no NaN, and an item has nothing else that would become null.
+fn check_figures(item: &str, result: &Value) -> Result<()> {
+    match result {
+        Value::Null => {
+            Err(Error::NotFinite(format!("{item}: a figure is infinite or not a number, so it cannot be kept")))
+        }
+        Value::Array(all) => all.iter().try_for_each(|value| check_figures(item, value)),
+        Value::Object(all) => all.values().try_for_each(|value| check_figures(item, value)),
+        _ => Ok(()),
+    }
+}
+
+/// A line of the file of `--output` that this version cannot read: a result that was just measured can be, as
+/// [`check_figures`] looks at it.
 fn unreadable(item: &str) -> Error {
     Error::Usage(format!("--output: the result of {item:?} is not what `eval` writes; remove its line"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_that_json_has_not_are_told_of_their_item() {
+        assert!(check_figures("window 3", &json!({ "full": { "nll": 1.5, "guesses": [0, 0] }, "pred": "" })).is_ok());
+        for x in [f64::NAN, f64::INFINITY] {
+            let error = check_figures("window 3", &json!({ "full": { "kl": [0.0, x] } })).unwrap_err();
+            assert!(error.exit_code() == 1 && error.to_string().starts_with("window 3: "), "{error}");
+            assert!(!error.to_string().contains("--output"), "{error}");
+        }
+    }
 }
