@@ -21,7 +21,7 @@ def fails(status, words, call):
         raise AssertionError(f"no error with {words!r}")
 
 
-engine = Engine(model, log=lambda level, message: log.append((level, message)), log_level=4)
+engine = Engine(model, device="cpu", log=lambda level, message: log.append((level, message)), log_level=4)
 assert log[0][0] == 3 and "recall" in log[0][1], log
 assert "recall" in repr(engine)
 ids = engine.tokenize(prompt)
@@ -111,7 +111,7 @@ assert memory["device_kv_bytes"] >= 2 * planned["device_bytes"] > 0 and memory["
 assert memory["device_bytes"] == memory["device_kv_bytes"] and memory["host_pages_leased"] > 0
 engine.measure_waits()
 fails(2, "set `trace`", engine.trace)
-traced = Engine(model, trace=1, threads=1)
+traced = Engine(model, device="cpu", trace=1, threads=1)
 traced.trace()
 one = traced.session(64)
 one.prefill([1, 2, 3])
