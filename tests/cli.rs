@@ -527,6 +527,18 @@ fn bench_json_has_every_repetition() {
     assert!(modes[0]["hit_rate"].is_null() && modes[1]["hit_rate"].as_f64().unwrap() > 0.0, "{out}");
 }
 
+/// Results that were kept say what they are of.
+#[test]
+fn json_names_model_and_mode() {
+    let args =
+        ["generate", "-m", "synthetic:tiny", "--tokens", "-", "-n", "2", "--kv", "kivi", "--kv-bits", "1", "--json"];
+    let mut child = command(&args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), b"[1, 2, 3]").unwrap();
+    let out: Value = serde_json::from_slice(&child.wait_with_output().unwrap().stdout).unwrap();
+    assert_eq!((&out["model"], &out["kv"]), (&"synthetic:tiny".into(), &"kivi".into()), "{out}");
+    assert_eq!(out["bits_group_residual_top_k"], "1/64/64/-");
+}
+
 #[test]
 fn a_prompt_from_standard_input() {
     let model = recall();

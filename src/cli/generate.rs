@@ -174,7 +174,11 @@ impl Run<'_> {
     fn json(&self, outcome: &Outcome) -> Value {
         let bytes = self.session.cache_bytes();
         let Outcome { tokens, prefill, first_token, decode, .. } = outcome;
+        let kv = self.session.kv();
         json!({
+            "model": self.engine.model().name,
+            "kv": kv.mode.name(),
+            "bits_group_residual_top_k": tuning(kv),
             "prompt_tokens": self.prompt.len(),
             "tokens": tokens,
             "text": self.emitter.text(),
