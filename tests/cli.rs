@@ -5,25 +5,15 @@ mod common;
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Distance, fixture, json, npy};
+use common::{Distance, command, fixture, json, npy};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
 const PROMPT: &str = "The password of kose is zesi rere bago. Recall kose";
-
-/// The command without the environment's own settings.
-fn command(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_specache-engine"));
-    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("SPECACHE_")) {
-        command.env_remove(name);
-    }
-    command.args(args).stdin(Stdio::null());
-    command
-}
 
 fn run(args: &[&str]) -> Output {
     command(args).output().unwrap()

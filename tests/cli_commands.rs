@@ -5,25 +5,15 @@ mod common;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Output, Stdio};
 
-use common::{fixture, kv};
+use common::{command, fixture, kv};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 use specache::device::DeviceOptions;
 use specache::kv::{KvMode, KvOptions};
 use specache::{Buffers, Engine, Prompt};
-
-/// The command without the environment's own settings.
-fn command(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_specache-engine"));
-    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("SPECACHE_")) {
-        command.env_remove(name);
-    }
-    command.args(args).stdin(Stdio::null());
-    command
-}
 
 /// Runs a command with this on its stdin.
 fn with_input(args: &[&str], input: &str) -> Output {

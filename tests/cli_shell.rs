@@ -14,14 +14,14 @@ const PROMPT: &str = "The password of kose is zesi rere bago. Recall kose";
 const COMMANDS: [&str; 10] =
     ["generate", "chat", "logits", "plan", "doctor", "devices", "bench", "eval", "completions", "man"];
 
-/// The command without the environment's own settings.
+/// The program without settings of the environment, those of Hugging Face and of terminals among them.
 fn command(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_specache-engine"));
-    let ours = |name: &str| name.starts_with("SPECACHE_") || name.starts_with("HF_") || name.contains("COLOR");
+    let mut command = common::command(args);
+    let ours = |name: &str| name.starts_with("HF_") || name.contains("COLOR");
     for (name, _) in std::env::vars_os().filter(|(name, _)| ours(&name.to_string_lossy())) {
         command.env_remove(name);
     }
-    command.args(args).stdin(Stdio::null()).env_remove("HUGGINGFACE_HUB_CACHE").env_remove("XDG_CACHE_HOME");
+    command.env_remove("HUGGINGFACE_HUB_CACHE").env_remove("XDG_CACHE_HOME");
     command
 }
 

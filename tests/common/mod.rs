@@ -8,13 +8,23 @@ pub mod tiny;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use specache::cpu::Isa;
 use specache::device::{Device, DeviceOptions};
 use specache::kv::{KvMode, KvOptions};
 use specache::teacher::{Forced, forced};
 use specache::{Engine, Session};
+
+/// The program without the environment's own settings.
+pub fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_specache-engine"));
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("SPECACHE_")) {
+        command.env_remove(name);
+    }
+    command.args(args).stdin(Stdio::null());
+    command
+}
 
 pub fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)

@@ -228,15 +228,19 @@ fn row(mode: &ModeResult, result: &ModelResult) -> Vec<String> {
     ]
 }
 
+/// A mode with its options, and what was measured with it.
+fn mode_json(kv: &KvOptions, figures: Value) -> Value {
+    let [bits, group, residual, top_k] = options(kv);
+    let mut all = json!({"mode": kv.mode.name(), "bits": bits, "group": group, "residual": residual, "top_k": top_k});
+    if let (Value::Object(all), Value::Object(figures)) = (&mut all, figures) {
+        all.extend(figures);
+    }
+    all
+}
+
 fn model_json(result: &ModelResult) -> Value {
     let mode = |mode: &ModeResult| {
-        let options = options(&mode.kv);
-        json!({
-            "mode": mode.kv.mode.name(),
-            "bits": options[0],
-            "group": options[1],
-            "residual": options[2],
-            "top_k": options[3],
+        let figures = json!({
             "decode_tok_s": {"mean": mean(&mode.tok_s), "sd": deviation(&mode.tok_s), "repetitions": mode.tok_s},
             "prefill_tok_s": mode.prefill_tok_s,
             "first_token_s": mode.first_token_s,
@@ -250,7 +254,8 @@ fn model_json(result: &ModelResult) -> Value {
             "ratio_to_full": ratio_to_full(mode, result),
             "kv_bytes_read_per_step": mode.kv_reads,
             "read_gb_s": gbps(mode, result),
-        })
+        });
+        mode_json(&mode.kv, figures)
     };
     json!({
         "model": result.model,
@@ -338,17 +343,13 @@ fn prompt_row(mode: &PromptMode, result: &PromptResult) -> Vec<String> {
 
 fn prompts_json(result: &PromptResult) -> Value {
     let mode = |mode: &PromptMode| {
-        let (rates, options) = (rates(mode, result), options(&mode.kv));
-        json!({
-            "mode": mode.kv.mode.name(),
-            "bits": options[0],
-            "group": options[1],
-            "residual": options[2],
-            "top_k": options[3],
+        let rates = rates(mode, result);
+        let figures = json!({
             "prefill_tok_s": {"mean": mean(&rates), "sd": deviation(&rates), "repetitions": rates},
             "first_token_s": mean(&mode.seconds),
             "ratio_to_full": prompt_ratio(mode, result),
-        })
+        });
+        mode_json(&mode.kv, figures)
     };
     json!({
         "model": result.model,

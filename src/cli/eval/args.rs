@@ -129,7 +129,7 @@ pub struct TextArgs {
     pub windows: usize,
 }
 
-/// `eval ppl`.
+/// `eval ppl`, and what `kld` and `coverage` share with it.
 #[derive(Args)]
 pub struct PplArgs {
     #[command(flatten)]
@@ -146,13 +146,7 @@ pub struct PplArgs {
 #[derive(Args)]
 pub struct KldArgs {
     #[command(flatten)]
-    pub model: ModelArgs,
-    #[command(flatten)]
-    pub text: TextArgs,
-    #[command(flatten)]
-    pub variants: Variants,
-    #[command(flatten)]
-    pub results: Results,
+    pub on: PplArgs,
     /// Draw mean and 99th percentile
     #[arg(long, env = "SPECACHE_EVAL_PLOT", value_name = "OUT.svg")]
     pub plot: Option<PathBuf>,
@@ -162,13 +156,7 @@ pub struct KldArgs {
 #[derive(Args)]
 pub struct CoverageArgs {
     #[command(flatten)]
-    pub model: ModelArgs,
-    #[command(flatten)]
-    pub text: TextArgs,
-    #[command(flatten)]
-    pub variants: Variants,
-    #[command(flatten)]
-    pub results: Results,
+    pub on: PplArgs,
     /// Draw hit rates by layer
     #[arg(long, env = "SPECACHE_EVAL_PLOT", value_name = "OUT.svg")]
     pub plot: Option<PathBuf>,

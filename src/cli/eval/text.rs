@@ -179,13 +179,14 @@ pub fn perplexity(args: &PplArgs) -> Result<()> {
 
 /// `eval kld`.
 pub fn divergence(args: &KldArgs) -> Result<()> {
+    let KldArgs { on: args, plot } = args;
     let mut variants = args.variants.options(&[KvMode::Kivi, KvMode::SpeCache])?;
     // The reference itself is no row.
     variants.retain(|kv| kv.mode != KvMode::Full);
     if variants.is_empty() {
         return Err(Error::Usage("--kv full: eval kld measures the other modes against it; name some".into()));
     }
-    let plot = plot_file(args.plot.as_ref())?;
+    let plot = plot_file(plot.as_ref())?;
     let text = Text::read(&args.text)?;
     let subject = Subject::load(&args.model, &variants, &args.results)?;
     let windows = Windows::new(&args.text, text, &subject)?;
@@ -261,6 +262,7 @@ fn read_divergence(value: &Value) -> Result<Window> {
 
 /// `eval coverage`.
 pub fn coverage(args: &CoverageArgs) -> Result<()> {
+    let CoverageArgs { on: args, plot } = args;
     let variants = args.variants.options(&[KvMode::SpeCache])?;
     if let Some(kv) = variants.iter().find(|kv| !kv.mode.fetches()) {
         let mode = kv.mode.name();
@@ -268,7 +270,7 @@ pub fn coverage(args: &CoverageArgs) -> Result<()> {
             "--kv {mode}: fetches no pairs, so that nothing is hit; use specache or fetch"
         )));
     }
-    let plot = plot_file(args.plot.as_ref())?;
+    let plot = plot_file(plot.as_ref())?;
     let text = Text::read(&args.text)?;
     let subject = Subject::load(&args.model, &variants, &args.results)?;
     if subject.engine.device().is_gpu() {
