@@ -23,11 +23,16 @@ include=$(dirname "$nvcc")/../include
 out=target/kernels
 rm -rf "$out"
 mkdir -p "$out"
-failures=0
 
+# Checks run beside each other, so what fails is a line of a file.
 fail() {
-  echo "FAIL  $*"
-  failures=$((failures + 1))
+  echo "FAIL  $*" | tee -a "$out/failures"
+}
+
+# Runs a command in the background, as many at once as there are cores; `wait` is for all of them.
+beside() {
+  while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do wait -n || true; done
+  { "$@" || fail "$*: ended with an error"; } &
 }
 
 # ---- 1. nvcc ------------------------------------------------------------------------------------------------------
@@ -88,28 +93,31 @@ sys.exit(1 if bad or not rows else 0)
 PYTHON
 }
 
-for arch in "${architectures[@]}"; do compile csrc/pack.cu "$arch"; done
+for arch in "${architectures[@]}"; do beside compile csrc/pack.cu "$arch"; done
 if [ "${1:-}" = --all ]; then
-  compile_ptx csrc/pack.cu
-  compile csrc/probe.cu 80
+  beside compile_ptx csrc/pack.cu
+  beside compile csrc/probe.cu 80
 fi
-compile csrc/probe.cu 90a
+beside compile csrc/probe.cu 90a
+wait
 report csrc/pack.cu csrc/probe.cu || fail "registers or spills"
 
 # Attention, selection and the gather.
 attention=(csrc/attn_decode.cu csrc/attn_prefill.cu csrc/select.cu csrc/fetch.cu)
 for source in "${attention[@]}"; do
-  for arch in "${architectures[@]}"; do compile "$source" "$arch"; done
-  if [ "${1:-}" = --all ]; then compile_ptx "$source"; fi
+  for arch in "${architectures[@]}"; do beside compile "$source" "$arch"; done
+  if [ "${1:-}" = --all ]; then beside compile_ptx "$source"; fi
 done
+wait
 report "${attention[@]}" || fail "registers or spills"
 
 # The dense half of a step.
 dense=(csrc/embed.cu csrc/linear.cu csrc/dense.cu csrc/sample.cu csrc/draw.cu csrc/read.cu)
 for source in "${dense[@]}"; do
-  for arch in "${architectures[@]}"; do compile "$source" "$arch"; done
-  if [ "${1:-}" = --all ]; then compile_ptx "$source"; fi
+  for arch in "${architectures[@]}"; do beside compile "$source" "$arch"; done
+  if [ "${1:-}" = --all ]; then beside compile_ptx "$source"; fi
 done
+wait
 report "${dense[@]}" || fail "registers or spills"
 # What tools/gpu.sh runs.
 if [ "${1:-}" = --all ]; then
@@ -156,19 +164,21 @@ build() { # test, suffix, flags...
   "${emulated[@]}" "$@" "csrc/tests/${test}_test.cpp" "${plans[@]}" -o "$out/$test$suffix"
 }
 
+check() { # test, plain or sanitized
+  local test=$1 kind=$2 flags=()
+  [ "$kind" = plain ] || flags=("${sanitizers[@]}")
+  if ! build "$test" ".$kind" "${flags[@]}"; then
+    fail "$test does not build ($kind)"
+  elif ! "$out/$test.$kind" >"$out/$test.$kind.log" 2>&1; then
+    cat "$out/$test.$kind.log"
+    fail "$test ($kind)"
+  else
+    echo "ok    $(cat "$out/$test.$kind.log") ($kind)"
+  fi
+}
+
 for test in emu layout pack attn_decode attn_prefill select fetch decode_chain embed linear dense sample draw read step; do
-  for kind in plain sanitized; do
-    flags=()
-    [ "$kind" = sanitized ] && flags=("${sanitizers[@]}")
-    if ! build "$test" ".$kind" "${flags[@]}"; then
-      fail "$test does not build ($kind)"
-    elif ! "$out/$test.$kind" >"$out/$test.$kind.log" 2>&1; then
-      cat "$out/$test.$kind.log"
-      fail "$test ($kind)"
-    else
-      echo "ok    $(cat "$out/$test.$kind.log") ($kind)"
-    fi
-  done
+  for kind in plain sanitized; do beside check "$test" "$kind"; done
 done
 
 expect_bug() { # test, bug, flags...
@@ -184,30 +194,31 @@ expect_bug() { # test, bug, flags...
 }
 
 # 1: a missing __syncthreads. 2: an octet out of order in the fragments.
-for bug in 1 2; do expect_bug pack "$bug"; done
+for bug in 1 2; do beside expect_bug pack "$bug"; done
 
 # 1, 5: a missing __syncwarp, __syncthreads. 2: a wrong fragment. 3: a page too many. 4: a position that counts twice.
 # 6: copies that nobody waits for.
 # One kernel of the twelve builds in a third of the time.
-for bug in 1 2 3 4 5 6; do expect_bug attn_decode "$bug" "-DSPECACHE_ATTN_KERNELS(X)=X(64, 2, bf16, Bf16)"; done
+for bug in 1 2 3 4 5 6; do beside expect_bug attn_decode "$bug" "-DSPECACHE_ATTN_KERNELS(X)=X(64, 2, bf16, Bf16)"; done
 
 # 1: a missing __syncthreads. 2: a wrong fragment. 3: a row that looks ahead.
-for bug in 1 2 3; do expect_bug attn_prefill "$bug"; done
+for bug in 1 2 3; do beside expect_bug attn_prefill "$bug"; done
 
 # 1: a missing __syncthreads. 2: a position behind the window. 3: a position that nobody replaces any more.
 # 4: hits among positions that were no candidates.
-for bug in 1 2 3 4; do expect_bug select "$bug"; done
+for bug in 1 2 3 4; do beside expect_bug select "$bug"; done
 
 # 1: a missing __syncthreads. 2: pairs of another sequence.
-for bug in 1 2; do expect_bug fetch "$bug"; done
+for bug in 1 2; do beside expect_bug fetch "$bug"; done
 
 # 1: a missing __syncthreads. 2: pairs of k out of order. 3: one row too many. 4: a page border in the wrong place.
 # 5: ties that go to the wrong token. 6: copies that nobody waits for.
-for bug in 1 2 3 6; do expect_bug linear "$bug"; done
-for bug in 1 2; do expect_bug dense "$bug"; done   # 2: V that is rotated
-expect_bug embed 4
-expect_bug sample 5
-for bug in 1 2; do expect_bug draw "$bug"; done   # 2: tokens in another order
+for bug in 1 2 3 6; do beside expect_bug linear "$bug"; done
+for bug in 1 2; do beside expect_bug dense "$bug"; done   # 2: V that is rotated
+beside expect_bug embed 4
+beside expect_bug sample 5
+for bug in 1 2; do beside expect_bug draw "$bug"; done   # 2: tokens in another order
+wait
 
 # ---- 4. the emulated driver ---------------------------------------------------------------------------------------
 
@@ -226,8 +237,9 @@ fi
 python3 -c 'import ctypes, sys; sys.exit(ctypes.CDLL(sys.argv[1]).cuInit(0))' "$PWD/$library" ||
   fail "the emulated driver cannot be opened"
 
-if [ "$failures" -ne 0 ]; then
-  echo "$failures checks failed"
+if [ -s "$out/failures" ]; then
+  echo "$(wc -l <"$out/failures") checks failed:"
+  cat "$out/failures"
   exit 1
 fi
 echo "all kernel checks pass"
