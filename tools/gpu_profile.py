@@ -11,9 +11,9 @@ step's, as nothing overlaps, but show which kernel is how far from the memory's 
 import csv
 import sys
 
-TIME, DRAM, READ, ISSUE, WARPS = METRICS = [
+# Few enough for one pass: a second one would have to restore what the kernel wrote.
+TIME, READ, ISSUE, WARPS = METRICS = [
     "gpu__time_duration.sum",
-    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     "dram__bytes_read.sum",
     "smsp__issue_active.avg.pct_of_peak_sustained_active",
     "sm__warps_active.avg.pct_of_peak_sustained_active",
@@ -40,7 +40,6 @@ def launches(path):
         yield {
             "kernel": cell["Kernel Name"].split("(")[0],
             "us": number(TIME) * TO_US[unit[TIME]],
-            "dram": number(DRAM),
             "mb": number(READ) * TO_MB[unit[READ]],
             "issue": number(ISSUE),
             "warps": number(WARPS),
@@ -51,13 +50,13 @@ def table(path):
     kernels = {}
     for launch in launches(path):
         kernels.setdefault(launch["kernel"], []).append(launch)
-    print(f"{'kernel':<36} {'launches':>8} {'us each':>8} {'MB read':>8} {'GB/s':>6} {'DRAM %':>6} {'issue %':>7} {'warps %':>7}")
+    print(f"{'kernel':<36} {'launches':>8} {'us each':>8} {'MB read':>8} {'GB/s':>6} {'issue %':>7} {'warps %':>7}")
     total = lambda all_: sum(launch["us"] for launch in all_)
     for name, all_ in sorted(kernels.items(), key=lambda item: -total(item[1])):
         mean = lambda key: sum(launch[key] for launch in all_) / len(all_)
         rate = 1e3 * mean("mb") / mean("us") if mean("us") else 0
         print(
-            f"{name:<36} {len(all_):>8} {mean('us'):>8.2f} {mean('mb'):>8.2f} {rate:>6.0f} {mean('dram'):>6.0f} "
+            f"{name:<36} {len(all_):>8} {mean('us'):>8.2f} {mean('mb'):>8.2f} {rate:>6.0f} "
             f"{mean('issue'):>7.0f} {mean('warps'):>7.0f}"
         )
 
