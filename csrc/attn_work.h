@@ -127,7 +127,7 @@ SPECACHE_HOST_DEVICE uint32_t attn_stages(const specache_attn_params *p) {
 
 /* ---- selection ---- */
 
-static const uint32_t kSelectChunk = 8192; /* candidates of a CTA: 32 KB of keys */
+static const uint32_t kSelectChunk = 4096; /* candidates of a CTA: eight keys a thread */
 static const uint32_t kMostTopK = 2048;    /* every chunk but the last gives k */
 
 SPECACHE_HOST_DEVICE uint32_t most_chunks(const specache_select_params *p) {

@@ -1,19 +1,21 @@
 // The gather: pairs that the selection wants, from pinned pages of the host into the slots of the device.
 //
 // The selection (select.cu) leaves on the device which pairs of each sequence and KV head go into which slots; the host
-// knows neither how many nor which, and needs not. All pairs of all heads are one list of 16-byte pieces, found by the
-// sums of the counts, and the threads of all CTAs take pieces in turn: a long list of one head is everybody's work.
+// knows neither how many nor which, and needs not. All pairs of all heads are one list, found by the sums of the
+// counts, of which the CTAs take 32 at a time in turn: a long list of one head is everybody's work.
 //
 // Bytes in flight
 // ---------------
-// A read over PCIe takes 1 to 2 us, so 50 GB/s (5.0 x16) need 50 to 100 KB under way, 25 GB/s (4.0) half of that. A
-// thread asks for 4 pieces before it waits for the first: 64 bytes, 32 KB a CTA of 512 threads, 128 KB for the four
-// CTAs that are the default. More of them take SMs from attention and gain nothing; fewer leave the link idle. A pair
-// is 256 or 512 bytes: whole requests of 128 bytes, by consecutive lanes.
+// A read over PCIe takes 2 us and more, so 50 GB/s (5.0 x16) need 100 KB and more under way, 25 GB/s (4.0) half of that.
+// Where a pair lies takes three loads, each of which needs the one before. So a CTA is a pipeline: while 32 pairs come
+// (16 KB at D = 128, copied asynchronously into shared memory), its first warp finds the places of the next 32. 16 CTAs
+// have 256 to 512 KB under way. A pair is 256 or 512 bytes: whole requests of 128 bytes, by consecutive lanes.
 //
 // The kernel runs beside attention and projections, on a stream of its own: it is ordered behind the selection and
 // before the layer's next attention. Those fill their SMs, so its CTAs find room when a kernel of theirs ends, and then
-// keep it: the stream should have the higher priority.
+// keep it: the stream should have the higher priority, and a CTA is small, so that theirs fit beside it. Reads into
+// registers by few large CTAs (4 of 512 threads with 80 registers) kept 4 SMs to themselves and reached 27 GB/s on an
+// H200, as every thread waited for its places, then for its bytes.
 #include "seq.cuh"
 #include "kernels.h"
 
@@ -21,9 +23,12 @@ namespace specache {
 
 constexpr uint32_t kFetchThreads = SPECACHE_FETCH_THREADS;
 constexpr uint32_t kFetchWarps = kFetchThreads / 32;
-constexpr uint32_t kFetchLoads = 4;   // of a thread, under way at a time
+constexpr uint32_t kBatch = 32;           // pairs: a lane of the first warp finds one
+constexpr uint32_t kMostPairBytes = 512;
 
 struct FetchShared {
+    alignas(128) uint8_t pairs[2][kBatch * kMostPairBytes];   // on their way
+    uint64_t from[2][kBatch], to[2][kBatch];
     uint32_t ends[kFetchThreads];   // pairs of the heads up to and with each
     uint32_t warp_sums[kFetchWarps];
 };
@@ -58,14 +63,7 @@ SPECACHE_DEVICE uint32_t sum_counts(const specache_fetch_params& p, uint32_t fir
     return all;
 }
 
-// ---- step 2: where a piece comes from and goes to ---------------------------------------------------------------
-
-// A piece, as far as the counts tell.
-struct Piece {
-    uint32_t offset;    // bytes, in its pair
-    uint32_t head;      // sequence * n_kv_heads + KV head
-    uint32_t in_head;   // number of the pair in the head's list
-};
+// ---- step 2: where pairs come from and go to --------------------------------------------------------------------
 
 // The first head whose end is beyond `pair`.
 SPECACHE_DEVICE uint32_t head_of(const FetchShared& shared, uint32_t pair) {
@@ -76,76 +74,71 @@ SPECACHE_DEVICE uint32_t head_of(const FetchShared& shared, uint32_t pair) {
     return low;
 }
 
-SPECACHE_DEVICE Piece find_piece(const specache_fetch_params& p, uint32_t first, const FetchShared& shared,
-                                 uint32_t index) {
-    const uint32_t pieces = p.head_dim / 4, pair = index / pieces, local = head_of(shared, pair);
-    return Piece{index % pieces * 16, first + local, pair - (local == 0 ? 0 : shared.ends[local - 1])};
-}
-
-// Its entry in the list: slot, position.
-SPECACHE_DEVICE uint2 load_fetch(const specache_fetch_params& p, const Piece& piece) {
-    return load_device(reinterpret_cast<const uint2*>(p.fetches) + uint64_t(piece.head) * p.top_k + piece.in_head);
-}
-
-// What the piece's sequence says of itself in this layer.
-struct FetchCache {
-    uint64_t host, pairs;
-};
-
-SPECACHE_DEVICE FetchCache fetch_cache(const specache_fetch_params& p, const Piece& piece) {
+// Of batch `batch` of the heads from `first` on; `n` pairs are wanted in all.
+SPECACHE_DEVICE void find_batch(const specache_fetch_params& p, uint32_t first, uint32_t batch, uint32_t n,
+                                FetchShared& shared) {
+    const uint32_t pair = batch * kBatch + threadIdx.x;
+    if (threadIdx.x >= kBatch || pair >= n) return;
+    const uint32_t local = head_of(shared, pair), head = first + local, kv_head = head % p.n_kv_heads;
+    const uint32_t in_head = pair - (local == 0 ? 0 : shared.ends[local - 1]);
+    const uint2 fetch =   // slot, position
+        load_device(reinterpret_cast<const uint2*>(p.fetches) + uint64_t(head) * p.top_k + in_head);
 #if SPECACHE_INJECTED_BUG == 2   // the tests must see pairs of another sequence
-    const specache_layer_cache cache = load_cache(p.caches, piece.head / p.n_kv_heads / 2);
+    const specache_layer_cache cache = load_cache(p.caches, head / p.n_kv_heads / 2);
 #else
-    const specache_layer_cache cache = load_cache(p.caches, piece.head / p.n_kv_heads);
+    const specache_layer_cache cache = load_cache(p.caches, head / p.n_kv_heads);
 #endif
-    return FetchCache{cache.host, cache.pairs};
+    const uint64_t page = load_device(reinterpret_cast<const uint64_t*>(cache.host) + fetch.y / SPECACHE_PAGE);
+    const uint64_t bytes = 4 * p.head_dim, token = kv_head * SPECACHE_PAGE + fetch.y % SPECACHE_PAGE;
+    shared.from[batch / gridDim.x % 2][threadIdx.x] = page + token * bytes;
+    shared.to[batch / gridDim.x % 2][threadIdx.x] = cache.pairs + (uint64_t(kv_head) * p.top_k + fetch.x) * bytes;
 }
 
-SPECACHE_DEVICE uint64_t host_address(const specache_fetch_params& p, const Piece& piece, const FetchCache& cache,
-                                      uint32_t position) {
-    const uint64_t page = load_device(reinterpret_cast<const uint64_t*>(cache.host) + position / SPECACHE_PAGE);
-    const uint32_t token = piece.head % p.n_kv_heads * SPECACHE_PAGE + position % SPECACHE_PAGE;
-    return page + uint64_t(token) * 4 * p.head_dim + piece.offset;
+// ---- step 3: the pairs ------------------------------------------------------------------------------------------
+
+// Calls each(pair of the batch, byte of the pair, byte of the stage) for a thread's pieces of 16 bytes.
+template <class Each>
+SPECACHE_DEVICE void each_piece(const specache_fetch_params& p, uint32_t batch, uint32_t n, Each each) {
+    const uint32_t pieces = p.head_dim / 4, left = n - batch * kBatch, pairs = left < kBatch ? left : kBatch;
+#pragma unroll 4
+    for (uint32_t at = threadIdx.x; at < pairs * pieces; at += kFetchThreads)
+        each(at / pieces, at % pieces * 16, at * 16);
 }
 
-SPECACHE_DEVICE uint64_t slot_address(const specache_fetch_params& p, const Piece& piece, const FetchCache& cache,
-                                      uint32_t slot) {
-    const uint64_t place = uint64_t(piece.head % p.n_kv_heads) * p.top_k + slot;
-    return cache.pairs + place * 4 * p.head_dim + piece.offset;
+// What a thread copies into shared memory it takes from there itself: no barrier between the two.
+SPECACHE_DEVICE void load_batch(const specache_fetch_params& p, uint32_t batch, uint32_t n, FetchShared& shared) {
+    const uint32_t stage = batch / gridDim.x % 2;
+    if (batch * kBatch < n)
+        each_piece(p, batch, n, [&](uint32_t pair, uint32_t offset, uint32_t at) {
+            copy_async_16(shared.pairs[stage] + at,
+                          reinterpret_cast<const uint8_t*>(shared.from[stage][pair]) + offset, 16);
+        });
+    copy_async_commit();
 }
 
-// ---- step 3: a few pieces of each thread at a time ---------------------------------------------------------------
+SPECACHE_DEVICE void store_batch(const specache_fetch_params& p, uint32_t batch, uint32_t n, FetchShared& shared) {
+    const uint32_t stage = batch / gridDim.x % 2;
+    each_piece(p, batch, n, [&](uint32_t pair, uint32_t offset, uint32_t at) {
+        store_16(reinterpret_cast<uint8_t*>(shared.to[stage][pair]) + offset,
+                 *reinterpret_cast<const uint4*>(shared.pairs[stage] + at));
+    });
+}
 
-// Where they are is three loads, each of which needs the one before: all pieces make each step together, so that it is
-// waited for once. A piece beyond the end is the last one, found but not copied.
-SPECACHE_DEVICE void copy_pieces(const specache_fetch_params& p, uint32_t first, const FetchShared& shared,
-                                 uint32_t pieces) {
-    const uint32_t step = gridDim.x * kFetchThreads;
+// This CTA's batches of n pairs.
+SPECACHE_DEVICE void copy_batches(const specache_fetch_params& p, uint32_t first, uint32_t n, FetchShared& shared) {
+    const uint32_t step = gridDim.x;
+    if (blockIdx.x * kBatch >= n) return;
+    find_batch(p, first, blockIdx.x, n, shared);
+    __syncthreads();
+    load_batch(p, blockIdx.x, n, shared);
 #pragma unroll 1
-    for (uint32_t index = blockIdx.x * kFetchThreads + threadIdx.x; index < pieces; index += kFetchLoads * step) {
-        Piece piece[kFetchLoads];
-        uint2 fetch[kFetchLoads];   // slot, position
-        FetchCache cache[kFetchLoads];
-        uint64_t from[kFetchLoads], to[kFetchLoads];
-        uint4 bytes[kFetchLoads];
-#pragma unroll
-        for (uint32_t l = 0; l < kFetchLoads; l++) {
-            const uint32_t at = index + l * step;
-            piece[l] = find_piece(p, first, shared, at < pieces ? at : pieces - 1);
-            fetch[l] = load_fetch(p, piece[l]);
-            cache[l] = fetch_cache(p, piece[l]);
-        }
-#pragma unroll
-        for (uint32_t l = 0; l < kFetchLoads; l++) {
-            from[l] = host_address(p, piece[l], cache[l], fetch[l].y);
-            to[l] = slot_address(p, piece[l], cache[l], fetch[l].x);
-        }
-#pragma unroll
-        for (uint32_t l = 0; l < kFetchLoads; l++)
-            if (index + l * step < pieces) bytes[l] = load_streaming(reinterpret_cast<const void*>(from[l]));
-#pragma unroll
-        for (uint32_t l = 0; l < kFetchLoads; l++)
-            if (index + l * step < pieces) store_16(reinterpret_cast<void*>(to[l]), bytes[l]);
+    for (uint32_t batch = blockIdx.x; batch * kBatch < n; batch += step) {
+        find_batch(p, first, batch + step, n, shared);
+        __syncthreads();
+        load_batch(p, batch + step, n, shared);
+        copy_async_wait<1>();
+        store_batch(p, batch, n, shared);
+        __syncthreads();   // before its places are overwritten
     }
 }
 
@@ -156,7 +149,7 @@ SPECACHE_DEVICE void fetch_pairs(const specache_fetch_params& p) {
 #pragma unroll 1
     for (uint32_t first = 0; first < p.n_seqs * p.n_kv_heads; first += kFetchThreads) {
         const uint32_t pairs = sum_counts(p, first, shared);
-        copy_pieces(p, first, shared, pairs * (p.head_dim / 4));
+        copy_batches(p, first, pairs, shared);
         fetched += pairs;
         __syncthreads();   // nobody looks for heads any more
     }
@@ -167,8 +160,8 @@ SPECACHE_DEVICE void fetch_pairs(const specache_fetch_params& p) {
 
 }   // namespace specache
 
-// registers: <= 80 specache_fetch_pairs   (a CTA of 512 threads leaves a third of its SM to others)
-extern "C" __global__ void __launch_bounds__(SPECACHE_FETCH_THREADS, 1)
+// registers: <= 64 specache_fetch_pairs   (an eighth of an SM)
+extern "C" __global__ void __launch_bounds__(SPECACHE_FETCH_THREADS)
     specache_fetch_pairs(const __grid_constant__ specache_fetch_params p) {
     specache::fetch_pairs(p);
 }

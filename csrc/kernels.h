@@ -77,8 +77,8 @@
 #define SPECACHE_PREFILL_CTAS(D) ((D) == 64 ? 3 : 1)
 
 /* ---- fetch.cu: specache_fetch_pairs ---- */
-#define SPECACHE_FETCH_THREADS 512
-#define SPECACHE_FETCH_CTAS 4
+#define SPECACHE_FETCH_THREADS 128
+#define SPECACHE_FETCH_CTAS 16
 
 /* ---- read.cu: specache_read ---- */
 #define SPECACHE_READ_THREADS 256

@@ -5,10 +5,13 @@
 // those above a threshold, found digit by digit from histograms (radix select), and the first of those equal to it:
 // ties go to the lower position, and what is taken comes out in ascending order.
 //
-// First a CTA for every 8192 candidates computes keys and keeps its best k; then a CTA per KV head takes the best k of
+// First a CTA for every 4096 candidates computes keys and keeps its best k; then a CTA per KV head takes the best k of
 // those, compares them with the slots, and writes which pairs to fetch into which slots. A pair that is there already
 // stays where it is: consecutive selections overlap by more than half. At 1M tokens and k = 64 the second CTA still has
-// only 8192 keys to look at.
+// only 16384 keys to look at.
+//
+// Probabilities lie close together: most of a chunk's keys have one of a few first digits, and counting them would be a
+// queue of atomic additions to a few bins. So a bound comes first (bound_of_best), and only keys above it are counted.
 //
 // On request it also says how good the selection before was: of row 0's own best k among what is read low-bit or
 // prefetched, how many are in the slots. That is the same work for another row: the first kernel has twice the CTAs,
@@ -26,9 +29,13 @@ constexpr uint32_t kBins = 1u << kDigitBits;
 constexpr uint32_t kBinsPerThread = kBins / kSelectThreads;
 constexpr uint32_t kSelectWarps = kSelectThreads / 32;
 
+constexpr uint32_t kKeys = kSelectChunk / kSelectThreads;   // of a thread
+static_assert(kKeys * kSelectWarps <= kSelectThreads, "a thread for each 32 keys of a chunk");
+
 struct ScanShared {
     uint32_t histogram[kBins];
     uint32_t warp_sums[kSelectWarps];
+    uint32_t counts[kKeys * kSelectWarps];   // of each 32 keys that follow each other
     uint32_t digit, missing;
 };
 
@@ -81,8 +88,42 @@ SPECACHE_DEVICE Candidate* candidate_list(const specache_select_params& p, Ranke
 }
 
 SPECACHE_DEVICE uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
+SPECACHE_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a < b ? b : a; }
+SPECACHE_DEVICE uint32_t count_bits(uint32_t bits) { return uint32_t(__popc(bits)); }
 
 // ---- what all threads of a block do together --------------------------------------------------------------------
+
+// The keys that the best are looked for among. Key i is thread i % kSelectThreads's; the first of them stay in registers.
+struct Keys {
+    uint32_t n;
+    uint32_t first[kKeys];
+    const Candidate* list;   // all of them, where there are more
+
+    SPECACHE_DEVICE uint32_t index(uint32_t start, uint32_t j) const {
+        return start + j * kSelectThreads + threadIdx.x;
+    }
+    SPECACHE_DEVICE bool exists(uint32_t start, uint32_t j) const { return index(start, j) < n; }
+    SPECACHE_DEVICE uint32_t key(uint32_t start, uint32_t j) const {
+        return start == 0 ? first[j] : exists(start, j) ? load_device(&list[index(start, j)].key) : 0;
+    }
+};
+
+// A key that at least k keys are not below, k <= kSelectThreads: threads in at least k groups each have a best key, and
+// the worst of those is it. Of 4096 random keys and k = 64 it leaves some 250: the rest need not be counted, and most of
+// them would have been in the same few bins, one after the other.
+SPECACHE_DEVICE uint32_t bound_of_best(ScanShared& shared, const Keys& keys, uint32_t k) {
+    uint32_t best = 0;   // also where the thread has no key
+#pragma unroll
+    for (uint32_t j = 0; j < kKeys; j++) best = larger(best, keys.first[j]);
+    for (uint32_t size = 1; size < 32 && 2 * size * k <= kSelectThreads; size *= 2)
+        best = larger(best, __shfl_xor_sync(~0u, best, int(size)));
+    for (int distance = 1; distance < 32; distance *= 2) best = smaller(best, __shfl_xor_sync(~0u, best, distance));
+    if (threadIdx.x % 32 == 0) shared.warp_sums[threadIdx.x / 32] = best;
+    __syncthreads();
+#pragma unroll
+    for (uint32_t w = 0; w < kSelectWarps; w++) best = smaller(best, shared.warp_sums[w]);
+    return best;
+}
 
 // Which digit the k-th best key has: bins from the highest down, four a thread. `missing`: how many are still to be
 // found among the keys with that digit.
@@ -103,19 +144,24 @@ struct Threshold {
     uint32_t ties;   // and as many of those equal to it, the first ones
 };
 
-// The k best of n keys, k <= n. `key(i)` is asked for three times.
-template <class Key> SPECACHE_DEVICE Threshold find_threshold(ScanShared& shared, uint32_t n, uint32_t k, Key key) {
-    if (k == n) return Threshold{0, n};
+// Of the k best keys, k <= n.
+SPECACHE_DEVICE Threshold find_threshold(ScanShared& shared, const Keys& keys, uint32_t k) {
+    if (k == keys.n) return Threshold{0, keys.n};
+    const uint32_t bound = k <= kSelectThreads && keys.n > kSelectThreads ? bound_of_best(shared, keys, k) : 0;
     uint32_t prefix = 0;   // the digits found so far
 #pragma unroll 1
     for (int high = 32;;) {   // bits [low, high) are the next digit
         const int low = high > kDigitBits ? high - kDigitBits : 0;
         for (uint32_t b = threadIdx.x; b < kBins; b += kSelectThreads) shared.histogram[b] = 0;
         __syncthreads();
-        for (uint32_t i = threadIdx.x; i < n; i += kSelectThreads) {
-            const uint32_t x = key(i);
-            const bool fits = high == 32 || x >> high == prefix;
-            if (fits) shared_add(&shared.histogram[x >> low & ((1u << (high - low)) - 1)], 1);
+#pragma unroll 1
+        for (uint32_t start = 0; start < keys.n; start += kSelectChunk) {
+#pragma unroll
+            for (uint32_t j = 0; j < kKeys; j++) {
+                const uint32_t x = keys.key(start, j);
+                const bool fits = keys.exists(start, j) && x >= bound && (high == 32 || x >> high == prefix);
+                if (fits) shared_add(&shared.histogram[x >> low & ((1u << (high - low)) - 1)], 1);
+            }
         }
 #if SPECACHE_INJECTED_BUG != 1   // the tests must see a missing barrier
         __syncthreads();
@@ -129,65 +175,81 @@ template <class Key> SPECACHE_DEVICE Threshold find_threshold(ScanShared& shared
     }
 }
 
-// Calls take(i, rank) for the keys that pass, rank counting them in the order of i.
-template <class Key, class Take>
-SPECACHE_DEVICE void take_best(ScanShared& shared, uint32_t n, Threshold threshold, Key key, Take take) {
+// Calls take(i, key, rank) for the keys that pass, rank counting them in the order of i.
+template <class Take>
+SPECACHE_DEVICE void take_best(ScanShared& shared, const Keys& keys, Threshold threshold, Take take) {
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, lanes_before = (1u << lane) - 1;
     uint32_t above_before = 0, ties_before = 0;
 #pragma unroll 1
-    for (uint32_t start = 0; start < n; start += kSelectThreads) {
-        const uint32_t i = start + threadIdx.x, x = i < n ? key(i) : 0;
-        const bool above = i < n && x > threshold.key, tie = i < n && x == threshold.key;
-        uint32_t both;   // two counts below 2^16
-        const uint32_t before = block_scan(shared.warp_sums, uint32_t(above) | uint32_t(tie) << 16, both);
-        const uint32_t rank_above = above_before + (before & 0xFFFF), rank_tie = ties_before + (before >> 16);
-        if (above || (tie && rank_tie < threshold.ties)) take(i, rank_above + smaller(rank_tie, threshold.ties));
-        above_before += both & 0xFFFF;
-        ties_before += both >> 16;
+    for (uint32_t start = 0; start < keys.n; start += kSelectChunk) {
+        const auto passes = [&](uint32_t j, uint32_t& above, uint32_t& ties) {
+            const uint32_t x = keys.key(start, j);
+            above = __ballot_sync(~0u, keys.exists(start, j) && x > threshold.key);
+            ties = __ballot_sync(~0u, keys.exists(start, j) && x == threshold.key);
+        };
+        uint32_t above, ties, all;
+#pragma unroll
+        for (uint32_t j = 0; j < kKeys; j++) {   // 32 keys that follow each other
+            passes(j, above, ties);
+            // Two counts of at most kSelectChunk.
+            if (lane == 0) shared.counts[j * kSelectWarps + warp] = count_bits(above) | count_bits(ties) << 16;
+        }
+        __syncthreads();
+        const bool counts = threadIdx.x < kKeys * kSelectWarps;
+        const uint32_t before = block_scan(shared.warp_sums, counts ? shared.counts[threadIdx.x] : 0u, all);
+        if (counts) shared.counts[threadIdx.x] = before;
+        __syncthreads();
+#pragma unroll
+        for (uint32_t j = 0; j < kKeys; j++) {
+            passes(j, above, ties);
+            const uint32_t first = shared.counts[j * kSelectWarps + warp];
+            const uint32_t rank_above = above_before + (first & 0xFFFF) + count_bits(above & lanes_before);
+            const uint32_t rank_tie = ties_before + (first >> 16) + count_bits(ties & lanes_before);
+            if ((above >> lane & 1) != 0 || ((ties >> lane & 1) != 0 && rank_tie < threshold.ties))
+                take(keys.index(start, j), keys.key(start, j), rank_above + smaller(rank_tie, threshold.ties));
+        }
+        above_before += all & 0xFFFF;
+        ties_before += all >> 16;
+        __syncthreads();   // the counts have been read
     }
 }
 
 // ---- a chunk ----------------------------------------------------------------------------------------------------
 
-struct ChunkShared {
-    ScanShared scan;
-    uint32_t keys[kSelectChunk];
-};
-
-// Keys of the chunk's positions, `start` the first.
-SPECACHE_DEVICE void write_keys(const specache_select_params& p, RankedRow row, uint32_t seq_and_head, uint32_t start,
-                                uint32_t n, uint32_t* keys) {
+// Keys of the chunk's n positions, `start` the first.
+SPECACHE_DEVICE Keys load_keys(const specache_select_params& p, RankedRow row, uint32_t seq_and_head, uint32_t start,
+                               uint32_t n) {
     const float* lse_of_row = reinterpret_cast<const float*>(row == kLastRow ? p.lse : p.first_lse);
     const float* scores = reinterpret_cast<const float*>(row == kLastRow ? p.scores : p.first_scores);
     const uint32_t group_heads = p.n_heads / p.n_kv_heads;
     const uint64_t first_head = uint64_t(seq_and_head) * group_heads;
-    for (uint32_t i = threadIdx.x; i < n; i += kSelectThreads) {
-        float sum = 0.0f;
-#pragma unroll 4
-        for (uint32_t h = 0; h < group_heads; h++) {
-            const float lse = load_device(lse_of_row + first_head + h);
-            const float score = load_device(scores + (first_head + h) * p.score_stride + start + i);
-            sum += exp2_approx(score - lse);
-        }
-        keys[i] = bit_cast<uint32_t>(sum);
+    Keys keys{n, {}, nullptr};
+    float sums[kKeys] = {};
+    for (uint32_t h = 0; h < group_heads; h++) {
+        const float lse = load_device(lse_of_row + first_head + h);
+        const float* scores_of_head = scores + (first_head + h) * p.score_stride + start;
+#pragma unroll
+        for (uint32_t j = 0; j < kKeys; j++)
+            if (keys.exists(0, j)) sums[j] += exp2_approx(load_device(scores_of_head + keys.index(0, j)) - lse);
     }
+#pragma unroll
+    for (uint32_t j = 0; j < kKeys; j++) keys.first[j] = bit_cast<uint32_t>(sums[j]);
+    return keys;
 }
 
 SPECACHE_DEVICE void select_chunk(const specache_select_params& p) {
     follow_previous_kernel();
-    SPECACHE_SHARED(ChunkShared, shared);
+    SPECACHE_SHARED(ScanShared, shared);
     const uint32_t chunk = blockIdx.x % most_chunks(&p), head = blockIdx.x / most_chunks(&p);
     const uint32_t heads = p.n_seqs * p.n_kv_heads, seq_and_head = head % heads;
     const RankedRow row = head < heads ? kLastRow : kFirstRow;
     const Candidates range = row_candidates(p, load_seq(p.seqs, seq_and_head / p.n_kv_heads), row);
     if (chunk * kSelectChunk >= range.count()) return;
     const uint32_t start = range.first + chunk * kSelectChunk, n = smaller(kSelectChunk, range.end - start);
-    write_keys(p, row, seq_and_head, start, n, shared.keys);
-    __syncthreads();
+    const Keys keys = load_keys(p, row, seq_and_head, start, n);
     Candidate* list = candidate_list(p, row, seq_and_head, chunk);
-    const auto key = [&](uint32_t i) { return shared.keys[i]; };
-    const Threshold threshold = find_threshold(shared.scan, n, smaller(p.top_k, n), key);
-    take_best(shared.scan, n, threshold, key,
-              [&](uint32_t i, uint32_t rank) { store_device(list + rank, Candidate{start + i, shared.keys[i]}); });
+    take_best(shared, keys, find_threshold(shared, keys, smaller(p.top_k, n)),
+              [&](uint32_t i, uint32_t key, uint32_t rank) { store_device(list + rank, Candidate{start + i, key}); });
 }
 
 // ---- a KV head --------------------------------------------------------------------------------------------------
@@ -219,11 +281,13 @@ SPECACHE_DEVICE uint32_t merge_chunks(const specache_select_params& p, RankedRow
     const Candidates range = row_candidates(p, seq, row);
     const uint32_t full = range.count() / kSelectChunk, rest = range.count() % kSelectChunk;
     const uint32_t n = full * p.top_k + smaller(p.top_k, rest), count = smaller(p.top_k, n);
-    const Candidate* list = candidate_list(p, row, seq_and_head, 0);
-    const auto key = [&](uint32_t i) { return load_device(&list[i].key); };
-    const Threshold threshold = find_threshold(shared.scan, n, count, key);
-    take_best(shared.scan, n, threshold, key,
-              [&](uint32_t i, uint32_t rank) { shared.positions[rank] = load_device(&list[i].position); });
+    Keys keys{n, {}, candidate_list(p, row, seq_and_head, 0)};
+#pragma unroll
+    for (uint32_t j = 0; j < kKeys; j++)
+        if (keys.exists(0, j)) keys.first[j] = load_device(&keys.list[keys.index(0, j)].key);
+    take_best(shared.scan, keys, find_threshold(shared.scan, keys, count), [&](uint32_t i, uint32_t, uint32_t rank) {
+        shared.positions[rank] = load_device(&keys.list[i].position);
+    });
     return count;
 }
 
@@ -326,13 +390,13 @@ SPECACHE_DEVICE void select_merge(const specache_select_params& p) {
 
 }   // namespace specache
 
-// registers: <= 40 specache_select_*   (3 CTAs of 512 threads an SM; shared memory allows 2 to 5)
-extern "C" __global__ void __launch_bounds__(SPECACHE_SELECT_THREADS, 3)
+// registers: <= 64 specache_select_*   (2 CTAs of 512 threads an SM, so that one fits beside others' CTAs)
+extern "C" __global__ void __launch_bounds__(SPECACHE_SELECT_THREADS, 2)
     specache_select_chunks(const __grid_constant__ specache_select_params p) {
     specache::select_chunk(p);
 }
 
-extern "C" __global__ void __launch_bounds__(SPECACHE_SELECT_THREADS, 3)
+extern "C" __global__ void __launch_bounds__(SPECACHE_SELECT_THREADS, 2)
     specache_select_merge(const __grid_constant__ specache_select_params p) {
     specache::select_merge(p);
 }

@@ -330,6 +330,9 @@ static void all_cases() {
     run_case({1, 1, 2048, 0, kTies, {{9000, 8960, 2}}, 2});
     run_case({1, 1, 64, 8200, kTies, {{20000, 19968, 2}}});
     run_case({1, 16, 8, 0, kDistinct, {{8257, 8192, 2}, {8300, 8256, 1}}});
+    // Around a chunk, with groups of threads of all sizes.
+    for (uint32_t no : {4032, 4096, 4160})
+        for (uint32_t k : {3, 16, 100, 256, 512}) run_case({1, 2, k, 0, k % 2 ? kTies : kPeaks, {{no + 66, no, 2}}});
 }
 
 static void random_cases(int count) {
