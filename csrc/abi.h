@@ -140,7 +140,7 @@ typedef struct specache_attn_params {
     uint32_t top_k;        /* slots per KV head; 0: nothing is replaced */
     uint32_t window;       /* w; 0: none */
     uint32_t capacity;     /* no sequence has n + n_rows above this: bounds grid and scratch */
-    uint32_t n_sms;        /* host: multiprocessors of the GPU; 0 counts as 1 */
+    uint32_t n_sms;        /* multiprocessors of the GPU; 0 counts as 1 */
     uint32_t shared_limit; /* host: the most dynamic shared memory of a block, bytes */
 } specache_attn_params;
 SPECACHE_ASSERT_SIZE(specache_attn_params, 128);

@@ -63,11 +63,11 @@ struct Unit {
     HeadCache cache;
     specache_seq seq;
     SeqWork work;
+    uint32_t index;       // among all units
     uint32_t seq_index;   // kNoSeq: there is no such unit, and all else is unset
     uint32_t kv_head, column_tile;
     uint32_t first_item, end_item;
 };
-static_assert(sizeof(Unit) <= kUnitBytes, "what attn_fit counts");
 
 // Queries as B operands, a word a pair of channels: lane 4i + j finds column i, pair j of four octets in 16 bytes.
 template <int D> struct AttnShared {
@@ -85,17 +85,22 @@ template <int D> struct MergeShared {
     float sum[kAttnWarps][kColumns];
 };
 
-// A warp's stages.
+// The warps' stages, in shared memory like what else a lane looks up.
 struct Ring {
-    uint8_t* start;
     uint32_t stage_bytes, stages;
+
+    // Of this thread's warp; `rings` is where the first warp's begin.
+    SPECACHE_DEVICE uint8_t* stage(uint8_t* rings, uint32_t number) const {
+        return rings + (threadIdx.x / 32 * stages + number) * stage_bytes;
+    }
 };
 
-// What a lane must know of its two columns, 2j and 2j + 1.
-struct LaneColumns {
-    uint32_t first[2], last[2];   // positions that the column's row sees
-    float* scores[2];             // of the column's row and head, if the selection wants them
+// What is known of the unit's columns, for lanes that look it up: in registers it would cost a CTA its place.
+struct Columns {
+    uint64_t scores[kColumns];   // of the column's row and head, if the selection wants them; else 0
+    uint32_t last[kColumns];     // position that the column's row stands at
 };
+static_assert(sizeof(Unit) + sizeof(Columns) + sizeof(Ring) <= kUnitBytes, "what attn_fit counts");
 
 // Running softmax of a warp over its items. Lane 4i + j: columns 2j, 2j + 1.
 template <int D> struct Accumulator {
@@ -138,7 +143,7 @@ SPECACHE_DEVICE void place_unit(const specache_attn_params& p, uint32_t seq_inde
 }
 
 // One warp looks 32 sequences at a time for the one that unit `index` belongs to.
-SPECACHE_DEVICE void find_unit(const specache_attn_params& p, uint32_t index, Unit& unit) {
+SPECACHE_DEVICE_CALL void find_unit(const specache_attn_params& p, uint32_t index, Unit& unit) {
     const uint32_t lane = threadIdx.x % 32;
     uint32_t before = 0, owner = kNoSeq;
     for (uint32_t first = 0; first < p.n_seqs && owner == kNoSeq; first += 32) {
@@ -154,6 +159,7 @@ SPECACHE_DEVICE void find_unit(const specache_attn_params& p, uint32_t index, Un
         if (beyond != 0) owner = first + uint32_t(source);
     }
     if (lane != 0) return;
+    unit.index = index;
     unit.seq_index = owner;
     if (owner != kNoSeq) place_unit(p, owner, index - before, unit);
 }
@@ -189,20 +195,33 @@ SPECACHE_DEVICE void load_queries(const specache_attn_params& p, const Unit& uni
     }
 }
 
-SPECACHE_DEVICE LaneColumns lane_columns(const specache_attn_params& p, const Unit& unit) {
+// A thread a column.
+SPECACHE_DEVICE void describe_columns(const specache_attn_params& p, const Unit& unit, Columns& columns) {
+    if (threadIdx.x >= kColumns) return;
     const uint32_t group_heads = p.n_heads / p.n_kv_heads;
-    LaneColumns columns;
-#pragma unroll
-    for (uint32_t e = 0; e < 2; e++) {
-        const uint32_t column = unit.column_tile * kColumns + threadIdx.x % 4 * 2 + e, row = column / group_heads;
-        const uint32_t head = unit.kv_head * group_heads + column % group_heads;
-        columns.last[e] = unit.seq.n + (row < unit.seq.n_rows ? row : unit.seq.n_rows - 1);
-        columns.first[e] = first_seen(columns.last[e], p.window);
-        const uint64_t scores = row == unit.seq.n_rows - 1 ? p.scores : row == 0 ? p.first_scores : 0;
-        const uint64_t start = (uint64_t(unit.seq_index) * p.n_heads + head) * p.score_stride;
-        columns.scores[e] = scores != 0 ? reinterpret_cast<float*>(scores) + start : nullptr;
-    }
-    return columns;
+    const uint32_t column = unit.column_tile * kColumns + threadIdx.x, row = column / group_heads;
+    const uint32_t head = unit.kv_head * group_heads + column % group_heads;
+    const uint64_t scores = row == unit.seq.n_rows - 1 ? p.scores : row == 0 ? p.first_scores : 0;
+    const uint64_t start = (uint64_t(unit.seq_index) * p.n_heads + head) * p.score_stride;
+    columns.scores[threadIdx.x] = scores != 0 ? scores + 4 * start : 0;
+    columns.last[threadIdx.x] = unit.seq.n + (row < unit.seq.n_rows ? row : unit.seq.n_rows - 1);
+}
+
+// The lane's column 2j + e.
+SPECACHE_DEVICE uint32_t own_column(uint32_t e) { return threadIdx.x % 4 * 2 + e; }
+
+SPECACHE_DEVICE float* scores_of(const Columns& columns, uint32_t e) {
+    return reinterpret_cast<float*>(columns.scores[own_column(e)]);
+}
+
+// The positions that the column's row sees.
+struct Seen {
+    uint32_t first, last;
+};
+
+SPECACHE_DEVICE Seen seen_by(const Columns& columns, uint32_t window, uint32_t e) {
+    const uint32_t last = columns.last[own_column(e)];
+    return Seen{first_seen(last, window), last};
 }
 
 // ---- step 3: items into the ring --------------------------------------------------------------------------------
@@ -264,12 +283,15 @@ SPECACHE_DEVICE void copy_item(const specache_attn_params& p, const Unit& unit, 
     copy_async_commit();   // also without a copy: batches are counted
 }
 
-// All stages but one: the last is filled when the first is attended to.
+// All stages but one: the last is filled when the first is attended to. What this pass has not just appended, which is in
+// one of the last two items, nobody writes any more: it is read before the previous kernel ends. So is what the pass is
+// told. (Pairs and slots come from other streams, which were waited for before this kernel could start.)
 template <int D, int B>
-SPECACHE_DEVICE void fill_ring(const specache_attn_params& p, const Unit& unit, const Ring& ring) {
-    const uint32_t first = unit.first_item + threadIdx.x / 32;
+SPECACHE_DEVICE void fill_ring(const specache_attn_params& p, const Unit& unit, const Ring& ring, uint8_t* rings) {
+    const uint32_t first = unit.first_item + threadIdx.x / 32, last = first + (ring.stages - 2) * kAttnWarps;
+    if (last + 2 >= unit.work.items) wait_for_previous_kernel();
     for (uint32_t s = 0; s + 1 < ring.stages; s++)
-        copy_item<D, B>(p, unit, first + s * kAttnWarps, ring.start + s * ring.stage_bytes);
+        copy_item<D, B>(p, unit, first + s * kAttnWarps, ring.stage(rings, s));
 }
 
 // Until at most `batches` are under way.
@@ -409,10 +431,11 @@ SPECACHE_HOST_DEVICE constexpr uint64_t tokens_from(uint32_t first, uint32_t sta
 }
 
 // Replaced tokens and those before the window get a score of minus infinity.
-SPECACHE_DEVICE void hide_tokens(const LaneColumns& columns, uint32_t start, uint64_t skip, float (&s)[4][4]) {
+SPECACHE_DEVICE void hide_tokens(const Columns& columns, uint32_t window, uint32_t start, uint64_t skip,
+                                 float (&s)[4][4]) {
     const int i = int(threadIdx.x) % 32 / 4;
-    const uint64_t seen[2] = {(~skip & tokens_from(columns.first[0], start)) >> i,
-                              (~skip & tokens_from(columns.first[1], start)) >> i};
+    const uint64_t seen[2] = {(~skip & tokens_from(seen_by(columns, window, 0).first, start)) >> i,
+                              (~skip & tokens_from(seen_by(columns, window, 1).first, start)) >> i};
 #pragma unroll
     for (int tile = 0; tile < 4; tile++)
 #pragma unroll
@@ -421,12 +444,13 @@ SPECACHE_DEVICE void hide_tokens(const LaneColumns& columns, uint32_t start, uin
 }
 
 // For the selection. Lanes of one column write 32 bytes side by side.
-SPECACHE_DEVICE void store_page_scores(const LaneColumns& columns, uint32_t start, const float (&s)[4][4]) {
+SPECACHE_DEVICE void store_page_scores(const Columns& columns, uint32_t start, const float (&s)[4][4]) {
     const uint32_t token = start + threadIdx.x % 32 / 4;
+    float* const scores_of_column[2] = {scores_of(columns, 0), scores_of(columns, 1)};
 #pragma unroll
     for (uint32_t i = 0; i < 16; i++) {
         const float x = s[i / 4][i % 4];
-        float* scores = columns.scores[i % 2];
+        float* scores = scores_of_column[i % 2];
         if (scores != nullptr && x != minus_infinity()) store_device(scores + token + i / 4 * 16 + i % 4 / 2 * 8, x);
     }
 }
@@ -483,7 +507,7 @@ SPECACHE_DEVICE void add_page_values(Accumulator<D>& acc, const uint8_t* page, i
 }
 
 template <int D, int B>
-SPECACHE_DEVICE void attend_page(const specache_attn_params& p, const Unit& unit, const LaneColumns& columns,
+SPECACHE_DEVICE void attend_page(const specache_attn_params& p, const Unit& unit, const Columns& columns,
                                  const AttnShared<D>& shared, uint32_t page_index, const uint8_t* page,
                                  Accumulator<D>& acc) {
     const int g = int(p.group_size);
@@ -494,7 +518,7 @@ SPECACHE_DEVICE void attend_page(const specache_attn_params& p, const Unit& unit
 #endif
     float s[4][4];
     page_scores<D, B>(shared, page, g, s);
-    if (skip != 0 || first_seen(unit.seq.n + 1, p.window) > start) hide_tokens(columns, start, skip, s);
+    if (skip != 0 || first_seen(unit.seq.n + 1, p.window) > start) hide_tokens(columns, p.window, start, skip, s);
     if (p.scores != 0 || p.first_scores != 0) store_page_scores(columns, start, s);
     softmax(acc, s);
     uint32_t probabilities[8];
@@ -553,7 +577,7 @@ SPECACHE_DEVICE void add_wide_values(Accumulator<D>& acc, const uint8_t* stage, 
 }
 
 template <class T, int D>
-SPECACHE_DEVICE void attend_wide_tile(const specache_attn_params& p, const Unit& unit, const LaneColumns& columns,
+SPECACHE_DEVICE void attend_wide_tile(const specache_attn_params& p, const Unit& unit, const Columns& columns,
                                       const AttnShared<D>& shared, uint32_t tile, const uint8_t* stage,
                                       Accumulator<D>& acc) {
     const uint32_t i = threadIdx.x % 32 / 4;
@@ -563,9 +587,10 @@ SPECACHE_DEVICE void attend_wide_tile(const specache_attn_params& p, const Unit&
 #pragma unroll
     for (int e = 0; e < 4; e++) {
         const uint32_t position = positions[e / 2];   // an empty slot's is beyond every row's last
-        const bool seen = position >= columns.first[e % 2] && position <= columns.last[e % 2];
+        const Seen by = seen_by(columns, p.window, uint32_t(e % 2));
+        const bool seen = position >= by.first && position <= by.last;
         if (!seen) s[0][e] = minus_infinity();
-        float* scores = columns.scores[e % 2];
+        float* scores = scores_of(columns, uint32_t(e % 2));
         if (scores != nullptr && seen && position < unit.seq.no) store_device(scores + position, s[0][e]);
     }
     softmax(acc, s);
@@ -580,23 +605,27 @@ template <int D> SPECACHE_DEVICE void leave_code_unit(Accumulator<D>& acc) {
 
 // ---- step 7: the items of a warp --------------------------------------------------------------------------------
 
+// Whether an item that is no page, or the end, is the first that this warp comes to.
+SPECACHE_DEVICE bool is_after_pages(const Unit& unit, uint32_t item) {
+    return item < unit.work.pages + kAttnWarps || item < unit.first_item + kAttnWarps;
+}
+
 template <class T, int D, int B>
-SPECACHE_DEVICE void attend_items(const specache_attn_params& p, const Unit& unit, const AttnShared<D>& shared,
-                                  const Ring& ring, Accumulator<D>& acc) {
-    const LaneColumns columns = lane_columns(p, unit);
-    const uint32_t last = ring.stages - 1;
+SPECACHE_DEVICE void attend_items(const specache_attn_params& p, const Unit& unit, const Columns& columns,
+                                  const AttnShared<D>& shared, const Ring& ring, uint8_t* rings,
+                                  Accumulator<D>& acc) {
     uint32_t stage = 0;
-    bool code_unit = true;
     clear(acc);
+    uint32_t item = unit.first_item + threadIdx.x / 32;
 #pragma unroll 1
-    for (uint32_t item = unit.first_item + threadIdx.x / 32; item < unit.end_item; item += kAttnWarps) {
-        const uint32_t free_stage = stage == 0 ? last : stage - 1;
-        copy_item<D, B>(p, unit, item + last * kAttnWarps, ring.start + free_stage * ring.stage_bytes);
+    for (; item < unit.end_item; item += kAttnWarps) {
+        const uint32_t last = ring.stages - 1, free_stage = stage == 0 ? last : stage - 1;
+        copy_item<D, B>(p, unit, item + last * kAttnWarps, ring.stage(rings, free_stage));
         wait_for_copies(last);
 #if SPECACHE_INJECTED_BUG != 1   // the tests must see a missing barrier
         __syncwarp();            // lanes read what other lanes copied
 #endif
-        const uint8_t* at = ring.start + stage * ring.stage_bytes;
+        const uint8_t* at = ring.stage(rings, stage);
 #if SPECACHE_INJECTED_BUG == 3   // the tests must see a page too many
         if (item <= unit.work.pages) {
 #else
@@ -604,14 +633,13 @@ SPECACHE_DEVICE void attend_items(const specache_attn_params& p, const Unit& uni
 #endif
             attend_page<D, B>(p, unit, columns, shared, unit.work.first_page + item, at, acc);
         } else {
-            if (code_unit) leave_code_unit(acc);
-            code_unit = false;
+            if (is_after_pages(unit, item)) leave_code_unit(acc);
             attend_wide_tile<T, D>(p, unit, columns, shared, item - unit.work.pages, at, acc);
         }
         __syncwarp();   // before the stage is overwritten
-        stage = stage == last ? 0 : stage + 1;
+        stage = stage + 1 == ring.stages ? 0 : stage + 1;
     }
-    if (code_unit) leave_code_unit(acc);
+    if (is_after_pages(unit, item)) leave_code_unit(acc);
 }
 
 // ---- step 8: one part of four warps' results --------------------------------------------------------------------
@@ -653,27 +681,32 @@ template <int D> SPECACHE_DEVICE void store_part(const MergeShared<D>& merge, fl
 }
 
 template <class T, int D, int B> SPECACHE_DEVICE void attend(const specache_attn_params& p) {
-    follow_previous_kernel();
+    let_next_kernel_start();
     SPECACHE_DYNAMIC_SHARED(memory);
     SPECACHE_SHARED(Unit, unit);
+    SPECACHE_SHARED(Columns, columns);
+    SPECACHE_SHARED(Ring, ring);
     AttnShared<D>& shared = *reinterpret_cast<AttnShared<D>*>(memory);
     uint8_t* rings = memory + sizeof(AttnShared<D>);
-    Ring ring{rings, stage_bytes(&p), attn_stages(&p)};
-    ring.start += threadIdx.x / 32 * ring.stages * ring.stage_bytes;
+    if (threadIdx.x == 0) ring.stage_bytes = stage_bytes(&p), ring.stages = attn_stages(&p);
     MergeShared<D>& merge = *reinterpret_cast<MergeShared<D>*>(rings);
-    for (uint32_t index = blockIdx.x;; index += gridDim.x) {
+#pragma unroll 1
+    for (uint32_t index = blockIdx.x;; index += gridDim.x) {   // in between it is where it takes no register
         if (threadIdx.x < 32) find_unit(p, index, unit);
         __syncthreads();
         if (unit.seq_index == kNoSeq) return;
-        fill_ring<D, B>(p, unit, ring);   // first, so that the queries hide its latency
+        fill_ring<D, B>(p, unit, ring, rings);   // first, so that the queries hide its latency
+        wait_for_previous_kernel();
         load_queries<T, D, B>(p, unit, shared);
+        describe_columns(p, unit, columns);
         __syncthreads();
         Accumulator<D> acc;
-        attend_items<T, D, B>(p, unit, shared, ring, acc);
+        attend_items<T, D, B>(p, unit, columns, shared, ring, rings, acc);
 #if SPECACHE_INJECTED_BUG != 5   // the tests must see a missing barrier
         __syncthreads();         // nobody reads a ring any more
 #endif
         offer(acc, int(p.group_size), merge);
+        index = unit.index;
         __syncthreads();
         store_part(merge, reinterpret_cast<float*>(p.parts) + uint64_t(index) * part_floats(D));
         // The barrier behind find_unit comes before the rings are filled again.
@@ -690,19 +723,55 @@ SPECACHE_DEVICE uint32_t units_before(const specache_attn_params& p, uint32_t se
     return units;
 }
 
+constexpr uint32_t kCombineLoads = 8;   // of a thread, under way at a time
+
 struct CombineShared {
-    float out[kAttnWarps][128];
+    alignas(16) float out[kAttnWarps][128];
+    float weights[kAttnWarps][kMaxParts];   // a copy of its own for each warp
 };
 
-// One row and query head a CTA; warps share the parts, lanes the channels.
+// What a row and query head has in a part: lane l weighs the parts l and l + 32.
+struct PartWeights {
+    float max, total;
+};
+
+SPECACHE_DEVICE PartWeights weigh_parts(const float* columns, uint64_t step, uint32_t parts, float* weights) {
+    static_assert(kMaxParts == 64, "two parts a lane");
+    const uint32_t lane = threadIdx.x % 32;
+    float weight[2] = {kNothingSeen, kNothingSeen}, sum[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (uint32_t h = 0; h < 2; h++) {
+        const uint32_t part = lane + 32 * h;
+        if (part >= parts) continue;
+        const float2 of_part = load_device(reinterpret_cast<const float2*>(columns + part * step));
+        weight[h] = of_part.x;
+        sum[h] = of_part.y;
+    }
+    float max = fmaxf(weight[0], weight[1]), total = 0.0f;
+    for (int distance = 1; distance < 32; distance *= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, distance));
+#pragma unroll
+    for (uint32_t h = 0; h < 2; h++) {
+        weights[lane + 32 * h] = exp2_approx(weight[h] - max);
+        total += weights[lane + 32 * h] * sum[h];
+    }
+    for (int distance = 1; distance < 32; distance *= 2) total += __shfl_xor_sync(~0u, total, distance);
+    __syncwarp();
+    return PartWeights{max, total};
+}
+
+SPECACHE_DEVICE void add_weighted(float4& to, float weight, const float4& v) {
+    to.x += weight * v.x, to.y += weight * v.y, to.z += weight * v.z, to.w += weight * v.w;
+}
+
+// One row and query head a CTA. Lanes share four channels each, the groups of as many lanes as have all channels share the
+// parts; sums are loaded while they are weighed.
 SPECACHE_DEVICE void combine(const specache_attn_params& p) {
-    follow_previous_kernel();
+    let_next_kernel_start();
     SPECACHE_SHARED(CombineShared, shared);
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t head = blockIdx.x % p.n_heads, row = blockIdx.x / p.n_heads % 2;
     const uint32_t seq_index = blockIdx.x / p.n_heads / 2;
     const specache_seq seq = load_seq(p.seqs, seq_index);
-    if (row >= seq.n_rows) return;
     const SeqWork work = seq_work(&p, &seq);
     const uint32_t group_heads = p.n_heads / p.n_kv_heads, column = row * group_heads + head % group_heads;
     // Units of this head's columns: one in `column_tiles`.
@@ -710,60 +779,65 @@ SPECACHE_DEVICE void combine(const specache_attn_params& p) {
     const float* parts =
         reinterpret_cast<const float*>(p.parts) + (first + column / kColumns) * part_floats(p.head_dim);
     const uint64_t step = uint64_t(work.column_tiles) * part_floats(p.head_dim);
+    wait_for_previous_kernel();
+    if (row >= seq.n_rows) return;
 
-    // Lane l weighs the parts l and l + 32.
-    static_assert(kMaxParts == 64, "two parts a lane");
-    float weight[2] = {kNothingSeen, kNothingSeen}, sum[2] = {0.0f, 0.0f}, max, total;
-    for (uint32_t h = 0; h < 2; h++) {
-        const uint32_t part = lane + 32 * h;
-        if (part >= work.parts) continue;
-        const float* at = parts + part * step + kColumns * p.head_dim + 2 * (column % kColumns);
-        weight[h] = load_device(at);
-        sum[h] = load_device(at + 1);
-    }
-    max = fmaxf(weight[0], weight[1]);
-    for (int distance = 1; distance < 32; distance *= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, distance));
-    weight[0] = exp2_approx(weight[0] - max);
-    weight[1] = exp2_approx(weight[1] - max);
-    total = weight[0] * sum[0] + weight[1] * sum[1];
-    for (int distance = 1; distance < 32; distance *= 2) total += __shfl_xor_sync(~0u, total, distance);
-
-    float out[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 4
-    for (uint32_t part = warp; part < work.parts; part += kAttnWarps) {
-        const float* at = parts + part * step + column % kColumns * p.head_dim + lane;
-        const float w = __shfl_sync(~0u, part < 32 ? weight[0] : weight[1], int(part % 32));
+    const uint32_t lanes = p.head_dim / 4, groups = 32 / lanes, group = warp * groups + lane / lanes;
+    const float* channels = parts + column % kColumns * p.head_dim + lane % lanes * 4;
+    float4 sums[kCombineLoads], out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    const auto load = [&](uint32_t at) {
 #pragma unroll
-        for (uint32_t c = 0; c < 4; c++)
-            if (32 * c < p.head_dim) out[c] += w * load_device(at + 32 * c);
-    }
+        for (uint32_t l = 0; l < kCombineLoads; l++) {
+            const uint32_t part = at + l * kAttnWarps * groups;
+            if (part < work.parts) sums[l] = load_device(reinterpret_cast<const float4*>(channels + part * step));
+        }
+    };
+    load(group);
+    const PartWeights all =
+        weigh_parts(parts + kColumns * p.head_dim + 2 * (column % kColumns), step, work.parts, shared.weights[warp]);
+#pragma unroll 1
+    for (uint32_t at = group; at < work.parts;) {
 #pragma unroll
-    for (uint32_t c = 0; c < 4; c++) shared.out[warp][lane + 32 * c] = out[c];
+        for (uint32_t l = 0; l < kCombineLoads; l++) {
+            const uint32_t part = at + l * kAttnWarps * groups;
+            if (part < work.parts) add_weighted(out, shared.weights[warp][part], sums[l]);
+        }
+        at += kCombineLoads * kAttnWarps * groups;
+        load(at);
+    }
+    if (groups == 2) {   // of the same channels
+        const float4 other = make_float4(__shfl_down_sync(~0u, out.x, 16), __shfl_down_sync(~0u, out.y, 16),
+                                         __shfl_down_sync(~0u, out.z, 16), __shfl_down_sync(~0u, out.w, 16));
+        add_weighted(out, 1.0f, other);
+    }
+    if (lane < lanes) *reinterpret_cast<float4*>(&shared.out[warp][4 * lane]) = out;
     __syncthreads();
     if (threadIdx.x < p.head_dim) {
-        float sums = 0.0f;
-        for (uint32_t w = 0; w < kAttnWarps; w++) sums += shared.out[w][threadIdx.x];
+        float sum = 0.0f;
+        for (uint32_t w = 0; w < kAttnWarps; w++) sum += shared.out[w][threadIdx.x];
         const uint64_t at = (uint64_t(seq.first_row + row) * p.n_heads + head) * p.head_dim + threadIdx.x;
-        store_device(reinterpret_cast<float*>(p.out) + at, sums / total);
+        store_device(reinterpret_cast<float*>(p.out) + at, sum / all.total);
     }
     const uint64_t lse = row == seq.n_rows - 1 ? p.lse : p.first_lse;
     if (lse != 0 && threadIdx.x == 0)
-        store_device(reinterpret_cast<float*>(lse) + uint64_t(seq_index) * p.n_heads + head, max + log2f(total));
+        store_device(reinterpret_cast<float*>(lse) + uint64_t(seq_index) * p.n_heads + head,
+                     all.max + log2f(all.total));
 }
 
 }   // namespace specache
 
-// registers: <= 168 specache_attn_d64_*    (3 CTAs of 128 threads an SM)
-// registers: <= 224 specache_attn_d128_*   (2)
+// registers: <= 168 specache_attn_d64_*      (3 CTAs of 128 threads an SM)
+// registers: <= 168 specache_attn_d128_b[12]_*
+// registers: <= 224 specache_attn_d128_b4_*   (2)
 #define SPECACHE_ATTN_KERNEL(D, B, dtype, T)                                                   \
-    extern "C" __global__ void __launch_bounds__(SPECACHE_ATTN_THREADS, SPECACHE_ATTN_CTAS(D)) \
+    extern "C" __global__ void __launch_bounds__(SPECACHE_ATTN_THREADS, SPECACHE_ATTN_CTAS(D, B)) \
         specache_attn_d##D##_b##B##_##dtype(const __grid_constant__ specache_attn_params p) {  \
         specache::attend<specache::T, D, B>(p);                                                \
     }
 SPECACHE_ATTN_KERNELS(SPECACHE_ATTN_KERNEL)
 #undef SPECACHE_ATTN_KERNEL
 
-// registers: <= 64 specache_attn_combine
+// registers: <= 80 specache_attn_combine
 extern "C" __global__ void __launch_bounds__(SPECACHE_ATTN_THREADS)
     specache_attn_combine(const __grid_constant__ specache_attn_params p) {
     specache::combine(p);

@@ -7,7 +7,8 @@
  *   packed pages that a row sees | tiles of slots | tiles of wide pages, up to the last row's own pair
  *
  * A unit is a run of items and eight query columns; a CTA takes unit after unit, and what it finds is one part of the
- * result. How a sequence is cut depends on nothing but the sequence: the same numbers come out alone and in any batch. */
+ * result. A sequence is cut so that alone it gives every CTA of the GPU one unit: two of them would take twice as long
+ * as one. Nothing else but the sequence matters: the same numbers come out alone and in any batch. */
 #ifndef SPECACHE_ATTN_WORK_H
 #define SPECACHE_ATTN_WORK_H
 
@@ -24,10 +25,9 @@ namespace specache {
 static const uint32_t kColumns = 8;   /* n of mma.m16n8k16: column r * G + h is query head h of row r */
 static const uint32_t kWideTile = 16; /* m of K, k of V */
 static const uint32_t kAttnWarps = SPECACHE_ATTN_THREADS / 32;
-/* Four items a warp: fewer, and filling the pipeline costs more than they do. */
-static const uint32_t kMinUnitItems = 4 * (SPECACHE_ATTN_THREADS / 32);
-/* Eight KV heads then give 512 units, two for each CTA of an H100, and the parts of a head stay below 1 % of its
- * cache. */
+/* Two items a warp: fewer, and beginning costs more than they do. */
+static const uint32_t kMinUnitItems = 2 * (SPECACHE_ATTN_THREADS / 32);
+/* The parts of a head stay below 1 % of its cache. */
 static const uint32_t kMaxParts = 64;
 
 SPECACHE_HOST_DEVICE uint32_t divide_up(uint32_t a, uint32_t b) { return a / b + (a % b != 0); }
@@ -38,6 +38,13 @@ SPECACHE_HOST_DEVICE uint32_t first_seen(uint32_t position, uint32_t window) {
 }
 
 /* ---- units of attention ---- */
+
+/* Parts of a KV head and column tile. */
+SPECACHE_HOST_DEVICE uint32_t most_parts(const specache_attn_params *p, uint32_t column_tiles) {
+    const uint32_t ctas = SPECACHE_ATTN_CTAS(p->head_dim, p->bits) * p->n_sms;
+    const uint32_t parts = ctas / (p->n_kv_heads * column_tiles);
+    return parts < 1 ? 1 : parts < kMaxParts ? parts : kMaxParts;
+}
 
 /* The items of one sequence and KV head, and how many make a unit. */
 typedef struct SeqWork {
@@ -63,7 +70,8 @@ SPECACHE_HOST_DEVICE SeqWork seq_work(const specache_attn_params *p, const speca
     w.wide_tiles = divide_up(seq->n + seq->n_rows - w.wide_start, kWideTile);
     w.items = w.pages + w.slot_tiles + w.wide_tiles;
     w.column_tiles = divide_up(seq->n_rows * (p->n_heads / p->n_kv_heads), kColumns);
-    const uint32_t even = divide_up(w.items, kMaxParts);
+    /* Each warp as many. */
+    const uint32_t even = divide_up(divide_up(w.items, most_parts(p, w.column_tiles)), kAttnWarps) * kAttnWarps;
     w.unit_items = even > kMinUnitItems ? even : kMinUnitItems;
     w.parts = divide_up(w.items, w.unit_items);
     return w;
@@ -78,8 +86,10 @@ SPECACHE_HOST_DEVICE uint32_t seq_units(const SeqWork *w, uint32_t n_kv_heads) {
  * wide. */
 SPECACHE_HOST_DEVICE uint64_t most_units(const specache_attn_params *p) {
     const uint32_t items = divide_up(p->capacity, kWideTile) + 1 + divide_up(p->top_k, kWideTile);
-    const uint32_t parts = divide_up(items, kMinUnitItems) < kMaxParts ? divide_up(items, kMinUnitItems) : kMaxParts;
-    return (uint64_t)p->n_seqs * p->n_kv_heads * parts * divide_up(2 * (p->n_heads / p->n_kv_heads), kColumns);
+    const uint32_t tiles = divide_up(2 * (p->n_heads / p->n_kv_heads), kColumns);
+    /* One row may have fewer column tiles, and then as many parts more. */
+    const uint32_t needed = divide_up(items, kMinUnitItems), most = most_parts(p, 1);
+    return (uint64_t)p->n_seqs * p->n_kv_heads * (needed < most ? needed : most) * tiles;
 }
 
 /* Floats of a part: sums [8][D], then maximum and sum of each column. */
@@ -88,9 +98,9 @@ SPECACHE_HOST_DEVICE uint32_t part_floats(uint32_t head_dim) { return kColumns *
 /* ---- shared memory of attention ---- */
 
 static const uint32_t kMostStages = 4;
-/* A CTA's own 128 bytes (Unit), and the 1 KB that every CTA costs; a multiprocessor has that much more than a CTA may
+/* A CTA's own 256 bytes (Unit, Columns), and the 1 KB that every CTA costs; a multiprocessor has that much more than a CTA may
  * take. */
-static const uint32_t kUnitBytes = 128;
+static const uint32_t kUnitBytes = 256;
 static const uint32_t kCtaBytes = 1024;
 
 /* Bytes of one KV head of a packed page. */
@@ -116,10 +126,11 @@ SPECACHE_HOST_DEVICE uint32_t attn_fit(const specache_attn_params *p, uint32_t s
     return (p->shared_limit + kCtaBytes) / (attn_shared_bytes(p, stages) + kUnitBytes + kCtaBytes);
 }
 
-/* Stages of each warp's ring: as many as leave room for two CTAs on a multiprocessor, else as many as fit, at least
- * two; 0 if two do not fit. */
+/* Stages of each warp's ring: as many as leave room for three CTAs on a multiprocessor, else for two, else as many as
+ * fit, at least two; 0 if two do not fit. Warps count for more than stages: a page keeps a warp busy for longer than
+ * the next one takes to come, most of that time waiting for its own results. */
 SPECACHE_HOST_DEVICE uint32_t attn_stages(const specache_attn_params *p) {
-    for (uint32_t ctas = 2; ctas >= 1; ctas--)
+    for (uint32_t ctas = SPECACHE_ATTN_CTAS(p->head_dim, p->bits); ctas >= 1; ctas--)
         for (uint32_t stages = kMostStages; stages >= 2; stages--)
             if (attn_fit(p, stages) >= ctas) return stages;
     return 0;

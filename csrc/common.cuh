@@ -11,9 +11,11 @@
 #ifdef __CUDACC__
 #define SPECACHE_HOST_DEVICE __host__ __device__ __forceinline__
 #define SPECACHE_DEVICE __device__ __forceinline__
+#define SPECACHE_DEVICE_CALL static __device__ __noinline__   // where what it needs must not cost the caller registers
 #else
 #define SPECACHE_HOST_DEVICE inline
 #define SPECACHE_DEVICE inline
+#define SPECACHE_DEVICE_CALL static
 #endif
 
 // The block's shared memory as one struct: the emulation gives it from the heap, poisoned, so that a read before the

@@ -34,7 +34,7 @@
 
 #define SPECACHE_ATTN_THREADS 128
 /* CTAs of a multiprocessor: what its shared memory has room for on sm_90, and registers must not forbid. */
-#define SPECACHE_ATTN_CTAS(D) ((D) == 64 ? 3 : 2)
+#define SPECACHE_ATTN_CTAS(D, B) ((D) == 128 && (B) == 4 ? 2 : 3)
 
 /* ---- select.cu: specache_select_chunks, specache_select_merge ---- */
 #define SPECACHE_SELECT_THREADS 512

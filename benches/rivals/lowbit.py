@@ -142,13 +142,11 @@ class LowBitAttention:
         self.masks = torch.tensor(fmt.masks(), dtype=torch.uint8, device=device).unsqueeze(1)  # [planes, 1]
         planes = torch.arange(fmt.planes, device=device).repeat_interleave(fmt.bytes)
         self.unplane = torch.exp2(-fmt.bits * planes.float())  # [g]
-        # One kernel for all planes where launches cost; a constant mask vectorises better on the CPU (1.7 times).
-        self.and_planes = self.and_broadcast if device.type == "cuda" else self.and_each
+        # All planes at once where launches cost; a constant mask vectorises better on the CPU (1.7 times). CUDA has no
+        # bitwise_and whose result is of another type, so that takes two kernels there, or one if compiled.
+        self.and_planes = self.and_copy if device.type == "cuda" else self.and_each
         if compiled:
             self.and_planes = torch.compile(self.and_copy, dynamic=True)
-
-    def and_broadcast(self, codes: Tensor, out: Tensor) -> None:
-        torch.bitwise_and(codes.unsqueeze(-2), self.masks, out=out)
 
     def and_each(self, codes: Tensor, out: Tensor) -> None:
         for plane, mask in enumerate(self.fmt.masks()):

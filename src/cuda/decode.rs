@@ -1,7 +1,7 @@
 //! A decode pass on the GPU: its memory, what each group of sequences is told, and the launches.
 //!
-//! A **group** is up to eight neighbouring sequences of a batch with the same KV options: sixteen rows, which is what the
-//! fused dense kernels take, and one launch per operation and layer. Which sequences share a group changes no number: no
+//! A **group** is neighbouring sequences of a batch with the same KV options, and one launch per operation and layer: all of
+//! them where cuBLASLt makes the products, else up to eight, as the fused dense kernels take sixteen rows. Which sequences share a group changes no number: no
 //! row's sums depend on the rows beside it. Products by cuBLASLt are over the rows of all groups at once; there the order
 //! of a sum may depend on how many rows there are.
 
@@ -32,8 +32,8 @@ use graphs::Key;
 use layout::Sizes;
 use memory::Memory;
 
-/// Sequences of a group: two rows each.
-const GROUP: usize = MAX_ROWS / 2;
+/// Sequences of a group for the fused dense kernels: two rows each.
+const FUSED_GROUP: usize = MAX_ROWS / 2;
 
 /// One sequence of a pass, as the GPU must know it.
 pub(crate) struct Place {
@@ -109,13 +109,15 @@ impl Workspace {
     ) -> Result<()> {
         self.groups.clear();
         self.real_rows.clear();
+        let n_rows = places.iter().map(|place| place.n_rows).sum();
+        let most = if model.cublas(n_rows).is_some() { places.len() } else { FUSED_GROUP };
         let mut row = 0;
         for (i, place) in places.iter().enumerate() {
             let rows = row..row + place.n_rows;
             self.real_rows.push(row);
             row = rows.end;
             match self.groups.last_mut() {
-                Some(group) if group.n_seqs() < GROUP && places[group.seqs.start].shares_launches(place) => {
+                Some(group) if group.n_seqs() < most && places[group.seqs.start].shares_launches(place) => {
                     group.seqs.end += 1;
                     group.rows.end = rows.end;
                 }
@@ -135,6 +137,7 @@ impl Workspace {
             rows: row,
             seqs: places.len(),
             cublas_rows: model.cublas(row).map_or(0, |_| row),
+            group: most.min(places.len()),
             capacity: places.iter().map(|p| p.room).max().unwrap_or(0).next_multiple_of(1024),
             top_k: places.iter().map(|p| p.top_k).max().unwrap_or(0),
         };
@@ -347,13 +350,14 @@ impl Workspace {
                 Dense { gpu, model, config }.norm_logits(rows.n, rows.x, logits(group.rows.start));
             }),
         }
-        for group in &self.groups {
+        let n_rows = self.groups.last().map_or(0, |group| group.rows.end);
+        for first in (0..n_rows).step_by(MAX_ROWS) {
             let params = specache_argmax_params {
-                logits: logits(group.rows.start),
+                logits: logits(first),
                 scratch: memory.scratch.address() + memory.scratch_at.argmax as u64,
-                choices: memory.result(memory.results_at.choices, group.rows.start * size_of::<specache_choice>()),
+                choices: memory.result(memory.results_at.choices, first * size_of::<specache_choice>()),
                 tokens: 0,
-                n_rows: group.rows.len() as u32,
+                n_rows: MAX_ROWS.min(n_rows - first) as u32,
                 vocab: config.vocab_size as u32,
             };
             gpu.launch(specache_argmax_slices_plan, &params);

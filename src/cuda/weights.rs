@@ -155,7 +155,7 @@ impl GpuModel {
     /// cuBLASLt, if it makes the products of so many rows. In a prefill these are a chunk's, so that nobody else's prompt
     /// has a say; in a decode step they are the batch's.
     pub(crate) fn cublas(&self, n_rows: usize) -> Option<&Cublas> {
-        self.cublas.as_ref().filter(|_| self.path == LinearPath::Cublas || n_rows > LinearPath::FUSED_ROWS)
+        self.cublas.as_ref().filter(|_| self.path == LinearPath::Cublas || n_rows > LinearPath::AUTO_ROWS)
     }
 
     /// Every address, as [`Layout::place`] gave it.

@@ -12,8 +12,6 @@ use crate::device::cuda::bindings::abi::{
 use crate::kv::{KvOptions, KvShape};
 use crate::model::Config;
 
-use super::GROUP;
-
 /// What decides the size of everything.
 #[derive(Clone, Copy, Default, PartialEq)]
 pub(super) struct Sizes {
@@ -21,6 +19,8 @@ pub(super) struct Sizes {
     /// Rows whose products cuBLASLt makes: all or none.
     pub(super) cublas_rows: usize,
     pub(super) seqs: usize,
+    /// Sequences of the largest group.
+    pub(super) group: usize,
     /// Tokens of the longest sequence, rounded up so that it changes rarely.
     pub(super) capacity: usize,
     pub(super) top_k: usize,
@@ -30,6 +30,7 @@ impl Sizes {
     pub(super) fn covers(&self, other: &Sizes) -> bool {
         self.rows >= other.rows
             && self.seqs >= other.seqs
+            && self.group >= other.group
             && self.cublas_rows >= other.cublas_rows
             && self.capacity >= other.capacity
             && self.top_k >= other.top_k
@@ -39,6 +40,7 @@ impl Sizes {
         Sizes {
             rows: self.rows.max(other.rows),
             seqs: self.seqs.max(other.seqs),
+            group: self.group.max(other.group),
             cublas_rows: self.cublas_rows.max(other.cublas_rows),
             capacity: self.capacity.max(other.capacity),
             top_k: self.top_k.max(other.top_k),
@@ -126,14 +128,13 @@ impl Scratch {
     pub(super) fn new(gpu: &Gpu, config: &Config, sizes: &Sizes) -> Scratch {
         let (mut parts, rows) = (Parts::default(), sizes.rows);
         let (heads, kv) = (config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim);
-        let group = sizes.seqs.min(GROUP);
         let shape = KvShape::new(config, &KvOptions::default());
         let attention = specache_attn_params {
             top_k: sizes.top_k as u32,
-            ..attention_shape(gpu, config, &shape, group, sizes.capacity)
+            ..attention_shape(gpu, config, &shape, sizes.group, sizes.capacity)
         };
         let selection = specache_select_params {
-            n_seqs: group as u32,
+            n_seqs: sizes.group as u32,
             n_heads: attention.n_heads,
             n_kv_heads: attention.n_kv_heads,
             top_k: attention.top_k,
