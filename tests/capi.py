@@ -1,5 +1,6 @@
 """The Python class of examples/python, for tests/capi.rs:  capi.py MODEL PROMPT_FILE"""
 
+import faulthandler
 import os
 import sys
 import threading
@@ -8,6 +9,7 @@ import time
 import specache
 from specache import Engine
 
+faulthandler.dump_traceback_later(300, exit=True)  # whoever waits for ever is an error
 model, prompt = sys.argv[1], open(sys.argv[2]).read()
 log = []
 
@@ -65,6 +67,48 @@ pieces.close()
 assert len(fork.tokens()) < len(ids) + 20, len(fork.tokens())
 fork.generate_ids(3)
 assert fork.tokens()[len(ids):] == given[: len(fork.tokens()) - len(ids)]
+
+
+
+# Sessions and loops are closed in any order, and more than once.
+def begun(engine):
+    one = engine.session(5000, kv="kivi")
+    one.prefill(ids[:3])
+    pieces = one.generate(4000, ignore_eos=True)
+    next(pieces)
+    return one, pieces
+
+
+held = engine.memory()["device_kv_bytes"]
+one, pieces = begun(engine)
+one.close()
+one.close()
+fails(8, "NULL", one.tokens)
+until = time.monotonic() + 60
+while engine.memory()["device_kv_bytes"] > held:  # though nobody takes what is left
+    assert time.monotonic() < until, engine.memory()
+    time.sleep(0.01)
+assert len(list(pieces)) < 20
+one, pieces = begun(engine)
+one.close()
+pieces.close()
+pieces.close()
+other = Engine(model, device="cpu", threads=1)
+one, pieces = begun(other)
+other.close()
+other.close()
+pieces.close()
+assert len(one.generate_ids(3, ignore_eos=True)) == 3
+one.close()
+fails(8, "NULL", other.memory)
+
+# The garbage collector may leave a loop on a thread that holds a lock which other threads need for their end.
+one, pieces = begun(engine)
+with threading._active_limbo_lock:
+    del pieces
+assert len(one.tokens()) < 20
+one.close()
+
 
 # Numbers that C would cut off, and words that it would end.
 def raises(kind, words, call):
