@@ -125,6 +125,9 @@ raises(OverflowError, "", lambda: fork.prefill([1, 2**33]))
 raises(OverflowError, "", lambda: fork.prefill([-1]))
 raises(TypeError, "", lambda: fork.prefill([1.5]))
 raises(OverflowError, "", lambda: engine.detokenize([2**32]))
+for no_ids in (b"\1\0\0\0", bytearray(4), memoryview(bytes(4)), "\1\0\0\0"):
+    raises(TypeError, "a list of numbers, not " + type(no_ids).__name__, lambda: engine.detokenize(no_ids))
+raises(TypeError, "a list of numbers, not bytes", lambda: fork.prefill(b"\1\0\0\0"))
 raises(OverflowError, "token 4294967296", lambda: fork.step(2**32))
 raises(OverflowError, "n_tokens -1", lambda: fork.truncate(-1))
 raises(OverflowError, "n_tokens", lambda: fork.generate_ids(2**64))
@@ -148,6 +151,7 @@ for twin, token, row in zip(twins, chosen, rows):
 assert specache.step_batch(twins, chosen) != chosen and specache.step_batch([], []) == []
 raises(ValueError, "1 tokens for 2", lambda: specache.step_batch(twins, [1]))
 raises(OverflowError, "", lambda: specache.step_batch(twins, [1, 2**32]))
+raises(TypeError, "a list of numbers", lambda: specache.step_batch(twins, bytes(8)))
 assert [layer["hits_of"] > 0 for layer in session.layer_stats()] == [True] * 4
 assert engine.eos_tokens() and all(0 <= id < 1536 for id in engine.eos_tokens())
 memory, planned = engine.memory(), specache.plan(model, 1200, bits=1, top_k=16)

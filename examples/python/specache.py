@@ -150,9 +150,16 @@ def _int(kind, value, what):
     return kind(value)
 
 
+def _numbers(ids):
+    """Token ids as an array, which would take bytes for four of an id's each. Raises for what does not fit."""
+    if isinstance(ids, (str, bytes, bytearray, memoryview)):
+        raise TypeError(f"token ids are a list of numbers, not {type(ids).__name__}; text is a str, where a text is taken")
+    return array.array("I", ids)
+
+
 def _ids(ids):
     """Token ids of C, and how many."""
-    ids = array.array("I", ids)  # raises for what does not fit
+    ids = _numbers(ids)
     return (u32 * len(ids)).from_buffer(ids) if ids else None, c.c_size_t(len(ids))
 
 
@@ -232,7 +239,7 @@ def plan(model, max_tokens, kv="specache", **options):
 def step_batch(sessions, tokens, logits=False):
     """A step of several sessions of one engine at once, which reads the weights once for all. Returns what their sampling
     options choose next, which is not fed; with `logits` also a row of logits for each."""
-    tokens, vocab = array.array("I", tokens), sessions[0].engine.info.vocab_size if sessions else 0
+    tokens, vocab = _numbers(tokens), sessions[0].engine.info.vocab_size if sessions else 0
     if len(tokens) != len(sessions):
         raise ValueError(f"{len(tokens)} tokens for {len(sessions)} sessions")
     rows = [(f32 * vocab)() if logits else None for _ in sessions]
