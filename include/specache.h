@@ -118,9 +118,9 @@ enum {
 };
 
 /* Receives log messages, on the thread of the call that has something to say; messages of several threads may come at the same
- * time. What a thread of the library has to say waits for the next call, and comes once, to one engine that has a callback.
- * `message` is valid during the call. The callback may call any function of this library, with handles that are not busy, and
- * must return normally (THREADS). */
+ * time. Those of specache_engine_create come while it works, also if it fails then. What a thread of the library has to say
+ * waits for the next call, and comes once, to one engine that has a callback. `message` is valid during the call. The callback
+ * may call any function of this library, with handles that are not busy, and must return normally (THREADS). */
 typedef void (*specache_log_fn)(void *user_data, int32_t level, const char *message);
 
 /* How a GPU makes the matrix products of a layer. */
