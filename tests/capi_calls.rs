@@ -1132,6 +1132,28 @@ fn log_and_trace() {
     close(engine);
 }
 
+/// Traces that several threads write to one file at once do not disturb each other.
+#[test]
+fn traces_of_one_name() {
+    let engine = engine(&fixture("recall"), &EngineOptions { trace: 1, ..engine_options() });
+    let path = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("capi-one-name").join("trace.json");
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    let (c_path, handle) = (CString::new(path.to_str().unwrap()).unwrap(), Handle(engine));
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            // SAFETY: a C string.
+            let write =
+                || (0..100).for_each(|_| ok(unsafe { specache_engine_trace_write(handle.get(), c_path.as_ptr()) }));
+            scope.spawn(write);
+        }
+    });
+    let json: serde_json::Value = common::json(&path);
+    assert!(json["traceEvents"].is_array());
+    let beside = std::fs::read_dir(path.parent().unwrap()).unwrap().count();
+    assert_eq!(beside, 1, "only the trace is there");
+    close(engine);
+}
+
 #[test]
 fn what_an_engine_is() {
     let engine = recall();

@@ -6,6 +6,7 @@ use std::io::{self, BufWriter, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::handles::{self, EngineHandle};
@@ -380,8 +381,10 @@ fn write_whole(path: &Path, write: impl Fn(&mut BufWriter<File>) -> io::Result<(
     if path.metadata().is_ok_and(|there| !there.is_file()) {
         return write_to(path);
     }
+    // Calls that write the same file at once each have a name of their own: the last one's stays.
+    static WRITTEN: AtomicU64 = AtomicU64::new(0);
     let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".{}.partial", std::process::id()));
+    name.push(format!(".{}.{}.partial", std::process::id(), WRITTEN.fetch_add(1, Ordering::Relaxed)));
     let partial = path.with_file_name(name);
     write_to(&partial).and_then(|()| fs::rename(&partial, path)).inspect_err(|_| drop(fs::remove_file(&partial)))
 }
