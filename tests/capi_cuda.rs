@@ -149,6 +149,35 @@ fn budgets_of_a_gpu() {
     });
 }
 
+/// A GPU that is lost: all calls with a session say what the one did that met it, and what there was can be freed.
+#[test]
+fn a_session_of_a_lost_gpu() {
+    on_gpu("a_session_of_a_lost_gpu", &[("SPECACHE_EMU_FAIL", "specache_attn_combine:1:719")], || {
+        let gpu = engine(&fixture("recall"), &cuda());
+        let one = prefilled(gpu, &ids(gpu));
+        let held = tokens(one);
+        fails(step(one, 1), Status::Device, "CUDA_ERROR");
+        let why = last_error();
+        let calls: [&dyn Fn() -> i32; 5] = [
+            &|| step(one, 1),
+            &|| prefill(one, &[1]),
+            &|| generate(one, 2, 1, None).0,
+            &|| specache_session_truncate(one, 1),
+            &|| specache_session_reserve(one, 400),
+        ];
+        for call in calls {
+            fails(call(), Status::Device, "");
+            assert_eq!(last_error(), why);
+        }
+        assert_eq!((stats(one).n_tokens as usize, tokens(one)), (held.len(), held));
+        // A new one would need the GPU.
+        fails(specache_session_reset(one), Status::Device, "CUDA_ERROR");
+        fails(step(one, 1), Status::Usage, "without memory");
+        specache_session_free(one);
+        specache_engine_free(gpu);
+    });
+}
+
 /// What the library has to say beside a call's result goes to the log.
 #[test]
 fn words_of_the_library() {

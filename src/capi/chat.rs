@@ -69,6 +69,7 @@ pub unsafe extern "C" fn specache_session_prefill_chat(
         let mut state = object.lock()?;
         let state = &mut *state;
         object.check_cancel()?;
+        state.sound()?; // before anything of it goes
         engine.engine.context().check_tokens(&ids)?;
         // Not the token that ended an answer: the template writes its own.
         let eos = &engine.engine.model().config.eos_token_ids;

@@ -127,6 +127,12 @@ impl EngineObject {
         Ok(EngineObject { engine, tokenizer, chat, log, buffers: Mutex::default() })
     }
 
+    /// One that nobody listens to.
+    #[cfg(test)]
+    pub(super) fn unheard(engine: Engine, folder: &Path) -> Result<EngineObject> {
+        EngineObject::around(engine, Some(folder), Log { callback: None, user_data: std::ptr::null_mut(), level: 0 })
+    }
+
     pub(super) fn describe(&self) -> String {
         let config = &self.engine.model().config;
         let (name, device) = (&self.engine.model().name, self.engine.device().describe());
