@@ -372,8 +372,8 @@ int32_t specache_session_prefill_text(specache_session *session, const char *tex
 /* A conversation up to where its next answer begins, by the model's chat template: all messages so far, each time. What the
  * session holds of it already stays, as a rule all of it, and only the rest is prefilled. Answers are to be the texts that
  * specache_session_generate has shown. Where they are not, or the template rewrites what was said before, the common beginning
- * stays; SPECACHE_KV_KIVI, which cannot go back, begins anew then. How many tokens stayed is returned in *n_kept, which may be
- * NULL.
+ * stays; SPECACHE_KV_KIVI, which cannot go back, begins anew then. Statistics go on, also where nothing stays. How many tokens
+ * stayed is returned in *n_kept, which may be NULL.
  * As specache_session_prefill and specache_chat_prompt. After _OUT_OF_MEMORY, _CANCELLED, _FAILED and _DEVICE the session may
  * hold the common beginning alone. */
 int32_t specache_session_prefill_chat(specache_session *session, const specache_chat_message *messages, size_t n_messages,

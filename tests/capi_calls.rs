@@ -811,6 +811,39 @@ fn a_conversation() {
     }
 }
 
+/// A conversation that has nothing in common with the one before begins anew, and the statistics go on.
+#[test]
+fn another_conversation() {
+    let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("capi-another");
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(&folder).unwrap();
+    for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+        std::fs::copy(fixture("recall").join(file), folder.join(file)).unwrap();
+    }
+    std::fs::write(folder.join("chat_template.jinja"), "{{ messages[0].content }}").unwrap();
+    let engine = common::capi::engine(&folder, &engine_options());
+    let [first, second] = ["The password of kose zesi rere bago. Recall kose", "Recall fimi"];
+    for mode in 0..5 {
+        let one = session(engine, &KvOptionsC { mode, ..kv_options() }, 64);
+        let text = |prompt: &str| {
+            assert_eq!(prefill_chat(one, &[(c"user", CString::new(prompt).unwrap())]), 0);
+            assert_eq!(tokens(one), tokenize(engine, prompt));
+            let (status, shown, _) = generate(one, 4, 1, None);
+            ok(status);
+            (shown.text, stats(one).steps)
+        };
+        assert_eq!(text(first).1, 3);
+        let offloaded = stats(one).offloaded_bytes;
+        let (answer, steps) = text(second);
+        assert_eq!(steps, 6, "mode {mode}");
+        assert!(stats(one).offloaded_bytes >= offloaded);
+        ok(specache_session_reset(one));
+        assert_eq!((stats(one).steps, text(second)), (0, (answer, 3)));
+        free(one);
+    }
+    close(engine);
+}
+
 /// An answer whose text the tokenizer would cut differently stays as it was written.
 #[test]
 fn a_conversation_keeps_the_tokens_of_an_answer() {

@@ -76,7 +76,8 @@ pub unsafe extern "C" fn specache_session_prefill_chat(
         let shown = state.chosen.filter(|token| !eos.contains(token));
         let (keep, rest) = state.split(engine, &text, &ids, shown)?;
         if keep == 0 && !state.tokens.is_empty() {
-            object.clear(state)?;
+            state.session()?.forget()?;
+            state.forget(0);
         } else if keep < state.tokens.len() {
             state.session()?.truncate(keep)?;
             state.forget(keep);
