@@ -160,7 +160,7 @@ int32_t specache_engine_options_init(specache_engine_options *options, uint32_t 
  * `abi_version` is SPECACHE_ABI_VERSION. `model` is a C string, `options` may be NULL. *engine is NULL after a failure.
  * SPECACHE_ERR_ABI, _USAGE (options, a GPU's number beyond those that there are, no such synthetic shape, a model that the GPU
  * asked for has no kernels for), _MODEL, _FAILED (unreadable files), _DEVICE (no GPU where one is asked for, or one that cannot
- * be used), _OUT_OF_MEMORY (a GPU too small for the weights). */
+ * be used; threads that cannot be started), _OUT_OF_MEMORY (a GPU too small for the weights). */
 int32_t specache_engine_create(uint32_t abi_version, const char *model, const specache_engine_options *options,
                                specache_engine **engine);
 
@@ -240,12 +240,14 @@ int32_t specache_engine_measure_waits(specache_engine *engine, int32_t on);
 #define SPECACHE_ADD_SPECIAL 1u
 
 /* Token ids of a text of `n_bytes` bytes.
- * SPECACHE_ERR_USAGE for text that is not UTF-8 (with the byte's place) and for a model without a tokenizer. */
+ * SPECACHE_ERR_USAGE for text that is not UTF-8 (with the byte's place) and for a model without a tokenizer; _MODEL for a
+ * tokenizer that has no id for a part of the text. */
 int32_t specache_tokenize(specache_engine *engine, const char *text, size_t n_bytes, uint32_t flags, uint32_t *ids,
                           size_t capacity, size_t *n);
 
 /* The text of some ids, without special tokens. Bytes that are not UTF-8 become U+FFFD.
- * SPECACHE_ERR_USAGE for ids beyond the vocabulary and for a model without a tokenizer. */
+ * SPECACHE_ERR_USAGE for ids beyond the vocabulary and for a model without a tokenizer; _MODEL for a tokenizer whose decoder
+ * fails. */
 int32_t specache_detokenize(specache_engine *engine, const uint32_t *ids, size_t n_ids, char *text, size_t capacity,
                             size_t *n);
 
@@ -257,8 +259,8 @@ typedef struct specache_chat_message {
 /* Messages as a prompt, by the model's chat template (chat_template.jinja, else that of tokenizer_config.json). The text has the
  * special tokens written out: prefill it without SPECACHE_ADD_SPECIAL. With `add_generation_prompt` (non-zero) it ends where
  * the assistant's answer begins. For the turns of a conversation there is specache_session_prefill_chat.
- * SPECACHE_ERR_USAGE for messages that the template refuses and for a model without a template; SPECACHE_ERR_MODEL for a
- * template that fails or works for too long. */
+ * SPECACHE_ERR_USAGE for messages that the template refuses and for a model without a template; _MODEL for a template that
+ * fails or works for too long; _DEVICE if the system refuses the thread that it works on. */
 int32_t specache_chat_prompt(specache_engine *engine, const specache_chat_message *messages, size_t n_messages,
                              int32_t add_generation_prompt, char *text, size_t capacity, size_t *n);
 
@@ -310,7 +312,7 @@ typedef struct specache_memory_plan {
 
 /* What a session of these options and `max_tokens` tokens would take, without loading any weights: only config.json of `model`
  * (as in specache_engine_create) is read. `options` may be NULL.
- * SPECACHE_ERR_ABI, _MODEL, _USAGE. */
+ * SPECACHE_ERR_ABI, _MODEL, _FAILED (an unreadable file), _USAGE. */
 int32_t specache_plan(uint32_t abi_version, const char *model, const specache_kv_options *options, uint64_t max_tokens,
                       specache_memory_plan *plan);
 
@@ -374,8 +376,8 @@ int32_t specache_session_prefill_text(specache_session *session, const char *tex
  * specache_session_generate has shown. Where they are not, or the template rewrites what was said before, the common beginning
  * stays; SPECACHE_KV_KIVI, which cannot go back, begins anew then. Statistics go on, also where nothing stays. How many tokens
  * stayed is returned in *n_kept, which may be NULL.
- * As specache_session_prefill and specache_chat_prompt. After _OUT_OF_MEMORY, _CANCELLED, _FAILED and _DEVICE the session may
- * hold the common beginning alone. */
+ * As specache_session_prefill, specache_tokenize and specache_chat_prompt. After _OUT_OF_MEMORY, _CANCELLED, _FAILED and _DEVICE
+ * the session may hold the common beginning alone. */
 int32_t specache_session_prefill_chat(specache_session *session, const specache_chat_message *messages, size_t n_messages,
                                       uint64_t *n_kept);
 
@@ -437,8 +439,9 @@ enum {
  * If a call ends within a character, its bytes come as U+FFFD with SPECACHE_NO_TOKEN at the end.
  * On a GPU tokens are drawn there, with weights in fp32; specache_session_sample and specache_step_batch draw on the host, in
  * fp64: where the random number falls within a millionth of a border, the same seed gives another token.
- * SPECACHE_ERR_HANDLE, _BUSY, _USAGE for an empty session; _CANCELLED; _FAILED and _DEVICE as in prefill; on a GPU
- * _OUT_OF_MEMORY if there is no room for what calls work in, which grows with how many run at once. */
+ * SPECACHE_ERR_HANDLE, _BUSY, _USAGE for an empty session; _CANCELLED; _FAILED and _DEVICE as in prefill; _MODEL as in
+ * specache_detokenize; on a GPU _OUT_OF_MEMORY if there is no room for what calls work in, which grows with how many run at
+ * once. */
 int32_t specache_session_generate(specache_session *session, uint64_t n_tokens, uint32_t flags, specache_token_fn on_token,
                                   void *user_data, uint64_t *n_generated, int32_t *stop);
 

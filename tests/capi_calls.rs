@@ -299,6 +299,56 @@ fn text_and_back() {
     close(synthetic);
 }
 
+/// A file that cannot be read, and a tokenizer without an id for a word: what the header names for them.
+#[test]
+fn failures_of_files() {
+    let named = |function: &str, status: &str| {
+        let header = include_str!("../include/specache.h");
+        let (before, _) = header.split_once(&format!("int32_t {function}(")).unwrap();
+        let (_, comment) = before.rsplit_once("/*").unwrap();
+        assert!(comment.contains(status), "{function}: {comment}");
+    };
+    let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("capi-files");
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(&folder).unwrap();
+    // A name that leads to itself.
+    std::os::unix::fs::symlink("config.json", folder.join("config.json")).unwrap();
+    let model = CString::new(folder.to_str().unwrap()).unwrap();
+    // SAFETY: zero is a value of every field.
+    let mut plan: MemoryPlan = unsafe { std::mem::zeroed() };
+    plan.struct_size = size_of::<MemoryPlan>() as u32;
+    // SAFETY: a C string and structs of this function.
+    let status = unsafe { specache_plan(SPECACHE_ABI_VERSION, model.as_ptr(), ptr::null(), 100, &mut plan) };
+    fails(status, Status::Failed, "config.json");
+    named("specache_plan", "_FAILED");
+    let mut none = NULL_ENGINE;
+    // SAFETY: as above.
+    let status = unsafe { specache_engine_create(SPECACHE_ABI_VERSION, model.as_ptr(), &engine_options(), &mut none) };
+    fails(status, Status::Failed, "config.json");
+    named("specache_engine_create", "_FAILED");
+
+    std::fs::remove_file(folder.join("config.json")).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(fixture("recall").join(file), folder.join(file)).unwrap();
+    }
+    let tokenizer = r#"{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": null, "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": {"known": 0}, "unk_token": "none"}}"#;
+    std::fs::write(folder.join("tokenizer.json"), tokenizer).unwrap();
+    let engine = common::capi::engine(&folder, &engine_options());
+    assert_eq!(tokenize(engine, "known"), [0]);
+    let mut n = 0;
+    // SAFETY: texts of their own length, and NULL with no room.
+    let status = unsafe { specache_tokenize(engine, c"new".as_ptr(), 3, 0, ptr::null_mut(), 0, &mut n) };
+    fails(status, Status::Model, "tokenizer.json");
+    named("specache_tokenize", "_MODEL");
+    let one = session(engine, &kv_options(), 10);
+    // SAFETY: as above.
+    fails(unsafe { specache_session_prefill_text(one, c"new".as_ptr(), 3, 0) }, Status::Model, "tokenizer.json");
+    free(one);
+    close(engine);
+}
+
 #[test]
 fn chats() {
     let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("capi-chat");
