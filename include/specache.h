@@ -21,7 +21,12 @@
  * much memory as they say. Descriptions name what a function can fail with. Not named each time, as every function that takes
  * such a thing gives it: SPECACHE_ERR_HANDLE for a handle; _USAGE for NULL or a misaligned pointer where a value is needed, for
  * flags that are not known and for text that is not UTF-8; _BUFFER for a buffer; _ABI for a struct_size; and for sessions
- * _BUSY, _INTERNAL once dead, and _USAGE while they are without memory (specache_session_reset).
+ * _BUSY, _INTERNAL once dead, what follows, and _USAGE while they are without memory (specache_session_reset).
+ *
+ * SESSIONS THAT FAIL. Where NaN or infinity comes out of the model (SPECACHE_ERR_FAILED), or a copy or the device fails in the
+ * middle of a call (SPECACHE_ERR_DEVICE), nobody knows what the session's cache holds. All calls that would use it give the same
+ * status with the same words from then on, until specache_session_reset or specache_session_free. The tokens that it held before
+ * and its statistics can still be asked for, and its sampling options set.
  *
  * HANDLES. specache_engine and specache_session are names, not addresses: they cannot be dereferenced, are never used twice in
  * a process, and the library knows which of them live. NULL, a handle that was freed and a handle of the other kind give
@@ -118,9 +123,9 @@ enum {
 };
 
 /* Receives log messages, on the thread of the call that has something to say; messages of several threads may come at the same
- * time. What a thread of the library has to say waits for the next call, and comes once, to one engine that has a callback.
- * `message` is valid during the call. The callback may call any function of this library, with handles that are not busy, and
- * must return normally (THREADS). */
+ * time. Those of specache_engine_create come while it works, also if it fails then. What a thread of the library has to say
+ * waits for the next call, and comes once, to one engine that has a callback. `message` is valid during the call. The callback
+ * may call any function of this library, with handles that are not busy, and must return normally (THREADS). */
 typedef void (*specache_log_fn)(void *user_data, int32_t level, const char *message);
 
 /* How a GPU makes the matrix products of a layer. */
@@ -155,7 +160,7 @@ int32_t specache_engine_options_init(specache_engine_options *options, uint32_t 
  * `abi_version` is SPECACHE_ABI_VERSION. `model` is a C string, `options` may be NULL. *engine is NULL after a failure.
  * SPECACHE_ERR_ABI, _USAGE (options, a GPU's number beyond those that there are, no such synthetic shape, a model that the GPU
  * asked for has no kernels for), _MODEL, _FAILED (unreadable files), _DEVICE (no GPU where one is asked for, or one that cannot
- * be used), _OUT_OF_MEMORY (a GPU too small for the weights). */
+ * be used; threads that cannot be started), _OUT_OF_MEMORY (a GPU too small for the weights). */
 int32_t specache_engine_create(uint32_t abi_version, const char *model, const specache_engine_options *options,
                                specache_engine **engine);
 
@@ -219,7 +224,7 @@ int32_t specache_engine_trace(specache_engine *engine, int32_t on);
 
 /* Writes what was traced since the last time to a file (a C string; replaced if it exists) in the Chrome trace format, which
  * Perfetto opens. A regular file is replaced when all is written: after a failure it is as before, and nothing of the trace is
- * lost. Another file of this name with ".<process>.partial" behind it is there meanwhile.
+ * lost. Another file of this name with ".<process>.<number>.partial" behind it is there meanwhile.
  * SPECACHE_ERR_HANDLE, _USAGE for an engine without options.trace, _FAILED. */
 int32_t specache_engine_trace_write(specache_engine *engine, const char *path);
 
@@ -235,12 +240,14 @@ int32_t specache_engine_measure_waits(specache_engine *engine, int32_t on);
 #define SPECACHE_ADD_SPECIAL 1u
 
 /* Token ids of a text of `n_bytes` bytes.
- * SPECACHE_ERR_USAGE for text that is not UTF-8 (with the byte's place) and for a model without a tokenizer. */
+ * SPECACHE_ERR_USAGE for text that is not UTF-8 (with the byte's place) and for a model without a tokenizer; _MODEL for a
+ * tokenizer that has no id for a part of the text. */
 int32_t specache_tokenize(specache_engine *engine, const char *text, size_t n_bytes, uint32_t flags, uint32_t *ids,
                           size_t capacity, size_t *n);
 
 /* The text of some ids, without special tokens. Bytes that are not UTF-8 become U+FFFD.
- * SPECACHE_ERR_USAGE for ids beyond the vocabulary and for a model without a tokenizer. */
+ * SPECACHE_ERR_USAGE for ids beyond the vocabulary and for a model without a tokenizer; _MODEL for a tokenizer whose decoder
+ * fails. */
 int32_t specache_detokenize(specache_engine *engine, const uint32_t *ids, size_t n_ids, char *text, size_t capacity,
                             size_t *n);
 
@@ -252,8 +259,8 @@ typedef struct specache_chat_message {
 /* Messages as a prompt, by the model's chat template (chat_template.jinja, else that of tokenizer_config.json). The text has the
  * special tokens written out: prefill it without SPECACHE_ADD_SPECIAL. With `add_generation_prompt` (non-zero) it ends where
  * the assistant's answer begins. For the turns of a conversation there is specache_session_prefill_chat.
- * SPECACHE_ERR_USAGE for messages that the template refuses and for a model without a template; SPECACHE_ERR_MODEL for a
- * template that fails or works for too long. */
+ * SPECACHE_ERR_USAGE for messages that the template refuses and for a model without a template; _MODEL for a template that
+ * fails or works for too long; _DEVICE if the system refuses the thread that it works on. */
 int32_t specache_chat_prompt(specache_engine *engine, const specache_chat_message *messages, size_t n_messages,
                              int32_t add_generation_prompt, char *text, size_t capacity, size_t *n);
 
@@ -305,7 +312,7 @@ typedef struct specache_memory_plan {
 
 /* What a session of these options and `max_tokens` tokens would take, without loading any weights: only config.json of `model`
  * (as in specache_engine_create) is read. `options` may be NULL.
- * SPECACHE_ERR_ABI, _MODEL, _USAGE. */
+ * SPECACHE_ERR_ABI, _MODEL, _FAILED (an unreadable file), _USAGE. */
 int32_t specache_plan(uint32_t abi_version, const char *model, const specache_kv_options *options, uint64_t max_tokens,
                       specache_memory_plan *plan);
 
@@ -320,20 +327,20 @@ void specache_session_free(specache_session *session);
 
 /* A second session with the same tokens, options, room and state of sampling, which goes its own way from here. 16-bit pages on
  * the host are shared, what lies on the device is copied. Its statistics begin anew. *fork is NULL after a failure.
- * SPECACHE_ERR_HANDLE, _BUSY, _OUT_OF_MEMORY, _DEVICE, _USAGE for a session that has failed. */
+ * SPECACHE_ERR_HANDLE, _BUSY, _OUT_OF_MEMORY, _DEVICE. */
 int32_t specache_session_fork(specache_session *session, specache_session **fork);
 
 /* Forgets the tokens from `n_tokens` on (1 to as many as there are), and a generated one that was not fed yet. Then feed a token
  * or a prompt: there are no logits.
- * SPECACHE_ERR_HANDLE, _BUSY, _USAGE in SPECACHE_KV_KIVI for tokens whose 16-bit form is gone, or a session that has failed;
- * _OUT_OF_MEMORY where pages are shared; _DEVICE, which ends the session. */
+ * SPECACHE_ERR_HANDLE, _BUSY, _USAGE for more tokens than there are or none, and in SPECACHE_KV_KIVI for those whose 16-bit
+ * form is gone; _OUT_OF_MEMORY where pages are shared; _DEVICE, with which the session has failed. */
 int32_t specache_session_truncate(specache_session *session, uint64_t n_tokens);
 
 /* Forgets everything: the session is as when it was created, with its options, its present room and its sampling options at
  * the start of their random sequence; a cancellation that nothing has heeded is forgotten too. The session keeps its memory. Of a
  * fork, pages that it shares are replaced: SPECACHE_ERR_OUT_OF_MEMORY if there are too few others, and nothing has changed.
- * Works on sessions that have failed (_FAILED, _DEVICE), too. Those give their memory back and ask for it anew: if somebody else
- * takes it meanwhile, the call gives _OUT_OF_MEMORY, and the session is empty and without memory until a reset succeeds.
+ * Works on sessions that have failed, too. Those give their memory back and ask for it anew: where they do not get it, as somebody
+ * else has taken it (_OUT_OF_MEMORY) or the GPU is lost (_DEVICE), they are empty and without memory until a reset succeeds.
  * SPECACHE_ERR_HANDLE, _BUSY, _OUT_OF_MEMORY, _DEVICE. */
 int32_t specache_session_reset(specache_session *session);
 
@@ -356,9 +363,8 @@ int32_t specache_session_clear_cancel(specache_session *session);
 
 /* Adds tokens behind what the session holds, makes room for them if need be, and computes the logits of what follows. The last
  * token that specache_session_generate has shown is not fed yet, and goes in front; specache_session_truncate drops it.
- * SPECACHE_ERR_HANDLE, _BUSY, _USAGE for nothing to add, ids beyond the vocabulary, more tokens than are supported, or a session
- * that has failed; _OUT_OF_MEMORY; _CANCELLED; _FAILED if NaN or infinity comes out of the model, which ends the session, as
- * _DEVICE does. */
+ * SPECACHE_ERR_HANDLE, _BUSY, _USAGE for nothing to add, ids beyond the vocabulary, or more tokens than are supported;
+ * _OUT_OF_MEMORY; _CANCELLED; _FAILED and _DEVICE, with which the session has failed. */
 int32_t specache_session_prefill(specache_session *session, const uint32_t *ids, size_t n_ids);
 
 /* The same with a text of `n_bytes` bytes; flags as in specache_tokenize.
@@ -368,10 +374,10 @@ int32_t specache_session_prefill_text(specache_session *session, const char *tex
 /* A conversation up to where its next answer begins, by the model's chat template: all messages so far, each time. What the
  * session holds of it already stays, as a rule all of it, and only the rest is prefilled. Answers are to be the texts that
  * specache_session_generate has shown. Where they are not, or the template rewrites what was said before, the common beginning
- * stays; SPECACHE_KV_KIVI, which cannot go back, begins anew then. How many tokens stayed is returned in *n_kept, which may be
- * NULL.
- * As specache_session_prefill and specache_chat_prompt. After _OUT_OF_MEMORY, _CANCELLED, _FAILED and _DEVICE the session may
- * hold the common beginning alone. */
+ * stays; SPECACHE_KV_KIVI, which cannot go back, begins anew then. Statistics go on, also where nothing stays. How many tokens
+ * stayed is returned in *n_kept, which may be NULL.
+ * As specache_session_prefill, specache_tokenize and specache_chat_prompt. After _OUT_OF_MEMORY, _CANCELLED, _FAILED and _DEVICE
+ * the session may hold the common beginning alone. */
 int32_t specache_session_prefill_chat(specache_session *session, const specache_chat_message *messages, size_t n_messages,
                                       uint64_t *n_kept);
 
@@ -433,20 +439,21 @@ enum {
  * If a call ends within a character, its bytes come as U+FFFD with SPECACHE_NO_TOKEN at the end.
  * On a GPU tokens are drawn there, with weights in fp32; specache_session_sample and specache_step_batch draw on the host, in
  * fp64: where the random number falls within a millionth of a border, the same seed gives another token.
- * SPECACHE_ERR_HANDLE, _BUSY, _USAGE for an empty session or one that has failed; _CANCELLED; _FAILED and _DEVICE as in
- * prefill; on a GPU _OUT_OF_MEMORY if there is no room for what calls work in, which grows with how many run at once. */
+ * SPECACHE_ERR_HANDLE, _BUSY, _USAGE for an empty session; _CANCELLED; _FAILED and _DEVICE as in prefill; _MODEL as in
+ * specache_detokenize; on a GPU _OUT_OF_MEMORY if there is no room for what calls work in, which grows with how many run at
+ * once. */
 int32_t specache_session_generate(specache_session *session, uint64_t n_tokens, uint32_t flags, specache_token_fn on_token,
                                   void *user_data, uint64_t *n_generated, int32_t *stop);
 
 /* One decode step: feeds `token` and computes the logits of what follows, which go to `logits` too if that is not NULL.
  * `n_logits` must be vocab_size then, else 0.
- * SPECACHE_ERR_HANDLE, _BUSY, _USAGE for a session that is empty, full or has failed, or an id beyond the vocabulary;
+ * SPECACHE_ERR_HANDLE, _BUSY, _USAGE for a session that is empty or full, or an id beyond the vocabulary;
  * _CANCELLED, _FAILED, _DEVICE as in prefill; _OUT_OF_MEMORY as in specache_session_generate. */
 int32_t specache_session_step(specache_session *session, uint32_t token, float *logits, size_t n_logits);
 
 /* The logits [vocab_size] of what follows the session's last token, from its last prefill, step, batched step or generate.
- * SPECACHE_ERR_HANDLE, _BUSY, _BUFFER, _USAGE if there are none: in an empty session, after
- * specache_session_truncate, and after a call that was cancelled or failed half way. */
+ * SPECACHE_ERR_HANDLE, _BUSY, _BUFFER, _USAGE if there are none: in an empty session, after specache_session_truncate, and
+ * after a generation that was cancelled within a step. */
 int32_t specache_session_logits(specache_session *session, float *logits, size_t capacity, size_t *n);
 
 /* Chooses a token from these logits with the session's sampling options. The session does not remember it: give it to

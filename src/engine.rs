@@ -26,13 +26,21 @@ impl Engine {
     /// [`crate::Error::Model`] for a folder that cannot be used, [`crate::Error::Usage`] for device options that cannot
     /// be.
     pub fn load(spec: &str, options: &DeviceOptions) -> Result<Engine> {
+        Engine::load_with(spec, options, |_| {})
+    }
+
+    /// The same; `taken` is shown each device that is taken, before the model is loaded, which may take a while or fail: one
+    /// that was left open may be a GPU, and then the CPU, if the GPU has no kernels for the model.
+    pub(crate) fn load_with(spec: &str, options: &DeviceOptions, taken: impl Fn(&Device)) -> Result<Engine> {
         let mut device = Device::open(options)?;
+        taken(&device);
         let model = device.run(|| Model::load(spec))?;
         if options.choice == DeviceChoice::Auto
             && device.gpu().is_some()
             && let Err(why) = cuda::check_shape(&model)
         {
             device = Device::cpu_because(options, why.to_string())?;
+            taken(&device);
         }
         Engine::new(model, device)
     }

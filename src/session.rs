@@ -72,11 +72,6 @@ enum Failure {
 }
 
 impl Failure {
-    fn why(&self) -> &str {
-        let (Failure::NotFinite(why) | Failure::Copy(why)) = self;
-        why
-    }
-
     fn error(&self) -> Error {
         match self {
             Failure::NotFinite(why) => Error::NotFinite(why.clone()),
@@ -118,11 +113,10 @@ impl Session {
     /// one prompt. Complete 16-bit pages on the host are shared, what lies on the device is copied. Figures begin anew.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`], and [`Error::Usage`] or [`Error::Device`] for a session that has failed; nothing has changed
-    /// then.
+    /// [`Error::OutOfMemory`], and [`Session::failure`]; nothing has changed then.
     pub fn fork(&mut self) -> Result<Session> {
         self.cache.come_to_rest();
-        self.check_sound().and_then(|()| self.check_copies())?;
+        self.check_sound()?;
         Ok(Session {
             max_context: self.max_context,
             speculative: self.speculative,
@@ -135,40 +129,53 @@ impl Session {
     /// its whole life.
     ///
     /// # Errors
-    /// [`Error::Usage`] for 0 tokens or more than there are, for a session that has failed, and in `kivi` for tokens whose
-    /// 16-bit form is gone; [`Error::OutOfMemory`] if pages that a fork shares cannot be replaced. Nothing has changed
-    /// then. [`Error::Device`] if a copy of this session's has failed, before this or in bringing pages back: it cannot go
-    /// on.
+    /// [`Error::Usage`] for 0 tokens or more than there are, and in `kivi` for tokens whose 16-bit form is gone;
+    /// [`Error::OutOfMemory`] if pages that a fork shares cannot be replaced. Nothing has changed then. [`Session::failure`],
+    /// also if a copy fails that brings pages back.
     pub fn truncate(&mut self, n_tokens: usize) -> Result<()> {
         self.cache.come_to_rest();
-        self.check_sound().and_then(|()| self.check_copies())?;
+        self.check_sound()?;
         let has = self.n_tokens();
         if n_tokens == 0 || n_tokens > has {
             return Err(Error::Usage(format!("truncate to {n_tokens} tokens: from 1 to the {has} that there are")));
         }
-        self.cache.truncate(n_tokens)?;
+        self.cut(n_tokens)
+    }
+
+    /// Forgets all tokens from `n_tokens` on, of those that there are.
+    fn cut(&mut self, n_tokens: usize) -> Result<()> {
+        let cut = self.cache.truncate(n_tokens);
+        self.check_sound().and(cut)?;
         (self.speculative, self.last_guess) = (None, None);
-        self.check_copies()
+        Ok(())
+    }
+
+    /// Forgets all tokens, as [`Session::clear`], with the figures of the session's whole life.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn forget(&mut self) -> Result<()> {
+        self.cache.come_to_rest();
+        self.check_sound()?;
+        self.cut(0)
     }
 
     /// Forgets everything: the session is as a new one with the same options and the same room, which it never gives
     /// away. Figures begin anew.
     ///
     /// # Errors
-    /// [`Error::Usage`] or [`Error::Device`] for a session that has failed; [`Error::OutOfMemory`] if pages that a fork
-    /// shares cannot be replaced. Nothing has changed then.
+    /// [`Session::failure`]; [`Error::OutOfMemory`] if pages that a fork shares cannot be replaced. Nothing has changed then.
     pub fn clear(&mut self) -> Result<()> {
-        self.cache.come_to_rest();
-        self.check_sound().and_then(|()| self.check_copies())?;
-        self.cache.truncate(0)?;
-        (self.speculative, self.last_guess, self.forced, self.trace) = (None, None, None, None);
+        self.forget()?;
+        (self.forced, self.trace) = (None, None);
         self.stats = Stats::new(&self.cache);
-        self.check_copies()
+        Ok(())
     }
 
-    /// Whether the session has failed, and can only be given up.
-    pub fn has_failed(&self) -> bool {
-        self.failure.is_some() || self.cache.failure().is_some()
+    /// Why the session has failed, if it has, and can only be given up: [`Error::NotFinite`] or [`Error::Device`], which all
+    /// calls that use its cache give from then on, in the same words.
+    pub fn failure(&mut self) -> Option<Error> {
+        self.check_sound().err()
     }
 
     /// Tokens in the cache.
@@ -179,8 +186,10 @@ impl Session {
     /// Makes room for at least `max_tokens` tokens: for a conversation that outgrows what it was begun with.
     ///
     /// # Errors
-    /// [`Error::Usage`] beyond what the model supports, [`Error::OutOfMemory`]; tokens and room are as before then.
+    /// [`Error::Usage`] beyond what the model supports, [`Error::OutOfMemory`], [`Session::failure`]; tokens and room are as
+    /// before then.
     pub fn reserve(&mut self, max_tokens: usize) -> Result<()> {
+        self.check_sound()?;
         check_context(max_tokens, self.max_context)?;
         self.cache.reserve(max_tokens)
     }
@@ -262,30 +271,23 @@ impl Session {
         self.attention.as_deref()
     }
 
-    /// Whether the session can be used, with this context.
+    /// Whether the session can be used, with this context. Of copies that have failed a call tells at its end, for this
+    /// sequence alone.
     pub(crate) fn check_usable(&self, context: &Context) -> Result<()> {
         let shape = KvShape::new(&context.model.config, self.kv());
         if !self.cache.device().is(&context.device) || shape != self.cache.shape {
             return Err(Error::Usage("this session belongs to another engine: use the one that made it".into()));
         }
-        self.check_sound()
+        self.failure.as_ref().map_or(Ok(()), |failure| Err(failure.error()))
     }
 
-    fn check_sound(&self) -> Result<()> {
-        match &self.failure {
-            Some(f) => Err(Error::Usage(format!("this session cannot go on: {}; start a new one", f.why()))),
-            None => Ok(()),
+    /// Whether all has gone well so far, copies too. What has not is kept, so that every call says the same of it.
+    fn check_sound(&mut self) -> Result<()> {
+        if let (None, Some(why)) = (&self.failure, self.cache.failure()) {
+            let why = format!("this session's 16-bit pairs are not complete: {why}");
+            self.failure = Some(Failure::Copy(why));
         }
-    }
-
-    /// Whether all copies so far have succeeded. A step tells of one that has not for its sequence alone.
-    fn check_copies(&self) -> Result<()> {
-        match self.cache.failure() {
-            Some(why) => {
-                Err(Error::Device(format!("this session's 16-bit pairs are not complete: {why}; start a new one")))
-            }
-            None => Ok(()),
-        }
+        self.failure.as_ref().map_or(Ok(()), |failure| Err(failure.error()))
     }
 
     /// A call begins, which may be given up. `fresh`: it begins with a pre-decode of this session.
@@ -323,14 +325,7 @@ impl Session {
 
     /// Checks this call's logits. A failure is final for the session: its cache holds what it should not.
     pub(crate) fn check_finite(&mut self, finite: bool) -> Result<()> {
-        if let Some(failure) = &self.failure {
-            // It failed earlier in the same call: in the pre-decode.
-            return Err(failure.error());
-        }
-        if let Some(why) = self.cache.failure() {
-            let failure = Failure::Copy(format!("this session's 16-bit pairs are not complete: {why}"));
-            return Err(self.failure.insert(failure).error());
-        }
+        self.check_sound()?; // it may have failed earlier in the same call: in the pre-decode
         if finite && self.bad_layer.is_none() {
             return Ok(());
         }

@@ -1,5 +1,6 @@
 """The Python class of examples/python, for tests/capi.rs:  capi.py MODEL PROMPT_FILE"""
 
+import faulthandler
 import os
 import sys
 import threading
@@ -8,6 +9,7 @@ import time
 import specache
 from specache import Engine
 
+faulthandler.dump_traceback_later(300, exit=True)  # whoever waits for ever is an error
 model, prompt = sys.argv[1], open(sys.argv[2]).read()
 log = []
 
@@ -66,6 +68,48 @@ assert len(fork.tokens()) < len(ids) + 20, len(fork.tokens())
 fork.generate_ids(3)
 assert fork.tokens()[len(ids):] == given[: len(fork.tokens()) - len(ids)]
 
+
+
+# Sessions and loops are closed in any order, and more than once.
+def begun(engine):
+    one = engine.session(5000, kv="kivi")
+    one.prefill(ids[:3])
+    pieces = one.generate(4000, ignore_eos=True)
+    next(pieces)
+    return one, pieces
+
+
+held = engine.memory()["device_kv_bytes"]
+one, pieces = begun(engine)
+one.close()
+one.close()
+fails(8, "NULL", one.tokens)
+until = time.monotonic() + 60
+while engine.memory()["device_kv_bytes"] > held:  # though nobody takes what is left
+    assert time.monotonic() < until, engine.memory()
+    time.sleep(0.01)
+assert len(list(pieces)) < 20
+one, pieces = begun(engine)
+one.close()
+pieces.close()
+pieces.close()
+other = Engine(model, device="cpu", threads=1)
+one, pieces = begun(other)
+other.close()
+other.close()
+pieces.close()
+assert len(one.generate_ids(3, ignore_eos=True)) == 3
+one.close()
+fails(8, "NULL", other.memory)
+
+# The garbage collector may leave a loop on a thread that holds a lock which other threads need for their end.
+one, pieces = begun(engine)
+with threading._active_limbo_lock:
+    del pieces
+assert len(one.tokens()) < 20
+one.close()
+
+
 # Numbers that C would cut off, and words that it would end.
 def raises(kind, words, call):
     try:
@@ -81,6 +125,9 @@ raises(OverflowError, "", lambda: fork.prefill([1, 2**33]))
 raises(OverflowError, "", lambda: fork.prefill([-1]))
 raises(TypeError, "", lambda: fork.prefill([1.5]))
 raises(OverflowError, "", lambda: engine.detokenize([2**32]))
+for no_ids in (b"\1\0\0\0", bytearray(4), memoryview(bytes(4)), "\1\0\0\0"):
+    raises(TypeError, "a list of numbers, not " + type(no_ids).__name__, lambda: engine.detokenize(no_ids))
+raises(TypeError, "a list of numbers, not bytes", lambda: fork.prefill(b"\1\0\0\0"))
 raises(OverflowError, "token 4294967296", lambda: fork.step(2**32))
 raises(OverflowError, "n_tokens -1", lambda: fork.truncate(-1))
 raises(OverflowError, "n_tokens", lambda: fork.generate_ids(2**64))
@@ -104,6 +151,7 @@ for twin, token, row in zip(twins, chosen, rows):
 assert specache.step_batch(twins, chosen) != chosen and specache.step_batch([], []) == []
 raises(ValueError, "1 tokens for 2", lambda: specache.step_batch(twins, [1]))
 raises(OverflowError, "", lambda: specache.step_batch(twins, [1, 2**32]))
+raises(TypeError, "a list of numbers", lambda: specache.step_batch(twins, bytes(8)))
 assert [layer["hits_of"] > 0 for layer in session.layer_stats()] == [True] * 4
 assert engine.eos_tokens() and all(0 <= id < 1536 for id in engine.eos_tokens())
 memory, planned = engine.memory(), specache.plan(model, 1200, bits=1, top_k=16)

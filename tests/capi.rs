@@ -381,7 +381,9 @@ fn python_ends_in_the_middle() {
                   threading.Thread(target=work, daemon=True).start()\n\
                   go.wait()\n\
                   print('ends')";
-    for body in [pieces, daemon] {
+    let cycle = "s.it = s.generate(50_000, ignore_eos=True)\nnext(s.it)\nprint('ends')";
+    let closed = "it = s.generate(50_000, ignore_eos=True)\nnext(it)\ns.close()\ne.close()\nprint('ends')";
+    for body in [pieces, daemon, cycle, closed] {
         for _ in 0..3 {
             let Output { status, stdout, stderr } = script(body).output().unwrap();
             let stderr = String::from_utf8_lossy(&stderr);

@@ -299,6 +299,56 @@ fn text_and_back() {
     close(synthetic);
 }
 
+/// A file that cannot be read, and a tokenizer without an id for a word: what the header names for them.
+#[test]
+fn failures_of_files() {
+    let named = |function: &str, status: &str| {
+        let header = include_str!("../include/specache.h");
+        let (before, _) = header.split_once(&format!("int32_t {function}(")).unwrap();
+        let (_, comment) = before.rsplit_once("/*").unwrap();
+        assert!(comment.contains(status), "{function}: {comment}");
+    };
+    let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("capi-files");
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(&folder).unwrap();
+    // A name that leads to itself.
+    std::os::unix::fs::symlink("config.json", folder.join("config.json")).unwrap();
+    let model = CString::new(folder.to_str().unwrap()).unwrap();
+    // SAFETY: zero is a value of every field.
+    let mut plan: MemoryPlan = unsafe { std::mem::zeroed() };
+    plan.struct_size = size_of::<MemoryPlan>() as u32;
+    // SAFETY: a C string and structs of this function.
+    let status = unsafe { specache_plan(SPECACHE_ABI_VERSION, model.as_ptr(), ptr::null(), 100, &mut plan) };
+    fails(status, Status::Failed, "config.json");
+    named("specache_plan", "_FAILED");
+    let mut none = NULL_ENGINE;
+    // SAFETY: as above.
+    let status = unsafe { specache_engine_create(SPECACHE_ABI_VERSION, model.as_ptr(), &engine_options(), &mut none) };
+    fails(status, Status::Failed, "config.json");
+    named("specache_engine_create", "_FAILED");
+
+    std::fs::remove_file(folder.join("config.json")).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(fixture("recall").join(file), folder.join(file)).unwrap();
+    }
+    let tokenizer = r#"{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": null, "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": {"known": 0}, "unk_token": "none"}}"#;
+    std::fs::write(folder.join("tokenizer.json"), tokenizer).unwrap();
+    let engine = common::capi::engine(&folder, &engine_options());
+    assert_eq!(tokenize(engine, "known"), [0]);
+    let mut n = 0;
+    // SAFETY: texts of their own length, and NULL with no room.
+    let status = unsafe { specache_tokenize(engine, c"new".as_ptr(), 3, 0, ptr::null_mut(), 0, &mut n) };
+    fails(status, Status::Model, "tokenizer.json");
+    named("specache_tokenize", "_MODEL");
+    let one = session(engine, &kv_options(), 10);
+    // SAFETY: as above.
+    fails(unsafe { specache_session_prefill_text(one, c"new".as_ptr(), 3, 0) }, Status::Model, "tokenizer.json");
+    free(one);
+    close(engine);
+}
+
 #[test]
 fn chats() {
     let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("capi-chat");
@@ -811,6 +861,39 @@ fn a_conversation() {
     }
 }
 
+/// A conversation that has nothing in common with the one before begins anew, and the statistics go on.
+#[test]
+fn another_conversation() {
+    let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("capi-another");
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(&folder).unwrap();
+    for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+        std::fs::copy(fixture("recall").join(file), folder.join(file)).unwrap();
+    }
+    std::fs::write(folder.join("chat_template.jinja"), "{{ messages[0].content }}").unwrap();
+    let engine = common::capi::engine(&folder, &engine_options());
+    let [first, second] = ["The password of kose zesi rere bago. Recall kose", "Recall fimi"];
+    for mode in 0..5 {
+        let one = session(engine, &KvOptionsC { mode, ..kv_options() }, 64);
+        let text = |prompt: &str| {
+            assert_eq!(prefill_chat(one, &[(c"user", CString::new(prompt).unwrap())]), 0);
+            assert_eq!(tokens(one), tokenize(engine, prompt));
+            let (status, shown, _) = generate(one, 4, 1, None);
+            ok(status);
+            (shown.text, stats(one).steps)
+        };
+        assert_eq!(text(first).1, 3);
+        let offloaded = stats(one).offloaded_bytes;
+        let (answer, steps) = text(second);
+        assert_eq!(steps, 6, "mode {mode}");
+        assert!(stats(one).offloaded_bytes >= offloaded);
+        ok(specache_session_reset(one));
+        assert_eq!((stats(one).steps, text(second)), (0, (answer, 3)));
+        free(one);
+    }
+    close(engine);
+}
+
 /// An answer whose text the tokenizer would cut differently stays as it was written.
 #[test]
 fn a_conversation_keeps_the_tokens_of_an_answer() {
@@ -1129,6 +1212,28 @@ fn log_and_trace() {
     assert!(log.lock().unwrap().is_empty());
     let engine = recall();
     fails(specache_engine_trace(engine, 1), Status::Usage, "set `trace`");
+    close(engine);
+}
+
+/// Traces that several threads write to one file at once do not disturb each other.
+#[test]
+fn traces_of_one_name() {
+    let engine = engine(&fixture("recall"), &EngineOptions { trace: 1, ..engine_options() });
+    let path = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("capi-one-name").join("trace.json");
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    let (c_path, handle) = (CString::new(path.to_str().unwrap()).unwrap(), Handle(engine));
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            // SAFETY: a C string.
+            let write =
+                || (0..100).for_each(|_| ok(unsafe { specache_engine_trace_write(handle.get(), c_path.as_ptr()) }));
+            scope.spawn(write);
+        }
+    });
+    let json: serde_json::Value = common::json(&path);
+    assert!(json["traceEvents"].is_array());
+    let beside = std::fs::read_dir(path.parent().unwrap()).unwrap().count();
+    assert_eq!(beside, 1, "only the trace is there");
     close(engine);
 }
 

@@ -114,7 +114,8 @@ fn sessions_on_a_gpu() {
         specache_engine_free(gpu);
         specache_engine_free(cpu);
         let log = log.lock().unwrap();
-        assert!(log[0].0 == 3 && log[0].1.starts_with("recall: 4 layers"), "{log:?}");
+        // Behind what is said of kernels that are compiled first.
+        assert!(log.iter().any(|(level, text)| *level == 3 && text.starts_with("recall: 4 layers")), "{log:?}");
     });
 }
 
@@ -148,19 +149,49 @@ fn budgets_of_a_gpu() {
     });
 }
 
+/// A GPU that is lost: all calls with a session say what the one did that met it, and what there was can be freed.
+#[test]
+fn a_session_of_a_lost_gpu() {
+    on_gpu("a_session_of_a_lost_gpu", &[("SPECACHE_EMU_FAIL", "specache_attn_combine:1:719")], || {
+        let gpu = engine(&fixture("recall"), &cuda());
+        let one = prefilled(gpu, &ids(gpu));
+        let held = tokens(one);
+        fails(step(one, 1), Status::Device, "CUDA_ERROR");
+        let why = last_error();
+        let calls: [&dyn Fn() -> i32; 5] = [
+            &|| step(one, 1),
+            &|| prefill(one, &[1]),
+            &|| generate(one, 2, 1, None).0,
+            &|| specache_session_truncate(one, 1),
+            &|| specache_session_reserve(one, 400),
+        ];
+        for call in calls {
+            fails(call(), Status::Device, "");
+            assert_eq!(last_error(), why);
+        }
+        assert_eq!((stats(one).n_tokens as usize, tokens(one)), (held.len(), held));
+        // A new one would need the GPU.
+        fails(specache_session_reset(one), Status::Device, "CUDA_ERROR");
+        fails(step(one, 1), Status::Usage, "without memory");
+        specache_session_free(one);
+        specache_engine_free(gpu);
+    });
+}
+
 /// What the library has to say beside a call's result goes to the log.
 #[test]
 fn words_of_the_library() {
     let cache = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("capi-no-kernels");
     let _ = std::fs::remove_dir_all(&cache);
     on_gpu("words_of_the_library", &[("XDG_CACHE_HOME", cache.to_str().unwrap())], || {
-        let first = said(&cuda());
-        if first.len() == 1 {
+        // An engine that is not made says what it did until then, too, and leaves nothing for the next.
+        let first = said_without_engine(&cuda());
+        let second = said(&cuda());
+        assert_eq!(second.len(), 1, "kernels are kept, and what was said is said: {second:?}");
+        if first.is_empty() {
             return println!("skipped: this program was built with nvcc");
         }
         assert!(first.iter().any(|(level, text)| *level == 3 && text.contains("11 kernel files for")), "{first:?}");
-        let second = said(&cuda());
-        assert_eq!(second.len(), 1, "kernels are kept: {second:?}");
     });
 }
 
@@ -172,13 +203,30 @@ fn said(options: &EngineOptions) -> Vec<(i32, String)> {
     log.into_inner().unwrap()
 }
 
-/// Why it is the CPU that computes, where a GPU would have been taken.
+/// The same of one that cannot be made.
+fn said_without_engine(options: &EngineOptions) -> Vec<(i32, String)> {
+    let log = Mutex::new(Vec::<(i32, String)>::new());
+    let options = EngineOptions { log: Some(keep), log_user_data: (&raw const log).cast_mut().cast(), ..*options };
+    let mut engine = std::ptr::null_mut();
+    // SAFETY: a C string and structs of this function.
+    let status =
+        unsafe { specache_engine_create(SPECACHE_ABI_VERSION, c"/no/such/folder".as_ptr(), &options, &mut engine) };
+    fails(status, Status::Model, "no such folder");
+    log.into_inner().unwrap()
+}
+
+/// Why it is the CPU that computes, where a GPU would have been taken: said as soon as it is known.
 #[test]
 fn without_a_gpu_the_log_says_why() {
-    let log = said(&EngineOptions { device: c"auto".as_ptr(), ..engine_options() });
-    assert!(log[0].1.starts_with("recall: 4 layers"), "{log:?}");
-    if log[0].1.contains("CPU") {
-        assert!(log.iter().any(|(level, text)| *level == 3 && text.starts_with("the CPU computes: ")), "{log:?}");
+    let auto = EngineOptions { device: c"auto".as_ptr(), ..engine_options() };
+    let log = said(&auto);
+    let (_, last) = log.last().unwrap();
+    assert!(last.starts_with("recall: 4 layers"), "{log:?}");
+    let early = said_without_engine(&auto);
+    if last.contains("CPU") {
+        assert!(log[0].0 == 3 && log[0].1.starts_with("the CPU computes: "), "{log:?}");
+        assert_eq!(early, [log[0].clone()]);
     }
     assert_eq!(said(&engine_options()).len(), 1, "it was asked for");
+    assert!(said_without_engine(&EngineOptions { log_level: 0, ..auto }).is_empty());
 }

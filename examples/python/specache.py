@@ -12,8 +12,9 @@ The library is found by SPECACHE_LIBRARY (its path), else where the system looks
 logits if it is there.
 
 Of the calls with one session only one runs at a time: another one, made on another thread or while a loop over `generate` has
-not ended, raises Error (status BUSY), except for `cancel`, `clear_cancel` and `close`. Ctrl-C stops a generation. At the end of
-the program what still runs is cancelled and waited for.
+not ended, raises Error (status BUSY), except for `cancel`, `clear_cancel` and `close`. Ctrl-C stops a generation. Engines,
+sessions and loops may be closed in any order, and more than once. At the end of the program what still runs is cancelled and
+waited for.
 """
 
 import array
@@ -23,6 +24,7 @@ import operator
 import os
 import queue
 import threading
+import time
 
 ABI_VERSION = 1
 ADD_SPECIAL = 1
@@ -100,39 +102,40 @@ class Error(Exception):
         super().__init__(_lib.specache_last_error().decode())
 
 
+def _check(status):
+    if status != 0:
+        raise Error(status)
+
+
 class _Calls:
     """The calls that are in the library. The interpreter must not end under one that calls back: Python would end its thread
-    within the callback, which C cannot bear. So at the end of the program all are cancelled and waited for."""
+    within the callback, which C cannot bear. So at the end of the program all are cancelled and waited for. Without a lock:
+    the garbage collector, or a signal, may have this thread call from within the upkeep."""
 
     def __init__(self):
-        self.running, self.ending, self.changed = {}, False, threading.Condition()
+        self.running, self.ending = {}, False
         atexit.register(self.end)
 
     def __call__(self, name, *args):
         key = object()
-        with self.changed:
+        # In this order: `end` sees the call, or the call sees the end.
+        self.running[key] = (threading.get_ident(), name, args)
+        try:
             if self.ending:
                 raise RuntimeError("the program ends: no call of specache can begin")
-            self.running[key] = (threading.get_ident(), name, args)
-        try:
-            status = getattr(_lib, "specache_" + name)(*args)
-            if status != 0:
-                raise Error(status)
+            _check(getattr(_lib, "specache_" + name)(*args))
         finally:
-            with self.changed:
-                del self.running[key]
-                self.changed.notify_all()
+            del self.running[key]
 
     def end(self):
-        with self.changed:
-            self.ending = True
-            # This thread is in none: one that Ctrl-C has torn out of the list's upkeep is over.
-            while others := [call for thread, *call in self.running.values() if thread != threading.get_ident()]:
-                for name, args in others:
-                    if name.startswith("session_") and name != "session_create":
-                        _lib.specache_session_cancel(args[0])
-                # A callback may have been on its way to its next token, or a call to its beginning.
-                self.changed.wait(0.1)
+        self.ending = True
+        # This thread is in none: one that Ctrl-C has torn out of the list's upkeep is over.
+        while others := [call for thread, *call in self.running.copy().values() if thread != threading.get_ident()]:
+            for name, args in others:
+                if name.startswith("session_") and name != "session_create":
+                    _lib.specache_session_cancel(args[0])
+            # A callback may have been on its way to its next token, or a call to its beginning.
+            time.sleep(0.02)
 
 
 _call = _Calls()
@@ -147,9 +150,16 @@ def _int(kind, value, what):
     return kind(value)
 
 
+def _numbers(ids):
+    """Token ids as an array, which would take bytes for four of an id's each. Raises for what does not fit."""
+    if isinstance(ids, (str, bytes, bytearray, memoryview)):
+        raise TypeError(f"token ids are a list of numbers, not {type(ids).__name__}; text is a str, where a text is taken")
+    return array.array("I", ids)
+
+
 def _ids(ids):
     """Token ids of C, and how many."""
-    ids = array.array("I", ids)  # raises for what does not fit
+    ids = _numbers(ids)
     return (u32 * len(ids)).from_buffer(ids) if ids else None, c.c_size_t(len(ids))
 
 
@@ -229,12 +239,12 @@ def plan(model, max_tokens, kv="specache", **options):
 def step_batch(sessions, tokens, logits=False):
     """A step of several sessions of one engine at once, which reads the weights once for all. Returns what their sampling
     options choose next, which is not fed; with `logits` also a row of logits for each."""
-    tokens, vocab = array.array("I", tokens), sessions[0].engine.info.vocab_size if sessions else 0
+    tokens, vocab = _numbers(tokens), sessions[0].engine.info.vocab_size if sessions else 0
     if len(tokens) != len(sessions):
         raise ValueError(f"{len(tokens)} tokens for {len(sessions)} sessions")
     rows = [(f32 * vocab)() if logits else None for _ in sessions]
     steps = (Step * len(sessions))(*(
-        Step(session=session._handle, logits=row, n_logits=vocab if logits else 0, token=token)
+        Step(session=session._ready(), logits=row, n_logits=vocab if logits else 0, token=token)
         for session, token, row in zip(sessions, tokens, rows)))
     _call("step_batch", steps, c.c_size_t(len(steps)), c.c_size_t(c.sizeof(Step)))
     chosen = [step.next for step in steps]
@@ -248,8 +258,10 @@ class _Handle:
         self._handle, self._free = c.c_void_p(), free
 
     def close(self):
-        handle, self._handle = self._handle, c.c_void_p()
-        self._free(handle)
+        """May be called again, and at any time: other calls raise Error (status HANDLE) from then on."""
+        handle, self._handle = self._handle, None
+        if handle:
+            self._free(handle)
 
     def __del__(self):
         if getattr(self, "_handle", None):
@@ -322,37 +334,65 @@ class Engine(_Handle):
         return f"<specache.Engine {_text('engine_describe', self._handle)}>"
 
 
+class _Loop:
+    """A loop over `generate`. Whoever leaves it says so here and waits for nothing, as it may be the garbage collector: on a
+    thread that holds a lock which the generation needs to come to its end. The next call with the session waits."""
+
+    def __init__(self):
+        self.left, self.over = False, threading.Event()
+
+
+def _end_session(handle, cancel=_lib.specache_session_cancel, free=_lib.specache_session_free):
+    """By names of its own: this module's may be gone when the last objects are."""
+    cancel(handle)  # nobody wants the rest of what runs
+    free(handle)
+
+
 class Session(_Handle):
-    """One sequence of tokens."""
+    """One sequence of tokens. `close` also ends what runs with it."""
 
     def __init__(self, engine, max_tokens, kv, options):
-        super().__init__(_lib.specache_session_free)
-        self.engine = engine
+        super().__init__(_end_session)
+        self.engine, self._loops = engine, set()
         if max_tokens is None:  # a fork
             return
         given = _kv(kv, options)
         room = _int(u64, max_tokens, "max_tokens")
         _call("session_create", engine._handle, c.byref(given), room, c.byref(self._handle))
 
+    def close(self):
+        for loop in self._loops.copy():
+            loop.left = True
+        super().close()
+
+    def _ready(self):
+        """The handle, when loops that were left have come to their end."""
+        for loop in self._loops.copy():
+            if loop.left:
+                loop.over.wait()
+            if loop.over.is_set():
+                self._loops.discard(loop)
+        return self._handle
+
     def sampling(self, **options):
         """How tokens are chosen from now on: the options of specache_sampling_options, by default the model's."""
         given = SamplingOptions()
         _call("sampling_options_init", self.engine._handle, c.byref(given), u32(given.struct_size))
-        _call("session_set_sampling", self._handle, c.byref(_set(given, options, "sampling")))
+        _call("session_set_sampling", self._ready(), c.byref(_set(given, options, "sampling")))
 
     def prefill(self, prompt, add_special=True):
         """Adds a text, or a list of token ids."""
         if isinstance(prompt, str):
             data, flags = prompt.encode(), ADD_SPECIAL if add_special else 0
-            self._run("session_prefill_text", self._handle, data, c.c_size_t(len(data)), u32(flags))
+            self._run("session_prefill_text", self._ready(), data, c.c_size_t(len(data)), u32(flags))
         else:
-            self._run("session_prefill", self._handle, *_ids(prompt))
+            self._run("session_prefill", self._ready(), *_ids(prompt))
 
     def prefill_chat(self, messages):
         """A conversation up to where its next answer begins: all messages so far, each time. Returns how many tokens of it the
         session had already."""
         kept = u64()
-        self._run("session_prefill_chat", self._handle, *_messages(messages), c.byref(kept))
+        self._run("session_prefill_chat", self._ready(), *_messages(messages), c.byref(kept))
         return kept.value
 
     def _run(self, name, *args):
@@ -370,31 +410,29 @@ class Session(_Handle):
         try:
             error = ended.get()
         except BaseException:
-            self.cancel()
+            _lib.specache_session_cancel(args[0])  # may have been freed: nothing to end then
             ended.get()
-            self.clear_cancel()  # if the call had ended by then
+            _lib.specache_session_clear_cancel(args[0])  # if the call had ended by then
             raise
         if error is not None:
             raise error
 
-    def _generate(self, run, n_tokens, ignore_eos, ids, on_text):
-        """Generates by way of `run`: appends to `ids`, and passes on the text."""
+    def _generate(self, run, handle, n_tokens, ignore_eos, show):
+        """Generates by way of `run`, and shows ids and text; `show` stops the generation by returning True."""
         raised = []
 
         def on_token(_, token):
             token = token.contents
-            if token.id != NO_TOKEN:
-                ids.append(token.id)
             try:
                 piece = c.string_at(token.text, token.n_bytes).decode()
-                return 1 if _call.ending or (on_text and piece and on_text(piece)) else 0
+                return 1 if _call.ending or show(token.id, piece) else 0
             except BaseException as e:  # an exception cannot cross C
                 raised.append(e)
                 return 1
 
         count, callback, flags = _int(u64, n_tokens, "n_tokens"), TokenFn(on_token), IGNORE_EOS if ignore_eos else 0
         try:
-            run("session_generate", self._handle, count, u32(flags), callback, None, None, None)
+            run("session_generate", handle, count, u32(flags), callback, None, None, None)
         except Error as e:
             if raised:
                 raise raised[0]
@@ -405,98 +443,95 @@ class Session(_Handle):
         """Up to n_tokens token ids; `on_text` gets the text piece by piece, on another thread, and stops the generation by
         returning True."""
         ids = []
-        self._generate(self._run, n_tokens, ignore_eos, ids, on_text)
+
+        def show(id, piece):
+            if id != NO_TOKEN:
+                ids.append(id)
+            return on_text and piece and on_text(piece)
+
+        self._generate(self._run, self._ready(), n_tokens, ignore_eos, show)
         return ids
 
     def generate(self, n_tokens, ignore_eos=False):
         """Yields the text of up to n_tokens tokens, piece by piece. Leaving the loop early ends the generation, which is at most
-        a few pieces ahead of what was taken. Until the loop has ended or is left (`close` of what this returns), other calls
-        with this session raise Error (status BUSY)."""
-        pieces, left, ended = queue.Queue(maxsize=1), threading.Event(), object()
+        a few pieces ahead of what was taken; so does `close` of the session. Until the loop has ended or is left (`close` of what
+        this returns), other calls with this session raise Error (status BUSY)."""
+        handle, loop, pieces, taken = self._ready(), _Loop(), queue.SimpleQueue(), threading.Semaphore(1)
 
-        def put(piece):
-            # Whoever has left takes no more; whoever is slow has the generation wait.
-            while not left.is_set() and not _call.ending:
-                try:
-                    return pieces.put(piece, timeout=0.05)
-                except queue.Full:
+        def show(_, piece):
+            if piece:
+                pieces.put(piece)
+                # Whoever is slow has the generation wait, whoever has left takes no more.
+                while not (loop.left or _call.ending or taken.acquire(timeout=0.05)):
                     pass
-
-        def on_text(piece):
-            put(piece)
-            return left.is_set()
+            return loop.left
 
         def work():
+            last = None
             try:
-                self._generate(_call, n_tokens, ignore_eos, [], on_text)
-                put(ended)
+                self._generate(_call, handle, n_tokens, ignore_eos, show)
             except BaseException as e:
-                put(e)
+                last = e
+            loop.over.set()
+            pieces.put(last)
 
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        over = False
+        threading.Thread(target=work, daemon=True).start()
+        self._loops.add(loop)
         try:
-            while not over:
-                piece = pieces.get()
-                over = piece is ended or isinstance(piece, BaseException)
+            while (piece := pieces.get()) is not None:
                 if isinstance(piece, BaseException):
                     raise piece
-                if not over:
-                    yield piece
+                taken.release()
+                yield piece
         finally:
-            left.set()
-            if not over and not _call.ending:
-                self.cancel()
-                thread.join()
-                self.clear_cancel()  # if the call had ended by then
+            loop.left = True
 
     def step(self, token):
         """Feeds a token; `logits` are then those of what follows."""
-        _call("session_step", self._handle, _int(u32, token, "token"), None, c.c_size_t(0))
+        _call("session_step", self._ready(), _int(u32, token, "token"), None, c.c_size_t(0))
 
     def logits(self):
         """[vocab_size] of what follows the last token: a NumPy array of float32, or a list where there is no NumPy."""
-        return _floats(_array(f32, "session_logits", self._handle))
+        return _floats(_array(f32, "session_logits", self._ready()))
 
     def sample(self):
         """The token that the sampling options choose from these logits. It is not fed."""
         token = u32()
-        _call("session_sample", self._handle, c.byref(token))
+        _call("session_sample", self._ready(), c.byref(token))
         return token.value
 
     def tokens(self):
-        return list(_array(u32, "session_tokens", self._handle))
+        return list(_array(u32, "session_tokens", self._ready()))
 
     def fork(self):
         """A second session with the same tokens."""
         fork = Session(self.engine, None, None, None)
-        _call("session_fork", self._handle, c.byref(fork._handle))
+        _call("session_fork", self._ready(), c.byref(fork._handle))
         return fork
 
     def truncate(self, n_tokens):
-        _call("session_truncate", self._handle, _int(u64, n_tokens, "n_tokens"))
+        _call("session_truncate", self._ready(), _int(u64, n_tokens, "n_tokens"))
 
     def reserve(self, max_tokens):
-        _call("session_reserve", self._handle, _int(u64, max_tokens, "max_tokens"))
+        _call("session_reserve", self._ready(), _int(u64, max_tokens, "max_tokens"))
 
     def reset(self):
-        _call("session_reset", self._handle)
+        _call("session_reset", self._ready())
 
     def cancel(self):
         """Ends the call that runs, from another thread; else the next one."""
-        _call("session_cancel", self._handle)
+        _check(_lib.specache_session_cancel(self._handle))
 
     def clear_cancel(self):
         """Takes back a request to cancel that nothing has heeded yet."""
-        _call("session_clear_cancel", self._handle)
+        _check(_lib.specache_session_clear_cancel(self._handle))
 
     def stats(self):
         """The fields of specache_session_stats, as a dict."""
         stats = Stats()
-        _call("session_get_stats", self._handle, c.byref(stats))
+        _call("session_get_stats", self._ready(), c.byref(stats))
         return _dict(stats)
 
     def layer_stats(self):
         """The fields of specache_layer_stats of each layer, as dicts."""
-        return [_dict(layer) for layer in _array(LayerStats, "session_layer_stats", self._handle)]
+        return [_dict(layer) for layer in _array(LayerStats, "session_layer_stats", self._ready())]

@@ -69,13 +69,14 @@ fn decode(members: &mut Vec<Member>, buffers: &mut Buffers, failed: &mut impl Fn
 
 /// What a step has come to for one member.
 fn finish(member: &mut Member, i: usize, buffers: &mut Buffers) -> Result<u32> {
+    let state = &mut *member.state;
+    buffers.argmax(i)?; // whether it has failed
+    state.logits.clear();
+    state.fed(&[member.token]);
     let logits = buffers.logits(i)?;
+    state.logits.extend_from_slice(logits);
     // SAFETY: the header's contract.
     unsafe { member.logits.write(logits) };
-    let state = &mut *member.state;
-    state.logits.clear();
-    state.logits.extend_from_slice(logits);
-    state.fed(&[member.token]);
     Ok(state.sampler.sample(logits, &state.tokens)?)
 }
 

@@ -69,13 +69,15 @@ pub unsafe extern "C" fn specache_session_prefill_chat(
         let mut state = object.lock()?;
         let state = &mut *state;
         object.check_cancel()?;
+        state.sound()?; // before anything of it goes
         engine.engine.context().check_tokens(&ids)?;
         // Not the token that ended an answer: the template writes its own.
         let eos = &engine.engine.model().config.eos_token_ids;
         let shown = state.chosen.filter(|token| !eos.contains(token));
         let (keep, rest) = state.split(engine, &text, &ids, shown)?;
         if keep == 0 && !state.tokens.is_empty() {
-            object.clear(state)?;
+            state.session()?.forget()?;
+            state.forget(0);
         } else if keep < state.tokens.len() {
             state.session()?.truncate(keep)?;
             state.forget(keep);

@@ -6,6 +6,7 @@ use std::io::{self, BufWriter, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::handles::{self, EngineHandle};
@@ -17,11 +18,11 @@ use crate::chat::ChatTemplate;
 use crate::device::choice::DeviceChoice;
 use crate::device::pin::{Mlock, Pin};
 use crate::device::trace::write_chrome;
-use crate::device::{DeviceOptions, Kind, LinearPath};
+use crate::device::{Device, DeviceOptions, Kind, LinearPath};
 use crate::error::Error;
 use crate::kv::{CacheBytes, KvMode, KvOptions, KvShape};
 use crate::model::{self, Dtype};
-use crate::notice::{self, Weight};
+use crate::notice::{self, Notice, Weight};
 use crate::tokenizer::Tokenizer;
 use crate::{Buffers, Engine, engine};
 
@@ -44,6 +45,8 @@ pub(super) enum Level {
     Debug = 4,
 }
 
+/// Whoever listens to an engine.
+#[derive(Clone, Copy)]
 struct Log {
     callback: Option<LogFn>,
     user_data: *mut c_void,
@@ -55,6 +58,33 @@ unsafe impl Send for Log {}
 // SAFETY: as above.
 unsafe impl Sync for Log {}
 
+impl Log {
+    /// Sends a message.
+    fn send(&self, level: Level, message: impl FnOnce() -> String) {
+        let Some(callback) = self.callback.filter(|_| level as i32 <= self.level) else { return };
+        let Ok(text) = CString::new(message().replace('\0', "\u{FFFD}")) else { return };
+        // SAFETY: the caller's function and what it asked to be called with; the text lives until it returns.
+        unsafe { callback(self.user_data, level as i32, text.as_ptr()) }
+    }
+
+    /// Whether somebody listens to all that the library has to say: else that stays for another engine's listener.
+    fn takes_notices(&self) -> bool {
+        self.callback.is_some() && self.level >= Level::Info as i32
+    }
+
+    fn notice(&self, notice: Notice) {
+        let level = if notice.weight == Weight::Warning { Level::Warn } else { Level::Info };
+        self.send(level, || notice.text);
+    }
+
+    /// Passes on what the library has had to say.
+    fn notices(&self) {
+        if self.takes_notices() {
+            notice::fetch().into_iter().for_each(|notice| self.notice(notice));
+        }
+    }
+}
+
 impl EngineObject {
     fn load(spec: &str, options: &EngineOptions) -> Result<EngineObject> {
         if !(0..=Level::Debug as i32).contains(&options.log_level) {
@@ -65,17 +95,42 @@ impl EngineObject {
         }
         let log = Log { callback: options.log, user_data: options.log_user_data, level: options.log_level };
         notice::keep();
-        let engine = Engine::load(spec, &device_options(options)?)?;
-        let folder = model::folder(spec)?;
-        let tokenizer = folder.as_deref().map(Tokenizer::load).transpose()?.flatten();
+        // It may take long, and what is said on the way may tell why it fails.
+        let make = || EngineObject::make(spec, options, log);
+        let made = if log.takes_notices() { notice::hear(move |notice| log.notice(notice), make) } else { make() };
+        log.notices(); // of other threads
+        let made = made?;
+        made.log(Level::Info, || made.describe());
+        Ok(made)
+    }
+
+    fn make(spec: &str, options: &EngineOptions, log: Log) -> Result<EngineObject> {
+        let why_no_gpu = |device: &Device| {
+            if let Some(why) = device.why_no_gpu() {
+                log.send(Level::Info, || format!("the CPU computes: {why}"));
+            }
+        };
+        let engine = Engine::load_with(spec, &device_options(options)?, why_no_gpu)?;
+        EngineObject::around(engine, model::folder(spec)?.as_deref(), log)
+    }
+
+    /// An engine, with the tokenizer and the chat template of a folder.
+    fn around(engine: Engine, folder: Option<&Path>, log: Log) -> Result<EngineObject> {
+        let tokenizer = folder.map(Tokenizer::load).transpose()?.flatten();
         if let Some(tokenizer) = &tokenizer {
             tokenizer.check_vocab(engine.model().config.vocab_size)?;
         }
-        let chat = folder.as_deref().map(ChatTemplate::load).transpose()?.flatten();
+        let chat = folder.map(ChatTemplate::load).transpose()?.flatten();
         if let Some(trace) = engine.device().trace() {
             trace.pause(true);
         }
         Ok(EngineObject { engine, tokenizer, chat, log, buffers: Mutex::default() })
+    }
+
+    /// One that nobody listens to.
+    #[cfg(test)]
+    pub(super) fn unheard(engine: Engine, folder: &Path) -> Result<EngineObject> {
+        EngineObject::around(engine, Some(folder), Log { callback: None, user_data: std::ptr::null_mut(), level: 0 })
     }
 
     pub(super) fn describe(&self) -> String {
@@ -86,22 +141,12 @@ impl EngineObject {
 
     /// Sends a message to whoever listens.
     pub(super) fn log(&self, level: Level, message: impl FnOnce() -> String) {
-        let Some(callback) = self.log.callback.filter(|_| level as i32 <= self.log.level) else { return };
-        let Ok(text) = CString::new(message().replace('\0', "\u{FFFD}")) else { return };
-        // SAFETY: the caller's function and what it asked to be called with; the text lives until it returns.
-        unsafe { callback(self.log.user_data, level as i32, text.as_ptr()) }
+        self.log.send(level, message);
     }
 
-    /// Passes on what the library has had to say, if somebody listens to all of it: else it stays for another engine's
-    /// listener.
+    /// Passes on what the library has had to say.
     pub(super) fn log_notices(&self) {
-        if self.log.callback.is_none() || self.log.level < Level::Info as i32 {
-            return;
-        }
-        for notice in notice::fetch() {
-            let level = if notice.weight == Weight::Warning { Level::Warn } else { Level::Info };
-            self.log(level, || notice.text);
-        }
+        self.log.notices();
     }
 
     /// Runs a call with buffers that it gives back. After a panic they are not used again.
@@ -212,11 +257,6 @@ pub unsafe extern "C" fn specache_engine_create(
         // SAFETY: as above.
         let (model, options) = unsafe { (c_text(model, "model")?, structs::read(options)?) };
         let made = EngineObject::load(model, &options)?;
-        made.log(Level::Info, || made.describe());
-        if let Some(why) = made.engine.device().why_no_gpu() {
-            made.log(Level::Info, || format!("the CPU computes: {why}"));
-        }
-        made.log_notices();
         // SAFETY: as above.
         unsafe { set(engine, handles::add_engine(made), "engine") }
     })
@@ -347,8 +387,10 @@ fn write_whole(path: &Path, write: impl Fn(&mut BufWriter<File>) -> io::Result<(
     if path.metadata().is_ok_and(|there| !there.is_file()) {
         return write_to(path);
     }
+    // Calls that write the same file at once each have a name of their own: the last one's stays.
+    static WRITTEN: AtomicU64 = AtomicU64::new(0);
     let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".{}.partial", std::process::id()));
+    name.push(format!(".{}.{}.partial", std::process::id(), WRITTEN.fetch_add(1, Ordering::Relaxed)));
     let partial = path.with_file_name(name);
     write_to(&partial).and_then(|()| fs::rename(&partial, path)).inspect_err(|_| drop(fs::remove_file(&partial)))
 }

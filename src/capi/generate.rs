@@ -164,7 +164,7 @@ pub unsafe extern "C" fn specache_session_generate(
         let object = handles::session(session)?;
         check_flags(flags, IGNORE_EOS | NO_TEXT, "SPECACHE_IGNORE_EOS and SPECACHE_NO_TEXT")?;
         let mut state = object.lock()?;
-        state.session()?;
+        state.sound()?; // its logits would give a token yet
         let held = state.tokens.len();
         let chosen = state.chosen;
         state.tokens.extend(chosen); // it was shown already

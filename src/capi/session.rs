@@ -104,12 +104,12 @@ impl SessionObject {
         Ok(())
     }
 
-    /// Forgets all tokens. A sound session keeps its memory, so that nobody else can take it; one that has failed is
+    /// As a new session. A sound one keeps its memory, so that nobody else can take it; one that has failed is
     /// replaced, and the old one goes first, as its memory is what the new one takes.
     pub(super) fn clear(&self, state: &mut State) -> Result<()> {
-        match state.session.as_mut().filter(|session| !session.has_failed()) {
-            Some(session) => session.clear()?,
-            None => {
+        match state.sound() {
+            Ok(session) => session.clear()?,
+            Err(_) => {
                 state.session = None;
                 state.forget(0);
                 let mut made = self.engine.engine.session(state.kv, state.max_tokens)?;
@@ -139,6 +139,15 @@ impl State {
         })
     }
 
+    /// The session, if it has not failed.
+    pub fn sound(&mut self) -> Result<&mut Session> {
+        let session = self.session()?;
+        match session.failure() {
+            Some(why) => Err(why.into()),
+            None => Ok(session),
+        }
+    }
+
     pub fn kv(&self) -> &KvOptions {
         &self.kv
     }
@@ -157,7 +166,8 @@ impl State {
         self.conversation = self.conversation.take().filter(|it| it.n_tokens <= n_tokens);
     }
 
-    pub fn known_logits(&self) -> Result<&[f32]> {
+    pub fn known_logits(&mut self) -> Result<&[f32]> {
+        self.sound()?;
         match self.logits.is_empty() {
             false => Ok(&self.logits),
             true => Err(Fail::usage(
@@ -439,7 +449,7 @@ pub unsafe extern "C" fn specache_session_logits(
 ) -> i32 {
     guard(|| {
         let object = handles::session(session)?;
-        let state = object.lock()?;
+        let mut state = object.lock()?;
         // SAFETY: the header's contract.
         unsafe { give(state.known_logits()?, logits, capacity, n, "logits") }
     })
@@ -453,10 +463,8 @@ pub unsafe extern "C" fn specache_session_sample(session: *mut SessionHandle, to
         unsafe { set(token, u32::MAX, "token") }?;
         let object = handles::session(session)?;
         let mut state = object.lock()?;
+        state.known_logits()?;
         let State { sampler, logits, tokens, .. } = &mut *state;
-        if logits.is_empty() {
-            return state.known_logits().map(|_| ());
-        }
         let chosen = sampler.sample(logits, tokens)?;
         // SAFETY: as above.
         unsafe { set(token, chosen, "token") }
@@ -486,6 +494,8 @@ mod tests {
 
     use super::*;
     use crate::capi::*;
+    use crate::device::fault::{Fault, Faults};
+    use crate::device::{DeviceChoice, DeviceOptions};
 
     struct Listener {
         alive: *mut SessionHandle,
@@ -501,6 +511,112 @@ mod tests {
             // SAFETY: NULL is allowed.
             assert_eq!(unsafe { specache_session_step(listener.alive, 4, ptr::null_mut(), 0) }, 0);
         }
+    }
+
+    /// An engine whose copy number `index` fails, of a model with a tokenizer.
+    fn faulty(index: u32) -> (*mut EngineHandle, Arc<Faults>) {
+        let faults = Arc::new(Faults::at(Fault::Copy, index));
+        let options = DeviceOptions {
+            choice: DeviceChoice::Cpu,
+            threads: Some(1),
+            faults: Some(faults.clone()),
+            ..DeviceOptions::default()
+        };
+        let model = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/recall"));
+        let engine = crate::Engine::load(model.to_str().unwrap(), &options).unwrap();
+        let folder = std::env::temp_dir().join(format!("specache-faulty-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::copy(model.join("tokenizer.json"), folder.join("tokenizer.json")).unwrap();
+        std::fs::write(folder.join("chat_template.jinja"), "{{ messages[0].content }}").unwrap();
+        let object = EngineObject::unheard(engine, &folder).unwrap();
+        std::fs::remove_dir_all(&folder).unwrap();
+        (handles::add_engine(object), faults)
+    }
+
+    fn last_error() -> String {
+        // SAFETY: a C string of this thread, which nothing changes meanwhile.
+        unsafe { CStr::from_ptr(specache_last_error()) }.to_str().unwrap().to_string()
+    }
+
+    fn n_held(session: *mut SessionHandle) -> u64 {
+        let mut n = 0;
+        let mut stats: SessionStats = structs::Sized32::defaults();
+        // SAFETY: values of this function, here and below.
+        unsafe {
+            assert_eq!(specache_session_tokens(session, ptr::null_mut(), 0, &mut n), 0);
+            assert_eq!(specache_session_get_stats(session, &mut stats), 0);
+        }
+        assert_eq!(stats.n_tokens, n as u64);
+        stats.n_tokens
+    }
+
+    /// Whatever copy it is that fails: all later calls give the status and the words of the one that met it, until a reset.
+    #[test]
+    fn a_session_that_has_failed_says_the_same_in_each_call() {
+        let ids: Vec<u32> = (5..155).collect();
+        let message = ChatMessage { role: c"user".as_ptr(), content: c"Recall kose".as_ptr() };
+        let mut failed_steps = 0;
+        for index in (0..).step_by(7) {
+            let (engine, faults) = faulty(index);
+            let mut one = ptr::null_mut();
+            // SAFETY: pointers to values of this function, C strings.
+            unsafe {
+                assert_eq!(specache_session_create(engine, ptr::null(), 300, &mut one), 0);
+                let prompt = || specache_session_prefill(one, ids.as_ptr(), ids.len());
+                let step = || specache_session_step(one, 4, ptr::null_mut(), 0);
+                let mut calls = (0..4).map(|call| (call, if call == 0 { prompt() } else { step() }));
+                if let Some((call, status)) = calls.find(|(_, status)| *status != 0) {
+                    let why = last_error();
+                    assert!(status == Status::Device as i32 && why.contains("fault injection"), "{status}: {why}");
+                    failed_steps += u32::from(call > 0);
+                    let held = n_held(one);
+                    assert_eq!(held, if call == 0 { 0 } else { 149 + call as u64 });
+                    let (mut fork, mut token, mut n) = (ptr::null_mut(), 0, 0);
+                    let generate = |n| {
+                        specache_session_generate(one, n, 0, None, ptr::null_mut(), ptr::null_mut(), ptr::null_mut())
+                    };
+                    let given = [
+                        prompt(),
+                        step(),
+                        generate(0),
+                        generate(3),
+                        specache_session_prefill_text(one, c"kose".as_ptr(), 4, 0),
+                        specache_session_prefill_chat(one, &message, 1, ptr::null_mut()),
+                        specache_session_fork(one, &mut fork),
+                        specache_session_truncate(one, 1),
+                        specache_session_reserve(one, 1000),
+                        specache_session_logits(one, ptr::null_mut(), 0, &mut n),
+                        specache_session_sample(one, &mut token),
+                    ];
+                    assert_eq!(given, [status; 11]);
+                    assert_eq!(last_error(), why);
+                    assert_eq!(specache_session_prefill_chat(one, &message, 1, ptr::null_mut()), status);
+                    assert_eq!(last_error(), why);
+                    let mut batch = Step {
+                        session: one,
+                        logits: ptr::null_mut(),
+                        n_logits: 0,
+                        token: 4,
+                        next: 0,
+                        status: 0,
+                        reserved: 0,
+                    };
+                    assert_eq!(specache_step_batch(&mut batch, 1, size_of::<Step>()), status);
+                    assert_eq!((batch.status, last_error()), (status, format!("step 0: {why}")));
+                    // It can still be looked at, and begin anew.
+                    assert_eq!(n_held(one), held);
+                    assert_eq!(specache_session_set_sampling(one, ptr::null()), 0);
+                    assert_eq!(specache_session_reset(one), 0);
+                    assert_eq!((n_held(one), prompt(), step()), (0, 0, 0));
+                }
+            }
+            specache_session_free(one);
+            specache_engine_free(engine);
+            if !faults.has_struck() {
+                break;
+            }
+        }
+        assert!(failed_steps > 0);
     }
 
     /// A panic within a call kills the sessions of that call, and nothing else.

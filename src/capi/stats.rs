@@ -11,11 +11,12 @@ pub unsafe extern "C" fn specache_session_get_stats(session: *mut SessionHandle,
     guard(|| {
         let object = handles::session(session)?;
         let mut state = object.lock()?;
+        let n_tokens = state.tokens.len() as u64; // without those of a call that failed
         let session = state.session()?;
         let (measured, bytes) = (session.stats(), session.cache_bytes());
         let filled = SessionStats {
             n_layers: measured.hits.len() as u32,
-            n_tokens: session.n_tokens() as u64,
+            n_tokens,
             max_tokens: session.max_tokens() as u64,
             steps: measured.steps,
             hit_rate: measured.hit_rate().unwrap_or(f64::NAN),

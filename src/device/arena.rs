@@ -26,7 +26,7 @@ use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use super::buffer::Meter;
 use super::pin::Pin;
@@ -308,7 +308,7 @@ impl Arena {
     /// # Errors
     /// [`Error::Device`] if it cannot and must.
     fn pin(&self, start: NonNull<u8>, bytes: usize) -> Result<bool> {
-        static WARNING: Once = Once::new();
+        static WARNED: AtomicBool = AtomicBool::new(false);
         let Some(pin) = &self.options.pin else { return Ok(false) };
         // Whoever waits for this chunk would wait for ever if a hook's panic went further.
         let pinned = catch_unwind(AssertUnwindSafe(|| pin.pin(start, bytes)));
@@ -316,7 +316,9 @@ impl Arena {
             Ok(()) => Ok(true),
             Err(why) if pin.is_required() => Err(Error::Device(why)),
             Err(why) => {
-                WARNING.call_once(|| notice::warn(format_args!("KV pages in host memory stay pageable: {why}")));
+                if !WARNED.swap(true, Ordering::Relaxed) {
+                    notice::warn(format_args!("KV pages in host memory stay pageable: {why}"));
+                }
                 let _first_reason_wins = self.not_pinned.set(why);
                 Ok(false)
             }

@@ -19,7 +19,13 @@ use crate::notice;
 
 /// Begins a range of the calling thread that lasts until it is dropped. Ranges of a thread nest.
 pub(crate) fn range(name: impl Display) -> Option<Range> {
-    let profiler = PROFILER.get_or_init(Profiler::attach).as_ref()?;
+    let mut refused = None;
+    let profiler = PROFILER.get_or_init(|| Profiler::attach().map_err(|why| refused = Some(why)).ok().flatten());
+    // Not before it is settled: whoever hears of it may come here again.
+    if let Some(why) = refused {
+        notice::warn(format_args!("{why}"));
+    }
+    let profiler = profiler.as_ref()?;
     let name = CString::new(name.to_string()).unwrap_or_default();
     // SAFETY: what the profiler put there has this type; it copies the text.
     unsafe { (profiler.push)(name.as_ptr()) };
@@ -59,13 +65,14 @@ static SLOTS: [[Slot; 16]; MODULES.len()] = [const { [const { AtomicPtr::new(ptr
 static TABLES: OnceLock<[[usize; 17]; MODULES.len()]> = OnceLock::new();
 
 impl Profiler {
-    fn attach() -> Option<Profiler> {
-        let path = std::env::var_os("NVTX_INJECTION64_PATH").filter(|path| !path.is_empty())?;
+    /// The profiler that listens, if one does, or why it cannot.
+    fn attach() -> Result<Option<Profiler>, String> {
+        let Some(path) = std::env::var_os("NVTX_INJECTION64_PATH").filter(|path| !path.is_empty()) else {
+            return Ok(None);
+        };
         let attached = Profiler::open(&path);
-        if let Err(why) = &attached {
-            notice::warn(format_args!("NVTX_INJECTION64_PATH {}: no ranges for a profiler: {why}", path.display()));
-        }
-        attached.ok()
+        let why = |why| format!("NVTX_INJECTION64_PATH {}: no ranges for a profiler: {why}", path.display());
+        attached.map(Some).map_err(why)
     }
 
     fn open(path: &std::ffi::OsStr) -> Result<Profiler, String> {
