@@ -663,6 +663,35 @@ fn one_bit_forgets_and_specache_remembers() {
 }
 
 /// An output never takes the place of an input.
+/// `-n -1`, which means "no limit" elsewhere, and the like: told by the option's name, with what would be right.
+#[test]
+fn what_is_no_count_is_told_with_the_fix() {
+    let model = recall();
+    let generate = ["generate", "-m", &model, "-p", "x", "-n", "4"];
+    let below = "it cannot be below zero; give a whole number, such as 64";
+    for (args, option, why) in [
+        (&["generate", "-m", &model, "-p", "x", "-n", "-1"][..], "'-1' for '--n-predict <N>'", below),
+        (&["generate", "-m", &model, "-p", "x", "-n", "-1.5"], "'-1.5' for '--n-predict <N>'", below),
+        (&["generate", "-m", &model, "-p", "x", "-n", "many"], "'many' for '--n-predict", "must be a whole number"),
+        (&["generate", "-m", &model, "-p", "x", "-n", "4e30"], "'4e30' for '--n-predict", "must be a whole number"),
+        (&["generate", "-m", &model, "-p", "x", "-n", "99999999999999999999"], "--n-predict", "give a smaller one"),
+        (&[&generate[..], &["--kv-top-k", "-1"]].concat(), "'-1' for '--kv-top-k <K>'", below),
+        (&[&generate[..], &["--top-k", "-1"]].concat(), "'-1' for '--top-k <K>'", below),
+        (&[&generate[..], &["-s", "-1"]].concat(), "'-1' for '--seed <SEED>'", below),
+        (&[&generate[..], &["--vram-budget", "-1"]].concat(), "'-1' for '--vram-budget <SIZE>'", "a size is"),
+        (&["chat", "-m", &model, "-n", "-1"], "'-1' for '--n-predict <N>'", below),
+        (&["plan", "-m", &model, "-b", "-1"], "'-1' for '--batch <B>'", below),
+        (&["bench", "-r", "-3"], "'-3' for '--repetitions <R>'", below),
+        (&["bench", "-d", "100,-5"], "'-5' for '--depth <TOKENS,...>'", below),
+        (&["eval", "longbench", "-m", &model, "--data", "x", "--limit", "-1"], "'-1' for '--limit <N>'", below),
+    ] {
+        assert_fails(args, 2, &[option, why]);
+    }
+    let by_variable = command(&generate[..5]).env("SPECACHE_N_PREDICT", "-1").output().unwrap();
+    let said = String::from_utf8(by_variable.stderr).unwrap();
+    assert!(by_variable.status.code() == Some(2) && said.contains("--n-predict") && said.contains(below), "{said}");
+}
+
 #[test]
 fn logits_do_not_overwrite_their_input() {
     let folder = folder("same");

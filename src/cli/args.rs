@@ -17,7 +17,7 @@ use specache::sampler::SamplingOverrides;
 
 use super::eval::args::EvalArgs;
 use super::output::AtomicFile;
-use super::{precedence, size};
+use super::{count, precedence, size};
 
 static VERSION: LazyLock<String> = LazyLock::new(|| match option_env!("SPECACHE_COMMIT") {
     Some(commit) => format!("{} ({commit})", env!("CARGO_PKG_VERSION")),
@@ -110,7 +110,7 @@ pub struct GenerateArgs {
     #[command(flatten)]
     pub prompt: PromptArgs,
     /// Most tokens to generate
-    #[arg(short, long, env = "SPECACHE_N_PREDICT", value_name = "N", allow_negative_numbers = true)]
+    #[arg(short, long, env = "SPECACHE_N_PREDICT", value_name = "N")]
     pub n_predict: usize,
     #[command(flatten)]
     pub kv: KvArgs,
@@ -123,7 +123,7 @@ pub struct GenerateArgs {
     #[arg(long, env = "SPECACHE_JSON", value_parser = FalseyValueParser::new())]
     pub json: bool,
     /// Room of the context in tokens; prompt and -n must fit [default: as many as they need]
-    #[arg(short, long, env = "SPECACHE_CTX_SIZE", value_name = "TOKENS", allow_negative_numbers = true)]
+    #[arg(short, long, env = "SPECACHE_CTX_SIZE", value_name = "TOKENS")]
     pub ctx_size: Option<usize>,
 }
 
@@ -151,10 +151,10 @@ pub struct ChatArgs {
     #[arg(long, env = "SPECACHE_RAW", value_parser = FalseyValueParser::new())]
     pub raw: bool,
     /// Most tokens of an answer [default: until the model ends it or the context is full]
-    #[arg(short, long, env = "SPECACHE_N_PREDICT", value_name = "N", allow_negative_numbers = true)]
+    #[arg(short, long, env = "SPECACHE_N_PREDICT", value_name = "N")]
     pub n_predict: Option<usize>,
     /// Most tokens of the conversation; the cache grows with it [default: what the model was trained for]
-    #[arg(short, long, env = "SPECACHE_CTX_SIZE", value_name = "TOKENS", allow_negative_numbers = true)]
+    #[arg(short, long, env = "SPECACHE_CTX_SIZE", value_name = "TOKENS")]
     pub ctx_size: Option<usize>,
     #[command(flatten)]
     pub kv: KvArgs,
@@ -185,7 +185,7 @@ pub struct PlanArgs {
     #[arg(long, env = "SPECACHE_PLAN_HOST", value_name = "SIZE", value_parser = size::parse)]
     pub host: Option<u64>,
     /// Tokens of a sequence [default: 32768, or what the model was trained for if that is less]
-    #[arg(short, long, env = "SPECACHE_CTX_SIZE", value_name = "TOKENS", allow_negative_numbers = true)]
+    #[arg(short, long, env = "SPECACHE_CTX_SIZE", value_name = "TOKENS")]
     pub ctx_size: Option<usize>,
     /// Sequences that are decoded together
     #[arg(short, long, env = "SPECACHE_PLAN_BATCH", value_name = "B", default_value_t = 1)]
@@ -226,7 +226,7 @@ pub struct LogitsArgs {
     #[arg(long, env = "SPECACHE_TOKENS", value_name = "IDS.json")]
     pub tokens: PathBuf,
     /// Tokens of the prompt: at least 1, fewer than there are
-    #[arg(long, env = "SPECACHE_PREFILL", value_name = "P", allow_negative_numbers = true)]
+    #[arg(long, env = "SPECACHE_PREFILL", value_name = "P")]
     pub prefill: usize,
     #[command(flatten)]
     pub kv: KvArgs,
@@ -269,7 +269,7 @@ pub struct BenchArgs {
     #[arg(short, long, env = "SPECACHE_BENCH_PROMPT", value_name = "TOKENS,...", value_delimiter = ',')]
     pub prompt: Vec<usize>,
     /// Decode steps of a repetition; 0: none, with -p [default: 6, or 64 for models below 1 GB]
-    #[arg(short, long, env = "SPECACHE_BENCH_N_PREDICT", value_name = "N", allow_negative_numbers = true)]
+    #[arg(short, long, env = "SPECACHE_BENCH_N_PREDICT", value_name = "N")]
     pub n_predict: Option<usize>,
     /// Tokens in the cache when decoding begins [default: 1024; the recall model: one of its prompts; with --simulate
     /// 8192, 32768 and 131072]
@@ -357,7 +357,7 @@ pub struct DeviceArgs {
     #[arg(long, env = "SPECACHE_DEVICE", value_name = "DEVICE", default_value = "auto", value_parser = str::parse::<DeviceChoice>)]
     device: DeviceChoice,
     /// Compute threads [default: as many as the process may use]
-    #[arg(short, long, env = "SPECACHE_THREADS", value_name = "N", allow_negative_numbers = true,
+    #[arg(short, long, env = "SPECACHE_THREADS", value_name = "N",
           value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// Most device memory, such as 4GiB, 512MiB, 1000000: for KV caches, on a GPU for weights and workspace too
@@ -382,15 +382,15 @@ pub struct DeviceArgs {
     #[arg(long, env = "SPECACHE_NO_DELTA", value_parser = FalseyValueParser::new())]
     no_delta: bool,
     /// Threads that gather pairs from host memory [default: a quarter of those that can run, 1 to 16]
-    #[arg(long, env = "SPECACHE_GATHER_THREADS", value_name = "N", allow_negative_numbers = true,
+    #[arg(long, env = "SPECACHE_GATHER_THREADS", value_name = "N",
           value_parser = clap::value_parser!(u16).range(1..=256))]
     gather_threads: Option<u16>,
     /// Slow the copies between host and device down to so many GB/s each way
-    #[arg(long, env = "SPECACHE_SIM_PCIE_GBPS", value_name = "GB/S", allow_negative_numbers = true,
+    #[arg(long, env = "SPECACHE_SIM_PCIE_GBPS", value_name = "GB/S",
           value_parser = link_gbps)]
     sim_pcie_gbps: Option<f64>,
     /// Add so many microseconds to each of these copies
-    #[arg(long, env = "SPECACHE_SIM_COPY_LATENCY_US", value_name = "US", allow_negative_numbers = true,
+    #[arg(long, env = "SPECACHE_SIM_COPY_LATENCY_US", value_name = "US",
           value_parser = link_latency_us, default_value = "0")]
     sim_copy_latency_us: f64,
     /// Lock the 16-bit copies in host memory, so that they are never swapped out
@@ -545,19 +545,19 @@ pub fn kv_mode() -> impl TypedValueParser<Value = KvMode> {
 pub struct SamplingArgs {
     /// Temperature; 0 takes the most likely token. Sampling options that are not given come from the model's
     /// generation_config.json if it says do_sample, else the default is 0
-    #[arg(long, env = "SPECACHE_TEMP", value_name = "T", allow_negative_numbers = true)]
+    #[arg(long, env = "SPECACHE_TEMP", value_name = "T")]
     temp: Option<f32>,
     /// Keep the k most likely tokens; 0 keeps all
     #[arg(long, env = "SPECACHE_TOP_K", value_name = "K")]
     top_k: Option<usize>,
     /// Keep the most likely tokens that reach this probability together
-    #[arg(long, env = "SPECACHE_TOP_P", value_name = "P", allow_negative_numbers = true)]
+    #[arg(long, env = "SPECACHE_TOP_P", value_name = "P")]
     top_p: Option<f32>,
     /// Drop tokens below this share of the most likely one's probability
-    #[arg(long, env = "SPECACHE_MIN_P", value_name = "P", allow_negative_numbers = true)]
+    #[arg(long, env = "SPECACHE_MIN_P", value_name = "P")]
     min_p: Option<f32>,
     /// Weaken tokens that have occurred; 1 is off
-    #[arg(long, env = "SPECACHE_REPEAT_PENALTY", value_name = "X", allow_negative_numbers = true)]
+    #[arg(long, env = "SPECACHE_REPEAT_PENALTY", value_name = "X")]
     repeat_penalty: Option<f32>,
     /// The same seed draws the same tokens [default: 0]
     #[arg(short, long, env = "SPECACHE_SEED", value_name = "SEED")]
@@ -588,7 +588,8 @@ pub fn parse() -> Cli {
         _ => arg,
     });
     let args: Vec<OsString> = args.collect();
-    let matches = precedence::settle(Cli::command(), &args).get_matches_from(args);
+    let command = precedence::each_arg(Cli::command(), &count::explained);
+    let matches = precedence::settle(command, &args).get_matches_from(args);
     let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
     if let Command::Bench(args) = &mut cli.command {
         args.typed = precedence::typed(&Cli::command(), &matches, "bench");

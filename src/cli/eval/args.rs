@@ -119,10 +119,10 @@ pub struct TextArgs {
     #[arg(long, env = "SPECACHE_EVAL_TOKENS", value_name = "IDS.json")]
     pub tokens: Option<PathBuf>,
     /// Tokens of a window [default: 2048, or the model's limit if that is less]
-    #[arg(short, long, env = "SPECACHE_CTX_SIZE", value_name = "TOKENS", allow_negative_numbers = true)]
+    #[arg(short, long, env = "SPECACHE_CTX_SIZE", value_name = "TOKENS")]
     pub ctx_size: Option<usize>,
     /// Tokens of a window that are prefilled; those behind it, but for the first, are scored [default: half the window]
-    #[arg(long, env = "SPECACHE_EVAL_PREFILL", value_name = "P", allow_negative_numbers = true)]
+    #[arg(long, env = "SPECACHE_EVAL_PREFILL", value_name = "P")]
     pub prefill: Option<usize>,
     /// Most windows, from the beginning of the text
     #[arg(long, env = "SPECACHE_EVAL_WINDOWS", value_name = "N", default_value_t = 8)]
@@ -200,7 +200,7 @@ pub struct NeedleArgs {
     #[arg(long, env = "SPECACHE_EVAL_CHAT", value_parser = FalseyValueParser::new())]
     pub chat: bool,
     /// Most tokens of an answer [default: those of the expected one and, of texts, 16 more]
-    #[arg(short, long, env = "SPECACHE_EVAL_N_PREDICT", value_name = "N", allow_negative_numbers = true)]
+    #[arg(short, long, env = "SPECACHE_EVAL_N_PREDICT", value_name = "N")]
     pub n_predict: Option<usize>,
     #[command(flatten)]
     pub variants: Variants,
@@ -223,11 +223,11 @@ pub struct LongbenchArgs {
     #[arg(long, env = "SPECACHE_EVAL_TASKS", value_name = "TASK,...", value_delimiter = ',')]
     pub tasks: Vec<String>,
     /// Most items of a task, from the beginning of its file [default: all]
-    #[arg(long, env = "SPECACHE_EVAL_LIMIT", value_name = "N", allow_negative_numbers = true)]
+    #[arg(long, env = "SPECACHE_EVAL_LIMIT", value_name = "N")]
     pub limit: Option<usize>,
     /// Most tokens of a prompt; longer ones lose their middle [default: 3500 for a model of 4,096 positions, 31500 for
     /// 32,768, and so on]
-    #[arg(long, env = "SPECACHE_EVAL_MAX_LENGTH", value_name = "TOKENS", allow_negative_numbers = true)]
+    #[arg(long, env = "SPECACHE_EVAL_MAX_LENGTH", value_name = "TOKENS")]
     pub max_length: Option<usize>,
     /// Ask by the model's chat template, but for the tasks with examples or code
     #[arg(long, env = "SPECACHE_EVAL_CHAT", value_parser = FalseyValueParser::new())]
