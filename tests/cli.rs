@@ -301,6 +301,7 @@ fn bad_arguments_are_usage_errors() {
     assert_fails(&["bench", "-m", "synthetic:tiny", "-r", "0"], 2, &["-r 0"]);
     assert_fails(&["bench", "-m", "synthetic:tiny", "-d", "18446744073709551615"], 2, &["-d", "at most"]);
     assert_fails(&["bench", "-m", &recall(), "-d", "20000000000"], 2, &["-d", "at most"]);
+    assert_fails(&["bench", "-m", &recall(), "-b", "1048577"], 2, &["-b 1048577: at most 1048576 sequences"]);
 }
 
 #[test]
@@ -662,7 +663,6 @@ fn one_bit_forgets_and_specache_remembers() {
     assert_eq!(say(&["--kv", "specache", "--kv-bits", "1", "--kv-top-k", "16"]), " fimi maga losu.");
 }
 
-/// An output never takes the place of an input.
 /// `-n -1`, which means "no limit" elsewhere, and the like: told by the option's name, with what would be right.
 #[test]
 fn what_is_no_count_is_told_with_the_fix() {
@@ -692,6 +692,7 @@ fn what_is_no_count_is_told_with_the_fix() {
     assert!(by_variable.status.code() == Some(2) && said.contains("--n-predict") && said.contains(below), "{said}");
 }
 
+/// An output never takes the place of an input.
 #[test]
 fn logits_do_not_overwrite_their_input() {
     let folder = folder("same");

@@ -128,6 +128,21 @@ fn plan_says_what_does_not_fit() {
     assert_fails(&["plan", "-m", "/nowhere"], 3, &["/nowhere"]);
 }
 
+/// More sequences than the engine supports are refused, and never said to fit.
+#[test]
+fn plan_has_the_engines_largest_batch() {
+    let room = ["-m", "synthetic:tiny", "-c", "1", "--vram", "1000TiB", "--host", "1000TiB"];
+    let (planned, notes) = plan(&[&room[..], &["-b", "1048576"]].concat());
+    assert!(notes.is_empty(), "{notes}");
+    for mode in planned["modes"].as_array().unwrap() {
+        assert_eq!((&mode["fits"], number(mode, "largest_batch")), (&Value::Bool(true), 1 << 20), "{mode}");
+    }
+    for batch in ["1048577", "99999999999999"] {
+        let words = format!("-b {batch}: at most 1048576 sequences are supported");
+        assert_fails(&[&["plan"], &room[..], &["-b", batch]].concat(), 2, &[&words]);
+    }
+}
+
 /// Without a GPU caches and host pages lie in the same RAM, which is counted once.
 #[test]
 fn plan_counts_shared_memory_once() {
