@@ -137,7 +137,9 @@ Examples:
 Each line of stdin is a message, or a command: /stats, /system TEXT, /reset, /help,
 /quit. Answers go to stdout, each ended by a newline, all else to stderr. Ctrl-C stops an
 answer, and ends the program (130) where none is being written. Only what is new in a turn
-is prefilled; where a template rewrites earlier turns, what changed is prefilled again.";
+is prefilled; where a template rewrites earlier turns, what changed is prefilled again.
+A line that fails is told, and the conversation goes on; where stdin is no terminal, the exit
+code at its end is then that of the first failure.";
 
 /// `chat`.
 #[derive(Args)]

@@ -60,8 +60,9 @@ pub fn run(args: ChatArgs) -> Result<()> {
         cache: Cached::default(),
         buffers: Buffers::default(),
         speed: Speed::default(),
+        failed: Failed::default(),
     };
-    let outcome = chat.converse();
+    let outcome = chat.converse().and_then(|()| chat.failed.outcome());
     traced(trace, engine.device(), Vec::new(), outcome)
 }
 
@@ -104,6 +105,14 @@ struct Chat<'a> {
     cache: Cached,
     buffers: Buffers,
     speed: Speed,
+    failed: Failed,
+}
+
+/// Lines of the input that came to nothing.
+#[derive(Default)]
+struct Failed {
+    lines: usize,
+    first: Option<Error>,
 }
 
 /// What the session holds.
@@ -145,7 +154,8 @@ impl Chat<'_> {
                 Ok(line) => line,
                 Err(e) => {
                     let at = e.utf8_error().valid_up_to();
-                    say(format_args!("error: byte {at} of this line is not valid UTF-8; the line is ignored"));
+                    self.failed
+                        .note(Error::Usage(format!("byte {at} of this line is not valid UTF-8; the line is ignored")));
                     continue;
                 }
             };
@@ -170,7 +180,7 @@ impl Chat<'_> {
                 say(format_args!("the conversation begins anew"));
             }
             "/system" => self.system = Some(rest.trim().to_string()).filter(|text| !text.is_empty()),
-            _ => say(format_args!("error: {command} is no command; /help lists them")),
+            _ => self.failed.note(Error::Usage(format!("{command} is no command; /help lists them"))),
         }
     }
 
@@ -192,7 +202,7 @@ impl Chat<'_> {
                 Ok(())
             }
             Err(why @ (Error::Usage(_) | Error::OutOfMemory { .. })) => {
-                say(format_args!("error: {why}"));
+                self.failed.note(why);
                 Ok(())
             }
             outcome => outcome,
@@ -376,6 +386,30 @@ impl Cached {
 
 impl Speed {
     fn add_prompt(&mut self, n: usize, start: Instant) {
+impl Failed {
+    /// Tells it. The conversation goes on.
+    fn note(&mut self, why: Error) {
+        say(format_args!("error: {why}"));
+        self.lines += 1;
+        self.first.get_or_insert(why);
+    }
+
+    /// A person has seen what failed and gone on from there. A script has written its lines and looks at the exit code, which is
+    /// that of the first failure.
+    fn outcome(&mut self) -> Result<()> {
+        match self.first.take() {
+            Some(why) if !stdin().is_terminal() => {
+                match self.lines {
+                    1 => say(format_args!("one line of the input failed:")),
+                    lines => say(format_args!("{lines} lines of the input failed, the first by")),
+                }
+                Err(why)
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
         self.prompt = (self.prompt.0 + n, self.prompt.1 + start.elapsed());
     }
 
