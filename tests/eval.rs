@@ -3,6 +3,7 @@
 mod common;
 
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
@@ -524,6 +525,49 @@ fn samsum_answers_are_never_empty() {
             _ => assert_eq!(said, ""),
         }
         assert!(stderr.contains("eos_token_id 99999 is beyond the vocabulary"), "{stderr}");
+    }
+}
+
+// What is said
+
+/// Each says at once what it does, before anything that takes long, and then how far it is within a prompt.
+#[test]
+fn long_prompts_show_how_far_they_are() {
+    let folder = folder("progress");
+    let hay = fixture("recall_prompt.txt");
+    let context = fs::read_to_string(&hay).unwrap().repeat(4);
+    fs::write(folder.join("hotpotqa.jsonl"), longbench_item(0, &context, "Recall zili", "fimi").to_string()).unwrap();
+    let [hay, data] = [&hay, &folder].map(|path| path.to_str().unwrap());
+    let needle = ["needle", "--haystack", hay, "--lengths", "3000", "--depths", "50", "--kv", "full", "-n", "2"];
+    let longbench = ["longbench", "--data", data, "--kv", "full", "--max-length", "3000"];
+    for (args, first, begun) in
+        [(&needle[..], "loading ", "cutting the haystack into tokens\n"), (&longbench, "reading ", "loading ")]
+    {
+        let (mut ours, its) = common::terminal();
+        let mut command = eval(args);
+        let mut child = command.stdout(Stdio::null()).stderr(its).spawn().unwrap();
+        drop(command); // and with it our handle of the program's end
+        let mut shown = Vec::new();
+        // The end of a pseudo-terminal that nobody has open any more is an error.
+        let _ = ours.read_to_end(&mut shown);
+        assert!(child.wait().unwrap().success());
+        let shown = text(&shown);
+        let shares = shown.split("prefill of ").skip(1).filter_map(|rest| {
+            let (tokens, rest) = rest.split_once(" tokens, ")?;
+            assert!((2900..=3000).contains(&tokens.parse::<u32>().unwrap()), "{tokens}");
+            rest.split_once(" %")?.0.parse::<u32>().ok()
+        });
+        let shares: Vec<u32> = shares.collect();
+        // Six chunks in each of four layers.
+        assert!(
+            shares.len() == 25 && shares[0] == 0 && shares[24] == 100 && shares.is_sorted(),
+            "{shares:?}: {shown:?}"
+        );
+        assert!(shown.contains("token 2 of the answer"), "{shown:?}");
+
+        let said = succeed(args).stderr;
+        let said = text(&said);
+        assert!(said.starts_with(first) && said.contains(begun) && !said.contains("prefill of"), "{said}");
     }
 }
 

@@ -13,7 +13,7 @@ use specache::{Buffers, Engine, Next, Prompt, Session};
 
 use super::args::ChatArgs;
 use super::output::{print, traced};
-use super::progress::{Progress, say};
+use super::progress::{Progress, prefilled, say};
 use super::{generate, input, size};
 
 const HELP: &str = "\
@@ -235,10 +235,12 @@ impl Chat<'_> {
             )));
         }
         let mut progress = Progress::new();
-        progress.show(format_args!("prefill of {} tokens", rest.len()));
+        progress.show(prefilled(rest.len(), 0.0));
         let start = Instant::now();
         let session = self.cache.cut(keep, self.engine, self.kv, rest.len())?;
-        let logits = self.engine.prefill(&mut [Prompt { session, tokens: &rest }], &mut self.buffers)?.remove(0)?;
+        let prompts = &mut [Prompt { session, tokens: &rest }];
+        let mut tell = |share| progress.show(prefilled(rest.len(), share));
+        let logits = self.engine.prefill_telling(prompts, &mut self.buffers, &mut tell)?.remove(0)?;
         self.speed.add_prompt(rest.len(), start);
         self.cache.tokens.extend(rest);
         (self.cache.pending, self.cache.text) = (None, Some(text));
@@ -384,8 +386,6 @@ impl Cached {
     }
 }
 
-impl Speed {
-    fn add_prompt(&mut self, n: usize, start: Instant) {
 impl Failed {
     /// Tells it. The conversation goes on.
     fn note(&mut self, why: Error) {
@@ -410,6 +410,8 @@ impl Failed {
     }
 }
 
+impl Speed {
+    fn add_prompt(&mut self, n: usize, start: Instant) {
         self.prompt = (self.prompt.0 + n, self.prompt.1 + start.elapsed());
     }
 
