@@ -410,9 +410,15 @@ fn a_needle_in_a_haystack_is_found() {
 fn metrics_are_the_published_ones() {
     let file: Value = common::json(fixture("longbench_metrics.json"));
     let classes: Vec<String> = serde_json::from_value(file["classes"].clone()).unwrap();
-    let cases = file["cases"].as_array().unwrap();
-    assert_eq!(cases.len(), 360);
-    for case in cases {
+    let [cases, by_hand] = ["cases", "by_hand"].map(|name| file[name].as_array().unwrap());
+    assert_eq!((cases.len(), by_hand.len()), (360, 69));
+    for metric in ["qa_f1", "rouge_l", "code", "count", "retrieval", "classification"] {
+        let some = |of: &dyn Fn(f64) -> bool| by_hand.iter().any(|c| c["metric"] == metric && of(number(c, "score")));
+        let parts =
+            [some(&|score| score == 0.0), some(&|score| 0.1 < score && score < 0.9), some(&|score| score > 0.99)];
+        assert_eq!(parts, [true; 3], "{metric}: a miss, a part and a hit");
+    }
+    for case in cases.iter().chain(by_hand) {
         let (said, truth) = (case["said"].as_str().unwrap(), case["truth"].as_str().unwrap());
         let score = match case["metric"].as_str().unwrap() {
             "qa_f1" => metrics::qa_f1(said, truth),
