@@ -646,6 +646,15 @@ fn simulated_schedules_are_in_order() {
         assert!(bound - 0.01 <= event && event <= stream && stream <= serial && event <= 1.03 * bound, "{row:?}");
     }
     assert_fails(&["bench", "--simulate", "--gpu", "voodoo"], 2, &["voodoo"]);
+    // A variable for `plan` is not in the way of measuring.
+    let measured = ["bench", "-m", "synthetic:tiny", "-n", "1", "-r", "1", "-d", "10", "--kv", "full"];
+    assert!(command(&measured).env("SPECACHE_GPU", "a6000").output().unwrap().status.success());
+    assert_fails(&[&measured[..], &["--gpu", "a6000"]].concat(), 2, &["--gpu", "--simulate"]);
+    let by_variable = command(&["bench", "--simulate", "-d", "8192"]).env("SPECACHE_GPU", "a6000").output().unwrap();
+    assert_eq!(
+        String::from_utf8(by_variable.stdout).unwrap(),
+        stdout(&["bench", "--simulate", "-d", "8192", "--gpu", "a6000"])
+    );
     for typed in ["--repetitions=3", "--n-predict=4", "--vram-budget=1GiB", "--device=cpu", "--no-delta", "--threads=1"]
     {
         let name = typed.split('=').next().unwrap();

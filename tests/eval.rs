@@ -865,8 +865,8 @@ fn options_come_from_the_environment_too() {
     let given = ["-c", "200", "--windows", "1", "--kv", "kivi", "--kv-bits", "1,2"];
     let typed = succeed(&[&["ppl", "--json", "--tokens", &file], &given[..]].concat()).stdout;
     let mut command = eval(&["ppl", "-c", "200"]);
-    for (name, value) in [("TOKENS", file.as_str()), ("WINDOWS", "1"), ("KV", "kivi"), ("KV_BITS", "1,2")] {
-        command.env(format!("SPECACHE_EVAL_{name}"), value);
+    for (name, value) in [("TOKENS", file.as_str()), ("EVAL_WINDOWS", "1"), ("KV_MODES", "kivi"), ("KV_BITS", "1,2")] {
+        command.env(format!("SPECACHE_{name}"), value);
     }
     assert_eq!(text(&command.env("SPECACHE_JSON", "1").output().unwrap().stdout), text(&typed));
 }
@@ -880,7 +880,7 @@ fn the_command_line_wins_over_variables_that_exclude_it() {
     let (prompts, hay) = (prompts.to_str().unwrap(), fixture("recall_prompt.txt"));
     let hay = hay.to_str().unwrap();
     let run = |args: &[&str], variables: &[(&str, &str)]| {
-        let variables = variables.iter().map(|(name, value)| (format!("SPECACHE_EVAL_{name}"), value));
+        let variables = variables.iter().map(|(name, value)| (format!("SPECACHE_{name}"), value));
         eval(args).args(["--kv", "full"]).envs(variables).output().unwrap()
     };
     let ppl = ["ppl", "-c", "100", "--windows", "1"];
@@ -888,11 +888,14 @@ fn the_command_line_wins_over_variables_that_exclude_it() {
     for (args, variables) in [
         (&[&ppl[..], &["--tokens", &ids]].concat(), &[("FILE", "/nowhere")][..]),
         (&[&ppl[..], &["-f", hay]].concat(), &[("TOKENS", "/nowhere")]),
-        (&vec!["needle", "--prompts", prompts], &[("HAYSTACK", "/nowhere"), ("LENGTHS", "7"), ("NEEDLE", "x")]),
-        (&vec!["needle", "--prompts", prompts], &[("CHAT", "0")]),
-        (&vec!["needle"], &[("PROMPTS", prompts), ("CHAT", "off")]),
-        (&[&needle[..], &["-f", hay]].concat(), &[("PROMPTS", "/nowhere")]),
-        (&needle.to_vec(), &[("HAYSTACK", hay), ("PROMPTS", "/nowhere")]),
+        (
+            &vec!["needle", "--prompts", prompts],
+            &[("EVAL_HAYSTACK", "/nowhere"), ("EVAL_LENGTHS", "7"), ("EVAL_NEEDLE", "x")],
+        ),
+        (&vec!["needle", "--prompts", prompts], &[("EVAL_CHAT", "0")]),
+        (&vec!["needle"], &[("EVAL_PROMPTS", prompts), ("EVAL_CHAT", "off")]),
+        (&[&needle[..], &["-f", hay]].concat(), &[("EVAL_PROMPTS", "/nowhere")]),
+        (&needle.to_vec(), &[("EVAL_HAYSTACK", hay), ("EVAL_PROMPTS", "/nowhere")]),
     ] {
         let output = run(args, variables);
         assert!(output.status.success(), "{args:?}, {variables:?}: {}", text(&output.stderr));
@@ -900,8 +903,8 @@ fn the_command_line_wins_over_variables_that_exclude_it() {
     for (args, variables, words) in [
         (&ppl[..], &[("FILE", hay), ("TOKENS", ids.as_str())][..], "several texts"),
         (&["needle", "--prompts", prompts, "-f", hay], &[], "cannot be used with"),
-        (&["needle"], &[("PROMPTS", prompts), ("HAYSTACK", hay)], "cannot be used with"),
-        (&["needle", "--prompts", prompts, "--chat"], &[("CHAT", "0")], "cannot be used with"),
+        (&["needle"], &[("EVAL_PROMPTS", prompts), ("EVAL_HAYSTACK", hay)], "cannot be used with"),
+        (&["needle", "--prompts", prompts, "--chat"], &[("EVAL_CHAT", "0")], "cannot be used with"),
     ] {
         let output = run(args, variables);
         assert_eq!(output.status.code(), Some(2), "{args:?}, {variables:?}");

@@ -190,10 +190,10 @@ pub struct PlanArgs {
     #[arg(short, long, env = "SPECACHE_CTX_SIZE", value_name = "TOKENS")]
     pub ctx_size: Option<usize>,
     /// Sequences that are decoded together
-    #[arg(short, long, env = "SPECACHE_PLAN_BATCH", value_name = "B", default_value_t = 1)]
+    #[arg(short, long, env = "SPECACHE_BATCH", value_name = "B", default_value_t = 1)]
     pub batch: usize,
     /// Estimate steps on this card, from its bandwidths
-    #[arg(long, env = "SPECACHE_PLAN_GPU", value_name = "GPU", value_parser = ["a6000", "4090", "h100", "h200"])]
+    #[arg(long, env = "SPECACHE_GPU", value_name = "GPU", value_parser = ["a6000", "4090", "h100", "h200"])]
     pub gpu: Option<String>,
     #[command(flatten)]
     pub tuning: KvTuning,
@@ -265,7 +265,7 @@ tokens behind the prompt.";
 pub struct BenchArgs {
     /// Model folders, org/name or synthetic:SHAPE, separated by commas [default: the recall model and synthetic:llama-3.2-1b; with
     /// --overlap the latter only, with --simulate synthetic:llama-3-8b]
-    #[arg(short, long, env = "SPECACHE_BENCH_MODEL", value_name = "DIR,...", value_delimiter = ',')]
+    #[arg(short, long, env = "SPECACHE_MODEL", value_name = "DIR,...", value_delimiter = ',')]
     pub model: Vec<String>,
     /// Prompts of so many tokens are prefilled in every mode: tokens per second, and the time to the first token
     #[arg(short, long, env = "SPECACHE_BENCH_PROMPT", value_name = "TOKENS,...", value_delimiter = ',')]
@@ -281,7 +281,7 @@ pub struct BenchArgs {
     #[arg(short, long, env = "SPECACHE_BENCH_REPETITIONS", value_name = "R", default_value_t = 5)]
     pub repetitions: usize,
     /// Modes, separated by commas
-    #[arg(long, env = "SPECACHE_BENCH_KV", value_name = "MODE,...", value_delimiter = ',',
+    #[arg(long, env = "SPECACHE_KV_MODES", value_name = "MODE,...", value_delimiter = ',',
           default_value = "full,kivi,offload,fetch,specache", value_parser = kv_mode())]
     pub kv: Vec<KvMode>,
     #[command(flatten)]
@@ -295,13 +295,13 @@ pub struct BenchArgs {
     #[arg(long, env = "SPECACHE_BENCH_OVERLAP", value_parser = FalseyValueParser::new(), conflicts_with = "simulate")]
     pub overlap: bool,
     /// Sequences that are decoded together; of a real prompt they are forks, which share its pages on the host
-    #[arg(short, long, env = "SPECACHE_BENCH_BATCH", value_name = "B,...", value_delimiter = ',', default_value = "1")]
+    #[arg(short, long, env = "SPECACHE_BATCH", value_name = "B,...", value_delimiter = ',', default_value = "1")]
     pub batch: Vec<usize>,
     /// Draw how fast each mode decodes; with --overlap, one step of each schedule as a time line
-    #[arg(long, env = "SPECACHE_BENCH_PLOT", value_name = "OUT.svg")]
+    #[arg(long, env = "SPECACHE_PLOT", value_name = "OUT.svg")]
     pub plot: Option<PathBuf>,
-    /// The card to simulate
-    #[arg(long, env = "SPECACHE_BENCH_GPU", value_name = "GPU", default_value = "h200", requires = "simulate",
+    /// The card to simulate, with --simulate
+    #[arg(long, env = "SPECACHE_GPU", value_name = "GPU", default_value = "h200",
           value_parser = ["a6000", "4090", "h100", "h200"])]
     pub gpu: String,
     /// Tables for people; a line of CSV for each mode; JSON with every repetition at the end, or a line of it for each model,
@@ -602,8 +602,57 @@ pub fn parse() -> Cli {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::{BTreeMap, BTreeSet};
+
     use clap::ArgAction;
     use clap::builder::ValueParser;
+
+    /// Commands, options and variables, each option once for each command.
+    fn variables() -> Vec<(String, String, String)> {
+        fn of(command: &clap::Command, path: &str) -> Vec<(String, String, String)> {
+            let own = command.get_arguments().filter_map(|arg| {
+                let variable = arg.get_env()?.to_str().unwrap().to_string();
+                Some((path.trim().to_string(), arg.get_long()?.to_string(), variable))
+            });
+            let below = |command: &clap::Command| of(command, &format!("{path} {}", command.get_name()));
+            own.chain(command.get_subcommands().flat_map(below)).collect()
+        }
+        of(&Cli::command(), "")
+    }
+
+    /// docs/environment.md has a row for each variable, with its option and its commands, and no other.
+    #[test]
+    fn variables_are_documented() {
+        let mut rows: Vec<(String, String, Vec<String>)> = Vec::new();
+        for (command, option, variable) in variables() {
+            match rows.iter_mut().find(|row| row.0 == variable) {
+                Some(row) => {
+                    assert_eq!(row.1, option, "{variable} is two options");
+                    row.2.push(command);
+                }
+                None => rows.push((variable, option, vec![command])),
+            }
+        }
+        let row = |(variable, option, commands): &(String, String, Vec<String>)| {
+            let all_of_eval = "eval needle, eval ppl, eval kld, eval coverage, eval longbench";
+            format!("| `{variable}` | `--{option}` | {} |", commands.join(", ").replace(all_of_eval, "eval"))
+        };
+        let expected: Vec<String> = rows.iter().map(row).collect();
+        let page = include_str!("../../docs/environment.md");
+        let written: Vec<&str> = page.lines().filter(|line| line.starts_with("| `SPECACHE_")).collect();
+        assert_eq!(written, expected, "docs/environment.md should have\n{}", expected.join("\n"));
+    }
+
+    /// An option has one variable in all commands, but for those that mean another thing by command.
+    #[test]
+    fn an_option_has_one_variable() {
+        let mut names = BTreeMap::<String, BTreeSet<String>>::new();
+        for (_, option, variable) in variables() {
+            names.entry(option).or_default().insert(variable);
+        }
+        let several = names.iter().filter(|(_, names)| names.len() > 1).map(|(option, names)| (&**option, names.len()));
+        assert_eq!(several.collect::<Vec<_>>(), [("kv", 2), ("n-predict", 2), ("output", 5), ("prompt", 2)]);
+    }
 
     /// `SPECACHE_X=0`, `=no`, `=yes`: for every flag of every command, as README and help promise it for all options.
     #[test]

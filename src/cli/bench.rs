@@ -107,6 +107,8 @@ fn check_combination(args: &BenchArgs) -> Result<()> {
     let usage = |what: &str| Err(Error::Usage(what.into()));
     let alone = !args.overlap && !args.simulate;
     match (args.overlap, args.simulate) {
+        // A variable may be meant for `plan`.
+        (_, false) if args.typed.iter().any(|option| option == "--gpu") => usage("--gpu: goes with --simulate only"),
         (false, _) if args.device.trace.is_some() => usage("--trace: bench writes one with --overlap only"),
         (_, true) if args.plot.is_some() => usage("--plot: --simulate draws nothing; leave it out"),
         (_, true) if args.batch != [1] => usage("--batch: --simulate has batches of its own; leave it out"),
