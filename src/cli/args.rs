@@ -257,8 +257,14 @@ Real weights get a real prompt, prefilled once per mode. Random weights
 (synthetic:SHAPE) get a cache of random pairs: they have a prefill speed with -p only, and
 their hit rate, acceptance and KL divergence would mean nothing. The modes take turns within
 each repetition, so that all of them meet the same moods of the machine; a mode's cache
-grows from one repetition to the next. KLD: mean KL divergence from full, in nats, over 32
-tokens behind the prompt.";
+grows from one repetition to the next.
+
+Columns: bits/g/R/k are --kv-bits, --kv-group, --kv-residual and --kv-top-k; behind ± is the
+standard deviation over the repetitions; GB/s: weights and KV that are read; moved: KV that
+comes from the host; exposed: how long computation waits for it; hit rate: the share of the
+pairs that the real token wanted and that were there; acceptance: the share of speculative
+tokens that were right; KLD: mean KL divergence from full, in nats, over 32 tokens behind the
+prompt.";
 
 /// `bench`.
 #[derive(Args)]
@@ -277,8 +283,8 @@ pub struct BenchArgs {
     /// 8192, 32768 and 131072]
     #[arg(short, long, env = "SPECACHE_BENCH_DEPTH", value_name = "TOKENS,...", value_delimiter = ',')]
     pub depth: Vec<usize>,
-    /// Repetitions
-    #[arg(short, long, env = "SPECACHE_BENCH_REPETITIONS", value_name = "R", default_value_t = 5)]
+    /// Repetitions; the spread over them is shown
+    #[arg(short, long, env = "SPECACHE_BENCH_REPETITIONS", value_name = "R", default_value_t = 3)]
     pub repetitions: usize,
     /// Modes, separated by commas
     #[arg(long, env = "SPECACHE_KV_MODES", value_name = "MODE,...", value_delimiter = ',',
