@@ -162,7 +162,14 @@ fn plan_counts_shared_memory_once() {
 fn plan_is_a_table_for_people() {
     let output = command(&["plan", "-m", "synthetic:llama-3-8b", "--gpu", "h200", "--host", "1TiB"]).output().unwrap();
     let table = text(&output.stdout);
-    for words in ["| weights", "specache |", "largest batch of 8192 tokens", "tokens/s", "estimated, not measured"] {
+    for words in [
+        "| weights",
+        "specache |",
+        "largest batch of 8192 tokens",
+        "largest context, batch of 1",
+        "tokens/s",
+        "estimated, not measured",
+    ] {
         assert!(table.contains(words), "{words}: {table}");
     }
 }
@@ -334,7 +341,7 @@ fn a_failed_line_of_a_pipe_is_in_the_exit_code() {
 fn models_without_a_template() {
     let recall = fixture("recall");
     let recall = recall.to_str().unwrap();
-    assert_fails(&["chat", "-m", recall], 2, &["no chat template", "`generate`", "--raw"]);
+    assert_fails(&["chat", "-m", recall], 2, &["no chat template", "`generate`", "--raw -n 100"]);
     assert_fails(&["chat", "-m", "synthetic:tiny", "--raw"], 2, &["no tokenizer.json", "`generate`"]);
     assert_fails(&["chat", "-m", recall, "--raw", "-n", "0"], 2, &["-n 0"]);
     let (answers, _) = chat(recall, &["--raw", "-n", "4"], &format!("{FACT}\nRecall kose\n"));

@@ -400,6 +400,7 @@ fn a_needle_in_a_haystack_is_found() {
     let output = succeed(&args);
     let table = text(&output.stdout);
     assert!(table.contains("| full ") && table.contains("1.000 (3/3)") && !table.contains('\x1b'), "{table}");
+    assert!(table.contains("in brackets the prompts with all of it"), "{table}");
     assert!(text(&output.stderr).contains("it begins again"), "{}", text(&output.stderr));
 }
 

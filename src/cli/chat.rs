@@ -70,7 +70,8 @@ fn template(model: &str) -> Result<ChatTemplate> {
     input::template(model)?.ok_or_else(|| {
         Error::Usage(format!(
             "{model} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json): continue \
-             texts with `generate`, or join the turns plainly with `chat --raw`"
+             texts with `generate`, or join the turns plainly with `chat --raw -n 100` (few such models end an answer \
+             themselves)"
         ))
     })
 }

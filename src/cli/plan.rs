@@ -277,7 +277,7 @@ impl Plan {
             row("host, all", &|m| bytes(self.total(&m.need, batch).1)),
             row("fits", &|m| if self.fits(&m.need, batch) { "yes".into() } else { "no".into() }),
             row(&format!("largest batch of {} tokens", self.context), &|m| m.largest_batch.to_string()),
-            row(&format!("largest context of {batch}"), &|m| {
+            row(&format!("largest context, batch of {batch}"), &|m| {
                 m.largest_context.map_or("none".into(), |n| n.to_string())
             }),
         ];

@@ -335,7 +335,9 @@ fn text(cases: &[Case], variants: &[KvOptions], scores: &[Vec<f64>], map: &Heatm
         [eval::name(kv)].into_iter().chain(cells).collect::<Vec<String>>()
     });
     let header: Vec<&str> = header.iter().map(String::as_str).collect();
-    format!("{}{}", map.text(coloured), table(&header, &rows.collect::<Vec<_>>()))
+    let table = table(&header, &rows.collect::<Vec<_>>());
+    let legend = "Scores: the share of the answer that is found, in order; in brackets the prompts with all of it.";
+    format!("{}{table}\n{legend}\n", map.text(coloured))
 }
 
 fn results_json(subject: &Subject, cases: &[Case], variants: &[KvOptions], scores: &[Vec<f64>]) -> Value {
