@@ -16,6 +16,9 @@ use crate::model::{Config, Model};
 /// Most tokens of a context: positions are u32 in selections, and byte counts of a page times this fit a u64.
 pub const MAX_CONTEXT: usize = 1 << 28;
 
+/// Most sequences of a batch: those that the plans of kernels take (`MOST_SEQS` of csrc/plan/plan.h).
+pub const MAX_BATCH: usize = 1 << 20;
+
 /// A model on a device.
 pub struct Context {
     /// Where passes are computed.

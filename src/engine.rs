@@ -112,7 +112,21 @@ impl Engine {
     /// # Errors
     /// As there.
     pub fn prefill(&self, prompts: &mut [Prompt], buffers: &mut Buffers) -> Result<Vec<Result<Vec<f32>>>> {
-        self.context.device.run(|| prefill::prefill(&self.context, prompts, buffers))
+        self.prefill_telling(prompts, buffers, &mut |_| {})
+    }
+
+    /// The same, for somebody who waits: `tell` hears after each chunk of a layer which share of the work is done, in
+    /// ascending order up to 1. On a GPU, which is told everything at once, it hears nothing.
+    ///
+    /// # Errors
+    /// As [`Engine::prefill`].
+    pub fn prefill_telling(
+        &self,
+        prompts: &mut [Prompt],
+        buffers: &mut Buffers,
+        tell: &mut (dyn FnMut(f64) + Send),
+    ) -> Result<Vec<Result<Vec<f32>>>> {
+        self.context.device.run(|| prefill::prefill(&self.context, prompts, buffers, tell))
     }
 
     /// See [`decode::decode`]. The logits are in `buffers` afterwards: [`Buffers::logits`].

@@ -31,7 +31,15 @@ const PANEL_MIN: usize = 8;
 /// memory budget does not allow, or the system's memory (then sessions may have more room). Between two chunks of a
 /// layer: [`crate::Error::Interrupted`], which leaves the sessions as they were, though with room for the prompt. A GPU
 /// that fails: [`crate::Error::Device`], and all these sessions have failed.
-pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers) -> Result<Vec<Result<Vec<f32>>>> {
+///
+/// `tell` hears after each chunk of a layer which share of the work is done, on the CPU device: a GPU is told everything at
+/// once.
+pub fn prefill(
+    context: &Context,
+    prompts: &mut [Prompt],
+    buffers: &mut Buffers,
+    tell: &mut dyn FnMut(f64),
+) -> Result<Vec<Result<Vec<f32>>>> {
     for prompt in prompts.iter() {
         prompt.session.check_usable(context)?;
         context.check_tokens(prompt.tokens)?;
@@ -72,11 +80,18 @@ pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers)
             return Err(refused);
         }
     };
-    for layer in 0..context.model.config.n_layers {
+    let n_layers = context.model.config.n_layers;
+    let rows: usize = prompts.iter().map(|prompt| prompt.tokens.len() * n_layers).sum();
+    let mut done = 0;
+    let mut passed = |chunk: usize| {
+        done += chunk;
+        tell(done as f64 / rows as f64);
+    };
+    for layer in 0..n_layers {
         context.device.at_layer(Some(layer));
         for (i, x) in streams.iter_mut().enumerate() {
             if let Err(Stopped { pages, why }) =
-                prefill_layer(context, &mut prompts[i], layer, x, working.as_ref(), buffers)
+                prefill_layer(context, &mut prompts[i], layer, x, working.as_ref(), buffers, &mut passed)
             {
                 context.device.finish_compute(); // it may still compute what is freed now
                 undo(prompts, layer, i, Some(pages));
@@ -90,7 +105,7 @@ pub fn prefill(context: &Context, prompts: &mut [Prompt], buffers: &mut Buffers)
         logits.push(end(context, prompt, stream, working.as_ref(), buffers));
     }
     if let Err(failed) = context.device.sound() {
-        undo(prompts, context.model.config.n_layers, 0, None);
+        undo(prompts, n_layers, 0, None);
         prompts.iter_mut().for_each(|prompt| prompt.session.fail_device(&failed));
         return Err(failed);
     }
@@ -147,7 +162,7 @@ fn undo(prompts: &mut [Prompt], layer: usize, i: usize, mut pages: Option<Vec<Wi
 }
 
 /// One layer of one prompt, chunk by chunk: every chunk sees the K and V of those before it. Stops only when
-/// interrupted.
+/// interrupted. `passed` gets the rows of each chunk.
 fn prefill_layer(
     context: &Context,
     prompt: &mut Prompt,
@@ -155,6 +170,7 @@ fn prefill_layer(
     stream: &mut Stream,
     working: Option<&ChunkMemory>,
     buffers: &mut Buffers,
+    passed: &mut dyn FnMut(usize),
 ) -> Result<(), Stopped> {
     let x = match (stream, working) {
         (Stream::Cpu(x), _) => x,
@@ -193,6 +209,7 @@ fn prefill_layer(
         dense.norm_gate_up(l, layer, rows);
         dense.down_residual(l, layer, rows);
         x.copy_from_slice(&rows.x);
+        passed(rows.n);
     }
     prompt.session.stats.offloaded_bytes += cache.settle_prefill(l, end, pages);
     Ok(())

@@ -301,6 +301,7 @@ fn bad_arguments_are_usage_errors() {
     assert_fails(&["bench", "-m", "synthetic:tiny", "-r", "0"], 2, &["-r 0"]);
     assert_fails(&["bench", "-m", "synthetic:tiny", "-d", "18446744073709551615"], 2, &["-d", "at most"]);
     assert_fails(&["bench", "-m", &recall(), "-d", "20000000000"], 2, &["-d", "at most"]);
+    assert_fails(&["bench", "-m", &recall(), "-b", "1048577"], 2, &["-b 1048577: at most 1048576 sequences"]);
 }
 
 #[test]
@@ -645,6 +646,15 @@ fn simulated_schedules_are_in_order() {
         assert!(bound - 0.01 <= event && event <= stream && stream <= serial && event <= 1.03 * bound, "{row:?}");
     }
     assert_fails(&["bench", "--simulate", "--gpu", "voodoo"], 2, &["voodoo"]);
+    // A variable for `plan` is not in the way of measuring.
+    let measured = ["bench", "-m", "synthetic:tiny", "-n", "1", "-r", "1", "-d", "10", "--kv", "full"];
+    assert!(command(&measured).env("SPECACHE_GPU", "a6000").output().unwrap().status.success());
+    assert_fails(&[&measured[..], &["--gpu", "a6000"]].concat(), 2, &["--gpu", "--simulate"]);
+    let by_variable = command(&["bench", "--simulate", "-d", "8192"]).env("SPECACHE_GPU", "a6000").output().unwrap();
+    assert_eq!(
+        String::from_utf8(by_variable.stdout).unwrap(),
+        stdout(&["bench", "--simulate", "-d", "8192", "--gpu", "a6000"])
+    );
     for typed in ["--repetitions=3", "--n-predict=4", "--vram-budget=1GiB", "--device=cpu", "--no-delta", "--threads=1"]
     {
         let name = typed.split('=').next().unwrap();
@@ -660,6 +670,35 @@ fn one_bit_forgets_and_specache_remembers() {
     assert_eq!(say(&["--kv", "full"]), " fimi maga losu.");
     assert_eq!(say(&["--kv", "kivi", "--kv-bits", "1"]), " fimi losu losu.");
     assert_eq!(say(&["--kv", "specache", "--kv-bits", "1", "--kv-top-k", "16"]), " fimi maga losu.");
+}
+
+/// `-n -1`, which means "no limit" elsewhere, and the like: told by the option's name, with what would be right.
+#[test]
+fn what_is_no_count_is_told_with_the_fix() {
+    let model = recall();
+    let generate = ["generate", "-m", &model, "-p", "x", "-n", "4"];
+    let below = "it cannot be below zero; give a whole number, such as 64";
+    for (args, option, why) in [
+        (&["generate", "-m", &model, "-p", "x", "-n", "-1"][..], "'-1' for '--n-predict <N>'", below),
+        (&["generate", "-m", &model, "-p", "x", "-n", "-1.5"], "'-1.5' for '--n-predict <N>'", below),
+        (&["generate", "-m", &model, "-p", "x", "-n", "many"], "'many' for '--n-predict", "must be a whole number"),
+        (&["generate", "-m", &model, "-p", "x", "-n", "4e30"], "'4e30' for '--n-predict", "must be a whole number"),
+        (&["generate", "-m", &model, "-p", "x", "-n", "99999999999999999999"], "--n-predict", "give a smaller one"),
+        (&[&generate[..], &["--kv-top-k", "-1"]].concat(), "'-1' for '--kv-top-k <K>'", below),
+        (&[&generate[..], &["--top-k", "-1"]].concat(), "'-1' for '--top-k <K>'", below),
+        (&[&generate[..], &["-s", "-1"]].concat(), "'-1' for '--seed <SEED>'", below),
+        (&[&generate[..], &["--vram-budget", "-1"]].concat(), "'-1' for '--vram-budget <SIZE>'", "a size is"),
+        (&["chat", "-m", &model, "-n", "-1"], "'-1' for '--n-predict <N>'", below),
+        (&["plan", "-m", &model, "-b", "-1"], "'-1' for '--batch <B>'", below),
+        (&["bench", "-r", "-3"], "'-3' for '--repetitions <R>'", below),
+        (&["bench", "-d", "100,-5"], "'-5' for '--depth <TOKENS,...>'", below),
+        (&["eval", "longbench", "-m", &model, "--data", "x", "--limit", "-1"], "'-1' for '--limit <N>'", below),
+    ] {
+        assert_fails(args, 2, &[option, why]);
+    }
+    let by_variable = command(&generate[..5]).env("SPECACHE_N_PREDICT", "-1").output().unwrap();
+    let said = String::from_utf8(by_variable.stderr).unwrap();
+    assert!(by_variable.status.code() == Some(2) && said.contains("--n-predict") && said.contains(below), "{said}");
 }
 
 /// An output never takes the place of an input.

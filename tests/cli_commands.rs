@@ -16,9 +16,9 @@ use specache::kv::{KvMode, KvOptions};
 use specache::{Buffers, Engine, Prompt};
 
 /// Runs a command with this on its stdin.
-fn with_input(args: &[&str], input: &str) -> Output {
+fn with_input(args: &[&str], input: impl AsRef<[u8]>) -> Output {
     let mut child = spawn(args);
-    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    child.stdin.take().unwrap().write_all(input.as_ref()).unwrap();
     child.wait_with_output().unwrap()
 }
 
@@ -128,6 +128,21 @@ fn plan_says_what_does_not_fit() {
     assert_fails(&["plan", "-m", "/nowhere"], 3, &["/nowhere"]);
 }
 
+/// More sequences than the engine supports are refused, and never said to fit.
+#[test]
+fn plan_has_the_engines_largest_batch() {
+    let room = ["-m", "synthetic:tiny", "-c", "1", "--vram", "1000TiB", "--host", "1000TiB"];
+    let (planned, notes) = plan(&[&room[..], &["-b", "1048576"]].concat());
+    assert!(notes.is_empty(), "{notes}");
+    for mode in planned["modes"].as_array().unwrap() {
+        assert_eq!((&mode["fits"], number(mode, "largest_batch")), (&Value::Bool(true), 1 << 20), "{mode}");
+    }
+    for batch in ["1048577", "99999999999999"] {
+        let words = format!("-b {batch}: at most 1048576 sequences are supported");
+        assert_fails(&[&["plan"], &room[..], &["-b", batch]].concat(), 2, &[&words]);
+    }
+}
+
 /// Without a GPU caches and host pages lie in the same RAM, which is counted once.
 #[test]
 fn plan_counts_shared_memory_once() {
@@ -147,7 +162,14 @@ fn plan_counts_shared_memory_once() {
 fn plan_is_a_table_for_people() {
     let output = command(&["plan", "-m", "synthetic:llama-3-8b", "--gpu", "h200", "--host", "1TiB"]).output().unwrap();
     let table = text(&output.stdout);
-    for words in ["| weights", "specache |", "largest batch of 8192 tokens", "tokens/s", "estimated, not measured"] {
+    for words in [
+        "| weights",
+        "specache |",
+        "largest batch of 8192 tokens",
+        "largest context, batch of 1",
+        "tokens/s",
+        "estimated, not measured",
+    ] {
         assert!(table.contains(words), "{words}: {table}");
     }
 }
@@ -196,8 +218,14 @@ fn chat_model(name: &str, template: &str) -> String {
 
 /// Answers and notes of a conversation.
 fn chat(model: &str, options: &[&str], input: &str) -> (String, String) {
+    chat_ends(0, model, options, input)
+}
+
+/// Those of one that ends with this exit code.
+#[track_caller]
+fn chat_ends(code: i32, model: &str, options: &[&str], input: impl AsRef<[u8]>) -> (String, String) {
     let output = with_input(&[&["chat", "--device", "cpu", "-m", model], options].concat(), input);
-    assert!(output.status.success(), "{output:?}");
+    assert_eq!(output.status.code(), Some(code), "{output:?}");
     (text(&output.stdout).to_string(), text(&output.stderr).to_string())
 }
 
@@ -259,7 +287,7 @@ fn a_template_may_rewrite_earlier_turns() {
 fn commands_of_a_chat() {
     let model = chat_model("commands", PLAIN);
     let input = format!("/help\n{FACT}\n/reset\n/system {FACT}\n\n Recall kose\n/nonsense\n/quit\n{FACT}\n");
-    let (answers, notes) = chat(&model, &["-n", "4"], &input);
+    let (answers, notes) = chat_ends(2, &model, &["-n", "4"], &input);
     assert_eq!(answers.lines().count(), 2, "nothing behind /quit: {answers}");
     assert_eq!(answers.lines().next(), Some(" zesi rere bago."));
     for words in ["/system TEXT", "begins anew", "/nonsense is no command"] {
@@ -272,17 +300,48 @@ fn commands_of_a_chat() {
 #[test]
 fn a_full_context_is_told_and_can_be_reset() {
     let model = chat_model("full", PLAIN);
-    let (answers, notes) = chat(&model, &["-n", "40", "-c", "15"], &format!("{FACT}\n{FACT}\n/reset\n{FACT}\n"));
+    let (answers, notes) = chat_ends(2, &model, &["-n", "40", "-c", "15"], format!("{FACT}\n{FACT}\n/reset\n{FACT}\n"));
     assert_eq!(answers.lines().count(), 2, "{answers} {notes}");
     assert!(notes.contains("the context of 15 tokens is full: the answer ends here; /reset"), "{notes}");
     assert!(notes.contains("this conversation has"), "{notes}");
+}
+
+/// A script looks at the exit code: that of the first failure, whatever comes behind it. A person has seen it.
+#[test]
+fn a_failed_line_of_a_pipe_is_in_the_exit_code() {
+    let model = chat_model("failed", PLAIN);
+    let options = ["-n", "4", "-c", "40"];
+    let too_long = "In the morning there was a letter. ".repeat(20);
+    for (bad, words) in [
+        (too_long.as_bytes(), "the context of 40 tokens is full"),
+        (b"caf\xe9", "byte 3 of this line is not valid UTF-8"),
+        (b"/statistics", "/statistics is no command"),
+    ] {
+        let input = [bad, b"\n", FACT.as_bytes(), b"\n/quit\n"].concat();
+        let (answers, notes) = chat_ends(2, &model, &options, &input);
+        assert_eq!(answers, " zesi rere bago.\n", "the conversation goes on");
+        let last = notes.lines().last().unwrap();
+        assert!(last.starts_with("error: ") && last.contains(words), "{words}: {notes}");
+        assert!(notes.contains("one line of the input failed"), "{notes}");
+    }
+    let (_, notes) = chat_ends(2, &model, &options, "/a\n/b\n");
+    assert!(notes.contains("2 lines") && notes.ends_with("error: /a is no command; /help lists them\n"), "{notes}");
+    // No room for a cache is another code.
+    let (answers, _) = chat_ends(4, &model, &["--vram-budget", "1KiB"], format!("{FACT}\n/nonsense\n"));
+    assert_eq!(answers, "");
+
+    let (mut ours, its) = common::terminal();
+    let mut at_terminal = command(&["chat", "--device", "cpu", "-m", &model]);
+    let mut child = at_terminal.stdin(its).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    ours.write_all(b"/nonsense\n/quit\n").unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
 }
 
 #[test]
 fn models_without_a_template() {
     let recall = fixture("recall");
     let recall = recall.to_str().unwrap();
-    assert_fails(&["chat", "-m", recall], 2, &["no chat template", "`generate`", "--raw"]);
+    assert_fails(&["chat", "-m", recall], 2, &["no chat template", "`generate`", "--raw -n 100"]);
     assert_fails(&["chat", "-m", "synthetic:tiny", "--raw"], 2, &["no tokenizer.json", "`generate`"]);
     assert_fails(&["chat", "-m", recall, "--raw", "-n", "0"], 2, &["-n 0"]);
     let (answers, _) = chat(recall, &["--raw", "-n", "4"], &format!("{FACT}\nRecall kose\n"));

@@ -17,7 +17,7 @@ use specache::sampler::SamplingOverrides;
 
 use super::eval::args::EvalArgs;
 use super::output::AtomicFile;
-use super::{precedence, size};
+use super::{count, precedence, size};
 
 static VERSION: LazyLock<String> = LazyLock::new(|| match option_env!("SPECACHE_COMMIT") {
     Some(commit) => format!("{} ({commit})", env!("CARGO_PKG_VERSION")),
@@ -110,7 +110,7 @@ pub struct GenerateArgs {
     #[command(flatten)]
     pub prompt: PromptArgs,
     /// Most tokens to generate
-    #[arg(short, long, env = "SPECACHE_N_PREDICT", value_name = "N", allow_negative_numbers = true)]
+    #[arg(short, long, env = "SPECACHE_N_PREDICT", value_name = "N")]
     pub n_predict: usize,
     #[command(flatten)]
     pub kv: KvArgs,
@@ -123,7 +123,7 @@ pub struct GenerateArgs {
     #[arg(long, env = "SPECACHE_JSON", value_parser = FalseyValueParser::new())]
     pub json: bool,
     /// Room of the context in tokens; prompt and -n must fit [default: as many as they need]
-    #[arg(short, long, env = "SPECACHE_CTX_SIZE", value_name = "TOKENS", allow_negative_numbers = true)]
+    #[arg(short, long, env = "SPECACHE_CTX_SIZE", value_name = "TOKENS")]
     pub ctx_size: Option<usize>,
 }
 
@@ -137,7 +137,9 @@ Examples:
 Each line of stdin is a message, or a command: /stats, /system TEXT, /reset, /help,
 /quit. Answers go to stdout, each ended by a newline, all else to stderr. Ctrl-C stops an
 answer, and ends the program (130) where none is being written. Only what is new in a turn
-is prefilled; where a template rewrites earlier turns, what changed is prefilled again.";
+is prefilled; where a template rewrites earlier turns, what changed is prefilled again.
+A line that fails is told, and the conversation goes on; where stdin is no terminal, the exit
+code at its end is then that of the first failure.";
 
 /// `chat`.
 #[derive(Args)]
@@ -151,10 +153,10 @@ pub struct ChatArgs {
     #[arg(long, env = "SPECACHE_RAW", value_parser = FalseyValueParser::new())]
     pub raw: bool,
     /// Most tokens of an answer [default: until the model ends it or the context is full]
-    #[arg(short, long, env = "SPECACHE_N_PREDICT", value_name = "N", allow_negative_numbers = true)]
+    #[arg(short, long, env = "SPECACHE_N_PREDICT", value_name = "N")]
     pub n_predict: Option<usize>,
     /// Most tokens of the conversation; the cache grows with it [default: what the model was trained for]
-    #[arg(short, long, env = "SPECACHE_CTX_SIZE", value_name = "TOKENS", allow_negative_numbers = true)]
+    #[arg(short, long, env = "SPECACHE_CTX_SIZE", value_name = "TOKENS")]
     pub ctx_size: Option<usize>,
     #[command(flatten)]
     pub kv: KvArgs,
@@ -185,13 +187,13 @@ pub struct PlanArgs {
     #[arg(long, env = "SPECACHE_PLAN_HOST", value_name = "SIZE", value_parser = size::parse)]
     pub host: Option<u64>,
     /// Tokens of a sequence [default: 32768, or what the model was trained for if that is less]
-    #[arg(short, long, env = "SPECACHE_CTX_SIZE", value_name = "TOKENS", allow_negative_numbers = true)]
+    #[arg(short, long, env = "SPECACHE_CTX_SIZE", value_name = "TOKENS")]
     pub ctx_size: Option<usize>,
     /// Sequences that are decoded together
-    #[arg(short, long, env = "SPECACHE_PLAN_BATCH", value_name = "B", default_value_t = 1)]
+    #[arg(short, long, env = "SPECACHE_BATCH", value_name = "B", default_value_t = 1)]
     pub batch: usize,
     /// Estimate steps on this card, from its bandwidths
-    #[arg(long, env = "SPECACHE_PLAN_GPU", value_name = "GPU", value_parser = ["a6000", "4090", "h100", "h200"])]
+    #[arg(long, env = "SPECACHE_GPU", value_name = "GPU", value_parser = ["a6000", "4090", "h100", "h200"])]
     pub gpu: Option<String>,
     #[command(flatten)]
     pub tuning: KvTuning,
@@ -226,7 +228,7 @@ pub struct LogitsArgs {
     #[arg(long, env = "SPECACHE_TOKENS", value_name = "IDS.json")]
     pub tokens: PathBuf,
     /// Tokens of the prompt: at least 1, fewer than there are
-    #[arg(long, env = "SPECACHE_PREFILL", value_name = "P", allow_negative_numbers = true)]
+    #[arg(long, env = "SPECACHE_PREFILL", value_name = "P")]
     pub prefill: usize,
     #[command(flatten)]
     pub kv: KvArgs,
@@ -255,31 +257,37 @@ Real weights get a real prompt, prefilled once per mode. Random weights
 (synthetic:SHAPE) get a cache of random pairs: they have a prefill speed with -p only, and
 their hit rate, acceptance and KL divergence would mean nothing. The modes take turns within
 each repetition, so that all of them meet the same moods of the machine; a mode's cache
-grows from one repetition to the next. KLD: mean KL divergence from full, in nats, over 32
-tokens behind the prompt.";
+grows from one repetition to the next.
+
+Columns: bits/g/R/k are --kv-bits, --kv-group, --kv-residual and --kv-top-k; behind ± is the
+standard deviation over the repetitions; GB/s: weights and KV that are read; moved: KV that
+comes from the host; exposed: how long computation waits for it; hit rate: the share of the
+pairs that the real token wanted and that were there; acceptance: the share of speculative
+tokens that were right; KLD: mean KL divergence from full, in nats, over 32 tokens behind the
+prompt.";
 
 /// `bench`.
 #[derive(Args)]
 pub struct BenchArgs {
     /// Model folders, org/name or synthetic:SHAPE, separated by commas [default: the recall model and synthetic:llama-3.2-1b; with
     /// --overlap the latter only, with --simulate synthetic:llama-3-8b]
-    #[arg(short, long, env = "SPECACHE_BENCH_MODEL", value_name = "DIR,...", value_delimiter = ',')]
+    #[arg(short, long, env = "SPECACHE_MODEL", value_name = "DIR,...", value_delimiter = ',')]
     pub model: Vec<String>,
     /// Prompts of so many tokens are prefilled in every mode: tokens per second, and the time to the first token
     #[arg(short, long, env = "SPECACHE_BENCH_PROMPT", value_name = "TOKENS,...", value_delimiter = ',')]
     pub prompt: Vec<usize>,
     /// Decode steps of a repetition; 0: none, with -p [default: 6, or 64 for models below 1 GB]
-    #[arg(short, long, env = "SPECACHE_BENCH_N_PREDICT", value_name = "N", allow_negative_numbers = true)]
+    #[arg(short, long, env = "SPECACHE_BENCH_N_PREDICT", value_name = "N")]
     pub n_predict: Option<usize>,
     /// Tokens in the cache when decoding begins [default: 1024; the recall model: one of its prompts; with --simulate
     /// 8192, 32768 and 131072]
     #[arg(short, long, env = "SPECACHE_BENCH_DEPTH", value_name = "TOKENS,...", value_delimiter = ',')]
     pub depth: Vec<usize>,
-    /// Repetitions
-    #[arg(short, long, env = "SPECACHE_BENCH_REPETITIONS", value_name = "R", default_value_t = 5)]
+    /// Repetitions; the spread over them is shown
+    #[arg(short, long, env = "SPECACHE_BENCH_REPETITIONS", value_name = "R", default_value_t = 3)]
     pub repetitions: usize,
     /// Modes, separated by commas
-    #[arg(long, env = "SPECACHE_BENCH_KV", value_name = "MODE,...", value_delimiter = ',',
+    #[arg(long, env = "SPECACHE_KV_MODES", value_name = "MODE,...", value_delimiter = ',',
           default_value = "full,kivi,offload,fetch,specache", value_parser = kv_mode())]
     pub kv: Vec<KvMode>,
     #[command(flatten)]
@@ -293,13 +301,13 @@ pub struct BenchArgs {
     #[arg(long, env = "SPECACHE_BENCH_OVERLAP", value_parser = FalseyValueParser::new(), conflicts_with = "simulate")]
     pub overlap: bool,
     /// Sequences that are decoded together; of a real prompt they are forks, which share its pages on the host
-    #[arg(short, long, env = "SPECACHE_BENCH_BATCH", value_name = "B,...", value_delimiter = ',', default_value = "1")]
+    #[arg(short, long, env = "SPECACHE_BATCH", value_name = "B,...", value_delimiter = ',', default_value = "1")]
     pub batch: Vec<usize>,
     /// Draw how fast each mode decodes; with --overlap, one step of each schedule as a time line
-    #[arg(long, env = "SPECACHE_BENCH_PLOT", value_name = "OUT.svg")]
+    #[arg(long, env = "SPECACHE_PLOT", value_name = "OUT.svg")]
     pub plot: Option<PathBuf>,
-    /// The card to simulate
-    #[arg(long, env = "SPECACHE_BENCH_GPU", value_name = "GPU", default_value = "h200", requires = "simulate",
+    /// The card to simulate, with --simulate
+    #[arg(long, env = "SPECACHE_GPU", value_name = "GPU", default_value = "h200",
           value_parser = ["a6000", "4090", "h100", "h200"])]
     pub gpu: String,
     /// Tables for people; a line of CSV for each mode; JSON with every repetition at the end, or a line of it for each model,
@@ -357,7 +365,7 @@ pub struct DeviceArgs {
     #[arg(long, env = "SPECACHE_DEVICE", value_name = "DEVICE", default_value = "auto", value_parser = str::parse::<DeviceChoice>)]
     device: DeviceChoice,
     /// Compute threads [default: as many as the process may use]
-    #[arg(short, long, env = "SPECACHE_THREADS", value_name = "N", allow_negative_numbers = true,
+    #[arg(short, long, env = "SPECACHE_THREADS", value_name = "N",
           value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// Most device memory, such as 4GiB, 512MiB, 1000000: for KV caches, on a GPU for weights and workspace too
@@ -382,15 +390,15 @@ pub struct DeviceArgs {
     #[arg(long, env = "SPECACHE_NO_DELTA", value_parser = FalseyValueParser::new())]
     no_delta: bool,
     /// Threads that gather pairs from host memory [default: a quarter of those that can run, 1 to 16]
-    #[arg(long, env = "SPECACHE_GATHER_THREADS", value_name = "N", allow_negative_numbers = true,
+    #[arg(long, env = "SPECACHE_GATHER_THREADS", value_name = "N",
           value_parser = clap::value_parser!(u16).range(1..=256))]
     gather_threads: Option<u16>,
     /// Slow the copies between host and device down to so many GB/s each way
-    #[arg(long, env = "SPECACHE_SIM_PCIE_GBPS", value_name = "GB/S", allow_negative_numbers = true,
+    #[arg(long, env = "SPECACHE_SIM_PCIE_GBPS", value_name = "GB/S",
           value_parser = link_gbps)]
     sim_pcie_gbps: Option<f64>,
     /// Add so many microseconds to each of these copies
-    #[arg(long, env = "SPECACHE_SIM_COPY_LATENCY_US", value_name = "US", allow_negative_numbers = true,
+    #[arg(long, env = "SPECACHE_SIM_COPY_LATENCY_US", value_name = "US",
           value_parser = link_latency_us, default_value = "0")]
     sim_copy_latency_us: f64,
     /// Lock the 16-bit copies in host memory, so that they are never swapped out
@@ -545,19 +553,19 @@ pub fn kv_mode() -> impl TypedValueParser<Value = KvMode> {
 pub struct SamplingArgs {
     /// Temperature; 0 takes the most likely token. Sampling options that are not given come from the model's
     /// generation_config.json if it says do_sample, else the default is 0
-    #[arg(long, env = "SPECACHE_TEMP", value_name = "T", allow_negative_numbers = true)]
+    #[arg(long, env = "SPECACHE_TEMP", value_name = "T")]
     temp: Option<f32>,
     /// Keep the k most likely tokens; 0 keeps all
     #[arg(long, env = "SPECACHE_TOP_K", value_name = "K")]
     top_k: Option<usize>,
     /// Keep the most likely tokens that reach this probability together
-    #[arg(long, env = "SPECACHE_TOP_P", value_name = "P", allow_negative_numbers = true)]
+    #[arg(long, env = "SPECACHE_TOP_P", value_name = "P")]
     top_p: Option<f32>,
     /// Drop tokens below this share of the most likely one's probability
-    #[arg(long, env = "SPECACHE_MIN_P", value_name = "P", allow_negative_numbers = true)]
+    #[arg(long, env = "SPECACHE_MIN_P", value_name = "P")]
     min_p: Option<f32>,
     /// Weaken tokens that have occurred; 1 is off
-    #[arg(long, env = "SPECACHE_REPEAT_PENALTY", value_name = "X", allow_negative_numbers = true)]
+    #[arg(long, env = "SPECACHE_REPEAT_PENALTY", value_name = "X")]
     repeat_penalty: Option<f32>,
     /// The same seed draws the same tokens [default: 0]
     #[arg(short, long, env = "SPECACHE_SEED", value_name = "SEED")]
@@ -588,7 +596,8 @@ pub fn parse() -> Cli {
         _ => arg,
     });
     let args: Vec<OsString> = args.collect();
-    let matches = precedence::settle(Cli::command(), &args).get_matches_from(args);
+    let command = precedence::each_arg(Cli::command(), &count::explained);
+    let matches = precedence::settle(command, &args).get_matches_from(args);
     let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
     if let Command::Bench(args) = &mut cli.command {
         args.typed = precedence::typed(&Cli::command(), &matches, "bench");
@@ -599,8 +608,57 @@ pub fn parse() -> Cli {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::{BTreeMap, BTreeSet};
+
     use clap::ArgAction;
     use clap::builder::ValueParser;
+
+    /// Commands, options and variables, each option once for each command.
+    fn variables() -> Vec<(String, String, String)> {
+        fn of(command: &clap::Command, path: &str) -> Vec<(String, String, String)> {
+            let own = command.get_arguments().filter_map(|arg| {
+                let variable = arg.get_env()?.to_str().unwrap().to_string();
+                Some((path.trim().to_string(), arg.get_long()?.to_string(), variable))
+            });
+            let below = |command: &clap::Command| of(command, &format!("{path} {}", command.get_name()));
+            own.chain(command.get_subcommands().flat_map(below)).collect()
+        }
+        of(&Cli::command(), "")
+    }
+
+    /// docs/environment.md has a row for each variable, with its option and its commands, and no other.
+    #[test]
+    fn variables_are_documented() {
+        let mut rows: Vec<(String, String, Vec<String>)> = Vec::new();
+        for (command, option, variable) in variables() {
+            match rows.iter_mut().find(|row| row.0 == variable) {
+                Some(row) => {
+                    assert_eq!(row.1, option, "{variable} is two options");
+                    row.2.push(command);
+                }
+                None => rows.push((variable, option, vec![command])),
+            }
+        }
+        let row = |(variable, option, commands): &(String, String, Vec<String>)| {
+            let all_of_eval = "eval needle, eval ppl, eval kld, eval coverage, eval longbench";
+            format!("| `{variable}` | `--{option}` | {} |", commands.join(", ").replace(all_of_eval, "eval"))
+        };
+        let expected: Vec<String> = rows.iter().map(row).collect();
+        let page = include_str!("../../docs/environment.md");
+        let written: Vec<&str> = page.lines().filter(|line| line.starts_with("| `SPECACHE_")).collect();
+        assert_eq!(written, expected, "docs/environment.md should have\n{}", expected.join("\n"));
+    }
+
+    /// An option has one variable in all commands, but for those that mean another thing by command.
+    #[test]
+    fn an_option_has_one_variable() {
+        let mut names = BTreeMap::<String, BTreeSet<String>>::new();
+        for (_, option, variable) in variables() {
+            names.entry(option).or_default().insert(variable);
+        }
+        let several = names.iter().filter(|(_, names)| names.len() > 1).map(|(option, names)| (&**option, names.len()));
+        assert_eq!(several.collect::<Vec<_>>(), [("kv", 2), ("n-predict", 2), ("output", 5), ("prompt", 2)]);
+    }
 
     /// `SPECACHE_X=0`, `=no`, `=yes`: for every flag of every command, as README and help promise it for all options.
     #[test]

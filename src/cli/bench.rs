@@ -11,7 +11,7 @@ mod timeline;
 
 use std::time::Instant;
 
-use specache::context::MAX_CONTEXT;
+use specache::context::{MAX_BATCH, MAX_CONTEXT};
 use specache::device::{Device, interrupt};
 use specache::error::{Error, Result};
 use specache::kv::KvMode;
@@ -107,6 +107,8 @@ fn check_combination(args: &BenchArgs) -> Result<()> {
     let usage = |what: &str| Err(Error::Usage(what.into()));
     let alone = !args.overlap && !args.simulate;
     match (args.overlap, args.simulate) {
+        // A variable may be meant for `plan`.
+        (_, false) if args.typed.iter().any(|option| option == "--gpu") => usage("--gpu: goes with --simulate only"),
         (false, _) if args.device.trace.is_some() => usage("--trace: bench writes one with --overlap only"),
         (_, true) if args.plot.is_some() => usage("--plot: --simulate draws nothing; leave it out"),
         (_, true) if args.batch != [1] => usage("--batch: --simulate has batches of its own; leave it out"),
@@ -132,13 +134,17 @@ fn check_combination(args: &BenchArgs) -> Result<()> {
 }
 
 fn check(args: &BenchArgs) -> Result<()> {
-    let numbers = [("-d", &args.depth), ("-p", &args.prompt), ("-b", &args.batch)];
-    for (option, number) in numbers.iter().flat_map(|(option, all)| all.iter().map(move |&n| (option, n))) {
-        if number == 0 {
+    let numbers = [
+        ("-d", &args.depth, MAX_CONTEXT, "tokens"),
+        ("-p", &args.prompt, MAX_CONTEXT, "tokens"),
+        ("-b", &args.batch, MAX_BATCH, "sequences"),
+    ];
+    for (option, all, most, what) in numbers {
+        if all.contains(&0) {
             return Err(Error::Usage(format!("{option} 0: at least one is needed")));
         }
-        if number > MAX_CONTEXT {
-            return Err(Error::Usage(format!("{option} {number}: at most {MAX_CONTEXT} tokens are supported")));
+        if let Some(number) = all.iter().find(|&&number| number > most) {
+            return Err(Error::Usage(format!("{option} {number}: at most {most} {what} are supported")));
         }
     }
     match args.repetitions {

@@ -13,7 +13,7 @@ use specache::{Buffers, Engine, Next, Prompt, Session};
 
 use super::args::ChatArgs;
 use super::output::{print, traced};
-use super::progress::{Progress, say};
+use super::progress::{Progress, prefilled, say};
 use super::{generate, input, size};
 
 const HELP: &str = "\
@@ -60,8 +60,9 @@ pub fn run(args: ChatArgs) -> Result<()> {
         cache: Cached::default(),
         buffers: Buffers::default(),
         speed: Speed::default(),
+        failed: Failed::default(),
     };
-    let outcome = chat.converse();
+    let outcome = chat.converse().and_then(|()| chat.failed.outcome());
     traced(trace, engine.device(), Vec::new(), outcome)
 }
 
@@ -69,7 +70,8 @@ fn template(model: &str) -> Result<ChatTemplate> {
     input::template(model)?.ok_or_else(|| {
         Error::Usage(format!(
             "{model} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json): continue \
-             texts with `generate`, or join the turns plainly with `chat --raw`"
+             texts with `generate`, or join the turns plainly with `chat --raw -n 100` (few such models end an answer \
+             themselves)"
         ))
     })
 }
@@ -104,6 +106,14 @@ struct Chat<'a> {
     cache: Cached,
     buffers: Buffers,
     speed: Speed,
+    failed: Failed,
+}
+
+/// Lines of the input that came to nothing.
+#[derive(Default)]
+struct Failed {
+    lines: usize,
+    first: Option<Error>,
 }
 
 /// What the session holds.
@@ -145,7 +155,8 @@ impl Chat<'_> {
                 Ok(line) => line,
                 Err(e) => {
                     let at = e.utf8_error().valid_up_to();
-                    say(format_args!("error: byte {at} of this line is not valid UTF-8; the line is ignored"));
+                    self.failed
+                        .note(Error::Usage(format!("byte {at} of this line is not valid UTF-8; the line is ignored")));
                     continue;
                 }
             };
@@ -170,7 +181,7 @@ impl Chat<'_> {
                 say(format_args!("the conversation begins anew"));
             }
             "/system" => self.system = Some(rest.trim().to_string()).filter(|text| !text.is_empty()),
-            _ => say(format_args!("error: {command} is no command; /help lists them")),
+            _ => self.failed.note(Error::Usage(format!("{command} is no command; /help lists them"))),
         }
     }
 
@@ -192,7 +203,7 @@ impl Chat<'_> {
                 Ok(())
             }
             Err(why @ (Error::Usage(_) | Error::OutOfMemory { .. })) => {
-                say(format_args!("error: {why}"));
+                self.failed.note(why);
                 Ok(())
             }
             outcome => outcome,
@@ -225,10 +236,12 @@ impl Chat<'_> {
             )));
         }
         let mut progress = Progress::new();
-        progress.show(format_args!("prefill of {} tokens", rest.len()));
+        progress.show(prefilled(rest.len(), 0.0));
         let start = Instant::now();
         let session = self.cache.cut(keep, self.engine, self.kv, rest.len())?;
-        let logits = self.engine.prefill(&mut [Prompt { session, tokens: &rest }], &mut self.buffers)?.remove(0)?;
+        let prompts = &mut [Prompt { session, tokens: &rest }];
+        let mut tell = |share| progress.show(prefilled(rest.len(), share));
+        let logits = self.engine.prefill_telling(prompts, &mut self.buffers, &mut tell)?.remove(0)?;
         self.speed.add_prompt(rest.len(), start);
         self.cache.tokens.extend(rest);
         (self.cache.pending, self.cache.text) = (None, Some(text));
@@ -371,6 +384,30 @@ impl Cached {
             (self.pending, self.text) = (None, None);
         }
         Ok(session)
+    }
+}
+
+impl Failed {
+    /// Tells it. The conversation goes on.
+    fn note(&mut self, why: Error) {
+        say(format_args!("error: {why}"));
+        self.lines += 1;
+        self.first.get_or_insert(why);
+    }
+
+    /// A person has seen what failed and gone on from there. A script has written its lines and looks at the exit code, which is
+    /// that of the first failure.
+    fn outcome(&mut self) -> Result<()> {
+        match self.first.take() {
+            Some(why) if !stdin().is_terminal() => {
+                match self.lines {
+                    1 => say(format_args!("one line of the input failed:")),
+                    lines => say(format_args!("{lines} lines of the input failed, the first by")),
+                }
+                Err(why)
+            }
+            _ => Ok(()),
+        }
     }
 }
 

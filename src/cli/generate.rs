@@ -14,7 +14,7 @@ use specache::{Buffers, Engine, Next, Prompt, Session};
 use super::args::GenerateArgs;
 use super::input::{self, Source};
 use super::output::{print, traced};
-use super::progress::{Progress, say};
+use super::progress::{Progress, prefilled, say};
 use super::size;
 
 /// Runs the command.
@@ -106,10 +106,12 @@ impl Run<'_> {
     fn generate(&mut self) -> Result<Outcome> {
         let mut buffers = Buffers::default();
         let mut history = self.prompt.clone();
-        self.progress.show(format_args!("prefill of {} tokens", self.prompt.len()));
+        let (n, progress) = (self.prompt.len(), &mut self.progress);
+        progress.show(prefilled(n, 0.0));
         let start = Instant::now();
         let prompt = Prompt { session: &mut self.session, tokens: &self.prompt };
-        let logits = self.engine.prefill(&mut [prompt], &mut buffers)?.remove(0)?;
+        let mut tell = |share| progress.show(prefilled(n, share));
+        let logits = self.engine.prefill_telling(&mut [prompt], &mut buffers, &mut tell)?.remove(0)?;
         let prefill = start.elapsed();
         self.progress.clear();
         let token = self.sampler.sample(&logits, &history)?;

@@ -3,6 +3,7 @@
 mod args;
 mod bench;
 mod chat;
+mod count;
 mod devices;
 mod doctor;
 mod eval;

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use serde_json::{Value, json};
-use specache::context::MAX_CONTEXT;
+use specache::context::{MAX_BATCH, MAX_CONTEXT};
 use specache::device::choice::gpus;
 use specache::device::cuda::probe;
 use specache::device::ram;
@@ -32,6 +32,9 @@ const GPU_ROWS: u64 = 256 << 20;
 pub fn run(args: &PlanArgs) -> Result<()> {
     if args.batch == 0 {
         return Err(Error::Usage("-b 0: at least one sequence is needed".into()));
+    }
+    if args.batch > MAX_BATCH {
+        return Err(Error::Usage(format!("-b {}: at most {MAX_BATCH} sequences are supported", args.batch)));
     }
     if args.ctx_size == Some(0) {
         return Err(Error::Usage("-c 0: at least one token is needed".into()));
@@ -165,11 +168,13 @@ impl Plan {
 
     fn largest_batch(&self, need: &Need) -> u64 {
         let free = self.device.bytes.saturating_sub(self.weight_bytes).saturating_sub(need.workspace);
-        if self.shared {
-            return free.checked_div(need.cache.device().saturating_add(need.cache.host)).unwrap_or(0);
-        }
-        let by_host = self.host.bytes.checked_div(need.cache.host).unwrap_or(u64::MAX);
-        free.checked_div(need.cache.device()).unwrap_or(0).min(by_host)
+        let fitting = if self.shared {
+            free.checked_div(need.cache.device().saturating_add(need.cache.host)).unwrap_or(0)
+        } else {
+            let by_host = self.host.bytes.checked_div(need.cache.host).unwrap_or(u64::MAX);
+            free.checked_div(need.cache.device()).unwrap_or(0).min(by_host)
+        };
+        fitting.min(MAX_BATCH as u64)
     }
 
     /// The most tokens that this batch can have each, up to what the model and the engine support; `None` if not even
@@ -272,7 +277,7 @@ impl Plan {
             row("host, all", &|m| bytes(self.total(&m.need, batch).1)),
             row("fits", &|m| if self.fits(&m.need, batch) { "yes".into() } else { "no".into() }),
             row(&format!("largest batch of {} tokens", self.context), &|m| m.largest_batch.to_string()),
-            row(&format!("largest context of {batch}"), &|m| {
+            row(&format!("largest context, batch of {batch}"), &|m| {
                 m.largest_context.map_or("none".into(), |n| n.to_string())
             }),
         ];

@@ -56,7 +56,8 @@ fn says_no(arg: &Arg) -> bool {
     matches!(arg.get_action(), ArgAction::SetTrue) && said.is_some_and(|said| no.contains(&said.as_str()))
 }
 
-fn each_arg(command: Command, change: &dyn Fn(Arg) -> Arg) -> Command {
+/// The command with all options of it and of its commands changed.
+pub fn each_arg(command: Command, change: &dyn Fn(Arg) -> Arg) -> Command {
     command.mut_args(change).mut_subcommands(|command| each_arg(command, change))
 }
 

@@ -13,6 +13,11 @@ pub fn say(line: Arguments) {
     let _ = writeln!(stderr(), "{clear}{line}");
 }
 
+/// How far a prefill is.
+pub fn prefilled(tokens: usize, share: f64) -> String {
+    format!("prefill of {tokens} tokens, {:.0} %", 100.0 * share)
+}
+
 /// A line on a terminal that says what goes on and vanishes when it is over; nothing where stderr is not a terminal.
 pub struct Progress {
     on_terminal: bool,

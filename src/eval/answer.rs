@@ -17,15 +17,32 @@ pub struct Limits {
     pub not_empty: bool,
 }
 
-/// Decodes greedily behind `prompt`.
+/// How far an answer is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum At {
+    /// Share of the prompt's prefill that is done.
+    Prefill(f64),
+    /// Tokens that are said.
+    Token(usize),
+}
+
+/// Decodes greedily behind `prompt`; `tell` hears how far it is.
 ///
 /// # Errors
 /// As [`Engine::session`], [`Engine::prefill`] and [`Engine::decode`].
-pub fn greedy(engine: &Engine, kv: KvOptions, prompt: &[u32], limits: &Limits) -> Result<Vec<u32>> {
+pub fn greedy(
+    engine: &Engine,
+    kv: KvOptions,
+    prompt: &[u32],
+    limits: &Limits,
+    tell: &mut (dyn FnMut(At) + Send),
+) -> Result<Vec<u32>> {
+    tell(At::Prefill(0.0));
     let mut buffers = Buffers::default();
     let mut session = engine.session(kv, prompt.len().saturating_add(limits.most))?;
-    let mut logits =
-        engine.prefill(&mut [Prompt { session: &mut session, tokens: prompt }], &mut buffers)?.remove(0)?;
+    let prompts = &mut [Prompt { session: &mut session, tokens: prompt }];
+    let mut tell_share = |share| tell(At::Prefill(share));
+    let mut logits = engine.prefill_telling(prompts, &mut buffers, &mut tell_share)?.remove(0)?;
     if limits.not_empty {
         // A configuration may name ids beyond the vocabulary; no token is one of them.
         for &id in &limits.stop {
@@ -38,6 +55,7 @@ pub fn greedy(engine: &Engine, kv: KvOptions, prompt: &[u32], limits: &Limits) -
     let mut said = Vec::new();
     while said.len() < limits.most && !limits.stop.contains(&token) {
         said.push(token);
+        tell(At::Token(said.len()));
         if said.len() == limits.most {
             break;
         }

@@ -5,7 +5,8 @@ pub mod capi;
 pub mod emulated;
 pub mod tiny;
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -24,6 +25,18 @@ pub fn command(args: &[&str]) -> Command {
     }
     command.args(args).stdin(Stdio::null());
     command
+}
+
+/// The two ends of a pseudo-terminal: a test's and a program's.
+#[allow(unsafe_code)] // nix has it, but a feature for one call would be built for all.
+pub fn terminal() -> (File, OwnedFd) {
+    let (mut ours, mut its) = (-1, -1);
+    let none = std::ptr::null_mut();
+    // SAFETY: two places for two descriptors; the other arguments are optional.
+    let opened = unsafe { libc::openpty(&mut ours, &mut its, none, none.cast(), none.cast()) };
+    assert_eq!(opened, 0, "{}", std::io::Error::last_os_error());
+    // SAFETY: both were just opened, for nobody else.
+    unsafe { (File::from_raw_fd(ours), OwnedFd::from_raw_fd(its)) }
 }
 
 pub fn fixture(name: &str) -> PathBuf {

@@ -49,19 +49,19 @@ pub struct EvalArgs {
 #[derive(Args)]
 pub struct Variants {
     /// Modes, separated by commas [default: full,kivi,specache; kld: kivi,specache; coverage: specache]
-    #[arg(long, env = "SPECACHE_EVAL_KV", value_name = "MODE,...", value_delimiter = ',', value_parser = kv_mode())]
+    #[arg(long, env = "SPECACHE_KV_MODES", value_name = "MODE,...", value_delimiter = ',', value_parser = kv_mode())]
     kv: Vec<KvMode>,
     /// Bits of a low-bit code, separated by commas: 1, 2, 4
-    #[arg(long, env = "SPECACHE_EVAL_KV_BITS", value_name = "B,...", value_delimiter = ',', default_value = "2")]
+    #[arg(long, env = "SPECACHE_KV_BITS", value_name = "B,...", value_delimiter = ',', default_value = "2")]
     kv_bits: Vec<usize>,
     /// Values that share a zero and a scale: 32 or 64, a divisor of the head's size
     #[arg(long, env = "SPECACHE_KV_GROUP", value_name = "G", default_value_t = 64)]
     kv_group: usize,
     /// Latest tokens that stay at 16 bits on the device, at least 32; separated by commas
-    #[arg(long, env = "SPECACHE_EVAL_KV_RESIDUAL", value_name = "R,...", value_delimiter = ',', default_value = "64")]
+    #[arg(long, env = "SPECACHE_KV_RESIDUAL", value_name = "R,...", value_delimiter = ',', default_value = "64")]
     kv_residual: Vec<usize>,
     /// 16-bit pairs fetched per KV head, separated by commas
-    #[arg(long, env = "SPECACHE_EVAL_KV_TOP_K", value_name = "K,...", value_delimiter = ',', default_value = "64")]
+    #[arg(long, env = "SPECACHE_KV_TOP_K", value_name = "K,...", value_delimiter = ',', default_value = "64")]
     kv_top_k: Vec<usize>,
     /// Number type of K and V; auto: the model's own
     #[arg(long, env = "SPECACHE_KV_DTYPE", value_name = "TYPE", default_value = "auto",
@@ -113,16 +113,16 @@ pub struct Results {
 #[derive(Args)]
 pub struct TextArgs {
     /// File with the text, UTF-8
-    #[arg(short, long, env = "SPECACHE_EVAL_FILE", value_name = "FILE")]
+    #[arg(short, long, env = "SPECACHE_FILE", value_name = "FILE")]
     pub file: Option<PathBuf>,
     /// File with the text's token ids: a JSON array; none is added
-    #[arg(long, env = "SPECACHE_EVAL_TOKENS", value_name = "IDS.json")]
+    #[arg(long, env = "SPECACHE_TOKENS", value_name = "IDS.json")]
     pub tokens: Option<PathBuf>,
     /// Tokens of a window [default: 2048, or the model's limit if that is less]
-    #[arg(short, long, env = "SPECACHE_CTX_SIZE", value_name = "TOKENS", allow_negative_numbers = true)]
+    #[arg(short, long, env = "SPECACHE_CTX_SIZE", value_name = "TOKENS")]
     pub ctx_size: Option<usize>,
     /// Tokens of a window that are prefilled; those behind it, but for the first, are scored [default: half the window]
-    #[arg(long, env = "SPECACHE_EVAL_PREFILL", value_name = "P", allow_negative_numbers = true)]
+    #[arg(long, env = "SPECACHE_PREFILL", value_name = "P")]
     pub prefill: Option<usize>,
     /// Most windows, from the beginning of the text
     #[arg(long, env = "SPECACHE_EVAL_WINDOWS", value_name = "N", default_value_t = 8)]
@@ -148,7 +148,7 @@ pub struct KldArgs {
     #[command(flatten)]
     pub on: PplArgs,
     /// Draw mean and 99th percentile
-    #[arg(long, env = "SPECACHE_EVAL_PLOT", value_name = "OUT.svg")]
+    #[arg(long, env = "SPECACHE_PLOT", value_name = "OUT.svg")]
     pub plot: Option<PathBuf>,
 }
 
@@ -158,7 +158,7 @@ pub struct CoverageArgs {
     #[command(flatten)]
     pub on: PplArgs,
     /// Draw hit rates by layer
-    #[arg(long, env = "SPECACHE_EVAL_PLOT", value_name = "OUT.svg")]
+    #[arg(long, env = "SPECACHE_PLOT", value_name = "OUT.svg")]
     pub plot: Option<PathBuf>,
 }
 
@@ -200,14 +200,14 @@ pub struct NeedleArgs {
     #[arg(long, env = "SPECACHE_EVAL_CHAT", value_parser = FalseyValueParser::new())]
     pub chat: bool,
     /// Most tokens of an answer [default: those of the expected one and, of texts, 16 more]
-    #[arg(short, long, env = "SPECACHE_EVAL_N_PREDICT", value_name = "N", allow_negative_numbers = true)]
+    #[arg(short, long, env = "SPECACHE_N_PREDICT", value_name = "N")]
     pub n_predict: Option<usize>,
     #[command(flatten)]
     pub variants: Variants,
     #[command(flatten)]
     pub results: Results,
     /// Draw the heat maps
-    #[arg(long, env = "SPECACHE_EVAL_PLOT", value_name = "OUT.svg")]
+    #[arg(long, env = "SPECACHE_PLOT", value_name = "OUT.svg")]
     pub plot: Option<PathBuf>,
 }
 
@@ -223,11 +223,11 @@ pub struct LongbenchArgs {
     #[arg(long, env = "SPECACHE_EVAL_TASKS", value_name = "TASK,...", value_delimiter = ',')]
     pub tasks: Vec<String>,
     /// Most items of a task, from the beginning of its file [default: all]
-    #[arg(long, env = "SPECACHE_EVAL_LIMIT", value_name = "N", allow_negative_numbers = true)]
+    #[arg(long, env = "SPECACHE_EVAL_LIMIT", value_name = "N")]
     pub limit: Option<usize>,
     /// Most tokens of a prompt; longer ones lose their middle [default: 3500 for a model of 4,096 positions, 31500 for
     /// 32,768, and so on]
-    #[arg(long, env = "SPECACHE_EVAL_MAX_LENGTH", value_name = "TOKENS", allow_negative_numbers = true)]
+    #[arg(long, env = "SPECACHE_EVAL_MAX_LENGTH", value_name = "TOKENS")]
     pub max_length: Option<usize>,
     /// Ask by the model's chat template, but for the tasks with examples or code
     #[arg(long, env = "SPECACHE_EVAL_CHAT", value_parser = FalseyValueParser::new())]

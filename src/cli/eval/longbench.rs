@@ -11,8 +11,11 @@ use specache::eval::longbench::{Item, Task, default_max_length, halves, items, t
 use specache::kv::{KvMode, KvOptions};
 
 use super::args::LongbenchArgs;
-use super::{Items, Subject, hash, measure, names, report, some, template, unreadable, variant, variants_key};
+use super::{
+    Items, Show, Subject, hash, measure, names, report, show_answer, some, template, unreadable, variant, variants_key,
+};
 use crate::cli::output::table;
+use crate::cli::progress::Progress;
 
 /// A task and its questions.
 struct Questions {
@@ -77,11 +80,14 @@ fn questions(args: &LongbenchArgs) -> Result<Vec<Questions>> {
         return Err(Error::Usage("--limit 0: at least one item is needed".into()));
     }
     let found = |folder: &Path| if args.tasks.is_empty() { tasks_in(folder) } else { Ok(args.tasks.clone()) };
+    let mut progress = Progress::new();
+    progress.announce(format_args!("reading {}", args.data.display()));
     let mut all: Vec<Questions> = Vec::new();
     for name in found(&args.data)? {
         if all.iter().any(|q| q.name == name) {
             return Err(Error::Usage(format!("--tasks: {name} is there twice")));
         }
+        progress.show(format_args!("reading {name}"));
         let (task, mut items) = (task(&name)?, items(&args.data, &name)?);
         items.truncate(args.limit.unwrap_or(usize::MAX));
         all.push(Questions { name, task, items });
@@ -102,14 +108,14 @@ impl Asker<'_> {
         for item in &questions.items {
             for (kv, scores) in variants.iter().zip(&mut scores) {
                 let name = format!("{} {}, {}", questions.name, item.id, eval::name(kv));
-                let result = items.item(&name, |_| self.ask(questions.task, item, *kv))?;
+                let result = items.item(&name, |show| self.ask(questions.task, item, *kv, show))?;
                 scores.push(result["score"].as_f64().ok_or_else(|| unreadable(&name))?);
             }
         }
         Ok(scores)
     }
 
-    fn ask(&self, task: &Task, item: &Item, kv: KvOptions) -> Result<Value> {
+    fn ask(&self, task: &Task, item: &Item, kv: KvOptions, show: Show) -> Result<Value> {
         let (engine, tokenizer) = (&self.subject.engine, self.subject.tokenizer()?);
         let prompt = self.prompt(task, item)?;
         let mut stop = engine.model().config.eos_token_ids.clone();
@@ -117,7 +123,8 @@ impl Asker<'_> {
             stop.extend(tokenizer.encode("\n", false)?.last());
         }
         let limits = Limits { most: task.max_tokens, stop, not_empty: task.one_line };
-        let said = tokenizer.decode(&greedy(engine, kv, &prompt, &limits)?)?;
+        let said = greedy(engine, kv, &prompt, &limits, &mut |at| show_answer(show, prompt.len(), at))?;
+        let said = tokenizer.decode(&said)?;
         Ok(json!({ "tokens": prompt.len(), "pred": said, "score": task.score(&said, item) }))
     }
 

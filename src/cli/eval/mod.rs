@@ -5,6 +5,7 @@ mod longbench;
 mod needle;
 mod text;
 
+use std::fmt::Display;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -15,6 +16,7 @@ use specache::chat::ChatTemplate;
 use specache::device::interrupt;
 use specache::error::{Error, Result};
 use specache::eval;
+use specache::eval::answer::At;
 use specache::eval::journal::{Journal, check_place};
 use specache::kv::{KvMode, KvOptions};
 use specache::model::{Linear, Matrix, Weights, folder};
@@ -23,7 +25,7 @@ use specache::tokenizer::Tokenizer;
 use super::args::{ModelArgs, version};
 use super::input;
 use super::output::{AtomicFile, print, traced};
-use super::progress::{Progress, say};
+use super::progress::{Progress, prefilled, say};
 pub use args::Results;
 use args::{EvalArgs, EvalCommand};
 
@@ -164,15 +166,35 @@ fn draw(plot: Option<AtomicFile>, svg: impl FnOnce() -> String) -> Result<()> {
     file.commit()
 }
 
+/// Longest silence where nobody watches a terminal.
+const QUIET: Duration = Duration::from_secs(10);
+
+/// Shows how far an item is.
+type Show<'a> = &'a mut (dyn FnMut(&dyn Display) + Send);
+
 /// Items, one after the other.
 struct Items<'a> {
     journal: Journal,
     output: Option<&'a Path>,
     total: usize,
     done: usize,
+    shown: Shown,
+}
+
+/// What goes on: a line that is replaced, on a terminal; elsewhere one now and then.
+struct Shown {
     progress: Progress,
-    /// Where nobody watches a terminal, a line now and then.
     last_line: Instant,
+}
+
+impl Shown {
+    fn show(&mut self, what: std::fmt::Arguments) {
+        self.progress.show(what);
+        if !std::io::stderr().is_terminal() && self.last_line.elapsed() > QUIET {
+            say(what);
+            self.last_line = Instant::now();
+        }
+    }
 }
 
 impl<'a> Items<'a> {
@@ -189,34 +211,28 @@ impl<'a> Items<'a> {
             say(format_args!("{}: {finished} of {total} items are finished already", file.display()));
         }
         say(format_args!("eval {command}: {what}"));
-        Ok(Items { journal, output, total, done: 0, progress: Progress::new(), last_line: Instant::now() })
+        let shown = Shown { progress: Progress::new(), last_line: Instant::now() };
+        Ok(Items { journal, output, total, done: 0, shown })
     }
 
     /// The result of an item: that of the file, or a new one. `work` gets a function that shows how far it is.
-    fn item(
-        &mut self,
-        name: &str,
-        work: impl FnOnce(&mut dyn FnMut(&dyn std::fmt::Display)) -> Result<Value>,
-    ) -> Result<Value> {
+    fn item(&mut self, name: &str, work: impl FnOnce(Show) -> Result<Value>) -> Result<Value> {
         self.done += 1;
         if let Some(result) = self.journal.get(name) {
             return Ok(result.clone());
         }
-        let (done, total, progress) = (self.done, self.total, &mut self.progress);
-        progress.show(format_args!("{done} of {total}: {name}"));
-        let result = work(&mut |at| progress.show(format_args!("{done} of {total}: {name}, {at}")))?;
+        let (done, total, shown) = (self.done, self.total, &mut self.shown);
+        shown.show(format_args!("{done} of {total}: {name}"));
+        let result = work(&mut |at| shown.show(format_args!("{done} of {total}: {name}, {at}")))?;
         check_figures(name, &result)?;
         let result = self.journal.add(name, &result)?;
-        if !std::io::stderr().is_terminal() && self.last_line.elapsed() > Duration::from_secs(10) {
-            say(format_args!("{done} of {total}: {name} is finished"));
-            self.last_line = Instant::now();
-        }
+        shown.show(format_args!("{done} of {total}: {name} is finished"));
         Ok(result)
     }
 
     /// Removes the line of progress; after an interruption, says how to go on.
     fn end<T>(mut self, outcome: Result<T>) -> Result<T> {
-        self.progress.clear();
+        self.shown.progress.clear();
         if let Err(Error::Interrupted) = &outcome {
             let (finished, total) = (self.journal.len(), self.total);
             match self.output {
@@ -250,6 +266,14 @@ fn measure<T>(
 /// One JSON object, or text for people.
 fn report(results: &Results, json: &Value, text: &str) -> Result<()> {
     if results.json { print(&format!("{json}\n")) } else { print(text) }
+}
+
+/// Shows how far an answer to a prompt of so many tokens is.
+fn show_answer(show: Show, prompt: usize, at: At) {
+    match at {
+        At::Prefill(share) => show(&prefilled(prompt, share)),
+        At::Token(n) => show(&format_args!("token {n} of the answer")),
+    }
 }
 
 /// A variant in JSON.

@@ -15,11 +15,12 @@ use specache::kv::{KvMode, KvOptions};
 
 use super::args::NeedleArgs;
 use super::{
-    Items, Subject, draw, hash, measure, names, plot_file, report, some, template, unreadable, variant, variants_key,
+    Items, Show, Subject, draw, hash, measure, names, plot_file, report, show_answer, some, template, unreadable,
+    variant, variants_key,
 };
 use crate::cli::input;
 use crate::cli::output::table;
-use crate::cli::progress::say;
+use crate::cli::progress::{Progress, say};
 
 /// Lengths unless the user says otherwise.
 const LENGTHS: [usize; 3] = [1000, 2000, 4000];
@@ -99,7 +100,7 @@ fn ask_all(subject: &Subject, cases: &[Case], variants: &[KvOptions], items: &mu
         for (kv, scores) in variants.iter().zip(&mut scores) {
             let index = if case.index > 0 { format!(" #{}", case.index) } else { String::new() };
             let name = format!("{} tokens, depth {} %{index}, {}", case.length, rounded(case.depth), eval::name(kv));
-            let result = items.item(&name, |_| ask(subject, case, *kv))?;
+            let result = items.item(&name, |show| ask(subject, case, *kv, show))?;
             scores.push(result["score"].as_f64().ok_or_else(|| unreadable(&name))?);
         }
     }
@@ -111,13 +112,14 @@ fn rounded(depth: f64) -> f64 {
     (depth * 100.0).round() / 100.0
 }
 
-fn ask(subject: &Subject, case: &Case, kv: KvOptions) -> Result<Value> {
+fn ask(subject: &Subject, case: &Case, kv: KvOptions, show: Show) -> Result<Value> {
     let engine = &subject.engine;
     let stop = match case.expected {
         Expected::Text(_) => engine.model().config.eos_token_ids.clone(),
         Expected::Ids(_) => Vec::new(),
     };
-    let said = greedy(engine, kv, &case.ids, &Limits { most: case.most, stop, not_empty: false })?;
+    let limits = Limits { most: case.most, stop, not_empty: false };
+    let said = greedy(engine, kv, &case.ids, &limits, &mut |at| show_answer(show, case.ids.len(), at))?;
     Ok(match &case.expected {
         Expected::Ids(ids) => json!({ "tokens": case.ids.len(), "said": said, "score": share_found(&said, ids) }),
         Expected::Text(answer) => {
@@ -187,6 +189,8 @@ fn planted_cases(
     subject: &Subject,
 ) -> Result<Vec<Case>> {
     let tokenizer = subject.tokenizer()?;
+    let mut progress = Progress::new();
+    progress.announce("cutting the haystack into tokens");
     let haystack = Haystack::new(tokenizer, haystack)?;
     let answer = tokenizer.encode(&needle.answer, false)?.len();
     let most = args.n_predict.unwrap_or(answer + 16);
@@ -211,6 +215,8 @@ fn planted_cases(
     let mut cases = Vec::new();
     for &length in &lengths {
         for &depth in &args.depths {
+            let (n, of) = (cases.len() + 1, lengths.len() * args.depths.len());
+            progress.show(format_args!("making prompt {n} of {of}, {length} tokens"));
             let ids = haystack.prompt(needle, length, depth / 100.0, ids)?;
             let index = number_among(&cases, length, depth);
             cases.push(Case { length, depth, index, ids, expected: Expected::Text(needle.answer.clone()), most });
@@ -329,7 +335,9 @@ fn text(cases: &[Case], variants: &[KvOptions], scores: &[Vec<f64>], map: &Heatm
         [eval::name(kv)].into_iter().chain(cells).collect::<Vec<String>>()
     });
     let header: Vec<&str> = header.iter().map(String::as_str).collect();
-    format!("{}{}", map.text(coloured), table(&header, &rows.collect::<Vec<_>>()))
+    let table = table(&header, &rows.collect::<Vec<_>>());
+    let legend = "Scores: the share of the answer that is found, in order; in brackets the prompts with all of it.";
+    format!("{}{table}\n{legend}\n", map.text(coloured))
 }
 
 fn results_json(subject: &Subject, cases: &[Case], variants: &[KvOptions], scores: &[Vec<f64>]) -> Value {
