@@ -443,15 +443,19 @@ SPECACHE_DEVICE void hide_tokens(const Columns& columns, uint32_t window, uint32
             if ((seen[e % 2] >> (16 * tile + 8 * (e / 2)) & 1) == 0) s[tile][e] = minus_infinity();
 }
 
-// For the selection. Lanes of one column write 32 bytes side by side.
-SPECACHE_DEVICE void store_page_scores(const Columns& columns, uint32_t start, const float (&s)[4][4]) {
+// For the selection, of all tokens or of those that are not hidden. Lanes of one column write 32 bytes side by side.
+template <bool ALL> SPECACHE_DEVICE void store_page_scores(const Columns& columns, uint32_t start, const float (&s)[4][4]) {
     const uint32_t token = start + threadIdx.x % 32 / 4;
-    float* const scores_of_column[2] = {scores_of(columns, 0), scores_of(columns, 1)};
 #pragma unroll
-    for (uint32_t i = 0; i < 16; i++) {
-        const float x = s[i / 4][i % 4];
-        float* scores = scores_of_column[i % 2];
-        if (scores != nullptr && x != minus_infinity()) store_device(scores + token + i / 4 * 16 + i % 4 / 2 * 8, x);
+    for (uint32_t e = 0; e < 2; e++) {
+        float* scores = scores_of(columns, e);
+        if (scores == nullptr) continue;
+        scores += token;
+#pragma unroll
+        for (uint32_t i = 0; i < 8; i++) {   // tokens 8 apart
+            const float x = s[i / 2][i % 2 * 2 + e];
+            if (ALL || x != minus_infinity()) store_device(scores + i * 8, x);
+        }
     }
 }
 
@@ -518,8 +522,12 @@ SPECACHE_DEVICE void attend_page(const specache_attn_params& p, const Unit& unit
 #endif
     float s[4][4];
     page_scores<D, B>(shared, page, g, s);
-    if (skip != 0 || first_seen(unit.seq.n + 1, p.window) > start) hide_tokens(columns, p.window, start, skip, s);
-    if (p.scores != 0 || p.first_scores != 0) store_page_scores(columns, start, s);
+    const bool hides = skip != 0 || first_seen(unit.seq.n + 1, p.window) > start;
+    if (hides) hide_tokens(columns, p.window, start, skip, s);
+    if (p.scores != 0 || p.first_scores != 0) {
+        if (hides) store_page_scores<false>(columns, start, s);
+        else store_page_scores<true>(columns, start, s);
+    }
     softmax(acc, s);
     uint32_t probabilities[8];
     page_probabilities<D, B>(acc, page, g, s, probabilities);
@@ -826,11 +834,18 @@ SPECACHE_DEVICE void combine(const specache_attn_params& p) {
 
 }   // namespace specache
 
-// registers: <= 168 specache_attn_d64_*      (3 CTAs of 128 threads an SM)
-// registers: <= 168 specache_attn_d128_b[12]_*
-// registers: <= 224 specache_attn_d128_b4_*   (2)
+// As many CTAs of an SM as registers must not forbid: only data center GPUs from sm_90 on have the shared memory for three
+// with D = 128.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+#define SPECACHE_ATTN_BOUND(D, B) ((D) == 128 ? 2 : SPECACHE_ATTN_CTAS(D, B))
+#else
+#define SPECACHE_ATTN_BOUND(D, B) SPECACHE_ATTN_CTAS(D, B)
+#endif
+
+// registers: <= 168 specache_attn_d64_*    (3 CTAs of 128 threads an SM)
+// registers: <= 224 specache_attn_d128_*   (2, or 168 for 3)
 #define SPECACHE_ATTN_KERNEL(D, B, dtype, T)                                                   \
-    extern "C" __global__ void __launch_bounds__(SPECACHE_ATTN_THREADS, SPECACHE_ATTN_CTAS(D, B)) \
+    extern "C" __global__ void __launch_bounds__(SPECACHE_ATTN_THREADS, SPECACHE_ATTN_BOUND(D, B)) \
         specache_attn_d##D##_b##B##_##dtype(const __grid_constant__ specache_attn_params p) {  \
         specache::attend<specache::T, D, B>(p);                                                \
     }

@@ -103,6 +103,8 @@ struct Keys {
         return start + j * kSelectThreads + threadIdx.x;
     }
     SPECACHE_DEVICE bool exists(uint32_t start, uint32_t j) const { return index(start, j) < n; }
+    // Of any thread.
+    SPECACHE_DEVICE bool any(uint32_t start, uint32_t j) const { return start + j * kSelectThreads < n; }
     SPECACHE_DEVICE uint32_t key(uint32_t start, uint32_t j) const {
         return start == 0 ? first[j] : exists(start, j) ? load_device(&list[index(start, j)].key) : 0;
     }
@@ -158,6 +160,7 @@ SPECACHE_DEVICE Threshold find_threshold(ScanShared& shared, const Keys& keys, u
         for (uint32_t start = 0; start < keys.n; start += kSelectChunk) {
 #pragma unroll
             for (uint32_t j = 0; j < kKeys; j++) {
+                if (!keys.any(start, j)) break;
                 const uint32_t x = keys.key(start, j);
                 const bool fits = keys.exists(start, j) && x >= bound && (high == 32 || x >> high == prefix);
                 if (fits) shared_add(&shared.histogram[x >> low & ((1u << (high - low)) - 1)], 1);
@@ -190,7 +193,8 @@ SPECACHE_DEVICE void take_best(ScanShared& shared, const Keys& keys, Threshold t
         uint32_t above, ties, all;
 #pragma unroll
         for (uint32_t j = 0; j < kKeys; j++) {   // 32 keys that follow each other
-            passes(j, above, ties);
+            if (keys.any(start, j)) passes(j, above, ties);
+            else above = ties = 0;
             // Two counts of at most kSelectChunk.
             if (lane == 0) shared.counts[j * kSelectWarps + warp] = count_bits(above) | count_bits(ties) << 16;
         }
@@ -201,6 +205,7 @@ SPECACHE_DEVICE void take_best(ScanShared& shared, const Keys& keys, Threshold t
         __syncthreads();
 #pragma unroll
         for (uint32_t j = 0; j < kKeys; j++) {
+            if (!keys.any(start, j)) break;
             passes(j, above, ties);
             const uint32_t first = shared.counts[j * kSelectWarps + warp];
             const uint32_t rank_above = above_before + (first & 0xFFFF) + count_bits(above & lanes_before);
