@@ -321,7 +321,7 @@ typedef struct specache_argmax_params {
 SPECACHE_ASSERT_SIZE(specache_argmax_params, 40);
 
 /* Logits of one CTA. */
-#define SPECACHE_ARGMAX_SLICE 8192
+#define SPECACHE_ARGMAX_SLICE 1024
 
 #ifndef __CUDACC_RTC__
 specache_status specache_embed_plan(const specache_embed_params *params, specache_launch *launch);

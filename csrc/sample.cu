@@ -2,7 +2,8 @@
 // a number that a token can be chosen by.
 //
 // Two kernels: a CTA for each slice of a row, then a warp for each row over its slices. A row of 128 k logits read by
-// one SM would take 5 us; in slices of 8192 it is the latency of two small kernels.
+// one SM would take 5 us; in slices of 1024 it is the latency of two small kernels (of 8192, 16 us: 32 comparisons, each
+// of which waits for the one before).
 #include "ptx.cuh"
 #include "kernels.h"
 
@@ -59,7 +60,7 @@ SPECACHE_DEVICE void best_of_slice(const specache_argmax_params& p) {
     const float* logits = reinterpret_cast<const float*>(p.logits) + size_t(row) * p.vocab;
     const uint32_t first = slice * SPECACHE_ARGMAX_SLICE, end = lower(first + SPECACHE_ARGMAX_SLICE, p.vocab);
     specache_choice best = no_choice();
-#pragma unroll 8
+#pragma unroll 4
     for (uint32_t token = first + threadIdx.x; token < end; token += SPECACHE_ARGMAX_THREADS) {
         const float logit = load_device(logits + token);
         best = better(best, specache_choice{token, is_bad(logit) ? token : SPECACHE_NONE, logit, 0});
@@ -90,7 +91,7 @@ SPECACHE_DEVICE void best_of_row(const specache_argmax_params& p) {
 
 }   // namespace specache
 
-// registers: <= 48 specache_argmax_*   (8 loads in flight)
+// registers: <= 48 specache_argmax_*   (4 loads in flight)
 extern "C" __global__ void __launch_bounds__(SPECACHE_ARGMAX_THREADS)
     specache_argmax_slices(const __grid_constant__ specache_argmax_params p) {
     specache::best_of_slice(p);
