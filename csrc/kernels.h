@@ -78,7 +78,7 @@
 
 /* ---- fetch.cu: specache_fetch_pairs ---- */
 #define SPECACHE_FETCH_THREADS 128
-#define SPECACHE_FETCH_CTAS 4
+#define SPECACHE_FETCH_CTAS 8
 
 /* ---- read.cu: specache_read ---- */
 #define SPECACHE_READ_THREADS 256
