@@ -488,7 +488,7 @@ typedef struct specache_fetch_params {
     uint32_t n_kv_heads;   /* Hkv */
     uint32_t head_dim;     /* D: 64, 128 */
     uint32_t top_k;        /* k: at most 2048; with 0 there is nothing to launch */
-    uint32_t n_ctas;       /* host: how many CTAs share the work; 0: SPECACHE_FETCH_CTAS */
+    uint32_t n_ctas;       /* host: how many CTAs share the work; 0: by what may be wanted */
     uint32_t reserved;     /* 0 */
 } specache_fetch_params;
 SPECACHE_ASSERT_SIZE(specache_fetch_params, 64);

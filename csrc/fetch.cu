@@ -2,20 +2,20 @@
 //
 // The selection (select.cu) leaves on the device which pairs of each sequence and KV head go into which slots; the host
 // knows neither how many nor which, and needs not. All pairs of all heads are one list, found by the sums of the
-// counts, of which the CTAs take 16 at a time in turn: a long list of one head is everybody's work.
+// counts, of which the CTAs take 32 at a time in turn: a long list of one head is everybody's work.
 //
 // Bytes in flight
 // ---------------
 // A read over PCIe takes 2 us and more, so 50 GB/s (5.0 x16) need 100 KB and more under way, 25 GB/s (4.0) half of that.
-// Where a pair lies takes three loads, each of which needs the one before. So a CTA is a pipeline: while 16 pairs come (8 KB
-// at D = 128, copied asynchronously into shared memory), lanes of its first warp find the places of the next 16. Eight
-// CTAs have 64 to 128 KB under way. A pair is 256 or 512 bytes: whole requests of 128 bytes, by consecutive lanes.
+// Where a pair lies takes three loads, each of which needs the one before. So a CTA is a pipeline: while 32 pairs come
+// (16 KB at D = 128, copied asynchronously into shared memory), its first warp finds the places of the next 32. A pair is
+// 256 or 512 bytes: whole requests of 128 bytes, by consecutive lanes.
 //
 // The kernel runs beside attention and projections, on a stream of its own: it is ordered behind the selection and
 // before the layer's next attention. Those fill their SMs, so its CTAs find room when a kernel of theirs ends, and then
-// keep it: the stream should have the higher priority, and a CTA is small, 18 KB of shared memory and 4 K registers, so
-// that others fit beside it. Those of cuBLASLt are one for each SM, take 200 KB, and end together: an SM that has no room
-// for one makes all of them wait for as long as the gather takes.
+// keep it: the stream should have the higher priority. How many CTAs is measured, not understood. On an H200 one sequence
+// (512 pairs a layer) decodes 4 % faster beside four of them than beside 16; eight sequences, whose products cuBLASLt
+// makes in one CTA for each SM, 10 % faster beside 16, which reach 31 GB/s and are gone sooner.
 #include "seq.cuh"
 #include "kernels.h"
 
@@ -23,7 +23,7 @@ namespace specache {
 
 constexpr uint32_t kFetchThreads = SPECACHE_FETCH_THREADS;
 constexpr uint32_t kFetchWarps = kFetchThreads / 32;
-constexpr uint32_t kBatch = 16;           // pairs: a lane of the first warp finds one
+constexpr uint32_t kBatch = 32;           // pairs: a lane of the first warp finds one
 constexpr uint32_t kMostPairBytes = 512;
 
 struct FetchShared {

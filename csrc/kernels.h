@@ -78,7 +78,10 @@
 
 /* ---- fetch.cu: specache_fetch_pairs ---- */
 #define SPECACHE_FETCH_THREADS 128
-#define SPECACHE_FETCH_CTAS 8
+/* One CTA for so many pairs that may be wanted, within bounds. */
+#define SPECACHE_FETCH_CTA_PAIRS 256
+#define SPECACHE_FETCH_MIN_CTAS 4
+#define SPECACHE_FETCH_MAX_CTAS 16
 
 /* ---- read.cu: specache_read ---- */
 #define SPECACHE_READ_THREADS 256

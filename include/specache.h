@@ -130,7 +130,7 @@ typedef void (*specache_log_fn)(void *user_data, int32_t level, const char *mess
 
 /* How a GPU makes the matrix products of a layer. */
 enum {
-    SPECACHE_LINEAR_AUTO = 0,  /* fused kernels for up to 16 rows, cuBLASLt for more (default) */
+    SPECACHE_LINEAR_AUTO = 0,  /* fused kernels for up to 8 rows, cuBLASLt for more (default) */
     SPECACHE_LINEAR_FUSED = 1, /* fused kernels always: a sequence's results do not depend on the batch that it is in */
     SPECACHE_LINEAR_CUBLAS = 2 /* cuBLASLt always; not on the CPU, not for weights of 32 bits */
 };
@@ -475,7 +475,7 @@ typedef struct specache_step {
 /* A decode step of several sessions of one engine at once, which reads the weights once for all of them. A sequence that fails,
  * or is busy, does not disturb the others; each has its own status. Returns the first status that is not SPECACHE_OK;
  * specache_last_error names all of them. `step_size` is sizeof(specache_step). A session may be in a batch once.
- * Results are the same as from single steps, bit for bit, on the CPU, and on a GPU with SPECACHE_LINEAR_FUSED, or up to 16 rows
+ * Results are the same as from single steps, bit for bit, on the CPU, and on a GPU with SPECACHE_LINEAR_FUSED, or up to 8 rows
  * (SPECACHE_KV_SPECACHE has two for each sequence, the other modes one). With more rows, SPECACHE_LINEAR_AUTO changes over to
  * cuBLASLt, and the last bits may differ.
  * Of a step: as specache_session_step. Of the call: SPECACHE_ERR_ABI (step_size), _USAGE (NULL; sessions of two engines). */

@@ -268,7 +268,7 @@ fn generate_tokens(folder: &Path, n: usize, n_predict: usize, linear: &str, env:
 fn rows_decide_which_path_runs() {
     let Some(folder) = emulation() else { return };
     for (n, linear, products) in
-        [(16, "auto", 0), (17, "auto", 16), (40, "fused", 0), (1, "cublas", 17), (40, "cublas", 17)]
+        [(8, "auto", 0), (9, "auto", 16), (40, "fused", 0), (1, "cublas", 17), (40, "cublas", 17)]
     {
         let log = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cuda_linear_{n}_{linear}.log"));
         let _ = fs::remove_file(&log);

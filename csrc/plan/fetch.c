@@ -14,6 +14,13 @@ static specache_status check_shape(const specache_fetch_params *p, specache_laun
     return SPECACHE_OK;
 }
 
+/* By what may be wanted: the host does not know what is. */
+static uint64_t own_ctas(const specache_fetch_params *p) {
+    const uint64_t ctas = (uint64_t)p->n_seqs * p->n_kv_heads * p->top_k / SPECACHE_FETCH_CTA_PAIRS;
+    if (ctas < SPECACHE_FETCH_MIN_CTAS) return SPECACHE_FETCH_MIN_CTAS;
+    return ctas < SPECACHE_FETCH_MAX_CTAS ? ctas : SPECACHE_FETCH_MAX_CTAS;
+}
+
 specache_status specache_fetch_plan(const specache_fetch_params *p, specache_launch *launch) {
     clear(launch);
     TRY(check_shape(p, launch));
@@ -24,6 +31,5 @@ specache_status specache_fetch_plan(const specache_fetch_params *p, specache_lau
                            {"fetch_counts", p->fetch_counts, 4, REQUIRED},
                            {"fetched", p->fetched, 8, OPTIONAL}};
     CHECK_ADDRESSES("fetch", all, launch);
-    return planned(launch, "specache_fetch_pairs", p->n_ctas == 0 ? SPECACHE_FETCH_CTAS : p->n_ctas,
-                   SPECACHE_FETCH_THREADS);
+    return planned(launch, "specache_fetch_pairs", p->n_ctas == 0 ? own_ctas(p) : p->n_ctas, SPECACHE_FETCH_THREADS);
 }

@@ -3,6 +3,7 @@
 #include "../fetch.cu"
 
 #include <algorithm>
+#include <array>
 #include <numeric>
 
 #include "numbers.h"
@@ -75,7 +76,7 @@ static void test(const Case& c) {
                                   0};
     specache_launch launch;
     CHECK(specache_fetch_plan(&p, &launch) == SPECACHE_OK, "%s", launch.message);
-    CHECK(launch.grid == (c.ctas == 0 ? SPECACHE_FETCH_CTAS : c.ctas), "%u CTAs", launch.grid);
+    CHECK(c.ctas == 0 ? launch.grid >= SPECACHE_FETCH_MIN_CTAS : launch.grid == c.ctas, "%u CTAs", launch.grid);
     device::launch(specache_fetch_pairs, launch.grid, launch.block, launch.shared_bytes, seed++, p);
     pairs.download();
     fetched.download();
@@ -123,8 +124,20 @@ static void plans() {
     expect_status(SPECACHE_BAD_ADDRESS, "fetch_counts", [](P& p) { p.fetch_counts = 0; });
 }
 
+// Few pairs are few CTAs' work.
+static void own_ctas() {
+    for (auto [seqs, ctas] : {std::array<uint32_t, 2>{1, 4}, {3, 6}, {8, 16}, {24, 16}}) {
+        constexpr uint64_t a = 1 << 20;
+        const specache_fetch_params p{a, a, a, a, a, seqs, 8, 128, 64, 0, 0};
+        specache_launch launch;
+        CHECK(specache_fetch_plan(&p, &launch) == SPECACHE_OK && launch.grid == ctas, "%u CTAs for %u sequences", launch.grid,
+              seqs);
+    }
+}
+
 int main() {
     plans();
+    own_ctas();
     const Case cases[] = {{1, 1, 64, 1, 1, 1, 100},   {1, 8, 128, 64, 4, 0, 90},  {3, 2, 64, 64, 2, 3, 70},
                           {5, 4, 128, 33, 1, 5, 50},  {1, 3, 128, 200, 5, 2, 100}, {90, 8, 64, 3, 1, 4, 30},
                           {140, 8, 64, 2, 1, 7, 100}, {2, 2, 128, 7, 3, 61, 0}};

@@ -380,7 +380,7 @@ pub struct DeviceArgs {
           value_parser = schedule())]
     pipeline: Schedule,
     /// Who makes the matrix products on a GPU: our fused kernels, 16 rows at a time; cuBLASLt; or the fused kernels for
-    /// up to 16 rows and cuBLASLt for more
+    /// up to 8 rows and cuBLASLt for more
     #[arg(long, env = "SPECACHE_LINEAR", value_name = "PATH", default_value = "auto", value_parser = linear_path())]
     linear: LinearPath,
     /// On a GPU: launch every kernel of a step by itself instead of all of them as a CUDA graph

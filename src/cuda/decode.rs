@@ -1,9 +1,9 @@
 //! A decode pass on the GPU: its memory, what each group of sequences is told, and the launches.
 //!
-//! A **group** is neighbouring sequences of a batch with the same KV options, and one launch per operation and layer: all of
-//! them where cuBLASLt makes the products, else up to eight, as the fused dense kernels take sixteen rows. Which sequences share a group changes no number: no
-//! row's sums depend on the rows beside it. Products by cuBLASLt are over the rows of all groups at once; there the order
-//! of a sum may depend on how many rows there are.
+//! A **group** is neighbouring sequences of a batch with the same KV options, and one launch per operation and layer: all
+//! of them where cuBLASLt makes the products, else up to eight, as the fused dense kernels take sixteen rows. Which
+//! sequences share a group changes no number: no row's sums depend on the rows beside it. Products by cuBLASLt are over the
+//! rows of all groups at once; there the order of a sum may depend on how many rows there are.
 
 mod graphs;
 mod layout;
