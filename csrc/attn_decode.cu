@@ -69,11 +69,12 @@ struct Unit {
     uint32_t first_item, end_item;
 };
 
-// Queries as B operands, a word a pair of channels: lane 4i + j finds column i, pair j of four octets in 16 bytes.
+// Queries, a word a pair of channels: as B operands lane 4i + j finds column i, pair j of four octets in 16 bytes. As the A
+// operand that meets zeros, the two terms of two octets: the first terms are rows 0-7 and the second ones rows 8-15.
 template <int D> struct AttnShared {
     static constexpr int kWords = int(kColumns) * D / 2;
     alignas(128) uint32_t code_q[kWords];   // times 2^(4-e): meets codes
-    uint32_t zero_q[2][kWords];             // meets zeros: fp16, a sum of two
+    uint32_t zero_q[2 * kWords];            // meets zeros: fp16, a sum of two
     uint32_t pair_q[2][kWords];             // meets 16-bit K: of its type, a sum of two
 };
 
@@ -189,7 +190,7 @@ SPECACHE_DEVICE void load_queries(const specache_attn_params& p, const Unit& uni
         split_pair<T>(q.x, q.y, pair_terms);
 #pragma unroll
         for (int t = 0; t < 2; t++) {
-            shared.zero_q[t][at] = zero_terms[t];
+            shared.zero_q[(octet / 2 * 32 + lane) * 4 + octet % 2 * 2 + t] = zero_terms[t];
             shared.pair_q[t][at] = pair_terms[t];
         }
     }
@@ -365,8 +366,8 @@ struct LaneWords {
     }
 };
 
-// What all tokens of a group share: q times the scales, and the sum of q times the zeros for columns 2j, 2j + 1. The
-// zeros are all sixteen rows of A, so every lane gets its columns' sums; the two terms of q are chains of their own.
+// What all tokens of a group share: q times the scales, and the sum of q times the zeros for columns 2j, 2j + 1. Zeros are all
+// columns of B, so that lane 4i + j gets the sum of column i; the two octets of a chunk are chains of their own.
 template <int D, int B>
 SPECACHE_DEVICE void scale_queries(const AttnShared<D>& shared, const uint8_t* page, int g, int group,
                                    uint32_t (&q)[D / 8], float (&bias)[2]) {
@@ -381,16 +382,16 @@ SPECACHE_DEVICE void scale_queries(const AttnShared<D>& shared, const uint8_t* p
         const uint4 code_q = load_shared_16(&shared.code_q[(c * 32 + lane) * 4]);
 #pragma unroll
         for (int x = 0; x < 4; x++) q[4 * c + x] = multiply_fp16(word_of(code_q, x), word_of(scale, x));
-        const uint32_t even[4] = {zero.x, zero.x, zero.y, zero.y}, odd[4] = {zero.z, zero.z, zero.w, zero.w};
 #pragma unroll
-        for (int t = 0; t < 2; t++) {
-            const uint4 zero_q = load_shared_16(&shared.zero_q[t][(c * 32 + lane) * 4]);
-            mma_m16n8k16(sums[t], even, zero_q.x, zero_q.y);
-            mma_m16n8k16(sums[t], odd, zero_q.z, zero_q.w);
+        for (int h = 0; h < 2; h++) {
+            const uint4 zero_q = load_shared_16(&shared.zero_q[((2 * c + h) * 32 + lane) * 4]);
+            const uint32_t a[4] = {zero_q.x, zero_q.y, zero_q.z, zero_q.w};
+            mma_m16n8k16(sums[h], a, word_of(zero, 2 * h), word_of(zero, 2 * h + 1));
         }
     }
-    bias[0] = sums[0][0] + sums[1][0];
-    bias[1] = sums[0][1] + sums[1][1];
+    const float of_column = sums[0][0] + sums[0][2] + (sums[1][0] + sums[1][2]);
+    bias[0] = __shfl_sync(~0u, of_column, 8 * j);
+    bias[1] = __shfl_sync(~0u, of_column, 8 * j + 4);
 }
 
 // The scores of a page.
@@ -470,7 +471,7 @@ SPECACHE_DEVICE void page_probabilities(Accumulator<D>& acc, const uint8_t* page
 #pragma unroll
     for (int c = 0; c < 2; c++) {
         const uint8_t* zeros = page + PackedPage<D, B>::v_zero(g) + 2 * (i * kPage + 32 * c + 8 * j);
-        const uint4 zero = i < D / g ? load_shared_16(zeros) : make_uint4(0, 0, 0, 0);
+        const uint4 zero = i < groups_in(D, g) ? load_shared_16(zeros) : make_uint4(0, 0, 0, 0);
         const uint32_t even[4] = {zero.x, 0, zero.y, 0}, odd[4] = {zero.z, 0, zero.w, 0};
         mma_m16n8k16(acc.zero, even, p[4 * c], p[4 * c + 1]);
         mma_m16n8k16(acc.zero, odd, p[4 * c + 2], p[4 * c + 3]);
@@ -490,7 +491,7 @@ SPECACHE_DEVICE void add_page_values(Accumulator<D>& acc, const uint8_t* page, i
         if (m % 4 == 0 || (m % 2 == 0 && g == 32)) {   // a channel group begins
 #pragma unroll
             for (int c = 0; c < 2; c++) {
-                const int at = 2 * (16 * m / g * kPage + 32 * c + 8 * j);
+                const int at = 2 * (groups_in(16 * m, g) * kPage + 32 * c + 8 * j);
                 const uint4 scale = load_shared_16(page + Page::v_scale(g) + at);
 #pragma unroll
                 for (int x = 0; x < 4; x++) scaled[4 * c + x] = multiply_fp16(p[4 * c + x], word_of(scale, x));
@@ -657,7 +658,7 @@ template <int D> SPECACHE_DEVICE void offer(const Accumulator<D>& acc, int g, Me
     const int warp = int(threadIdx.x) / 32, i = int(threadIdx.x) % 32 / 4, j = int(threadIdx.x) % 4;
 #pragma unroll
     for (int m = 0; m < D / 16; m++) {
-        const int source = 16 * m / g * 4 + j;
+        const int source = groups_in(16 * m, g) * 4 + j;
         const float zero[2] = {__shfl_sync(~0u, acc.zero[0], source), __shfl_sync(~0u, acc.zero[1], source)};
 #pragma unroll
         for (int e = 0; e < 4; e++)
