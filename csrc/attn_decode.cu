@@ -25,7 +25,7 @@ constexpr uint32_t kAttnThreads = SPECACHE_ATTN_THREADS;
 constexpr float kLog2e = 1.44269504f;
 constexpr float kNothingSeen = -1e30f;   // a maximum of no score: finite, so that differences are numbers
 // A code counts 2^(e-24), q and p carry 2^(4-e): sums of products with codes are 2^-20 of what they stand for.
-constexpr float kPScale = 16.0f;
+constexpr float kPScale = 16.0f, kPScaleLog2 = 4.0f;
 constexpr float kCodeUnit = 1048576.0f;
 SPECACHE_DEVICE float minus_infinity() { return bit_cast<float>(0xFF800000u); }
 
@@ -101,12 +101,13 @@ struct Columns {
     uint64_t scores[kColumns];   // of the column's row and head, if the selection wants them; else 0
     uint32_t last[kColumns];     // position that the column's row stands at
 };
-static_assert(sizeof(Unit) + sizeof(Columns) + sizeof(Ring) <= kUnitBytes, "what attn_fit counts");
+static_assert(sizeof(Unit) + sizeof(Columns) + sizeof(Ring) <= kUnitBytes, "what attn_fits counts");
 
 // Running softmax of a warp over its items. Lane 4i + j: columns 2j, 2j + 1.
 template <int D> struct Accumulator {
     float out[D / 16][4];   // p V^T as mma gives it: row = channel
-    float zero[4];          // p times V's zeros: row = channel group
+    float zero[2][4];       // p times V's zeros: row = channel group, half of the tokens in rows 0-7 of the first, half in
+                            // rows 8-15 of the second; the other rows are nobody's
     float max[2];           // the same in all i
     float sum[2];           // over this lane's rows
 };
@@ -286,11 +287,12 @@ SPECACHE_DEVICE void copy_item(const specache_attn_params& p, const Unit& unit, 
 
 // All stages but one: the last is filled when the first is attended to. What this pass has not just appended, which is in
 // one of the last two items, nobody writes any more: it is read before the previous kernel ends. So is what the pass is
-// told. (Pairs and slots come from other streams, which were waited for before this kernel could start.)
+// told. Pairs may be on their way still.
 template <int D, int B>
 SPECACHE_DEVICE void fill_ring(const specache_attn_params& p, const Unit& unit, const Ring& ring, uint8_t* rings) {
     const uint32_t first = unit.first_item + threadIdx.x / 32, last = first + (ring.stages - 2) * kAttnWarps;
-    if (last + 2 >= unit.work.items) wait_for_previous_kernel();
+    const bool pairs = unit.work.slot_tiles != 0 && last >= unit.work.pages;
+    if (pairs || last + 2 >= unit.work.items) wait_for_previous_kernel();
     for (uint32_t s = 0; s + 1 < ring.stages; s++)
         copy_item<D, B>(p, unit, first + s * kAttnWarps, ring.stage(rings, s));
 }
@@ -309,7 +311,7 @@ template <int D> SPECACHE_DEVICE void clear(Accumulator<D>& acc) {
     for (int e = 0; e < 4; e++) {
 #pragma unroll
         for (int m = 0; m < D / 16; m++) acc.out[m][e] = 0.0f;
-        acc.zero[e] = 0.0f;
+        acc.zero[0][e] = acc.zero[1][e] = 0.0f;
         acc.max[e % 2] = kNothingSeen;
         acc.sum[e % 2] = 0.0f;
     }
@@ -321,14 +323,14 @@ template <int D> SPECACHE_DEVICE void raise_maximum(Accumulator<D>& acc, const f
         const float factor = exp2_approx(acc.max[e % 2] - max[e % 2]);
 #pragma unroll
         for (int m = 0; m < D / 16; m++) acc.out[m][e] *= factor;
-        acc.zero[e] *= factor;
+        acc.zero[e / 2][e] *= factor;
         if (e < 2) acc.sum[e] *= factor;
     }
     acc.max[0] = max[0];
     acc.max[1] = max[1];
 }
 
-// Scores of TILES x 16 tokens become p. The maximum seldom rises after the first pages: one vote decides whether the
+// Scores of TILES x 16 tokens become p times kPScale. The maximum seldom rises after the first pages: one vote decides whether the
 // sums must follow.
 template <int D, int TILES> SPECACHE_DEVICE void softmax(Accumulator<D>& acc, float (&s)[TILES][4]) {
     float max[2] = {acc.max[0], acc.max[1]};
@@ -340,10 +342,11 @@ template <int D, int TILES> SPECACHE_DEVICE void softmax(Accumulator<D>& acc, fl
         max[1] = fmaxf(max[1], __shfl_xor_sync(~0u, max[1], distance));
     }
     if (__any_sync(~0u, max[0] > acc.max[0] || max[1] > acc.max[1])) raise_maximum(acc, max);
+    const float unit[2] = {acc.max[0] - kPScaleLog2, acc.max[1] - kPScaleLog2};
 #pragma unroll
     for (int i = 0; i < 4 * TILES; i++) {
         float& x = s[i / 4][i % 4];
-        x = exp2_approx(x - acc.max[i % 2]);
+        x = exp2_approx(x - unit[i % 2]);
         acc.sum[i % 2] += x;
     }
 }
@@ -467,14 +470,15 @@ SPECACHE_DEVICE void page_probabilities(Accumulator<D>& acc, const uint8_t* page
     const int lane = int(threadIdx.x) % 32, i = lane / 4, j = lane % 4;
 #pragma unroll
     for (int o = 0; o < 8; o++)
-        p[o] = transpose_8x8(Fp16::narrow(s[o / 2][o % 2 * 2] * kPScale, s[o / 2][o % 2 * 2 + 1] * kPScale));
+        p[o] = transpose_8x8(Fp16::narrow(s[o / 2][o % 2 * 2], s[o / 2][o % 2 * 2 + 1]));
 #pragma unroll
     for (int c = 0; c < 2; c++) {
         const uint8_t* zeros = page + PackedPage<D, B>::v_zero(g) + 2 * (i * kPage + 32 * c + 8 * j);
         const uint4 zero = i < groups_in(D, g) ? load_shared_16(zeros) : make_uint4(0, 0, 0, 0);
-        const uint32_t even[4] = {zero.x, 0, zero.y, 0}, odd[4] = {zero.z, 0, zero.w, 0};
-        mma_m16n8k16(acc.zero, even, p[4 * c], p[4 * c + 1]);
-        mma_m16n8k16(acc.zero, odd, p[4 * c + 2], p[4 * c + 3]);
+        // As loaded: octets 0 and 2 of the tokens are rows 0-7, octets 1 and 3 rows 8-15.
+        const uint32_t a[4] = {zero.x, zero.y, zero.z, zero.w};
+        mma_m16n8k16(acc.zero[0], a, p[4 * c], p[4 * c + 2]);
+        mma_m16n8k16(acc.zero[1], a, p[4 * c + 1], p[4 * c + 3]);
     }
 #pragma unroll
     for (int o = 0; o < 8; o++) p[o] = multiply_fp16(p[o], half_power(code_exponent<B>(o)));
@@ -571,7 +575,7 @@ SPECACHE_DEVICE void add_wide_values(Accumulator<D>& acc, const uint8_t* stage, 
     uint32_t p[2][kPTerms<T>];   // tokens 0-7, 8-15
 #pragma unroll
     for (int o = 0; o < 2; o++) {
-        split_pair<T>(s[0][2 * o] * kPScale, s[0][2 * o + 1] * kPScale, p[o]);
+        split_pair<T>(s[0][2 * o], s[0][2 * o + 1], p[o]);
 #pragma unroll
         for (int t = 0; t < kPTerms<T>; t++) p[o][t] = transpose_8x8(p[o][t]);
     }
@@ -653,20 +657,21 @@ SPECACHE_DEVICE void attend_items(const specache_attn_params& p, const Unit& uni
 
 // ---- step 8: one part of four warps' results --------------------------------------------------------------------
 
-// The warp's result to shared memory, V's zeros added. Row `group` of acc.zero is in the lanes 4 * group + j.
+// The warp's result to shared memory, V's zeros added. Row `group` of them is in the lanes 4 * group + j.
 template <int D> SPECACHE_DEVICE void offer(const Accumulator<D>& acc, int g, MergeShared<D>& merge) {
     const int warp = int(threadIdx.x) / 32, i = int(threadIdx.x) % 32 / 4, j = int(threadIdx.x) % 4;
+    const float zeros[2] = {acc.zero[0][0] + acc.zero[1][2], acc.zero[0][1] + acc.zero[1][3]};
 #pragma unroll
     for (int m = 0; m < D / 16; m++) {
         const int source = groups_in(16 * m, g) * 4 + j;
-        const float zero[2] = {__shfl_sync(~0u, acc.zero[0], source), __shfl_sync(~0u, acc.zero[1], source)};
+        const float zero[2] = {__shfl_sync(~0u, zeros[0], source), __shfl_sync(~0u, zeros[1], source)};
 #pragma unroll
         for (int e = 0; e < 4; e++)
             merge.out[warp][2 * j + e % 2][16 * m + i + e / 2 * 8] = (acc.out[m][e] + zero[e % 2]) * (1.0f / kPScale);
     }
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-        float sum = acc.sum[e];
+        float sum = acc.sum[e] * (1.0f / kPScale);
         for (int distance = 4; distance < 32; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
         if (i == 0) merge.max[warp][2 * j + e] = acc.max[e], merge.sum[warp][2 * j + e] = sum;
     }

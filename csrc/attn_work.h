@@ -7,12 +7,16 @@
  *   packed pages that a row sees | tiles of slots | tiles of wide pages, up to the last row's own pair
  *
  * A unit is a run of items and eight query columns; a CTA takes unit after unit, and what it finds is one part of the
- * result. A sequence is cut so that alone it gives every CTA of the GPU one unit: two of them would take twice as long
- * as one. Nothing else but the sequence matters: the same numbers come out alone and in any batch. */
+ * result. A long sequence is cut so that alone, with eight columns, it gives every CTA of the GPU one unit, as two of them
+ * would take twice as long as one. But for the GPU and the shape nothing matters but the sequence: the same numbers come out
+ * alone and in any batch, with one row and with two. */
 #ifndef SPECACHE_ATTN_WORK_H
 #define SPECACHE_ATTN_WORK_H
 
 #include "kernels.h"
+#ifndef __cplusplus
+#include <stdbool.h>
+#endif
 
 #ifndef SPECACHE_HOST_DEVICE
 #define SPECACHE_HOST_DEVICE static inline
@@ -37,12 +41,57 @@ SPECACHE_HOST_DEVICE uint32_t first_seen(uint32_t position, uint32_t window) {
     return window != 0 && position >= window ? position - window + 1 : 0;
 }
 
+/* ---- shared memory of attention ---- */
+
+static const uint32_t kMostStages = 4;
+/* A CTA's own 256 bytes (Unit, Columns), and the 1 KB that every CTA costs; a multiprocessor has that much more than a CTA may
+ * take. */
+static const uint32_t kUnitBytes = 256;
+static const uint32_t kCtaBytes = 1024;
+
+/* Bytes of one KV head of a packed page. */
+SPECACHE_HOST_DEVICE uint32_t packed_block_bytes(const specache_attn_params *p) {
+    return SPECACHE_PAGE * (2 * p->head_dim * p->bits / 8 + (8 * p->head_dim >> (p->group_size == 64 ? 6 : 5)));
+}
+
+/* Bytes of one stage: the larger of the two kinds of item. */
+SPECACHE_HOST_DEVICE uint32_t stage_bytes(const specache_attn_params *p) {
+    const uint32_t page = packed_block_bytes(p), tile = kWideTile * 4 * p->head_dim;
+    return page > tile ? page : tile;
+}
+
+/* Bytes of the queries as B operands, in five forms (AttnShared). */
+SPECACHE_HOST_DEVICE uint32_t query_bytes(const specache_attn_params *p) { return 5 * kColumns * 2 * p->head_dim; }
+
+SPECACHE_HOST_DEVICE uint32_t attn_shared_bytes(const specache_attn_params *p, uint32_t stages) {
+    return query_bytes(p) + kAttnWarps * stages * stage_bytes(p);
+}
+
+SPECACHE_HOST_DEVICE bool attn_fits(const specache_attn_params *p, uint32_t stages, uint32_t ctas) {
+    return ctas * (attn_shared_bytes(p, stages) + kUnitBytes + kCtaBytes) <= p->shared_limit + kCtaBytes;
+}
+
+/* CTAs of a multiprocessor: as many as have room with two stages. Warps count for more than stages: a page keeps a warp
+ * busy for longer than the next one takes to come, most of that time waiting for its own results. */
+SPECACHE_HOST_DEVICE uint32_t attn_ctas(const specache_attn_params *p) {
+    uint32_t ctas = SPECACHE_ATTN_CTAS(p->head_dim, p->bits);
+    while (ctas > 1 && !attn_fits(p, 2, ctas)) ctas--;
+    return ctas;
+}
+
+/* Stages of each warp's ring: as many as there is room for beside so many CTAs, at least two; 0 if two do not fit. */
+SPECACHE_HOST_DEVICE uint32_t attn_stages(const specache_attn_params *p) {
+    const uint32_t ctas = attn_ctas(p);
+    for (uint32_t stages = kMostStages; stages >= 2; stages--)
+        if (attn_fits(p, stages, ctas)) return stages;
+    return 0;
+}
+
 /* ---- units of attention ---- */
 
-/* Parts of a KV head and column tile. */
-SPECACHE_HOST_DEVICE uint32_t most_parts(const specache_attn_params *p, uint32_t column_tiles) {
-    const uint32_t ctas = SPECACHE_ATTN_CTAS(p->head_dim, p->bits) * p->n_sms;
-    const uint32_t parts = ctas / (p->n_kv_heads * column_tiles);
+/* Of a KV head and column tile. */
+SPECACHE_HOST_DEVICE uint32_t most_parts(const specache_attn_params *p) {
+    const uint32_t ctas = attn_ctas(p) * (p->n_sms == 0 ? 1 : p->n_sms), parts = ctas / p->n_kv_heads;
     return parts < 1 ? 1 : parts < kMaxParts ? parts : kMaxParts;
 }
 
@@ -71,7 +120,7 @@ SPECACHE_HOST_DEVICE SeqWork seq_work(const specache_attn_params *p, const speca
     w.items = w.pages + w.slot_tiles + w.wide_tiles;
     w.column_tiles = divide_up(seq->n_rows * (p->n_heads / p->n_kv_heads), kColumns);
     /* Each warp as many. */
-    const uint32_t even = divide_up(divide_up(w.items, most_parts(p, w.column_tiles)), kAttnWarps) * kAttnWarps;
+    const uint32_t even = divide_up(divide_up(w.items, most_parts(p)), kAttnWarps) * kAttnWarps;
     w.unit_items = even > kMinUnitItems ? even : kMinUnitItems;
     w.parts = divide_up(w.items, w.unit_items);
     return w;
@@ -86,55 +135,13 @@ SPECACHE_HOST_DEVICE uint32_t seq_units(const SeqWork *w, uint32_t n_kv_heads) {
  * wide. */
 SPECACHE_HOST_DEVICE uint64_t most_units(const specache_attn_params *p) {
     const uint32_t items = divide_up(p->capacity, kWideTile) + 1 + divide_up(p->top_k, kWideTile);
+    const uint32_t needed = divide_up(items, kMinUnitItems), most = most_parts(p);
     const uint32_t tiles = divide_up(2 * (p->n_heads / p->n_kv_heads), kColumns);
-    /* One row may have fewer column tiles, and then as many parts more. */
-    const uint32_t needed = divide_up(items, kMinUnitItems), most = most_parts(p, 1);
     return (uint64_t)p->n_seqs * p->n_kv_heads * (needed < most ? needed : most) * tiles;
 }
 
 /* Floats of a part: sums [8][D], then maximum and sum of each column. */
 SPECACHE_HOST_DEVICE uint32_t part_floats(uint32_t head_dim) { return kColumns * (head_dim + 2); }
-
-/* ---- shared memory of attention ---- */
-
-static const uint32_t kMostStages = 4;
-/* A CTA's own 256 bytes (Unit, Columns), and the 1 KB that every CTA costs; a multiprocessor has that much more than a CTA may
- * take. */
-static const uint32_t kUnitBytes = 256;
-static const uint32_t kCtaBytes = 1024;
-
-/* Bytes of one KV head of a packed page. */
-SPECACHE_HOST_DEVICE uint32_t packed_block_bytes(const specache_attn_params *p) {
-    return SPECACHE_PAGE * (2 * p->head_dim * p->bits / 8 + 8 * p->head_dim / p->group_size);
-}
-
-/* Bytes of one stage: the larger of the two kinds of item. */
-SPECACHE_HOST_DEVICE uint32_t stage_bytes(const specache_attn_params *p) {
-    const uint32_t page = packed_block_bytes(p), tile = kWideTile * 4 * p->head_dim;
-    return page > tile ? page : tile;
-}
-
-/* Bytes of the queries as B operands, in five forms (AttnShared). */
-SPECACHE_HOST_DEVICE uint32_t query_bytes(const specache_attn_params *p) { return 5 * kColumns * 2 * p->head_dim; }
-
-SPECACHE_HOST_DEVICE uint32_t attn_shared_bytes(const specache_attn_params *p, uint32_t stages) {
-    return query_bytes(p) + kAttnWarps * stages * stage_bytes(p);
-}
-
-/* CTAs of a multiprocessor. */
-SPECACHE_HOST_DEVICE uint32_t attn_fit(const specache_attn_params *p, uint32_t stages) {
-    return (p->shared_limit + kCtaBytes) / (attn_shared_bytes(p, stages) + kUnitBytes + kCtaBytes);
-}
-
-/* Stages of each warp's ring: as many as leave room for three CTAs on a multiprocessor, else for two, else as many as
- * fit, at least two; 0 if two do not fit. Warps count for more than stages: a page keeps a warp busy for longer than
- * the next one takes to come, most of that time waiting for its own results. */
-SPECACHE_HOST_DEVICE uint32_t attn_stages(const specache_attn_params *p) {
-    for (uint32_t ctas = SPECACHE_ATTN_CTAS(p->head_dim, p->bits); ctas >= 1; ctas--)
-        for (uint32_t stages = kMostStages; stages >= 2; stages--)
-            if (attn_fit(p, stages) >= ctas) return stages;
-    return 0;
-}
 
 /* ---- selection ---- */
 

@@ -22,7 +22,7 @@ impl LinearPath {
 
     /// Rows up to which the fused kernels are the faster ones. On an H200 a step of Llama-3-8B at 8k takes 0.89 of
     /// cuBLASLt's time with one row, 0.96 with eight and 1.06 with sixteen, where each CTA reads as much of x as of the
-    /// weights (docs/measurements/2026-11-26-h200.md).
+    /// weights (docs/measurements/2026-11-26-h200-second.md).
     pub const AUTO_ROWS: usize = 8;
 
     /// The name on the command line.
