@@ -192,16 +192,17 @@ phase_linear() {
 
 # Every kernel of some steps, one by one: how far from the memory's speed it is.
 phase_profile() {
-  local ncu mode
+  local ncu mode depth batch
   if [ -n "$dry" ] || ! ncu=$(command -v ncu); then
     skip "ncu" "not here"
     return
   fi
-  for mode in full specache; do
-    # The first launches fill the caches and warm up; 250 are more than a step has.
-    step 90 "ncu, $mode" bash -c "$ncu --csv --page raw --metrics $(tools/gpu_profile.py --metrics) --clock-control none \
-      --cache-control none --launch-skip 600 --launch-count 250 $engine bench -m synthetic:llama-3.1-8b -d 32768 --kv $mode \
-      -n 4 -r 1 --device cuda --no-graph --linear fused > $work/ncu-$mode.csv"
+  for mode in "specache 32768 1" "full 32768 1" "specache 8192 8"; do
+    read -r mode depth batch <<<"$mode"
+    # The first launches fill the caches and warm up; 300 are more than a step has.
+    step 60 "ncu, $mode, $depth, batch $batch" bash -c "$ncu --csv --page raw --metrics $(tools/gpu_profile.py --metrics) \
+      --clock-control none --cache-control none --launch-skip 700 --launch-count 300 $engine bench -m synthetic:llama-3.1-8b \
+      -d $depth -b $batch --kv $mode -n 4 -r 1 --device cuda --no-graph > $work/ncu-$mode-b$batch.csv"
   done
 }
 
@@ -227,6 +228,7 @@ phase_rivals() {
   else
     skip "transformers" "not here"
   fi
+  [ -n "$dry" ] || step 40 "sdpa's rate" bash -c "python3 benches/rivals/sdpa_rate.py >> $work/rivals.json"
   for mode in specache full offload; do
     step 100 "PyTorch, $mode" bash -c "python3 benches/rivals/torch_specache.py -m $model --device $device --mode $mode \
       -d $depth -b 1 -n 16 -r 2 --fill random --any-ties >> $work/rivals.json"
