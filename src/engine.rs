@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use crate::context::{Context, check_context};
 use crate::cuda;
+pub use crate::cuda::GpuTarget;
 use crate::device::{Device, DeviceChoice, DeviceOptions};
 use crate::error::Result;
 use crate::kv::cache::CacheBytes;
@@ -135,6 +136,32 @@ impl Engine {
     /// As there.
     pub fn decode(&self, batch: &mut [Next], buffers: &mut Buffers) -> Result<()> {
         self.context.device.run(|| decode::decode(&self.context, batch, buffers))
+    }
+}
+
+/// What `batch` sequences take on a GPU beside their caches and the weights ([`plan_on_gpu`]).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GpuBytes {
+    /// Of each sequence: lists of pages, and which positions are not read low-bit.
+    pub tables: u64,
+    /// What decode steps of all of them work in, cuBLASLt included.
+    pub workspace: u64,
+}
+
+/// What decode steps on a GPU need besides, for a model that need not be loaded. `number_bytes`: of a weight.
+pub fn plan_on_gpu(
+    config: &Config,
+    kv: &KvOptions,
+    max_tokens: usize,
+    batch: usize,
+    target: GpuTarget,
+    number_bytes: u64,
+) -> GpuBytes {
+    let has_cublas = number_bytes == 2;
+    let library = if has_cublas { target.cublas_bytes() } else { 0 };
+    GpuBytes {
+        tables: CacheBytes::gpu_tables(&KvShape::new(config, kv), kv, max_tokens),
+        workspace: cuda::workspace_bytes(target, config, kv, max_tokens, batch, has_cublas) + library,
     }
 }
 

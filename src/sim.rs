@@ -216,6 +216,10 @@ impl Link {
 pub struct Gpu {
     /// The name on the command line.
     pub name: &'static str,
+    /// Multiprocessors.
+    pub n_sms: u32,
+    /// Compute capability.
+    pub arch: (u32, u32),
     /// Device memory, GiB.
     pub memory_gib: f64,
     /// Memory bandwidth, GB/s.
@@ -232,14 +236,20 @@ pub struct Gpu {
 impl Gpu {
     /// The cards that are known.
     pub const ALL: [Gpu; 4] = [
-        Gpu::new("a6000", 48.0, 768.0, 17.5),
-        Gpu::new("4090", 24.0, 1008.0, 17.5),
-        Gpu::new("h100", 80.0, 3350.0, 35.0),
-        Gpu::new("h200", 141.0, 4800.0, 35.0),
+        Gpu::new("a6000", (84, (8, 6)), 48.0, 768.0, 17.5),
+        Gpu::new("4090", (128, (8, 9)), 24.0, 1008.0, 17.5),
+        Gpu::new("h100", (132, (9, 0)), 80.0, 3350.0, 35.0),
+        Gpu::new("h200", (132, (9, 0)), 141.0, 4800.0, 35.0),
     ];
 
-    const fn new(name: &'static str, memory_gib: f64, memory_gbps: f64, gather_gbps: f64) -> Gpu {
-        Gpu { name, memory_gib, memory_gbps, read_share: 0.81, gather_gbps, copy_latency_us: 8.0 }
+    const fn new(
+        name: &'static str,
+        (n_sms, arch): (u32, (u32, u32)),
+        memory_gib: f64,
+        memory_gbps: f64,
+        gather_gbps: f64,
+    ) -> Gpu {
+        Gpu { name, n_sms, arch, memory_gib, memory_gbps, read_share: 0.81, gather_gbps, copy_latency_us: 8.0 }
     }
 
     /// The card of this name.

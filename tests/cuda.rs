@@ -11,8 +11,11 @@ use std::sync::atomic::Ordering;
 use common::emulated::{emulate, folder, gpu, gpu_options, on_gpu, text};
 use common::tiny::{Tiny, ids, with_nan};
 use common::{Distance, device, fixture, kv};
+use specache::device::buffer::Kind;
+use specache::device::choice::gpus;
 use specache::device::fault::{Fault, Faults};
 use specache::device::{Device, DeviceOptions, Schedule};
+use specache::engine::{GpuTarget, plan_on_gpu};
 use specache::kv::{KvMode, KvOptions};
 use specache::model::{Dtype, Layer, Model, Rope, RopeScaling};
 use specache::sampler::{Sampler, SamplingOptions, argmax};
@@ -737,6 +740,38 @@ fn out_of_memory_of_the_gpu() {
         drop(held);
         refuses_and_goes_on(&engines[1]);
     });
+}
+
+/// What `plan` says of a GPU: caches with their lists, and what decode steps work in; without cuBLASLt, which has no products
+/// of fp32 weights, and with it.
+#[test]
+fn plans_are_what_decoding_takes() {
+    on_gpu("plans_are_what_decoding_takes", &[], || {
+        let open = || Device::open(&gpu_options()).unwrap();
+        let all = KvMode::ALL.into_iter().flat_map(|mode| [(mode, 1), (mode, 3)]);
+        takes_what_is_planned(&Engine::new(SMALL.model(), open()).unwrap(), 4, all);
+        let some = [(KvMode::Full, 5), (KvMode::SpeCache, 1), (KvMode::SpeCache, 5)];
+        takes_what_is_planned(&Engine::new(Model::load("synthetic:tiny").unwrap(), open()).unwrap(), 2, some);
+    });
+}
+
+fn takes_what_is_planned(engine: &Engine, number_bytes: u64, batches: impl IntoIterator<Item = (KvMode, usize)>) {
+    let (here, memory) = (&gpus().unwrap()[0], engine.device().device_memory());
+    let (target, context) = (GpuTarget::of(here.n_sms, here.arch), 400);
+    for (mode, batch) in batches {
+        let kv = KvOptions { mode, top_k: 24, ..KvOptions::default() };
+        let planned = plan_on_gpu(&engine.model().config, &kv, context, batch, target, number_bytes);
+        let mut sessions: Vec<_> = (0..batch).map(|_| engine.session(kv, context).unwrap()).collect();
+        for session in &mut sessions {
+            prefill(engine, session, &ids(3, 130));
+        }
+        let mut steps: Vec<_> = sessions.iter_mut().map(|session| Next { session, token: 7 }).collect();
+        let mut buffers = Buffers::default();
+        engine.decode(&mut steps, &mut buffers).unwrap();
+        let caches = batch as u64 * (engine.plan(&kv, context).unwrap().device() + planned.tables);
+        let used = [Kind::Kv, Kind::Workspace].map(|kind| memory.used_for(kind));
+        assert_eq!(used, [caches, planned.workspace], "{mode:?}, batch {batch}, weights of {number_bytes} bytes");
+    }
 }
 
 fn refuses_and_goes_on(engine: &Engine) {

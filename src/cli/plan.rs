@@ -7,7 +7,7 @@ use specache::context::{MAX_BATCH, MAX_CONTEXT};
 use specache::device::choice::gpus;
 use specache::device::cuda::probe;
 use specache::device::ram;
-use specache::engine;
+use specache::engine::{self, GpuBytes, GpuTarget};
 use specache::error::{Error, Result};
 use specache::kv::cache::CacheBytes;
 use specache::kv::{KvMode, KvOptions, KvShape};
@@ -59,13 +59,15 @@ struct Plan {
     context: usize,
     batch: usize,
     gpu: Option<Gpu>,
-    /// Whether a GPU computes: the named one, or this machine's.
-    on_gpu: bool,
+    /// The GPU that computes: the named one, or this machine's.
+    target: Option<GpuTarget>,
     device: Memory,
     host: Memory,
     /// Both are the same RAM: what one takes the other lacks.
     shared: bool,
-    /// Of all matrices, in the type that the model's config names.
+    /// Of a weight, in the type that the model's config names.
+    number_bytes: u64,
+    /// Of all matrices.
     weight_bytes: u64,
 }
 
@@ -88,6 +90,8 @@ struct Mode {
 /// Bytes of a context.
 #[derive(Clone, Copy)]
 struct Need {
+    kv: KvOptions,
+    context: usize,
     /// Of one sequence.
     cache: CacheBytes,
     /// While one prompt is prefilled.
@@ -105,10 +109,14 @@ impl Plan {
             model: args.model.clone(),
             context: args.ctx_size.unwrap_or(CONTEXT.min(config.max_positions)),
             batch: args.batch,
-            on_gpu: gpu.is_some() || here.is_some(),
+            target: gpu
+                .map(|gpu| (gpu.n_sms, gpu.arch))
+                .or(here.as_ref().map(|gpu| (gpu.n_sms, gpu.arch)))
+                .map(|(n_sms, arch)| GpuTarget::of(n_sms, arch)),
             shared: gpu.is_none() && here.is_none() && args.vram.is_none() && args.host.is_none(),
             device: given(args.vram, "--vram").map_or_else(|| device_memory(gpu.as_ref(), here), Ok)?,
             host: given(args.host, "--host").map_or_else(host_memory, Ok)?,
+            number_bytes,
             weight_bytes: config.n_weights().saturating_mul(number_bytes),
             config,
             gpu,
@@ -148,13 +156,26 @@ impl Plan {
         let cache = engine::plan(&self.config, kv, context)?;
         let pages = CacheBytes::prefill_scratch(&KvShape::new(&self.config, kv), kv, context);
         let stream = (context as u64).saturating_mul(self.config.hidden_size as u64 * 4);
-        let rows = if self.on_gpu { GPU_ROWS } else { 0 };
-        Ok(Need { cache, workspace: pages.saturating_add(stream).saturating_add(rows) })
+        let rows = if self.target.is_some() { GPU_ROWS } else { 0 };
+        Ok(Need { kv: *kv, context, cache, workspace: pages.saturating_add(stream).saturating_add(rows) })
+    }
+
+    /// What a GPU takes besides for `batch` sequences; nothing on the CPU.
+    fn on_gpu(&self, need: &Need, batch: u64) -> GpuBytes {
+        let Some(target) = self.target else { return GpuBytes::default() };
+        let Need { kv, context, .. } = need;
+        engine::plan_on_gpu(&self.config, kv, *context, batch as usize, target, self.number_bytes)
+    }
+
+    /// Device bytes of one sequence.
+    fn of_sequence(&self, need: &Need) -> u64 {
+        need.cache.device().saturating_add(self.on_gpu(need, 1).tables)
     }
 
     /// Device and host bytes of `batch` sequences, of which one is prefilled at a time.
     fn total(&self, need: &Need, batch: u64) -> (u64, u64) {
-        let device = need.cache.device().saturating_mul(batch).saturating_add(need.workspace);
+        let work = need.workspace.saturating_add(self.on_gpu(need, batch).workspace);
+        let device = self.of_sequence(need).saturating_mul(batch).saturating_add(work);
         (device.saturating_add(self.weight_bytes), need.cache.host.saturating_mul(batch))
     }
 
@@ -167,25 +188,14 @@ impl Plan {
     }
 
     fn largest_batch(&self, need: &Need) -> u64 {
-        let free = self.device.bytes.saturating_sub(self.weight_bytes).saturating_sub(need.workspace);
-        let fitting = if self.shared {
-            free.checked_div(need.cache.device().saturating_add(need.cache.host)).unwrap_or(0)
-        } else {
-            let by_host = self.host.bytes.checked_div(need.cache.host).unwrap_or(u64::MAX);
-            free.checked_div(need.cache.device()).unwrap_or(0).min(by_host)
-        };
-        fitting.min(MAX_BATCH as u64)
+        largest(MAX_BATCH, |n| self.fits(need, n as u64)) as u64
     }
 
     /// The most tokens that this batch can have each, up to what the model and the engine support; `None` if not even
-    /// one fits. Bytes never fall with the context, so it is found by bisection.
+    /// one fits.
     fn largest_context(&self, kv: &KvOptions) -> Option<usize> {
         let fits = |n: usize| self.need(kv, n).is_ok_and(|need| self.fits(&need, self.batch as u64));
-        let (mut fitting, mut too_many) = (0, self.config.max_context().unwrap_or(MAX_CONTEXT).min(MAX_CONTEXT) + 1);
-        while too_many - fitting > 1 {
-            let middle = fitting + (too_many - fitting) / 2;
-            if fits(middle) { fitting = middle } else { too_many = middle }
-        }
+        let fitting = largest(self.config.max_context().unwrap_or(MAX_CONTEXT).min(MAX_CONTEXT), fits);
         (fitting > 0).then_some(fitting)
     }
 
@@ -232,7 +242,7 @@ impl Plan {
         let mut text = format!("{model}: {batch} x {context} tokens; {rooms}\n\n");
         let header: Vec<&str> = ["bytes"].into_iter().chain(modes.iter().map(|mode| mode.kv.mode.name())).collect();
         text.push_str(&table(&header, &self.rows(modes)));
-        let rows = if self.on_gpu { ", with 256 MiB for the GPU's working rows" } else { "" };
+        let rows = if self.target.is_some() { ", with 256 MiB for the GPU's working rows" } else { "" };
         let _ = writeln!(
             text,
             "\nWeights: all matrices (on the CPU device they are mapped files, and take memory only as they are read). \
@@ -270,9 +280,11 @@ impl Plan {
             row("residual, 16 bits", &|m| bytes(m.need.cache.wide)),
             row("prefetch slots", &|m| bytes(m.need.cache.slots)),
             row("loaded layers", &|m| bytes(m.need.cache.loads)),
-            row("KV on the device, a sequence", &|m| bytes(m.need.cache.device())),
+            row("lists of pages", &|m| bytes(self.on_gpu(&m.need, 1).tables)),
+            row("KV on the device, a sequence", &|m| bytes(self.of_sequence(&m.need))),
             row("KV on the host, a sequence", &|m| bytes(m.need.cache.host)),
             row("workspace of a prefill", &|m| bytes(m.need.workspace)),
+            row("workspace of decode steps", &|m| bytes(self.on_gpu(&m.need, batch).workspace)),
             row("device, all", &|m| bytes(self.total(&m.need, batch).0)),
             row("host, all", &|m| bytes(self.total(&m.need, batch).1)),
             row("fits", &|m| if self.fits(&m.need, batch) { "yes".into() } else { "no".into() }),
@@ -294,7 +306,8 @@ impl Plan {
 
     fn json(&self, modes: &[Mode]) -> Value {
         let mode = |mode: &Mode| {
-            let Need { cache, workspace } = mode.need;
+            let Need { cache, workspace, .. } = mode.need;
+            let GpuBytes { tables, workspace: decode_workspace } = self.on_gpu(&mode.need, self.batch as u64);
             let (device, host) = self.total(&mode.need, self.batch as u64);
             json!({
                 "kv": mode.kv.mode.name(),
@@ -304,7 +317,9 @@ impl Plan {
                 "load_bytes": cache.loads,
                 "kv_device_bytes": cache.device(),
                 "kv_host_bytes": cache.host,
+                "table_bytes": tables,
                 "workspace_bytes": workspace,
+                "decode_workspace_bytes": decode_workspace,
                 "device_bytes": device,
                 "host_bytes": host,
                 "fits": self.fits(&mode.need, self.batch as u64),
@@ -326,6 +341,16 @@ impl Plan {
             "modes": modes.iter().map(mode).collect::<Vec<_>>(),
         })
     }
+}
+
+/// The largest number up to `most` that fits: with more, more is taken.
+fn largest(most: usize, fits: impl Fn(usize) -> bool) -> usize {
+    let (mut fitting, mut too_many) = (0, most + 1);
+    while too_many - fitting > 1 {
+        let middle = fitting + (too_many - fitting) / 2;
+        if fits(middle) { fitting = middle } else { too_many = middle }
+    }
+    fitting
 }
 
 /// A step from bytes over bandwidth.

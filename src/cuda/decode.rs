@@ -6,7 +6,7 @@
 //! rows of all groups at once; there the order of a sum may depend on how many rows there are.
 
 mod graphs;
-mod layout;
+pub(crate) mod layout;
 mod memory;
 mod results;
 
@@ -110,7 +110,8 @@ impl Workspace {
         self.groups.clear();
         self.real_rows.clear();
         let n_rows = places.iter().map(|place| place.n_rows).sum();
-        let most = if model.cublas(n_rows).is_some() { places.len() } else { FUSED_GROUP };
+        let by_cublas = model.cublas(n_rows).is_some();
+        let most = if by_cublas { places.len() } else { FUSED_GROUP };
         let mut row = 0;
         for (i, place) in places.iter().enumerate() {
             let rows = row..row + place.n_rows;
@@ -133,14 +134,9 @@ impl Workspace {
         self.vocab = config.vocab_size;
         self.logits_here.clear();
         self.logits_here.resize(row, false);
-        let needed = Sizes {
-            rows: row,
-            seqs: places.len(),
-            cublas_rows: model.cublas(row).map_or(0, |_| row),
-            group: most.min(places.len()),
-            capacity: places.iter().map(|p| p.room).max().unwrap_or(0).next_multiple_of(1024),
-            top_k: places.iter().map(|p| p.top_k).max().unwrap_or(0),
-        };
+        let of_all = |part: fn(&Place) -> usize| places.iter().map(part).max().unwrap_or(0);
+        let (room, top_k) = (of_all(|p| p.room), of_all(|p| p.top_k));
+        let needed = Sizes::new(row, places.len(), room, top_k, by_cublas);
         // Whose memory it is decides where it lies, and the model what the parts of it are.
         let own = self.memory.as_ref().filter(|memory| memory.device.is(device) && memory.config == *config);
         if own.is_some_and(|memory| memory.sizes.covers(&needed)) {

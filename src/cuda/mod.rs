@@ -12,6 +12,8 @@ mod rows;
 mod weights;
 
 pub(crate) use bandwidth::read_gbps;
+pub use decode::layout::GpuTarget;
+pub(crate) use decode::layout::workspace_bytes;
 pub(crate) use decode::{Place, Workspace};
 
 pub(crate) use prefill::{ChunkMemory, PromptStream};

@@ -10,7 +10,7 @@ use super::host::{Completion, HostLayer, PageIn, PageOut, WidePage};
 use super::layout::KvShape;
 use super::options::{KvMode, KvOptions, PAGE};
 pub use super::plan::CacheBytes;
-use super::plan::{host_pages, page_counts, prefill_pages, slots_per_head, wide_page_bytes};
+use super::plan::{host_pages, list_room, page_counts, prefill_pages, slots_per_head, top_k, wide_page_bytes};
 use super::prefetch::Prefetch;
 use super::slab::{PageRef, Reservation, Slab, UniquePage};
 use super::tables::{List, Tables};
@@ -432,8 +432,7 @@ impl Cache {
             }
         }
         if let Some(gpu) = device.gpu() {
-            let room = (capacity + 2).div_ceil(PAGE);
-            self.tables = Some(Tables::new(gpu, grants, shape.n_layers, room)?);
+            self.tables = Some(Tables::new(gpu, grants, shape.n_layers, list_room(capacity))?);
         }
         let total = host_pages(&shape, &self.options, capacity);
         self.host.promised.take_from(&mut admission.host, total - self.host.total);
@@ -498,7 +497,7 @@ impl Cache {
 
     /// Slots of a KV head.
     pub(crate) fn top_k(&self) -> usize {
-        slots_per_head(&self.options, page_counts(&self.options, self.capacity).0)
+        top_k(&self.options, self.capacity)
     }
 
     /// Rounds K and V of one row to 16 bits and writes them at `position` of `layer`, on the CPU device. The counters do not

@@ -31,6 +31,15 @@ impl CacheBytes {
         wide_page_bytes(shape).saturating_mul(prefill_pages(options, n) as u64)
     }
 
+    /// Bytes that the cache takes on a GPU besides: lists of its pages, and which positions are not read low-bit.
+    pub fn gpu_tables(shape: &KvShape, options: &KvOptions, capacity: usize) -> u64 {
+        let line = |bytes: usize| (bytes as u64).saturating_add(63) / 64 * 64;
+        let lists = line(shape.n_layers * 2 * list_room(capacity) * 8);
+        let offloadable = page_counts(options, capacity).0;
+        let skip = if options.mode.fetches() { line(shape.n_kv_heads * offloadable * 8) } else { 0 };
+        lists.saturating_add(skip.saturating_mul(shape.n_layers as u64))
+    }
+
     /// Bytes of the cache that the attention of a decode step behind `n` tokens reads at least: packed or wide pages up to the
     /// residual, the residual, and prefetched pairs. (`fetch` reads its packed pages twice.)
     pub fn step_reads(shape: &KvShape, options: &KvOptions, n: usize) -> u64 {
@@ -70,9 +79,19 @@ pub(super) fn wide_page_bytes(shape: &KvShape) -> u64 {
     shape.wide_page_bytes().next_multiple_of(64) as u64
 }
 
+/// Pages of each of the two lists that a layer has on a GPU: the tokens, and the rows of a step behind them.
+pub(super) fn list_room(capacity: usize) -> usize {
+    (capacity + 2).div_ceil(PAGE)
+}
+
 /// Slots of a KV head: never more than could be selected.
 pub(super) fn slots_per_head(options: &KvOptions, offloadable: usize) -> usize {
     options.top_k.min(offloadable * PAGE)
+}
+
+/// The same for a sequence of at most `capacity` tokens.
+pub(crate) fn top_k(options: &KvOptions, capacity: usize) -> usize {
+    slots_per_head(options, page_counts(options, capacity).0)
 }
 
 /// Pages per layer of a sequence of at most `capacity` tokens: how many can be offloaded, and how many wide ones the

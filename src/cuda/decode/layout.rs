@@ -4,13 +4,53 @@ use crate::cuda::dense::Between;
 use crate::cuda::dtype_code;
 use crate::cuda::parts::Parts;
 use crate::cuda::rows::MAX_ROWS;
+use crate::device::LinearPath;
 use crate::device::cuda::Gpu;
 use crate::device::cuda::bindings::abi::{
     SPECACHE_ARGMAX_SLICE, specache_attn_params, specache_attn_part_bytes, specache_choice, specache_draw,
     specache_fetch, specache_layer_cache, specache_select_params, specache_select_scratch_bytes, specache_seq,
 };
+use crate::device::cuda::cublas::Cublas;
+use crate::kv::plan::top_k;
 use crate::kv::{KvOptions, KvShape};
+
 use crate::model::Config;
+
+use super::FUSED_GROUP;
+
+/// What of a GPU decides how its work is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GpuTarget {
+    /// Multiprocessors.
+    pub n_sms: u32,
+    /// The most shared memory that a block may ask for, bytes.
+    pub shared_limit: u32,
+    /// Compute capability.
+    pub arch: (u32, u32),
+}
+
+impl GpuTarget {
+    /// A card that is not here, by its compute capability (CUDA C++ Programming Guide, "Technical Specifications per Compute
+    /// Capability").
+    pub fn of(n_sms: u32, arch: (u32, u32)) -> GpuTarget {
+        let kib = match arch {
+            (8, 0 | 7) => 163,
+            (9 | 10 | 11, _) => 227,
+            _ => 99,
+        };
+        GpuTarget { n_sms, shared_limit: kib << 10, arch }
+    }
+
+    pub(crate) fn here(gpu: &Gpu) -> GpuTarget {
+        let facts = gpu.facts();
+        GpuTarget { n_sms: facts.gpu.n_sms, shared_limit: facts.shared_limit, arch: facts.gpu.arch }
+    }
+
+    /// What cuBLASLt works in.
+    pub(crate) fn cublas_bytes(self) -> u64 {
+        Cublas::workspace_bytes(self.arch) as u64
+    }
+}
 
 /// What decides the size of everything.
 #[derive(Clone, Copy, Default, PartialEq)]
@@ -27,6 +67,18 @@ pub(super) struct Sizes {
 }
 
 impl Sizes {
+    /// Of a pass over `seqs` sequences with room for `room` tokens each.
+    pub(super) fn new(rows: usize, seqs: usize, room: usize, top_k: usize, by_cublas: bool) -> Sizes {
+        Sizes {
+            rows,
+            cublas_rows: if by_cublas { rows } else { 0 },
+            seqs,
+            group: if by_cublas { seqs } else { seqs.min(FUSED_GROUP) },
+            capacity: room.next_multiple_of(1024),
+            top_k,
+        }
+    }
+
     pub(super) fn covers(&self, other: &Sizes) -> bool {
         self.rows >= other.rows
             && self.seqs >= other.seqs
@@ -101,7 +153,7 @@ pub(super) struct Results {
 
 /// The parts of the attention's parameters that say how large everything is.
 pub(super) fn attention_shape(
-    gpu: &Gpu,
+    target: GpuTarget,
     config: &Config,
     shape: &KvShape,
     n_seqs: usize,
@@ -118,20 +170,20 @@ pub(super) fn attention_shape(
         dtype: dtype_code(shape.dtype),
         window: config.sliding_window.unwrap_or(0) as u32,
         capacity: capacity as u32,
-        n_sms: gpu.facts().gpu.n_sms,
-        shared_limit: gpu.facts().shared_limit,
+        n_sms: target.n_sms,
+        shared_limit: target.shared_limit,
         ..Default::default()
     }
 }
 
 impl Scratch {
-    pub(super) fn new(gpu: &Gpu, config: &Config, sizes: &Sizes) -> Scratch {
+    pub(super) fn new(target: GpuTarget, config: &Config, sizes: &Sizes) -> Scratch {
         let (mut parts, rows) = (Parts::default(), sizes.rows);
         let (heads, kv) = (config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim);
         let shape = KvShape::new(config, &KvOptions::default());
         let attention = specache_attn_params {
             top_k: sizes.top_k as u32,
-            ..attention_shape(gpu, config, &shape, sizes.group, sizes.capacity)
+            ..attention_shape(target, config, &shape, sizes.group, sizes.capacity)
         };
         let selection = specache_select_params {
             n_seqs: sizes.group as u32,
@@ -218,4 +270,20 @@ impl Results {
             bytes: parts.bytes(),
         }
     }
+}
+
+/// Bytes that decode passes over `batch` sequences of `context` tokens work in, beside the weights and caches: activations,
+/// scores, parts of attention, lists, logits. Room is made for two rows a sequence in every mode.
+pub(crate) fn workspace_bytes(
+    target: GpuTarget,
+    config: &Config,
+    kv: &KvOptions,
+    context: usize,
+    batch: usize,
+    has_cublas: bool,
+) -> u64 {
+    let (rows, top_k) = (2 * batch, if kv.mode.fetches() { top_k(kv, context) } else { 0 });
+    let sizes = Sizes::new(rows, batch, context + 2, top_k, has_cublas && rows > LinearPath::AUTO_ROWS);
+    let told = 2 * Told::new(config, &sizes).bytes;
+    (Scratch::new(target, config, &sizes).bytes + told + Results::new(config, &sizes).bytes) as u64
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use bytemuck::{Pod, bytes_of, cast_slice};
 
-use super::layout::{Results, Scratch, Sizes, Told, attention_shape};
+use super::layout::{GpuTarget, Results, Scratch, Sizes, Told, attention_shape};
 use super::{Group, Place};
 use crate::cuda::rows::Rows;
 use crate::device::cuda::bindings::abi::{
@@ -51,7 +51,7 @@ impl Drop for Memory {
 impl Memory {
     pub(super) fn new(device: &Device, config: &Config, sizes: Sizes) -> Result<Memory> {
         let gpu = device.gpu().expect("a GPU's workspace");
-        let scratch_at = Scratch::new(gpu, config, &sizes);
+        let scratch_at = Scratch::new(GpuTarget::here(gpu), config, &sizes);
         let (told_at, results_at) = (Told::new(config, &sizes), Results::new(config, &sizes));
         let total = scratch_at.bytes + 2 * told_at.bytes + results_at.bytes;
         let mut grants = device.grant(total as u64, 0, "the workspace of decode steps")?;
@@ -177,7 +177,7 @@ impl Memory {
             first_lse: at(self.scratch_at.first_lse + heads * 4),
             parts: at(self.scratch_at.attn_parts),
             top_k: if replace { group.top_k } else { 0 },
-            ..attention_shape(gpu, config, &group.shape, group.n_seqs(), self.sizes.capacity)
+            ..attention_shape(GpuTarget::here(gpu), config, &group.shape, group.n_seqs(), self.sizes.capacity)
         }
     }
 

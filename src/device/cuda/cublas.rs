@@ -83,6 +83,11 @@ pub(crate) struct Cublas {
 }
 
 impl Cublas {
+    /// What [`Cublas::open`] takes on a GPU of this compute capability.
+    pub(crate) fn workspace_bytes(arch: (u32, u32)) -> usize {
+        WORKSPACE[usize::from(arch < (9, 0))]
+    }
+
     /// Opens the library and takes its workspace from the device's budget.
     ///
     /// # Errors
@@ -90,7 +95,7 @@ impl Cublas {
     pub(crate) fn open(device: &Device, gpu: &Arc<Gpu>) -> Result<Cublas> {
         gpu.driver().enter();
         let api = Arc::new(Api::open()?);
-        let bytes = WORKSPACE[usize::from(gpu.facts().gpu.arch < (9, 0))];
+        let bytes = Cublas::workspace_bytes(gpu.facts().gpu.arch);
         let what = "the workspace of cuBLASLt";
         let workspace = device.grant(bytes as u64, 0, what)?.device(bytes, what)?;
         Ok(Cublas { plans: Mutex::default(), api, workspace, gpu: gpu.clone() })
