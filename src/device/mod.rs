@@ -390,7 +390,10 @@ impl Device {
         let begun = match (&self.0.trace, &self.0.gpu) {
             (None, _) => None,
             (Some(trace), None) => Some(Began::OnCpu(trace, Instant::now())),
-            (Some(_), Some(gpu)) => gpu.timing().begin(gpu.queues(), stream).map(|begun| Began::OnGpu(gpu, begun)),
+            (Some(trace), Some(gpu)) => {
+                gpu.timing().begin_clock(gpu.queues(), || trace.us(Instant::now()));
+                gpu.timing().begin(gpu.queues(), stream).map(|begun| Began::OnGpu(gpu, begun))
+            }
         };
         Operation { begun, name, bytes, _range: range }
     }

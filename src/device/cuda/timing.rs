@@ -91,6 +91,21 @@ impl Timing {
         (result == CUresult::CUDA_SUCCESS).then_some(Handle(event))
     }
 
+    /// Before the first operation of all, while the queues are empty, the GPU is there as soon as the host: all times of a trace
+    /// count from here. What a sequence does before its first pass may take the GPU longer than the host.
+    pub(crate) fn begin_clock(&self, queues: &Queues, now_us: impl FnOnce() -> f64) {
+        if self.lock().origin.is_some() {
+            return;
+        }
+        let now_us = now_us();
+        let Some(event) = self.mark(queues, StreamId::Compute) else { return };
+        let mut state = self.lock();
+        match state.origin {
+            None => state.origin = Some((event, now_us)),
+            Some(_) => state.free.push(event), // another thread was faster
+        }
+    }
+
     /// A pass begins: its times count from here. `now_us`: the time of the trace.
     pub(crate) fn begin_pass(&self, queues: &Queues, now_us: f64) {
         let Some(event) = self.mark(queues, StreamId::Compute) else { return };
@@ -168,8 +183,7 @@ impl Timing {
     fn move_origin(&self, state: &mut State) -> Result<()> {
         let Some((next, host_us)) = state.next_origin else { return Ok(()) };
         let us = match state.origin {
-            // The compute queue was empty when the first pass began: the GPU was there as soon as the host.
-            None => host_us,
+            None => host_us, // nothing is traced, and only differences count
             Some((origin, us)) => us + self.elapsed_us(origin, next)?,
         };
         state.next_origin = None;
