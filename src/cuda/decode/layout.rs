@@ -35,7 +35,7 @@ impl GpuTarget {
     pub fn of(n_sms: u32, arch: (u32, u32)) -> GpuTarget {
         let kib = match arch {
             (8, 0 | 7) => 163,
-            (9 | 10 | 11, _) => 227,
+            (9..=11, _) => 227,
             _ => 99,
         };
         GpuTarget { n_sms, shared_limit: kib << 10, arch }
