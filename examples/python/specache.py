@@ -334,6 +334,16 @@ class Engine(_Handle):
         return f"<specache.Engine {_text('engine_describe', self._handle)}>"
 
 
+def _next(items):
+    """What comes next from another thread. In between Python looks for Ctrl-C: the system may have given the signal to a
+    thread that does not wait here, which would not end the wait."""
+    while True:
+        try:
+            return items.get(timeout=0.1)
+        except queue.Empty:
+            pass
+
+
 class _Loop:
     """A loop over `generate`. Whoever leaves it says so here and waits for nothing, as it may be the garbage collector: on a
     thread that holds a lock which the generation needs to come to its end. The next call with the session waits."""
@@ -408,7 +418,7 @@ class Session(_Handle):
 
         threading.Thread(target=work, daemon=True).start()
         try:
-            error = ended.get()
+            error = _next(ended)
         except BaseException:
             _lib.specache_session_cancel(args[0])  # may have been freed: nothing to end then
             ended.get()
@@ -478,7 +488,7 @@ class Session(_Handle):
         threading.Thread(target=work, daemon=True).start()
         self._loops.add(loop)
         try:
-            while (piece := pieces.get()) is not None:
+            while (piece := _next(pieces)) is not None:
                 if isinstance(piece, BaseException):
                     raise piece
                 taken.release()
