@@ -411,7 +411,11 @@ fn python_is_interrupted() {
         assert_eq!(lines.next().unwrap(), "runs");
         std::thread::sleep(std::time::Duration::from_millis(300));
         kill(nix::unistd::Pid::from_raw(child.id() as i32), Signal::SIGINT).unwrap();
-        assert_eq!(lines.next().unwrap(), "stopped");
+        let line = lines.next().unwrap();
+        if line != "stopped" {
+            let _ = child.kill(); // it would generate for long
+        }
+        assert_eq!(line, "stopped");
     }
     assert_eq!(lines.next().unwrap(), "3");
     assert!(child.wait().unwrap().success());
