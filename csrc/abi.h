@@ -110,7 +110,7 @@ typedef struct specache_layer_cache {
 } specache_layer_cache;
 SPECACHE_ASSERT_SIZE(specache_layer_cache, 64);
 
-/* attn_decode.cu: attention of all rows of a step over one layer's mixed cache, then the combine of its parts.
+/* attn_decode.cu: attention of all rows of a step over one layer's mixed cache; attn_combine.cu: then its parts become one.
  *
  * Position j of a sequence is read from
  *   its slot        if j < nq and a slot of the KV head holds j (then its skip bit is set as well)

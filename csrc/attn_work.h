@@ -67,6 +67,7 @@ SPECACHE_HOST_DEVICE uint32_t attn_shared_bytes(const specache_attn_params *p, u
     return query_bytes(p) + kAttnWarps * stages * stage_bytes(p);
 }
 
+/* Whether a multiprocessor has room for so many CTAs with so many stages. */
 SPECACHE_HOST_DEVICE bool attn_fits(const specache_attn_params *p, uint32_t stages, uint32_t ctas) {
     return ctas * (attn_shared_bytes(p, stages) + kUnitBytes + kCtaBytes) <= p->shared_limit + kCtaBytes;
 }
@@ -77,6 +78,11 @@ SPECACHE_HOST_DEVICE uint32_t attn_ctas(const specache_attn_params *p) {
     uint32_t ctas = SPECACHE_ATTN_CTAS(p->head_dim, p->bits);
     while (ctas > 1 && !attn_fits(p, 2, ctas)) ctas--;
     return ctas;
+}
+
+/* CTAs of the GPU. */
+SPECACHE_HOST_DEVICE uint32_t attn_gpu_ctas(const specache_attn_params *p) {
+    return attn_ctas(p) * (p->n_sms == 0 ? 1 : p->n_sms);
 }
 
 /* Stages of each warp's ring: as many as there is room for beside so many CTAs, at least two; 0 if two do not fit. */
@@ -91,7 +97,7 @@ SPECACHE_HOST_DEVICE uint32_t attn_stages(const specache_attn_params *p) {
 
 /* Of a KV head and column tile. */
 SPECACHE_HOST_DEVICE uint32_t most_parts(const specache_attn_params *p) {
-    const uint32_t ctas = attn_ctas(p) * (p->n_sms == 0 ? 1 : p->n_sms), parts = ctas / p->n_kv_heads;
+    const uint32_t parts = attn_gpu_ctas(p) / p->n_kv_heads;
     return parts < 1 ? 1 : parts < kMaxParts ? parts : kMaxParts;
 }
 

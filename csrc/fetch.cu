@@ -16,6 +16,7 @@
 // keep it: the stream should have the higher priority. How many CTAs is measured, not understood. On an H200 one sequence
 // (512 pairs a layer) decodes 4 % faster beside four of them than beside 16; eight sequences, whose products cuBLASLt
 // makes in one CTA for each SM, 10 % faster beside 16, which reach 31 GB/s and are gone sooner.
+#include "block.cuh"
 #include "seq.cuh"
 #include "kernels.h"
 
@@ -42,21 +43,9 @@ SPECACHE_DEVICE uint32_t count_of(const specache_fetch_params& p, uint32_t head)
 }
 
 SPECACHE_DEVICE uint32_t sum_counts(const specache_fetch_params& p, uint32_t first, FetchShared& shared) {
-    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    uint32_t through = count_of(p, first + threadIdx.x);
-    for (int distance = 1; distance < 32; distance *= 2) {
-        const uint32_t other = __shfl_up_sync(~0u, through, distance);
-        through += int(lane) >= distance ? other : 0;
-    }
-    if (lane == 31) shared.warp_sums[warp] = through;
-    __syncthreads();
-    uint32_t before = 0, all = 0;
-#pragma unroll
-    for (uint32_t w = 0; w < kFetchWarps; w++) {
-        if (w == warp) before = all;
-        all += shared.warp_sums[w];
-    }
-    shared.ends[threadIdx.x] = before + through;
+    const uint32_t own = count_of(p, first + threadIdx.x);
+    uint32_t all;
+    shared.ends[threadIdx.x] = block_scan(shared.warp_sums, own, all) + own;
 #if SPECACHE_INJECTED_BUG != 1   // the tests must see a missing barrier
     __syncthreads();
 #endif
@@ -74,6 +63,9 @@ SPECACHE_DEVICE uint32_t head_of(const FetchShared& shared, uint32_t pair) {
     return low;
 }
 
+// Which of the two stages a batch takes: this CTA's batches take turns.
+SPECACHE_DEVICE uint32_t stage_of(uint32_t batch) { return batch / gridDim.x % 2; }
+
 // Of batch `batch` of the heads from `first` on; `n` pairs are wanted in all.
 SPECACHE_DEVICE void find_batch(const specache_fetch_params& p, uint32_t first, uint32_t batch, uint32_t n,
                                 FetchShared& shared) {
@@ -90,8 +82,8 @@ SPECACHE_DEVICE void find_batch(const specache_fetch_params& p, uint32_t first, 
 #endif
     const uint64_t page = load_device(reinterpret_cast<const uint64_t*>(cache.host) + fetch.y / SPECACHE_PAGE);
     const uint64_t bytes = 4 * p.head_dim, token = kv_head * SPECACHE_PAGE + fetch.y % SPECACHE_PAGE;
-    shared.from[batch / gridDim.x % 2][threadIdx.x] = page + token * bytes;
-    shared.to[batch / gridDim.x % 2][threadIdx.x] = cache.pairs + (uint64_t(kv_head) * p.top_k + fetch.x) * bytes;
+    shared.from[stage_of(batch)][threadIdx.x] = page + token * bytes;
+    shared.to[stage_of(batch)][threadIdx.x] = cache.pairs + (uint64_t(kv_head) * p.top_k + fetch.x) * bytes;
 }
 
 // ---- step 3: the pairs ------------------------------------------------------------------------------------------
@@ -107,7 +99,7 @@ SPECACHE_DEVICE void each_piece(const specache_fetch_params& p, uint32_t batch, 
 
 // What a thread copies into shared memory it takes from there itself: no barrier between the two.
 SPECACHE_DEVICE void load_batch(const specache_fetch_params& p, uint32_t batch, uint32_t n, FetchShared& shared) {
-    const uint32_t stage = batch / gridDim.x % 2;
+    const uint32_t stage = stage_of(batch);
     if (batch * kBatch < n)
         each_piece(p, batch, n, [&](uint32_t pair, uint32_t offset, uint32_t at) {
             copy_async_16(shared.pairs[stage] + at,
@@ -117,7 +109,7 @@ SPECACHE_DEVICE void load_batch(const specache_fetch_params& p, uint32_t batch, 
 }
 
 SPECACHE_DEVICE void store_batch(const specache_fetch_params& p, uint32_t batch, uint32_t n, FetchShared& shared) {
-    const uint32_t stage = batch / gridDim.x % 2;
+    const uint32_t stage = stage_of(batch);
     each_piece(p, batch, n, [&](uint32_t pair, uint32_t offset, uint32_t at) {
         store_16(reinterpret_cast<uint8_t*>(shared.to[stage][pair]) + offset,
                  *reinterpret_cast<const uint4*>(shared.pairs[stage] + at));

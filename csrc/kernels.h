@@ -23,7 +23,7 @@
 /* 8 warps: 8 loads of 16 bytes in flight per thread at D = 128. */
 #define SPECACHE_PACK_THREADS 256
 
-/* ---- attn_decode.cu: D x bits x dtype, and specache_attn_combine. A test may build fewer. ---- */
+/* ---- attn_decode.cu: D x bits x dtype; attn_combine.cu: specache_attn_combine. A test may build fewer. ---- */
 #ifndef SPECACHE_ATTN_KERNELS
 #define SPECACHE_ATTN_KERNELS(X)                                       \
     X(64, 1, fp16, Fp16) X(64, 2, fp16, Fp16) X(64, 4, fp16, Fp16)     \

@@ -103,7 +103,7 @@ wait
 report csrc/pack.cu csrc/probe.cu || fail "registers or spills"
 
 # Attention, selection and the gather.
-attention=(csrc/attn_decode.cu csrc/attn_prefill.cu csrc/select.cu csrc/fetch.cu)
+attention=(csrc/attn_decode.cu csrc/attn_combine.cu csrc/attn_prefill.cu csrc/select.cu csrc/fetch.cu)
 for source in "${attention[@]}"; do
   for arch in "${architectures[@]}"; do beside compile "$source" "$arch"; done
   if [ "${1:-}" = --all ]; then beside compile_ptx "$source"; fi

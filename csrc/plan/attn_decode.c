@@ -1,4 +1,4 @@
-/* The launch plans of attn_decode.cu. */
+/* The launch plans of attn_decode.cu and attn_combine.cu. */
 #include "../attn_work.h"
 #include "plan.h"
 
@@ -52,8 +52,7 @@ specache_status specache_attn_plan(const specache_attn_params *p, specache_launc
         return refuse(launch, SPECACHE_TOO_MUCH_SHARED, "attention: %u bytes of shared memory where %u are",
                       attn_shared_bytes(p, 2), p->shared_limit);
     launch->shared_bytes = attn_shared_bytes(p, stages);
-    const uint64_t ctas = (uint64_t)(p->n_sms == 0 ? 1 : p->n_sms) * attn_ctas(p);
-    const uint64_t units = most_units(p);
+    const uint64_t ctas = attn_gpu_ctas(p), units = most_units(p);
     return planned(launch, kernel_of(p), ctas < units ? ctas : units, SPECACHE_ATTN_THREADS);
 }
 

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "../attn_combine.cu"
 #include "../attn_decode.cu"
 #include "check.h"
 #include "device.h"

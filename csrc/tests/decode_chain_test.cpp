@@ -9,6 +9,7 @@
 #include <vector>
 
 #define SPECACHE_ATTN_KERNELS(X) X(64, 2, bf16, Bf16) X(128, 1, fp16, Fp16)
+#include "../attn_combine.cu"
 #include "../attn_decode.cu"
 #include "../fetch.cu"
 #include "../pack.cu"

@@ -167,15 +167,11 @@ impl Plan {
         engine::plan_on_gpu(&self.config, kv, *context, batch as usize, target, self.number_bytes)
     }
 
-    /// Device bytes of one sequence.
-    fn of_sequence(&self, need: &Need) -> u64 {
-        need.cache.device().saturating_add(self.on_gpu(need, 1).tables)
-    }
-
     /// Device and host bytes of `batch` sequences, of which one is prefilled at a time.
     fn total(&self, need: &Need, batch: u64) -> (u64, u64) {
-        let work = need.workspace.saturating_add(self.on_gpu(need, batch).workspace);
-        let device = self.of_sequence(need).saturating_mul(batch).saturating_add(work);
+        let GpuBytes { tables, workspace } = self.on_gpu(need, batch);
+        let caches = need.cache.device().saturating_add(tables).saturating_mul(batch);
+        let device = caches.saturating_add(need.workspace).saturating_add(workspace);
         (device.saturating_add(self.weight_bytes), need.cache.host.saturating_mul(batch))
     }
 
@@ -281,7 +277,9 @@ impl Plan {
             row("prefetch slots", &|m| bytes(m.need.cache.slots)),
             row("loaded layers", &|m| bytes(m.need.cache.loads)),
             row("lists of pages", &|m| bytes(self.on_gpu(&m.need, 1).tables)),
-            row("KV on the device, a sequence", &|m| bytes(self.of_sequence(&m.need))),
+            row("KV on the device, a sequence", &|m| {
+                bytes(m.need.cache.device().saturating_add(self.on_gpu(&m.need, 1).tables))
+            }),
             row("KV on the host, a sequence", &|m| bytes(m.need.cache.host)),
             row("workspace of a prefill", &|m| bytes(m.need.workspace)),
             row("workspace of decode steps", &|m| bytes(self.on_gpu(&m.need, batch).workspace)),

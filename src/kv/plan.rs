@@ -33,10 +33,9 @@ impl CacheBytes {
 
     /// Bytes that the cache takes on a GPU besides: lists of its pages, and which positions are not read low-bit.
     pub fn gpu_tables(shape: &KvShape, options: &KvOptions, capacity: usize) -> u64 {
-        let line = |bytes: usize| (bytes as u64).saturating_add(63) / 64 * 64;
-        let lists = line(shape.n_layers * 2 * list_room(capacity) * 8);
+        let lists = metered((shape.n_layers * 2 * list_room(capacity) * 8) as u64);
         let offloadable = page_counts(options, capacity).0;
-        let skip = if options.mode.fetches() { line(shape.n_kv_heads * offloadable * 8) } else { 0 };
+        let skip = if options.mode.fetches() { metered((shape.n_kv_heads * offloadable * 8) as u64) } else { 0 };
         lists.saturating_add(skip.saturating_mul(shape.n_layers as u64))
     }
 
@@ -57,13 +56,12 @@ impl CacheBytes {
 
     /// The plan for a sequence of at most `capacity` tokens. Saturates where no machine could follow.
     pub fn plan(shape: &KvShape, options: &KvOptions, capacity: usize) -> CacheBytes {
-        let line = |bytes: u64| bytes.saturating_add(63) / 64 * 64;
         let times = |n: usize, bytes: u64| bytes.saturating_mul(n as u64);
         let (offloadable, tail) = page_counts(options, capacity);
         let wide_page = wide_page_bytes(shape);
         let (mode, layers) = (options.mode, shape.n_layers);
         let slots = Slots::bytes(shape, slots_per_head(options, offloadable));
-        let packed = line(times(offloadable, shape.packed_page_bytes() as u64));
+        let packed = metered(times(offloadable, shape.packed_page_bytes() as u64));
         CacheBytes {
             packed: if mode.low_bit() { times(layers, packed) } else { 0 },
             wide: times(layers, times(tail, wide_page)),
@@ -77,6 +75,11 @@ impl CacheBytes {
 /// Bytes that a meter counts for a wide page.
 pub(super) fn wide_page_bytes(shape: &KvShape) -> u64 {
     shape.wide_page_bytes().next_multiple_of(64) as u64
+}
+
+/// What a device's meter counts for so many bytes: whole cache lines.
+pub(super) fn metered(bytes: u64) -> u64 {
+    bytes.saturating_add(63) / 64 * 64
 }
 
 /// Pages of each of the two lists that a layer has on a GPU: the tokens, and the rows of a step behind them.

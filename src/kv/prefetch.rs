@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::layout::KvShape;
+use super::plan::metered;
 use crate::device::order::Site;
 use crate::device::{Buffer, Carried, Device, Grants, InFlight};
 use crate::error::Result;
@@ -34,11 +35,10 @@ pub struct Slots {
 impl Slots {
     /// Bytes that a device meters for the slots of a layer.
     pub fn bytes(shape: &KvShape, top_k: usize) -> u64 {
-        let line = |bytes: u64| bytes.saturating_add(63) / 64 * 64;
         let pairs = (shape.n_kv_heads as u64).saturating_mul(top_k as u64);
-        line(pairs.saturating_mul(4))
+        metered(pairs.saturating_mul(4))
             .saturating_mul(4)
-            .saturating_add(line(pairs.saturating_mul(shape.pair_bytes() as u64)))
+            .saturating_add(metered(pairs.saturating_mul(shape.pair_bytes() as u64)))
     }
 
     /// Empty slots, for positions in the first `pages` pages.

@@ -24,7 +24,7 @@
 
 SPECACHE_PACK_KERNELS(PACK)
 SPECACHE_ATTN_KERNELS(ATTN)
-KERNEL("attn_decode.cu", specache_attn_combine, specache_attn_params)
+KERNEL("attn_combine.cu", specache_attn_combine, specache_attn_params)
 KERNEL("select.cu", specache_select_chunks, specache_select_params)
 KERNEL("select.cu", specache_select_merge, specache_select_params)
 SPECACHE_EMBED_KERNELS(EMBED)

@@ -18,6 +18,7 @@ macro_rules! sources {
 
 /// Each is a program of its own.
 pub(crate) const KERNELS: &[Source] = sources![
+    "attn_combine.cu",
     "attn_decode.cu",
     "attn_prefill.cu",
     "dense.cu",
@@ -34,6 +35,7 @@ pub(crate) const KERNELS: &[Source] = sources![
 /// What they include.
 pub(crate) const HEADERS: &[Source] = sources![
     "abi.h",
+    "attn_units.cuh",
     "attn_work.h",
     "block.cuh",
     "common.cuh",
