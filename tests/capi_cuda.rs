@@ -191,7 +191,7 @@ fn words_of_the_library() {
         if first.is_empty() {
             return println!("skipped: this program was built with nvcc");
         }
-        assert!(first.iter().any(|(level, text)| *level == 3 && text.contains("11 kernel files for")), "{first:?}");
+        assert!(first.iter().any(|(level, text)| *level == 3 && text.contains(" kernel files for ")), "{first:?}");
     });
 }
 
