@@ -945,9 +945,9 @@ fn compiled_kernels_are_kept() {
     if !first.contains("compiling") {
         return println!("skipped: this program was built with nvcc");
     }
-    assert!(first.contains("compiling 11 kernel files for Emulated GPU"), "{first}");
     let files = kept();
-    assert_eq!(files.len(), 11);
+    let all = format!("compiling {} kernel files for Emulated GPU", files.len());
+    assert!(files.len() > 3 && first.contains(&all), "{first}");
     assert!(!run(&cache, &[]).contains("compiling"));
     // Half a file, and one that no driver takes.
     let whole = fs::read(&files[3]).unwrap();
@@ -958,11 +958,11 @@ fn compiled_kernels_are_kept() {
     assert!(again.contains("does not load: compiling it anew"), "{again}");
     assert_eq!(kept(), files);
     // Another architecture, or driver, has files of its own.
-    assert!(run(&cache, &[("SPECACHE_EMU_CC", "8.0")]).contains("compiling 11 kernel files"));
-    assert_eq!(kept().len(), 22);
+    assert!(run(&cache, &[("SPECACHE_EMU_CC", "8.0")]).contains(&all));
+    assert_eq!(kept().len(), 2 * files.len());
     // Nowhere to keep them: below a file there is no folder, whoever asks.
     let nowhere = run(&files[0], &[]);
-    assert!(nowhere.contains("compiling 11") && nowhere.contains("cannot be kept"), "{nowhere}");
+    assert!(nowhere.contains(&all) && nowhere.contains("cannot be kept"), "{nowhere}");
 }
 
 /// What a GPU's user is told on the command line: the device, and the codes of its failures.
