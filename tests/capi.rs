@@ -400,7 +400,10 @@ fn python_is_interrupted() {
     if !has("python3") {
         return;
     }
-    let body = "for call in (lambda: s.generate_ids(50_000, True), lambda: s.prefill([5] * 60_000)):\n    \
+    // Python leaves Ctrl-C alone where it was told to ignore it, as what a shell starts in the background is.
+    let body = "import signal\n\
+                signal.signal(signal.SIGINT, signal.default_int_handler)\n\
+                for call in (lambda: s.generate_ids(50_000, True), lambda: s.prefill([5] * 60_000)):\n    \
                 print('runs', flush=True)\n    \
                 try:\n        call()\n    \
                 except KeyboardInterrupt:\n        print('stopped', flush=True)\n\
