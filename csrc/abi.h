@@ -475,8 +475,8 @@ specache_status specache_prefill_plan(const specache_prefill_params *params, spe
 
 /* ---- the gather on the device: fetch.cu -------------------------------------------------------------------------- */
 
-/* Copies the pairs that the selection left in fetches from pinned host memory into their slots. A page of the host is a
- * wide page, and all pages below no / 64 are there. */
+/* Copies the pairs that the selection left in fetches into their slots: from pinned host memory, where a page is a wide
+ * page and all pages below no / 64 are there, or from where the host's threads have gathered them (post.cu). */
 typedef struct specache_fetch_params {
     uint64_t seqs;         /* device, specache_seq [n_seqs], 16-byte aligned */
     uint64_t caches;       /* device, specache_layer_cache [n_seqs] of this layer, 16-byte aligned: host pages are read,
@@ -484,6 +484,8 @@ typedef struct specache_fetch_params {
     uint64_t fetches;      /* device, specache_fetch [n_seqs][n_kv_heads][top_k], as the selection wrote them */
     uint64_t fetch_counts; /* device, uint32_t [n_seqs][n_kv_heads]; of entries that are not in use not looked at */
     uint64_t fetched;      /* in and out: device, uint64_t: how many pairs were copied is added; 0: not wanted */
+    uint64_t gathered;     /* device, [pairs][4 D] bytes, 16-byte aligned: the pairs of all heads, one head's behind the
+                              other's, in the order of fetches; 0: they come from the pages of the host */
     uint32_t n_seqs;       /* B, entries of seqs in use or not */
     uint32_t n_kv_heads;   /* Hkv */
     uint32_t head_dim;     /* D: 64, 128 */
@@ -491,10 +493,38 @@ typedef struct specache_fetch_params {
     uint32_t n_ctas;       /* host: how many CTAs share the work; 0: by what may be wanted */
     uint32_t reserved;     /* 0 */
 } specache_fetch_params;
-SPECACHE_ASSERT_SIZE(specache_fetch_params, 64);
+SPECACHE_ASSERT_SIZE(specache_fetch_params, 72);
 
 #ifndef __CUDACC_RTC__
 specache_status specache_fetch_plan(const specache_fetch_params *params, specache_launch *launch);
+#endif
+
+/* ---- what the host's threads are to gather: post.cu -------------------------------------------------------------- */
+
+/* One pair that is wanted. */
+typedef struct specache_wanted {
+    uint32_t head; /* sequence * n_kv_heads + KV head */
+    uint32_t position;
+} specache_wanted;
+SPECACHE_ASSERT_SIZE(specache_wanted, 8);
+
+/* Tells the host which pairs the selection left in fetches, in the order in which specache_fetch_pairs takes them from
+ * `gathered`. */
+typedef struct specache_post_params {
+    uint64_t seqs;         /* device, specache_seq [n_seqs], 16-byte aligned */
+    uint64_t fetches;      /* device, specache_fetch [n_seqs][n_kv_heads][top_k], as the selection wrote them */
+    uint64_t fetch_counts; /* device, uint32_t [n_seqs][n_kv_heads]; of entries that are not in use not looked at */
+    uint64_t wanted;       /* out: pinned, specache_wanted [n_seqs * n_kv_heads * top_k]: as many as there are */
+    uint64_t bell;         /* out: pinned, uint32_t: 1 + how many there are, once they can be seen */
+    uint32_t n_seqs;       /* B, entries of seqs in use or not */
+    uint32_t n_kv_heads;   /* Hkv */
+    uint32_t top_k;        /* k: at most 2048; with 0 there is nothing to launch */
+    uint32_t reserved;     /* 0 */
+} specache_post_params;
+SPECACHE_ASSERT_SIZE(specache_post_params, 56);
+
+#ifndef __CUDACC_RTC__
+specache_status specache_post_plan(const specache_post_params *params, specache_launch *launch);
 #endif
 
 /* ---- how fast memory is read: read.cu ---------------------------------------------------------------------------- */

@@ -16,63 +16,43 @@
 // keep it: the stream should have the higher priority. How many CTAs is measured, not understood. On an H200 one sequence
 // (512 pairs a layer) decodes 4 % faster beside four of them than beside 16; eight sequences, whose products cuBLASLt
 // makes in one CTA for each SM, 10 % faster beside 16, which reach 31 GB/s and are gone sooner.
-#include "block.cuh"
-#include "seq.cuh"
+//
+// Where the host's threads gather (post.cu), the pairs lie one behind the other in the device's memory already, and the
+// kernel only brings them into their slots.
+#include "fetch_list.cuh"
 #include "kernels.h"
 
 namespace specache {
 
 constexpr uint32_t kFetchThreads = SPECACHE_FETCH_THREADS;
-constexpr uint32_t kFetchWarps = kFetchThreads / 32;
 constexpr uint32_t kBatch = 32;           // pairs: a lane of the first warp finds one
 constexpr uint32_t kMostPairBytes = 512;
 
 struct FetchShared {
     alignas(128) uint8_t pairs[2][kBatch * kMostPairBytes];   // on their way
     uint64_t from[2][kBatch], to[2][kBatch];
-    uint32_t ends[kFetchThreads];   // pairs of the heads up to and with each
-    uint32_t warp_sums[kFetchWarps];
+    FetchList<kFetchThreads> list;
 };
 
-// ---- step 1: how many pairs the heads [first, first + kFetchThreads) want ---------------------------------------
-
-// Of one head; nothing where the sequence's entry is not in use.
-SPECACHE_DEVICE uint32_t count_of(const specache_fetch_params& p, uint32_t head) {
-    if (head >= p.n_seqs * p.n_kv_heads || load_seq(p.seqs, head / p.n_kv_heads).n_rows == 0) return 0;
-    return load_device(reinterpret_cast<const uint32_t*>(p.fetch_counts) + head);
-}
-
-SPECACHE_DEVICE uint32_t sum_counts(const specache_fetch_params& p, uint32_t first, FetchShared& shared) {
-    const uint32_t own = count_of(p, first + threadIdx.x);
-    uint32_t all;
-    shared.ends[threadIdx.x] = block_scan(shared.warp_sums, own, all) + own;
-#if SPECACHE_INJECTED_BUG != 1   // the tests must see a missing barrier
-    __syncthreads();
-#endif
-    return all;
-}
-
-// ---- step 2: where pairs come from and go to --------------------------------------------------------------------
-
-// The first head whose end is beyond `pair`.
-SPECACHE_DEVICE uint32_t head_of(const FetchShared& shared, uint32_t pair) {
-    uint32_t low = 0;
-#pragma unroll 1
-    for (uint32_t step = kFetchThreads / 2; step != 0; step /= 2)
-        if (shared.ends[low + step - 1] <= pair) low += step;
-    return low;
-}
+// ---- step 1: where pairs come from and go to --------------------------------------------------------------------
 
 // Which of the two stages a batch takes: this CTA's batches take turns.
 SPECACHE_DEVICE uint32_t stage_of(uint32_t batch) { return batch / gridDim.x % 2; }
 
-// Of batch `batch` of the heads from `first` on; `n` pairs are wanted in all.
+// In the pages of the host.
+SPECACHE_DEVICE uint64_t host_pair(const specache_layer_cache& cache, uint32_t kv_head, uint32_t position,
+                                   uint64_t bytes) {
+    const uint64_t page = load_device(reinterpret_cast<const uint64_t*>(cache.host) + position / SPECACHE_PAGE);
+    return page + (kv_head * SPECACHE_PAGE + position % SPECACHE_PAGE) * bytes;
+}
+
+// Of batch `batch` of the heads from `first` on, of which `n` pairs are wanted, behind `before` of other heads.
 SPECACHE_DEVICE void find_batch(const specache_fetch_params& p, uint32_t first, uint32_t batch, uint32_t n,
-                                FetchShared& shared) {
+                                uint64_t before, FetchShared& shared) {
     const uint32_t pair = batch * kBatch + threadIdx.x;
     if (threadIdx.x >= kBatch || pair >= n) return;
-    const uint32_t local = head_of(shared, pair), head = first + local, kv_head = head % p.n_kv_heads;
-    const uint32_t in_head = pair - (local == 0 ? 0 : shared.ends[local - 1]);
+    uint32_t in_head;
+    const uint32_t head = first + head_of(shared.list, pair, in_head), kv_head = head % p.n_kv_heads;
     const uint2 fetch =   // slot, position
         load_device(reinterpret_cast<const uint2*>(p.fetches) + uint64_t(head) * p.top_k + in_head);
 #if SPECACHE_INJECTED_BUG == 2   // the tests must see pairs of another sequence
@@ -80,13 +60,13 @@ SPECACHE_DEVICE void find_batch(const specache_fetch_params& p, uint32_t first, 
 #else
     const specache_layer_cache cache = load_cache(p.caches, head / p.n_kv_heads);
 #endif
-    const uint64_t page = load_device(reinterpret_cast<const uint64_t*>(cache.host) + fetch.y / SPECACHE_PAGE);
-    const uint64_t bytes = 4 * p.head_dim, token = kv_head * SPECACHE_PAGE + fetch.y % SPECACHE_PAGE;
-    shared.from[stage_of(batch)][threadIdx.x] = page + token * bytes;
+    const uint64_t bytes = 4 * p.head_dim;
+    shared.from[stage_of(batch)][threadIdx.x] =
+        p.gathered == 0 ? host_pair(cache, kv_head, fetch.y, bytes) : p.gathered + (before + pair) * bytes;
     shared.to[stage_of(batch)][threadIdx.x] = cache.pairs + (uint64_t(kv_head) * p.top_k + fetch.x) * bytes;
 }
 
-// ---- step 3: the pairs ------------------------------------------------------------------------------------------
+// ---- step 2: the pairs ------------------------------------------------------------------------------------------
 
 // Calls each(pair of the batch, byte of the pair, byte of the stage) for a thread's pieces of 16 bytes.
 template <class Each>
@@ -117,15 +97,16 @@ SPECACHE_DEVICE void store_batch(const specache_fetch_params& p, uint32_t batch,
 }
 
 // This CTA's batches of n pairs.
-SPECACHE_DEVICE void copy_batches(const specache_fetch_params& p, uint32_t first, uint32_t n, FetchShared& shared) {
+SPECACHE_DEVICE void copy_batches(const specache_fetch_params& p, uint32_t first, uint32_t n, uint64_t before,
+                                  FetchShared& shared) {
     const uint32_t step = gridDim.x;
     if (blockIdx.x * kBatch >= n) return;
-    find_batch(p, first, blockIdx.x, n, shared);
+    find_batch(p, first, blockIdx.x, n, before, shared);
     __syncthreads();
     load_batch(p, blockIdx.x, n, shared);
 #pragma unroll 1
     for (uint32_t batch = blockIdx.x; batch * kBatch < n; batch += step) {
-        find_batch(p, first, batch + step, n, shared);
+        find_batch(p, first, batch + step, n, before, shared);
         __syncthreads();
         load_batch(p, batch + step, n, shared);
         copy_async_wait<1>();
@@ -140,8 +121,8 @@ SPECACHE_DEVICE void fetch_pairs(const specache_fetch_params& p) {
     uint64_t fetched = 0;
 #pragma unroll 1
     for (uint32_t first = 0; first < p.n_seqs * p.n_kv_heads; first += kFetchThreads) {
-        const uint32_t pairs = sum_counts(p, first, shared);
-        copy_batches(p, first, pairs, shared);
+        const uint32_t pairs = sum_counts(p, first, shared.list);
+        copy_batches(p, first, pairs, fetched, shared);
         fetched += pairs;
         __syncthreads();   // nobody looks for heads any more
     }

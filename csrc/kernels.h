@@ -83,6 +83,9 @@
 #define SPECACHE_FETCH_MIN_CTAS 4
 #define SPECACHE_FETCH_MAX_CTAS 16
 
+/* ---- post.cu: specache_post_wanted ---- */
+#define SPECACHE_POST_THREADS 512
+
 /* ---- read.cu: specache_read ---- */
 #define SPECACHE_READ_THREADS 256
 

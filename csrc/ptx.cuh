@@ -76,6 +76,12 @@ SPECACHE_DEVICE uint32_t transpose_8x8(uint32_t row) {
 template <class T> SPECACHE_DEVICE T load_device(const T* from) { return *from; }
 template <class T> SPECACHE_DEVICE void store_device(T* to, T v) { *to = v; }
 
+// A word that the host waits for. What the threads of the block wrote before their last barrier can be seen before it.
+SPECACHE_DEVICE void store_release_system(uint32_t* to, uint32_t v) {
+    __threadfence_system();
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(v) : "memory");
+}
+
 // 16 bytes of device memory to shared memory, by the thread's own copy queue: kept out of L1. `bytes` = 0 writes zeros
 // and reads nothing.
 SPECACHE_DEVICE void copy_async_16(void* to, const void* from, uint32_t bytes) {

@@ -135,6 +135,14 @@ enum {
     SPECACHE_LINEAR_CUBLAS = 2 /* cuBLASLt always; not on the CPU, not for weights of 32 bits */
 };
 
+/* How a GPU gets the pairs that SPECACHE_KV_SPECACHE and _FETCH have selected from host memory. Results do not depend on it. */
+enum {
+    SPECACHE_GATHER_DEFAULT = 0, /* on a GPU as SPECACHE_GATHER_GPU; on the CPU as SPECACHE_GATHER_CPU */
+    SPECACHE_GATHER_GPU = 1,     /* its multiprocessors read them; not on the CPU */
+    SPECACHE_GATHER_CPU = 2,     /* threads of the host gather them; steps are not given to a GPU as CUDA graphs */
+    SPECACHE_GATHER_AUTO = 3     /* on a GPU the first 16 steps of so many sequences go either way, the rest the faster one */
+};
+
 typedef struct specache_engine_options {
     uint32_t struct_size;
     uint32_t threads;          /* compute threads, up to 1024; 0 (default): as many as the process may use */
@@ -149,6 +157,8 @@ typedef struct specache_engine_options {
     void *log_user_data;
     int32_t log_level;         /* the highest level that is wanted, 0: none; default SPECACHE_LOG_INFO */
     int32_t linear;            /* SPECACHE_LINEAR_*: how a GPU makes matrix products */
+    int32_t gather;            /* SPECACHE_GATHER_* */
+    uint32_t gather_threads;   /* threads that gather, up to 256; 0 (default): a quarter of those that can run, 1 to 16 */
 } specache_engine_options;
 
 /* Sets struct_size and the defaults. `struct_size` is sizeof(specache_engine_options).

@@ -421,7 +421,6 @@ fn fetch(
 ) {
     let schedule = device.pipeline();
     let from = select::stream(device, mode);
-    let mut gather = || rows.gpu.gather(device, config, layer, mode);
     for m in members {
         let session = &mut *batch[m.index].session;
         if session.kv().mode != mode {
@@ -434,10 +433,18 @@ fn fetch(
         session.note_fetch(layer, fetched, kind == Pass::PreDecode);
         // The paper's copies are one sequence's each. A GPU's kernels serve all sequences that share their launches.
         if schedule == Schedule::Stream && device.gpu().is_none() {
-            fetches.launch(device, layer, from, &mut gather);
+            fetches.launch(device, layer, from);
         }
     }
-    fetches.launch(device, layer, from, &mut gather);
+    match device.is_gpu() {
+        true => {
+            let reads = if rows.gpu.gathers_on_host() { from } else { StreamId::CopyIn };
+            let pages = |i: usize| batch[members[i].index].session.cache.host(layer).clone();
+            let gather = || rows.gpu.gather(device, config, layer, mode, from, pages);
+            fetches.launch_on_gpu(device, from, reads, gather);
+        }
+        false => fetches.launch(device, layer, from),
+    }
     if schedule == Schedule::Serial && mode == KvMode::SpeCache {
         fetches.note_wait(arrive(device, batch, members, layer, kind));
     }
@@ -533,13 +540,17 @@ fn end_on_gpu(
     drop(logits);
     let launched = graph.map_or(Ok(()), |graph| rows.gpu.end_graph(graph));
     device.finish(device.record(StreamId::Compute));
-    if let Err(failed) = launched.and_then(|()| device.sound()) {
+    let sound = launched.and_then(|()| device.sound());
+    let gathers = members.iter().filter_map(|m| batch[m.index].session.cache.gather_failure.clone());
+    if let Err(failed) = sound.and_then(|()| rows.gpu.end_pass(gathers)) {
+        rows.gpu.give_up();
         members.iter().for_each(|m| batch[m.index].session.fail_device(&failed));
         return Err(failed);
     }
     for (i, m) in members.iter().enumerate() {
         let session = &mut *batch[m.index].session;
         session.note_pass(config, i, &rows.gpu, kind == Pass::PreDecode);
+        session.cache.gather_failure = rows.gpu.gather_failure();
     }
     device.tell_fetched(|l| {
         let bytes = |(i, m): (usize, &Member)| {

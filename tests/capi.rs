@@ -117,7 +117,7 @@ fn rust_type(c: &str) -> String {
 }
 
 /// The header's numbers. None of them ever changes.
-const CONSTANTS: [(&str, i64); 39] = [
+const CONSTANTS: [(&str, i64); 43] = [
     ("SPECACHE_OK", 0),
     ("SPECACHE_ERR_FAILED", 1),
     ("SPECACHE_ERR_USAGE", 2),
@@ -137,6 +137,10 @@ const CONSTANTS: [(&str, i64); 39] = [
     ("SPECACHE_LINEAR_AUTO", 0),
     ("SPECACHE_LINEAR_FUSED", 1),
     ("SPECACHE_LINEAR_CUBLAS", 2),
+    ("SPECACHE_GATHER_DEFAULT", 0),
+    ("SPECACHE_GATHER_GPU", 1),
+    ("SPECACHE_GATHER_CPU", 2),
+    ("SPECACHE_GATHER_AUTO", 3),
     ("SPECACHE_ADD_SPECIAL", 1),
     ("SPECACHE_KV_FULL", 0),
     ("SPECACHE_KV_KIVI", 1),
@@ -181,8 +185,8 @@ macro_rules! layouts {
 /// Sizes are of x86-64. They may grow with a new minor version, but for the last three.
 fn layouts() -> [Layout; 11] {
     layouts!(
-        "specache_engine_options" EngineOptions 64: struct_size threads device device_budget host_kv_budget lock_memory
-            trace log log_user_data log_level linear;
+        "specache_engine_options" EngineOptions 72: struct_size threads device device_budget host_kv_budget lock_memory
+            trace log log_user_data log_level linear gather gather_threads;
         "specache_kv_options" KvOptionsC 28: struct_size mode bits group_size residual_len top_k dtype;
         "specache_sampling_options" SamplingOptionsC 32: struct_size temperature top_k top_p min_p repeat_penalty seed;
         "specache_model_info" ModelInfo 56: struct_size vocab_size n_layers n_heads n_kv_heads head_dim hidden_size

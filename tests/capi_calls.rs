@@ -586,6 +586,9 @@ fn options_out_of_range() {
     fails(create(&EngineOptions { linear: 3, ..engine_options() }), Status::Usage, "linear 3");
     fails(create(&EngineOptions { linear: -1, ..engine_options() }), Status::Usage, "linear -1");
     fails(create(&EngineOptions { linear: 2, ..engine_options() }), Status::Usage, "linear cublas needs a GPU");
+    fails(create(&EngineOptions { gather: 4, ..engine_options() }), Status::Usage, "gather 4");
+    fails(create(&EngineOptions { gather: 1, ..engine_options() }), Status::Usage, "gather gpu needs a GPU");
+    fails(create(&EngineOptions { gather_threads: 257, ..engine_options() }), Status::Usage, "gather_threads 257");
     for log_level in [-1, 5, 77] {
         fails(
             create(&EngineOptions { log_level, ..engine_options() }),

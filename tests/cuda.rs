@@ -8,13 +8,13 @@ use std::process::{Command, Output as Finished};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use common::emulated::{emulate, folder, gpu, gpu_options, on_gpu, text};
+use common::emulated::{HOST_GATHERS, emulate, folder, gpu, gpu_options, on_gpu, text};
 use common::tiny::{Tiny, ids, with_nan};
 use common::{Distance, device, fixture, kv};
 use specache::device::buffer::Kind;
 use specache::device::choice::gpus;
 use specache::device::fault::{Fault, Faults};
-use specache::device::{Device, DeviceOptions, Schedule};
+use specache::device::{Device, DeviceOptions, GatherWay, Schedule};
 use specache::engine::{GpuTarget, plan_on_gpu};
 use specache::kv::{KvMode, KvOptions};
 use specache::model::{Dtype, Layer, Model, Rope, RopeScaling};
@@ -371,11 +371,41 @@ fn batches() {
     });
 }
 
+/// Who gathers makes no difference to any bit: eleven sequences of one mode and others, a talk, every schedule; and while
+/// `auto` tries both ways.
+#[test]
+fn who_gathers_makes_no_difference() {
+    on_gpu("who_gathers_makes_no_difference", &[("SPECACHE_EMU_SEED", "2")], || {
+        let options = |mode, top_k| KvOptions { dtype: Some(Dtype::F16), ..kv(mode, 1, 32, 33, top_k) };
+        let many: Vec<Member> = (0..11)
+            .map(|i| Member { seed: i, longer: 41 * i as usize % 150, ..Member::new(options(KvMode::SpeCache, 7)) })
+            .chain([KvMode::Fetch, KvMode::Kivi, KvMode::Fetch].map(|mode| Member::new(options(mode, 8))))
+            .collect();
+        let fetching = [KvMode::Fetch, KvMode::SpeCache].map(|mode| Member::new(options(mode, 64)));
+        let lives = |gather, pipeline, members: &[Member], script: &Script| {
+            let gpu = gpu(DeviceOptions { gather: Some(gather), pipeline, ..gpu_options() });
+            live(&Engine::new(SMALL.model(), gpu.device.clone()).unwrap(), members, script, &mut Buffers::default())
+        };
+        let check = |members: &[Member], script: &Script, ways: &[(GatherWay, Schedule)]| {
+            let expected = lives(GatherWay::Gpu, Schedule::Event, members, script);
+            for &(gather, pipeline) in ways {
+                assert!(expected == lives(gather, pipeline, members, script), "{gather:?}, {pipeline:?}, {script:?}");
+            }
+        };
+        check(&many, &[(40, 3), (3, 1)], &[(GatherWay::Cpu, Schedule::Event)]);
+        let all = Schedule::ALL.map(|schedule| (GatherWay::Cpu, schedule));
+        check(&fetching, &[(90, 3)], &all);
+        check(&fetching, TALK, &[(GatherWay::Auto, Schedule::Event)]);
+    });
+}
+
 /// Several threads share an engine: each has the bits that it has alone.
 #[test]
 fn threads() {
-    for seed in seeds(&["1"], &["0", "2", "5"]) {
-        on_gpu("threads", &[("SPECACHE_EMU_SEED", seed)], || {
+    let ways = [None, Some(HOST_GATHERS)];
+    for (seed, way) in seeds(&["1"], &["0", "2", "5"]).flat_map(|seed| ways.map(|way| (seed, way))) {
+        let environment: Vec<_> = way.into_iter().chain([("SPECACHE_EMU_SEED", seed)]).collect();
+        on_gpu("threads", &environment, || {
             let device = Device::open(&DeviceOptions { threads: Some(3), ..gpu_options() }).unwrap();
             let engine = Engine::new(SMALL.model(), device).unwrap();
             let members = every_mode(2, 64, 33, 7, Dtype::F16);
@@ -504,52 +534,54 @@ fn tokens_are_chosen_on_the_gpu() {
 /// Forks, truncations and more room leave the bits of sequences that came another way.
 #[test]
 fn forks_truncations_and_growth() {
-    on_gpu("forks_truncations_and_growth", &[("SPECACHE_EMU_SEED", "1")], || {
-        let gpu = gpu(gpu_options());
-        let engine = Engine::new(SMALL.model(), gpu.device.clone()).unwrap();
-        let (tokens, mut buffers) = (ids(2, 300), Buffers::default());
-        for mode in KvMode::ALL {
-            let kv = KvOptions { dtype: Some(Dtype::F16), ..kv(mode, 2, 32, 33, 7) };
-            let fed = |n: usize, room: usize, buffers: &mut Buffers| {
-                let mut session = engine.session(kv, room).unwrap();
-                prefill(&engine, &mut session, &tokens[..20]);
-                decode(&engine, &mut session, &tokens[20..n], buffers);
-                session
-            };
-            let mut long = fed(100, 160, &mut buffers);
-            let mut small = fed(40, 40, &mut buffers);
-            small.reserve(160).unwrap();
-            decode(&engine, &mut small, &tokens[40..100], &mut buffers);
-            let mut fork = long.fork().unwrap();
-            let rows = [&mut long, &mut small, &mut fork]
-                .map(|session| decode(&engine, session, &tokens[100..104], &mut buffers));
-            assert!(rows[0] == rows[1], "{mode:?}: grown");
-            assert!(rows[0] == rows[2], "{mode:?}: forked");
-            drop(small);
-            if mode == KvMode::Kivi {
-                continue; // cannot go back
-            }
-            for n in [98, 64, 21] {
+    for environment in [[("SPECACHE_EMU_SEED", "1")], [HOST_GATHERS]] {
+        on_gpu("forks_truncations_and_growth", &environment, || {
+            let gpu = gpu(gpu_options());
+            let engine = Engine::new(SMALL.model(), gpu.device.clone()).unwrap();
+            let (tokens, mut buffers) = (ids(2, 300), Buffers::default());
+            for mode in KvMode::ALL.into_iter().filter(|mode| gpu_options().gather.is_none() || mode.fetches()) {
+                let kv = KvOptions { dtype: Some(Dtype::F16), ..kv(mode, 2, 32, 33, 7) };
+                let fed = |n: usize, room: usize, buffers: &mut Buffers| {
+                    let mut session = engine.session(kv, room).unwrap();
+                    prefill(&engine, &mut session, &tokens[..20]);
+                    decode(&engine, &mut session, &tokens[20..n], buffers);
+                    session
+                };
+                let mut long = fed(100, 160, &mut buffers);
+                let mut small = fed(40, 40, &mut buffers);
+                small.reserve(160).unwrap();
+                decode(&engine, &mut small, &tokens[40..100], &mut buffers);
                 let mut fork = long.fork().unwrap();
-                long.truncate(n).unwrap();
-                fork.truncate(n).unwrap();
-                let mut short = fed(n, 160, &mut buffers);
-                short.truncate(n).unwrap();
-                let rows =
-                    [&mut fork, &mut short].map(|session| decode(&engine, session, &tokens[200..203], &mut buffers));
-                assert!(rows[0] == rows[1], "{mode:?}, {n} tokens");
-                let rows = [&mut fork, &mut short].map(|session| prefill(&engine, session, &tokens[100..140]));
-                assert!(rows[0] == rows[1], "{mode:?}, {n} tokens, a second prompt");
+                let rows = [&mut long, &mut small, &mut fork]
+                    .map(|session| decode(&engine, session, &tokens[100..104], &mut buffers));
+                assert!(rows[0] == rows[1], "{mode:?}: grown");
+                assert!(rows[0] == rows[2], "{mode:?}: forked");
+                drop(small);
+                if mode == KvMode::Kivi {
+                    continue; // cannot go back
+                }
+                for n in [98, 64, 21] {
+                    let mut fork = long.fork().unwrap();
+                    long.truncate(n).unwrap();
+                    fork.truncate(n).unwrap();
+                    let mut short = fed(n, 160, &mut buffers);
+                    short.truncate(n).unwrap();
+                    let rows = [&mut fork, &mut short]
+                        .map(|session| decode(&engine, session, &tokens[200..203], &mut buffers));
+                    assert!(rows[0] == rows[1], "{mode:?}, {n} tokens");
+                    let rows = [&mut fork, &mut short].map(|session| prefill(&engine, session, &tokens[100..140]));
+                    assert!(rows[0] == rows[1], "{mode:?}, {n} tokens, a second prompt");
+                }
             }
-        }
-    });
+        });
+    }
 }
 
 /// Whoever goes first: sessions, buffers and the engine, on this thread or another, while gathers are under way.
 #[test]
 fn ends_in_any_order() {
-    for seed in ["0", "3"] {
-        on_gpu("ends_in_any_order", &[("SPECACHE_EMU_SEED", seed)], || {
+    for environment in [vec![("SPECACHE_EMU_SEED", "0")], vec![("SPECACHE_EMU_SEED", "3")], vec![HOST_GATHERS]] {
+        on_gpu("ends_in_any_order", &environment, || {
             for order in 0..6 {
                 let gpu = gpu(gpu_options());
                 let engine = Engine::new(SMALL.model(), gpu.device.clone()).unwrap();
@@ -752,12 +784,15 @@ fn plans_are_what_decoding_takes() {
         takes_what_is_planned(&Engine::new(SMALL.model(), open()).unwrap(), 4, all);
         let some = [(KvMode::Full, 5), (KvMode::SpeCache, 1), (KvMode::SpeCache, 5)];
         takes_what_is_planned(&Engine::new(Model::load("synthetic:tiny").unwrap(), open()).unwrap(), 2, some);
+        let by_host = Device::open(&DeviceOptions { gather: Some(GatherWay::Auto), ..gpu_options() }).unwrap();
+        takes_what_is_planned(&Engine::new(SMALL.model(), by_host).unwrap(), 4, some);
     });
 }
 
 fn takes_what_is_planned(engine: &Engine, number_bytes: u64, batches: impl IntoIterator<Item = (KvMode, usize)>) {
     let (here, memory) = (&gpus().unwrap()[0], engine.device().device_memory());
-    let (target, context) = (GpuTarget::of(here.n_sms, here.arch), 400);
+    let host_gather = engine.device().options().gather.is_some();
+    let (target, context) = (GpuTarget { host_gather, ..GpuTarget::of(here.n_sms, here.arch) }, 400);
     for (mode, batch) in batches {
         let kv = KvOptions { mode, top_k: 24, ..KvOptions::default() };
         let planned = plan_on_gpu(&engine.model().config, &kv, context, batch, target, number_bytes);
@@ -834,10 +869,23 @@ fn a_failed_call() {
         ("cuEventSynchronize", 1, &[1, 9, 40, 60]),
         ("cuStreamWaitEvent", 1, &[1, 5, 20, 60]),
     ];
-    for (call, code, counts) in calls {
+    // The same where the host gathers, whose thread has calls of its own.
+    let of_host: [(&str, u32, &[u32]); 8] = [
+        ("cuStreamWaitValue32_v2", 1, &[2]),
+        ("cuStreamWriteValue32_v2", 1, &[2, 3, 9]),
+        ("cuMemHostAlloc", 2, &[4]),
+        ("cuStreamCreateWithPriority", 2, &[5]),
+        ("cuLaunchKernelEx", 701, &[76, 79, 82]),
+        ("cuMemcpyHtoDAsync_v2", 1, &[34, 37]),
+        ("cuEventRecord", 1, &[42]),
+        ("cuStreamWaitEvent", 1, &[21]),
+    ];
+    let calls = calls.map(|call| (call, None)).into_iter().chain(of_host.map(|call| (call, Some(HOST_GATHERS))));
+    for ((call, code, counts), way) in calls {
         for count in few(counts) {
             let fault = format!("{call}:{count}:{code}");
-            on_gpu("a_failed_call", &[("SPECACHE_EMU_FAIL", &fault)], || {
+            let environment: Vec<_> = way.into_iter().chain([("SPECACHE_EMU_FAIL", fault.as_str())]).collect();
+            on_gpu("a_failed_call", &environment, || {
                 let mut failures = 0;
                 let mut device = || loop {
                     match Device::open(&gpu_options()).and_then(|device| Engine::new(ONE_LAYER.model(), device)) {
@@ -875,9 +923,13 @@ fn tells(why: &Error, failures: &mut u32) {
 /// A kernel that fails leaves the GPU lost: every request from then on says so.
 #[test]
 fn a_lost_gpu() {
-    for kernel in ["specache_attn_combine", "specache_select_merge", "specache_fetch_pairs", "specache_embed_fp32"] {
+    let kernels = ["specache_attn_combine", "specache_select_merge", "specache_fetch_pairs", "specache_embed_fp32"];
+    let of_host = ["specache_post_wanted", "specache_fetch_pairs", "specache_attn_combine"];
+    let kernels = kernels.map(|kernel| (kernel, None)).into_iter().chain(of_host.map(|k| (k, Some(HOST_GATHERS))));
+    for (kernel, way) in kernels {
         let fault = format!("{kernel}:2:719");
-        on_gpu("a_lost_gpu", &[("SPECACHE_EMU_FAIL", &fault)], || {
+        let environment: Vec<_> = way.into_iter().chain([("SPECACHE_EMU_FAIL", fault.as_str())]).collect();
+        on_gpu("a_lost_gpu", &environment, || {
             let engine = Engine::new(ONE_LAYER.model(), Device::open(&gpu_options()).unwrap()).unwrap();
             let errors: Vec<Error> = (0..3).filter_map(|_| request(&engine, KvMode::SpeCache).err()).collect();
             let texts: Vec<String> = errors.iter().map(ToString::to_string).collect();

@@ -39,6 +39,7 @@ driver=(
   cuMemHostRegister_v2 cuMemHostUnregister cuMemHostGetDevicePointer_v2
   cuMemcpyHtoDAsync_v2 cuMemcpyDtoHAsync_v2 cuMemcpyDtoDAsync_v2 cuMemsetD8Async cuMemsetD32Async
   cuStreamCreateWithPriority cuStreamDestroy_v2 cuStreamSynchronize cuStreamQuery cuStreamWaitEvent
+  cuStreamWaitValue32_v2 cuStreamWriteValue32_v2
   cuEventCreate cuEventDestroy_v2 cuEventRecord cuEventQuery cuEventSynchronize cuEventElapsedTime
   cuModuleLoadData cuModuleUnload cuModuleGetFunction cuFuncSetAttribute cuFuncGetAttribute cuLaunchKernelEx
   cuStreamBeginCapture_v2 cuStreamEndCapture cuGraphInstantiateWithFlags cuGraphLaunch cuGraphExecDestroy cuGraphDestroy

@@ -103,7 +103,7 @@ wait
 report csrc/pack.cu csrc/probe.cu || fail "registers or spills"
 
 # Attention, selection and the gather.
-attention=(csrc/attn_decode.cu csrc/attn_combine.cu csrc/attn_prefill.cu csrc/select.cu csrc/fetch.cu)
+attention=(csrc/attn_decode.cu csrc/attn_combine.cu csrc/attn_prefill.cu csrc/select.cu csrc/fetch.cu csrc/post.cu)
 for source in "${attention[@]}"; do
   for arch in "${architectures[@]}"; do beside compile "$source" "$arch"; done
   if [ "${1:-}" = --all ]; then beside compile_ptx "$source"; fi
@@ -208,8 +208,8 @@ for bug in 1 2 3; do beside expect_bug attn_prefill "$bug"; done
 # 4: hits among positions that were no candidates.
 for bug in 1 2 3 4; do beside expect_bug select "$bug"; done
 
-# 1: a missing __syncthreads. 2: pairs of another sequence.
-for bug in 1 2; do beside expect_bug fetch "$bug"; done
+# 1: a missing __syncthreads. 2: pairs of another sequence. 3: a list that begins anew behind so many heads.
+for bug in 1 2 3; do beside expect_bug fetch "$bug"; done
 
 # 1: a missing __syncthreads. 2: pairs of k out of order. 3: one row too many. 4: a page border in the wrong place.
 # 5: ties that go to the wrong token. 6: copies that nobody waits for.

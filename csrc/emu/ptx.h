@@ -94,6 +94,11 @@ template <class T> T load_device(const T* from) {
     return *from;
 }
 
+inline void store_release_system(uint32_t* to, uint32_t v) {
+    emu::check_access(to, 4, true);
+    __atomic_store_n(to, v, __ATOMIC_RELEASE);
+}
+
 template <class T> void store_device(T* to, T v) {
     emu::check_access(to, sizeof(T), true);
     *to = v;

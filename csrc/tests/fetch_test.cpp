@@ -1,6 +1,8 @@
-// fetch.cu against a plain twin: counts from nothing to k, more heads than a CTA has threads, an entry that is not in
-// use, any number of CTAs; pairs that nobody fetched must stay as they were.
+// fetch.cu and post.cu against plain twins: counts from nothing to k, more heads than a CTA has threads, an entry that is
+// not in use, any number of CTAs; pairs that nobody fetched must stay as they were. Each case fetches from the pages of the
+// host, and again from where the host gathers what the post tells it.
 #include "../fetch.cu"
+#include "../post.cu"
 
 #include <algorithm>
 #include <array>
@@ -38,7 +40,33 @@ struct Lists {
     }
 };
 
-static void test(const Case& c) {
+// What the post says is wanted, gathered in that order as a thread of the host does it. `page(i)`: page i of all.
+template <class Page>
+static std::vector<uint8_t> gather(const Case& c, uint64_t seqs, uint64_t fetches, uint64_t counts, uint32_t pair, Page page) {
+    const uint32_t room = c.seqs * c.kv_heads * c.top_k;
+    Array<uint64_t> wanted("wanted", room);   // specache_wanted
+    Array<uint32_t> bell("bell", 1);
+    const specache_post_params p{seqs, fetches, counts, wanted.address(), bell.address(), c.seqs, c.kv_heads, c.top_k, 0};
+    specache_launch launch;
+    CHECK(specache_post_plan(&p, &launch) == SPECACHE_OK && launch.grid == 1, "%s", launch.message);
+    device::launch(specache_post_wanted, launch.grid, launch.block, launch.shared_bytes, seed++, p);
+    wanted.download();
+    bell.download();
+    CHECK(bell[0] >= 1 && bell[0] <= 1 + room, "the bell says %u", bell[0]);
+    std::vector<uint8_t> gathered;
+    for (uint32_t i = 0; i + 1 < bell[0]; i++) {
+        const uint32_t head = uint32_t(wanted[i]), position = uint32_t(wanted[i] >> 32), s = head / c.kv_heads;
+        CHECK(s < c.seqs && position < c.pages * SPECACHE_PAGE, "pair %u: head %u, position %u", i, head, position);
+        const uint8_t* from = page(s * c.pages + position / SPECACHE_PAGE);
+        from += (head % c.kv_heads * SPECACHE_PAGE + position % SPECACHE_PAGE) * pair;
+        gathered.insert(gathered.end(), from, from + pair);
+    }
+    for (uint32_t i = bell[0] - 1; i < room; i++) CHECK(wanted[i] == 0xA5A5A5A5A5A5A5A5, "more is posted than is wanted");
+    gathered.resize(std::max<size_t>(gathered.size(), 16), 0xEE);
+    return gathered;
+}
+
+static void test(const Case& c, bool by_host) {
     Random random(unsigned(c.seqs * 7 + c.top_k + c.pages));
     Lists lists(random, c);
     const uint32_t pair = 4 * c.head_dim, pages = c.seqs * c.pages;
@@ -63,11 +91,16 @@ static void test(const Case& c) {
     Array<specache_layer_cache> caches_in("caches", caches);
     Array<specache_fetch> fetches_in("fetches", lists.fetches);
     Array<uint32_t> counts_in("fetch_counts", lists.counts);
+    const auto page_at = [&](size_t page) { return &host[(pages - 1 - page) * page_bytes]; };
+    Array<uint8_t> gathered("gathered", !by_host ? std::vector<uint8_t>(16)
+                                                 : gather(c, seqs_in.address(), fetches_in.address(),
+                                                          counts_in.address(), pair, page_at));
     const specache_fetch_params p{seqs_in.address(),
                                   caches_in.address(),
                                   fetches_in.address(),
                                   counts_in.address(),
                                   c.ctas % 2 == 1 ? fetched.address() : 0,
+                                  by_host ? gathered.address() : 0,
                                   c.seqs,
                                   c.kv_heads,
                                   c.head_dim,
@@ -87,8 +120,8 @@ static void test(const Case& c) {
         const uint32_t s = head / c.kv_heads, kv_head = head % c.kv_heads;
         for (uint32_t i = 0; i < lists.counts[head] && seqs[s].n_rows != 0; i++, total++) {
             const specache_fetch fetch = lists.fetches[head * c.top_k + i];
-            const size_t page = pages - 1 - (s * c.pages + fetch.position / SPECACHE_PAGE);
-            const uint8_t* from = &host[page * page_bytes + (kv_head * SPECACHE_PAGE + fetch.position % 64) * pair];
+            const uint8_t* from = page_at(s * c.pages + fetch.position / SPECACHE_PAGE);
+            from += (kv_head * SPECACHE_PAGE + fetch.position % SPECACHE_PAGE) * pair;
             std::copy_n(from, pair, &want[(c.seqs - 1 - s) * slot_bytes + (kv_head * c.top_k + fetch.slot) * pair]);
         }
     }
@@ -101,7 +134,7 @@ static void test(const Case& c) {
 
 static void expect_status(specache_status want, const char* part, void (*change)(specache_fetch_params&)) {
     constexpr uint64_t a = 1 << 20;
-    specache_fetch_params p{a, a, a, a, a, 3, 8, 128, 64, 4, 0};
+    specache_fetch_params p{a, a, a, a, a, a, 3, 8, 128, 64, 4, 0};
     change(p);
     specache_launch launch;
     const specache_status got = specache_fetch_plan(&p, &launch);
@@ -121,14 +154,31 @@ static void plans() {
     expect_status(SPECACHE_TOO_LARGE, "sequences", [](P& p) { p.n_seqs = 1u << 20, p.n_kv_heads = 1u << 16; });
     expect_status(SPECACHE_BAD_ADDRESS, "caches", [](P& p) { p.caches += 8; });
     expect_status(SPECACHE_BAD_ADDRESS, "fetched", [](P& p) { p.fetched += 4; });
+    expect_status(SPECACHE_BAD_ADDRESS, "gathered", [](P& p) { p.gathered += 8; });
     expect_status(SPECACHE_BAD_ADDRESS, "fetch_counts", [](P& p) { p.fetch_counts = 0; });
+}
+
+static void post_plans() {
+    constexpr uint64_t a = 1 << 20;
+    specache_launch launch;
+    const specache_post_params good{a, a, a, a, a, 3, 8, 64, 0};
+    specache_post_params p = good;
+    p.n_seqs = 0;
+    CHECK(specache_post_plan(&p, &launch) == SPECACHE_OK && launch.grid == 0, "no sequence: %u CTAs", launch.grid);
+    p = good, p.top_k = 2049;
+    CHECK(specache_post_plan(&p, &launch) == SPECACHE_UNSUPPORTED_TOP_K, "%s", launch.message);
+    p = good, p.bell = 0;
+    CHECK(specache_post_plan(&p, &launch) == SPECACHE_BAD_ADDRESS && std::strstr(launch.message, "bell"), "%s", launch.message);
+    p = good, p.wanted += 4;
+    CHECK(specache_post_plan(&p, &launch) == SPECACHE_BAD_ADDRESS && std::strstr(launch.message, "wanted"), "%s",
+          launch.message);
 }
 
 // Few pairs are few CTAs' work.
 static void own_ctas() {
     for (auto [seqs, ctas] : {std::array<uint32_t, 2>{1, 4}, {3, 6}, {8, 16}, {24, 16}}) {
         constexpr uint64_t a = 1 << 20;
-        const specache_fetch_params p{a, a, a, a, a, seqs, 8, 128, 64, 0, 0};
+        const specache_fetch_params p{a, a, a, a, a, 0, seqs, 8, 128, 64, 0, 0};
         specache_launch launch;
         CHECK(specache_fetch_plan(&p, &launch) == SPECACHE_OK && launch.grid == ctas, "%u CTAs for %u sequences", launch.grid,
               seqs);
@@ -137,10 +187,11 @@ static void own_ctas() {
 
 int main() {
     plans();
+    post_plans();
     own_ctas();
     const Case cases[] = {{1, 1, 64, 1, 1, 1, 100},   {1, 8, 128, 64, 4, 0, 90},  {3, 2, 64, 64, 2, 3, 70},
                           {5, 4, 128, 33, 1, 5, 50},  {1, 3, 128, 200, 5, 2, 100}, {90, 8, 64, 3, 1, 4, 30},
                           {140, 8, 64, 2, 1, 7, 100}, {2, 2, 128, 7, 3, 61, 0}};
-    for (const Case& c : cases) test(c);
+    for (const Case& c : cases) test(c, false), test(c, true);
     std::printf("fetch_test: %zu cases equal the twin (%s)\n", std::size(cases), device::kName);
 }

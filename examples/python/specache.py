@@ -33,6 +33,7 @@ NO_TOKEN = 0xFFFFFFFF
 BUFFER, CANCELLED, BUSY = 10, 6, 7
 KV_MODES = ("full", "kivi", "offload", "fetch", "specache")
 LINEAR = ("auto", "fused", "cublas")
+GATHER = ("default", "gpu", "cpu", "auto")
 
 
 def _struct(name, fields):
@@ -45,7 +46,8 @@ u32, i32, u64, f32 = c.c_uint32, c.c_int32, c.c_uint64, c.c_float
 LogFn = c.CFUNCTYPE(None, c.c_void_p, i32, c.c_char_p)
 EngineOptions = _struct("EngineOptions", [
     ("threads", u32), ("device", c.c_char_p), ("device_budget", u64), ("host_kv_budget", u64), ("lock_memory", u32),
-    ("trace", u32), ("log", LogFn), ("log_user_data", c.c_void_p), ("log_level", i32), ("linear", i32)])
+    ("trace", u32), ("log", LogFn), ("log_user_data", c.c_void_p), ("log_level", i32), ("linear", i32),
+    ("gather", i32), ("gather_threads", u32)])
 KvOptions = _struct("KvOptions", [
     ("mode", i32), ("bits", u32), ("group_size", u32), ("residual_len", u32), ("top_k", u32), ("dtype", i32)])
 SamplingOptions = _struct("SamplingOptions", [
@@ -277,12 +279,13 @@ class _Handle:
 class Engine(_Handle):
     """A model on a device. Options are those of specache_engine_options; `log` is called with level and message."""
 
-    def __init__(self, model, log=None, device=None, linear="auto", **options):
+    def __init__(self, model, log=None, device=None, linear="auto", gather="default", **options):
         super().__init__(_lib.specache_engine_free)
         given = EngineOptions()
         _call("engine_options_init", c.byref(given), u32(given.struct_size))
         _set(given, options, "an engine")
         given.linear = _index(LINEAR, linear, "linear")
+        given.gather = _index(GATHER, gather, "gather")
         if device is not None:
             given.device = _c_text(device, "device")
         if log is not None:

@@ -18,7 +18,7 @@ use crate::chat::ChatTemplate;
 use crate::device::choice::DeviceChoice;
 use crate::device::pin::{Mlock, Pin};
 use crate::device::trace::write_chrome;
-use crate::device::{Device, DeviceOptions, Kind, LinearPath};
+use crate::device::{Device, DeviceOptions, GatherWay, Kind, LinearPath};
 use crate::error::Error;
 use crate::kv::{CacheBytes, KvMode, KvOptions, KvShape};
 use crate::model::{self, Dtype};
@@ -181,6 +181,13 @@ fn device_options(options: &EngineOptions) -> Result<DeviceOptions> {
     let linear = usize::try_from(options.linear).ok().and_then(|linear| LinearPath::ALL.get(linear));
     let linear =
         *linear.ok_or_else(|| Fail::usage(format!("linear {}: must be one of SPECACHE_LINEAR_*", options.linear)))?;
+    let gathers = [None, Some(GatherWay::Gpu), Some(GatherWay::Cpu), Some(GatherWay::Auto)];
+    let gather = usize::try_from(options.gather).ok().and_then(|gather| gathers.get(gather));
+    let gather =
+        *gather.ok_or_else(|| Fail::usage(format!("gather {}: must be one of SPECACHE_GATHER_*", options.gather)))?;
+    if options.gather_threads > 256 {
+        return Err(Fail::usage(format!("gather_threads {}: at most 256", options.gather_threads)));
+    }
     Ok(DeviceOptions {
         choice,
         threads: (options.threads > 0).then_some(options.threads as usize),
@@ -189,6 +196,8 @@ fn device_options(options: &EngineOptions) -> Result<DeviceOptions> {
         pin: (options.lock_memory != 0).then(|| Arc::new(Mlock) as Arc<dyn Pin>),
         trace: options.trace != 0,
         linear,
+        gather,
+        gather_threads: (options.gather_threads > 0).then_some(options.gather_threads as usize),
         ..DeviceOptions::default()
     })
 }

@@ -100,7 +100,7 @@ impl Fail {
 }
 
 /// Options as the command line calls them, and as they are called here.
-const NAMES: [(&str, &str); 17] = [
+const NAMES: [(&str, &str); 18] = [
     ("--kv-bits", "bits"),
     ("--kv-group", "group_size"),
     ("--kv-residual", "residual_len"),
@@ -111,6 +111,7 @@ const NAMES: [(&str, &str); 17] = [
     ("--host-kv-budget", "host_kv_budget"),
     ("--threads", "threads"),
     ("--linear", "linear"),
+    ("--gather", "gather"),
     ("--device", "device"),
     ("--temp", "temperature"),
     ("--top-p", "top_p"),

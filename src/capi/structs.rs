@@ -59,6 +59,8 @@ sized! {
         log_user_data: *mut c_void = ptr::null_mut(),
         log_level: i32 = 3,
         linear: i32 = 0,
+        gather: i32 = 0,
+        gather_threads: u32 = 0,
     }
 }
 

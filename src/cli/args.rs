@@ -9,7 +9,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use specache::device::link::LinkOptions;
 use specache::device::pin::{Mlock, Pin};
-use specache::device::{DeviceChoice, DeviceOptions, LinearPath, Schedule};
+use specache::device::{DeviceChoice, DeviceOptions, GatherWay, LinearPath, Schedule};
 use specache::error::Error;
 use specache::kv::{KvMode, KvOptions};
 use specache::model::Dtype;
@@ -383,6 +383,10 @@ pub struct DeviceArgs {
     /// up to 8 rows and cuBLASLt for more
     #[arg(long, env = "SPECACHE_LINEAR", value_name = "PATH", default_value = "auto", value_parser = linear_path())]
     linear: LinearPath,
+    /// How a GPU gets the pairs that it has selected: its own multiprocessors read them from host memory (gpu); threads of
+    /// the host gather them (cpu); or the way that the first steps show to be faster (auto) [default: gpu]
+    #[arg(long, env = "SPECACHE_GATHER", value_name = "WAY", value_parser = gather_way())]
+    gather: Option<GatherWay>,
     /// On a GPU: launch every kernel of a step by itself instead of all of them as a CUDA graph
     #[arg(long, env = "SPECACHE_NO_GRAPH", value_parser = FalseyValueParser::new())]
     no_graph: bool,
@@ -420,6 +424,11 @@ fn linear_path() -> impl TypedValueParser<Value = LinearPath> {
     PossibleValuesParser::new(LinearPath::ALL.map(LinearPath::name)).map(named)
 }
 
+fn gather_way() -> impl TypedValueParser<Value = GatherWay> {
+    let named = |name: String| GatherWay::ALL.into_iter().find(|w| w.name() == name).expect("a name from the list");
+    PossibleValuesParser::new(GatherWay::ALL.map(GatherWay::name)).map(named)
+}
+
 /// A megabyte a second is slower than any link, and slow enough to wait for.
 fn link_gbps(text: &str) -> Result<f64, String> {
     in_range(text, 0.001, 1e5)
@@ -447,6 +456,7 @@ impl DeviceArgs {
             host_budget: self.host_kv_budget,
             pipeline: self.pipeline,
             linear: self.linear,
+            gather: self.gather,
             delta: !self.no_delta,
             graph: !self.no_graph,
             gather_threads: self.gather_threads.map(usize::from),

@@ -5,6 +5,7 @@
 //! sequences share a group changes no number: no row's sums depend on the rows beside it. Products by cuBLASLt are over the
 //! rows of all groups at once; there the order of a sum may depend on how many rows there are.
 
+mod gather;
 mod graphs;
 pub(crate) mod layout;
 mod memory;
@@ -19,8 +20,8 @@ use super::weights::GpuModel;
 use crate::device::cuda::Gpu;
 use crate::device::cuda::bindings::abi::{
     specache_argmax_merge_plan, specache_argmax_params, specache_argmax_slices_plan, specache_attn_combine_plan,
-    specache_attn_plan, specache_choice, specache_embed_params, specache_embed_plan, specache_fetch_params,
-    specache_fetch_plan, specache_layer_cache, specache_select_merge_plan, specache_select_plan,
+    specache_attn_plan, specache_choice, specache_embed_params, specache_embed_plan, specache_layer_cache,
+    specache_select_merge_plan, specache_select_plan,
 };
 use crate::device::cuda::graph::Graph;
 use crate::device::order::StreamId;
@@ -28,6 +29,7 @@ use crate::device::{Device, Event};
 use crate::error::Result;
 use crate::kv::{KvMode, KvOptions, KvShape};
 use crate::model::Config;
+use gather::Gatherer;
 use graphs::Key;
 use layout::Sizes;
 use memory::Memory;
@@ -93,6 +95,8 @@ pub(crate) struct Workspace {
     /// `[row]`: whether its logits have come to the host.
     logits_here: Vec<bool>,
     vocab: usize,
+    /// Who gathers in this pass.
+    gatherer: Gatherer,
 }
 
 impl Workspace {
@@ -139,13 +143,14 @@ impl Workspace {
         let needed = Sizes::new(row, places.len(), room, top_k, by_cublas);
         // Whose memory it is decides where it lies, and the model what the parts of it are.
         let own = self.memory.as_ref().filter(|memory| memory.device.is(device) && memory.config == *config);
+        let own = own.filter(|memory| memory.post.as_ref().is_none_or(|post| !post.given_up));
         if own.is_some_and(|memory| memory.sizes.covers(&needed)) {
             return Ok(());
         }
         let sizes = own.map_or(needed, |memory| memory.sizes.max(&needed));
         self.graphs.clear(); // they know the memory by its address
         self.memory = None;
-        self.memory = Some(Memory::new(device, config, sizes)?);
+        self.memory = Some(Memory::new(device, config, sizes, model.host_gather.as_ref())?);
         Ok(())
     }
 
@@ -269,7 +274,7 @@ impl Workspace {
             if low_bit_only.is_some_and(|mode| mode != group.mode) {
                 continue;
             }
-            let params = self.memory().attention(gpu, config, group, l, low_bit_only.is_none());
+            let params = self.memory().attention(config, group, l, low_bit_only.is_none());
             gpu.launch(specache_attn_plan, &params);
             gpu.launch(specache_attn_combine_plan, &params);
         }
@@ -299,38 +304,10 @@ impl Workspace {
     pub(crate) fn select(&self, device: &Device, config: &Config, l: usize, mode: KvMode, stream: StreamId) {
         let gpu = device.gpu().expect("a GPU's workspace");
         for group in self.groups.iter().filter(|g| g.mode == mode && g.top_k > 0) {
-            let params = self.memory().selection(gpu, config, group, l);
+            let params = self.memory().selection(config, group, l);
             gpu.launch_on(stream, specache_select_plan, &params);
             gpu.launch_on(stream, specache_select_merge_plan, &params);
         }
-    }
-
-    /// The selected pairs of the sequences of one mode begin to come from the host. Returns when they are there.
-    pub(crate) fn gather(&mut self, device: &Device, config: &Config, l: usize, mode: KvMode) -> Event {
-        let gpu = device.gpu().expect("a GPU's workspace");
-        for group in self.groups.iter().filter(|g| g.mode == mode && g.top_k > 0) {
-            let memory = self.memory();
-            let (fetches, fetch_counts) = memory.fetches(config, group, l);
-            let params = specache_fetch_params {
-                seqs: memory.seqs(group),
-                caches: memory.caches(config.n_layers, group, l),
-                fetches,
-                fetch_counts,
-                fetched: 0,
-                n_seqs: group.n_seqs() as u32,
-                n_kv_heads: config.n_kv_heads as u32,
-                head_dim: config.head_dim as u32,
-                top_k: group.top_k,
-                n_ctas: 0,
-                reserved: 0,
-            };
-            gpu.launch_on(StreamId::CopyIn, specache_fetch_plan, &params);
-        }
-        let event = device.record(StreamId::CopyIn);
-        let memory = self.memory.as_mut().expect("reserved before the pass");
-        memory.gathered[l] = Some(event);
-        memory.told_read[memory.turn] = Some(event);
-        event
     }
 
     /// Logits and their argmax; then what the host must know is on its way there: choices and counts, and what was selected if

@@ -6,6 +6,7 @@
 mod bandwidth;
 mod decode;
 mod dense;
+mod host_gather;
 mod parts;
 mod prefill;
 mod rows;

@@ -1,11 +1,14 @@
 //! A model in the GPU's memory: one allocation, filled once.
 
+use std::sync::Arc;
+
 use bytemuck::cast_slice;
 
 use super::dtype_code;
+use super::host_gather::HostGather;
 use crate::device::cuda::bindings::abi::SPECACHE_FP32;
 use crate::device::cuda::cublas::Cublas;
-use crate::device::{Buffer, Device, Kind, LinearPath};
+use crate::device::{Buffer, Device, GatherWay, Kind, LinearPath};
 use crate::error::{Error, Result};
 use crate::model::rope::RopeTable;
 use crate::model::{Dtype, Layer, Linear, Matrix, Model};
@@ -24,6 +27,8 @@ pub(crate) struct GpuModel {
     /// What makes products beside the fused kernels.
     cublas: Option<Cublas>,
     path: LinearPath,
+    /// Threads of the host that gather, where they may.
+    pub(super) host_gather: Option<Arc<HostGather>>,
 }
 
 /// `y = W x + b` on the GPU.
@@ -147,7 +152,10 @@ impl GpuModel {
         let base = memory.address();
         let path = device.options().linear;
         let cublas = open_cublas(device, model)?;
-        let mut placed = GpuModel { _memory: memory, embed, layers, final_norm, lm_head, inv_freq, cublas, path };
+        let by_host = !matches!(device.options().gather, None | Some(GatherWay::Gpu));
+        let host_gather = by_host.then(|| HostGather::new(device).map(Arc::new)).transpose()?;
+        let mut placed =
+            GpuModel { _memory: memory, embed, layers, final_norm, lm_head, inv_freq, cublas, path, host_gather };
         placed.addresses().into_iter().filter(|at| **at != 0).for_each(|at| *at += base - 1);
         Ok(placed)
     }

@@ -8,6 +8,7 @@ pub mod buffer;
 pub mod choice;
 pub mod cuda;
 pub mod fault;
+pub mod gather_way;
 pub mod in_flight;
 pub mod interrupt;
 pub mod linear;
@@ -27,6 +28,7 @@ use std::time::{Duration, Instant};
 
 pub use buffer::{Buffer, Grant, Kind, Meter};
 pub use choice::DeviceChoice;
+pub use gather_way::GatherWay;
 pub use in_flight::{Carried, InFlight};
 pub use linear::LinearPath;
 pub use schedule::Schedule;
@@ -59,12 +61,14 @@ pub struct DeviceOptions {
     pub pipeline: Schedule,
     /// How a GPU computes the dense part of a layer.
     pub linear: LinearPath,
+    /// How selected pairs come into a GPU; `None`: [`GatherWay::Gpu`], and on the CPU device its only way.
+    pub gather: Option<GatherWay>,
     /// Keep the pairs that stay selected where they are and fetch only the others.
     pub delta: bool,
-    /// On a GPU: give a step that was seen before to it in one call, as a CUDA graph.
+    /// On a GPU: give a step that was seen before to it in one call, as a CUDA graph; not one whose pairs the host gathers.
     pub graph: bool,
     /// Threads that gather, the gather stream's own among them; `None`: a quarter of those that can run, at most 16, as all
-    /// cores compute on this device, but one for each NUMA node if as many can run.
+    /// cores compute on the CPU device, but one for each NUMA node if as many can run.
     pub gather_threads: Option<usize>,
     /// A slower link between host and device than memory is.
     pub link: LinkOptions,
@@ -89,6 +93,7 @@ impl Default for DeviceOptions {
             host_budget: None,
             pipeline: Schedule::default(),
             linear: LinearPath::default(),
+            gather: None,
             delta: true,
             graph: true,
             gather_threads: None,
@@ -148,7 +153,7 @@ impl Device {
     /// The CPU device.
     ///
     /// # Errors
-    /// [`Error::Usage`] for an unknown `SPECACHE_ISA`, zero threads, or [`LinearPath::Cublas`].
+    /// [`Error::Usage`] for an unknown `SPECACHE_ISA`, zero threads, [`LinearPath::Cublas`], or [`GatherWay::Gpu`].
     pub fn cpu(options: &DeviceOptions) -> Result<Device> {
         Device::new(options, None, None)
     }
@@ -176,6 +181,10 @@ impl Device {
         if options.linear == LinearPath::Cublas && gpu.is_none() {
             let why = why_no_gpu.as_deref().unwrap_or("--device cpu was asked for");
             return Err(Error::Usage(format!("--linear cublas needs a GPU: {why}")));
+        }
+        if options.gather == Some(GatherWay::Gpu) && gpu.is_none() {
+            let why = why_no_gpu.as_deref().unwrap_or("--device cpu was asked for");
+            return Err(Error::Usage(format!("--gather gpu needs a GPU: {why}")));
         }
         let isa = Isa::from_env()?;
         let threads = match options.threads {

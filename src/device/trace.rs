@@ -38,7 +38,7 @@ impl Place {
     }
 
     /// The calling thread goes there.
-    pub(super) fn enter(self) {
+    pub(crate) fn enter(self) {
         PLACE.set(self);
     }
 

@@ -16,6 +16,7 @@ use super::slab::{PageRef, Reservation, Slab, UniquePage};
 use super::tables::{List, Tables};
 use super::view::{Far, KvView, Replaced};
 use crate::device::cuda::bindings::abi::specache_layer_cache;
+use crate::device::cuda::mailbox::Failure;
 use crate::device::order::{Resource, Site, StreamId, Uses};
 use crate::device::{Buffer, Device, Event, Grants, InFlight, Kind};
 use crate::error::{Error, Result};
@@ -65,6 +66,8 @@ pub struct Cache {
     waited: Duration,
     /// Why copies have failed, if one has.
     failure: Option<String>,
+    /// On a GPU whose pairs the host gathers: who says why the last ones could not be brought.
+    pub(crate) gather_failure: Option<Failure>,
 }
 
 /// A wide page that no layer uses.
@@ -193,6 +196,7 @@ impl Cache {
             tables: None,
             waited: Duration::default(),
             failure: None,
+            gather_failure: None,
         })
     }
 
@@ -219,6 +223,7 @@ impl Cache {
         fork.host.total = shared;
         fork.grow(capacity, &mut admission)?;
         fork.counters = self.counters;
+        fork.gather_failure = self.gather_failure.clone();
         for (l, from) in self.layers.iter().enumerate() {
             for page in &from.tail {
                 let mut copy = fork.take_spare();
@@ -767,6 +772,14 @@ impl Cache {
     pub fn fetching(&mut self, layer: usize) -> (&mut Prefetch, &Arc<HostLayer>, Completion) {
         let LayerCache { prefetch, host, completion, .. } = &mut self.layers[layer];
         (prefetch, host.as_ref().expect("a mode that fetches has a host copy"), *completion)
+    }
+
+    /// The host's pages of a layer.
+    ///
+    /// # Panics
+    /// In modes without a copy on the host.
+    pub(crate) fn host(&self, layer: usize) -> &Arc<HostLayer> {
+        self.layers[layer].host.as_ref().expect("a mode with a host copy")
     }
 
     /// On a GPU: brings the lists of pages up to date, if they are not.

@@ -232,12 +232,20 @@ impl FetchQueue {
         fetched
     }
 
-    /// Launches what was added to `layer`, if anything was. `selects`: the stream that has selected. `gather` is the launch on
-    /// a GPU, where kernels have selected and know what is missing; it says when the pairs are there.
-    pub(crate) fn launch(&mut self, device: &Device, layer: usize, selects: StreamId, gather: impl FnOnce() -> Event) {
-        if device.gpu().is_some() {
-            return self.on_gpu.launch(device, selects, gather);
-        }
+    /// On a GPU: launches what was added. Kernels have selected and know what is missing: `gather` launches what brings it, and
+    /// says when the pairs are there. `selects`: the stream that has selected; `reads`: the one behind which pages are read.
+    pub(crate) fn launch_on_gpu(
+        &mut self,
+        device: &Device,
+        selects: StreamId,
+        reads: StreamId,
+        gather: impl FnOnce() -> Event,
+    ) {
+        self.on_gpu.launch(device, selects, reads, gather);
+    }
+
+    /// Launches what was added to `layer`, if anything was. `selects`: the stream that has selected.
+    pub(crate) fn launch(&mut self, device: &Device, layer: usize, selects: StreamId) {
         let Some(open) = self.open.take() else { return };
         let fetch = &mut self.fetches[layer][open];
         let mut work = lock(&fetch.work);
@@ -263,8 +271,8 @@ impl FetchQueue {
     }
 }
 
-/// What a GPU fetches next. Its kernel reads the pairs from pinned pages by itself: no staging block, no second copy, and the
-/// host learns what was fetched when the pass is over.
+/// What a GPU fetches next. Its kernel reads the pairs from pinned pages by itself, or asks threads of the host for them
+/// (`cuda/host_gather.rs`): either way the host's program learns what was fetched when the pass is over.
 #[derive(Default)]
 struct GpuFetch {
     slots: Vec<Carried<Slots>>,
@@ -288,14 +296,14 @@ impl GpuFetch {
         Fetched { fetched: 0, selected: (n_kv_heads * count) as u64 }
     }
 
-    fn launch(&mut self, device: &Device, selects: StreamId, gather: impl FnOnce() -> Event) {
+    fn launch(&mut self, device: &Device, selects: StreamId, reads: StreamId, gather: impl FnOnce() -> Event) {
         if self.slots.is_empty() {
             return;
         }
-        device.after(StreamId::CopyIn, device.record(selects), "a selection is complete before its gather");
         if let Some(event) = self.complete.take() {
-            device.after(StreamId::CopyIn, event, "host pages are complete before a gather");
+            device.after(reads, event, "host pages are complete before a gather");
         }
+        device.after(StreamId::CopyIn, device.record(selects), "a selection is complete before its gather");
         let prefetch = device.operation_on(StreamId::CopyIn, PREFETCH, 0, |uses| {
             uses.reads.extend(self.pages.iter().flat_map(|(host, n)| (0..*n).filter_map(|page| host.resource(page))));
             for slots in &self.slots {

@@ -11,7 +11,7 @@ use std::time::SystemTime;
 
 use libloading::Library;
 use specache::device::order::Checker;
-use specache::device::{Device, DeviceChoice, DeviceOptions};
+use specache::device::{Device, DeviceChoice, DeviceOptions, GatherWay};
 
 /// Names the test that a child process runs.
 const CHILD: &str = "SPECACHE_TEST_ON_GPU";
@@ -126,9 +126,13 @@ pub struct Gpu {
     order: Arc<Mutex<Checker>>,
 }
 
+/// Has a child's GPU be one whose pairs the host gathers: an entry of the environment for [`on_gpu`].
+pub const HOST_GATHERS: (&str, &str) = ("SPECACHE_TEST_HOST_GATHERS", "1");
+
 /// The options of [`gpu`].
 pub fn gpu_options() -> DeviceOptions {
-    DeviceOptions { choice: DeviceChoice::Cuda(0), threads: Some(1), poison: true, ..Default::default() }
+    let gather = std::env::var_os(HOST_GATHERS.0).map(|_| GatherWay::Cpu);
+    DeviceOptions { choice: DeviceChoice::Cuda(0), threads: Some(1), poison: true, gather, ..Default::default() }
 }
 
 /// An emulated GPU, poisoned.

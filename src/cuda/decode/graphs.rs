@@ -30,7 +30,8 @@ impl Workspace {
     /// Begins a pass that was seen before as a graph: it becomes one the second time, and is replayed from then on. `None`:
     /// the pass goes to the driver call by call. `with_selections` as in [`Workspace::end`].
     ///
-    /// Not where somebody wants to know when each operation runs, nor in `offload`, whose copies come from other pages when the
+    /// Not where somebody wants to know when each operation runs, nor where the GPU waits for threads of the host, nor in
+    /// `offload`, whose copies come from other pages when the
     /// sequence has grown, nor with drivers that cannot capture launches which overlap (before CUDA 12.3).
     ///
     /// # Errors
@@ -42,10 +43,11 @@ impl Workspace {
         places: &[Place],
         with_selections: bool,
     ) -> Result<Option<Exclusive<'a>>> {
+        self.choose_gather(device, places.len());
         let gpu = device.gpu().expect("a GPU's workspace");
         let offload = self.groups.iter().any(|group| group.mode == KvMode::Offload);
         let timed = device.measures_waits() || device.trace().is_some();
-        if offload || timed || !device.options().graph || gpu.facts().gpu.driver < 12_030 {
+        if offload || timed || self.gathers_on_host() || !device.options().graph || gpu.facts().gpu.driver < 12_030 {
             return Ok(None);
         }
         let selects = |mode| places.iter().any(|place| place.options.mode == mode && place.selects);

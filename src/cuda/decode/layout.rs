@@ -4,13 +4,13 @@ use crate::cuda::dense::Between;
 use crate::cuda::dtype_code;
 use crate::cuda::parts::Parts;
 use crate::cuda::rows::MAX_ROWS;
-use crate::device::LinearPath;
-use crate::device::cuda::Gpu;
 use crate::device::cuda::bindings::abi::{
     SPECACHE_ARGMAX_SLICE, specache_attn_params, specache_attn_part_bytes, specache_choice, specache_draw,
     specache_fetch, specache_layer_cache, specache_select_params, specache_select_scratch_bytes, specache_seq,
 };
 use crate::device::cuda::cublas::Cublas;
+use crate::device::cuda::mailbox::{BLOCKS, MailboxSize};
+use crate::device::{Device, GatherWay, LinearPath};
 use crate::kv::plan::top_k;
 use crate::kv::{KvOptions, KvShape};
 
@@ -27,6 +27,8 @@ pub struct GpuTarget {
     pub shared_limit: u32,
     /// Compute capability.
     pub arch: (u32, u32),
+    /// Whether the host may gather for it.
+    pub host_gather: bool,
 }
 
 impl GpuTarget {
@@ -38,12 +40,13 @@ impl GpuTarget {
             (9..=11, _) => 227,
             _ => 99,
         };
-        GpuTarget { n_sms, shared_limit: kib << 10, arch }
+        GpuTarget { n_sms, shared_limit: kib << 10, arch, host_gather: false }
     }
 
-    pub(crate) fn here(gpu: &Gpu) -> GpuTarget {
-        let facts = gpu.facts();
-        GpuTarget { n_sms: facts.gpu.n_sms, shared_limit: facts.shared_limit, arch: facts.gpu.arch }
+    pub(crate) fn here(device: &Device) -> GpuTarget {
+        let facts = device.gpu().expect("a GPU's workspace").facts();
+        let host_gather = !matches!(device.options().gather, None | Some(GatherWay::Gpu));
+        GpuTarget { n_sms: facts.gpu.n_sms, shared_limit: facts.shared_limit, arch: facts.gpu.arch, host_gather }
     }
 
     /// What cuBLASLt works in.
@@ -120,6 +123,7 @@ pub(super) struct Scratch {
     pub(super) candidates: usize,
     pub(super) argmax: usize,
     pub(super) fetches: usize,
+    pub(super) staged: usize,
     pub(super) bytes: usize,
 }
 
@@ -217,9 +221,23 @@ impl Scratch {
             candidates: parts.next(candidate_bytes(&selection)),
             argmax: parts.next(MAX_ROWS * slices * size_of::<specache_choice>()),
             fetches: parts.next(lists * size_of::<specache_fetch>()),
+            staged: parts.next(if target.host_gather { BLOCKS * block_bytes(config, sizes) } else { 0 }),
             bytes: parts.bytes(),
         }
     }
+}
+
+/// Bytes of a staging block: all pairs that a group may want of a layer.
+pub(super) fn block_bytes(config: &Config, sizes: &Sizes) -> usize {
+    let pair_bytes = KvShape::new(config, &KvOptions::default()).pair_bytes();
+    sizes.group * config.n_kv_heads * sizes.top_k * pair_bytes
+}
+
+/// Of the letters to the host: one for each layer and group, of which there are at most as many as sequences.
+pub(super) fn mailbox_size(config: &Config, sizes: &Sizes) -> MailboxSize {
+    let letters = config.n_layers * sizes.seqs;
+    let pairs = letters * config.n_kv_heads * sizes.top_k;
+    MailboxSize { letters, pairs, block_bytes: block_bytes(config, sizes) }
 }
 
 #[allow(unsafe_code)]

@@ -1,16 +1,19 @@
 //! The memory of a decode pass, and the parameters of kernels that work in it.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use bytemuck::{Pod, bytes_of, cast_slice};
 
-use super::layout::{GpuTarget, Results, Scratch, Sizes, Told, attention_shape};
+use super::layout::{GpuTarget, Results, Scratch, Sizes, Told, attention_shape, mailbox_size};
 use super::{Group, Place};
+use crate::cuda::host_gather::HostGather;
 use crate::cuda::rows::Rows;
+use crate::device::cuda::PinnedMemory;
 use crate::device::cuda::bindings::abi::{
     specache_attn_params, specache_fetch, specache_layer_cache, specache_select_params, specache_seq,
 };
-use crate::device::cuda::{Gpu, PinnedMemory};
+use crate::device::cuda::mailbox::Mailbox;
 use crate::device::{Buffer, Device, Event};
 use crate::error::Result;
 use crate::kv::KvMode;
@@ -37,6 +40,18 @@ pub(super) struct Memory {
     pub(super) results: Buffer,
     pub(super) results_host: PinnedMemory,
     pub(super) results_at: Results,
+    /// What the host's threads are told, where they may gather.
+    pub(super) post: Option<Post>,
+}
+
+/// The way to the host's threads.
+pub(super) struct Post {
+    pub(super) gather: Arc<HostGather>,
+    pub(super) mailbox: Arc<Mailbox>,
+    /// Letters of this pass so far: they take the staging blocks by turns.
+    pub(super) sent: usize,
+    /// A pass was given up: nobody knows which letters are still on their way.
+    pub(super) given_up: bool,
 }
 
 impl Drop for Memory {
@@ -49,12 +64,21 @@ impl Drop for Memory {
 }
 
 impl Memory {
-    pub(super) fn new(device: &Device, config: &Config, sizes: Sizes) -> Result<Memory> {
+    pub(super) fn new(
+        device: &Device,
+        config: &Config,
+        sizes: Sizes,
+        gather: Option<&Arc<HostGather>>,
+    ) -> Result<Memory> {
         let gpu = device.gpu().expect("a GPU's workspace");
-        let scratch_at = Scratch::new(GpuTarget::here(gpu), config, &sizes);
+        let scratch_at = Scratch::new(GpuTarget::here(device), config, &sizes);
         let (told_at, results_at) = (Told::new(config, &sizes), Results::new(config, &sizes));
         let total = scratch_at.bytes + 2 * told_at.bytes + results_at.bytes;
         let mut grants = device.grant(total as u64, 0, "the workspace of decode steps")?;
+        let post = |gather: &Arc<HostGather>| -> Result<Post> {
+            let mailbox = Arc::new(Mailbox::new(gpu.driver(), mailbox_size(config, &sizes))?);
+            Ok(Post { gather: gather.clone(), mailbox, sent: 0, given_up: false })
+        };
         Ok(Memory {
             device: device.clone(),
             config: config.clone(),
@@ -71,6 +95,7 @@ impl Memory {
             results: grants.device(results_at.bytes, "the results of decode steps")?,
             results_host: PinnedMemory::new(gpu.driver(), results_at.bytes)?,
             results_at,
+            post: gather.filter(|_| sizes.top_k > 0).map(post).transpose()?,
         })
     }
 
@@ -149,14 +174,7 @@ impl Memory {
         cast_slice(&bytes[..bytes.len() / size_of::<T>() * size_of::<T>()])
     }
 
-    pub(super) fn attention(
-        &self,
-        gpu: &Gpu,
-        config: &Config,
-        group: &Group,
-        l: usize,
-        replace: bool,
-    ) -> specache_attn_params {
+    pub(super) fn attention(&self, config: &Config, group: &Group, l: usize, replace: bool) -> specache_attn_params {
         let (rows, at) = (self.rows(config, l, &group.rows), |part: usize| self.scratch.address() + part as u64);
         let selects = group.top_k > 0;
         // Each sequence's own: all groups attend before the first of them selects.
@@ -177,12 +195,12 @@ impl Memory {
             first_lse: at(self.scratch_at.first_lse + heads * 4),
             parts: at(self.scratch_at.attn_parts),
             top_k: if replace { group.top_k } else { 0 },
-            ..attention_shape(GpuTarget::here(gpu), config, &group.shape, group.n_seqs(), self.sizes.capacity)
+            ..attention_shape(GpuTarget::here(&self.device), config, &group.shape, group.n_seqs(), self.sizes.capacity)
         }
     }
 
-    pub(super) fn selection(&self, gpu: &Gpu, config: &Config, group: &Group, l: usize) -> specache_select_params {
-        let attention = self.attention(gpu, config, group, l, true);
+    pub(super) fn selection(&self, config: &Config, group: &Group, l: usize) -> specache_select_params {
+        let attention = self.attention(config, group, l, true);
         let (fetches, fetch_counts) = self.fetches(config, group, l);
         let lists = (l * self.sizes.seqs + group.seqs.start) * config.n_kv_heads;
         specache_select_params {

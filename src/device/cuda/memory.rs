@@ -97,6 +97,11 @@ impl PinnedMemory {
         Ok(PinnedMemory { driver: driver.clone(), start, len })
     }
 
+    /// Its first byte, for the GPU as for the host.
+    pub(crate) fn address(&self) -> u64 {
+        self.start.as_ptr().addr() as u64
+    }
+
     /// Its bytes. The caller has waited for copies into them.
     pub(crate) fn bytes(&self) -> &[u8] {
         // SAFETY: allocated with this length; `&self` keeps others of this program from writing.

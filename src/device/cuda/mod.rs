@@ -12,6 +12,7 @@ pub(crate) mod graph;
 pub(crate) mod images;
 pub(crate) mod kernels;
 mod library;
+pub(crate) mod mailbox;
 pub(crate) mod memory;
 pub(crate) mod nvrtc;
 pub mod probe;

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use super::bindings::driver::{CUevent, CUgraphExec, CUresult, CUstream};
 use super::driver::Driver;
 use super::graph::{self, Calls};
+use super::mailbox::{BEHIND_ALL, HAS_COME, TAKEN};
 use crate::device::order::StreamId;
 use crate::error::Result;
 
@@ -21,6 +22,8 @@ pub(super) const QUEUES: usize = 4;
 const NON_BLOCKING: u32 = 1;
 /// CU_EVENT_DISABLE_TIMING: cheaper, and nobody asks these for the time.
 const NO_TIMING: u32 = 2;
+/// CU_STREAM_WAIT_VALUE_EQ.
+const UNTIL_EQUAL: u32 = 1;
 
 /// One queue for each [`StreamId`].
 pub(crate) struct Queues {
@@ -321,6 +324,27 @@ impl Queues {
             // SAFETY: the caller's promise.
             let result = unsafe { self.driver.api.cuMemsetD8Async(to, byte, len, self.handle(stream)) };
             self.driver.note("cuMemsetD8Async", result);
+        }
+    }
+
+    /// What `stream` is given from now on waits until the host has raised a flag. Not where something of the calling thread
+    /// has failed: whoever raises it may not have been asked then.
+    pub(crate) fn await_flag(&self, stream: StreamId, flag: u64) {
+        if let (false, Some(_use)) = (self.driver.has_failed(), self.call()) {
+            // SAFETY: a word of a mailbox, which lives until the queue has come so far.
+            let result =
+                unsafe { self.driver.api.cuStreamWaitValue32_v2(self.handle(stream), flag, HAS_COME, UNTIL_EQUAL) };
+            self.driver.note("cuStreamWaitValue32", result);
+        }
+    }
+
+    /// Tells the host, behind everything that `stream` has been given, that what came with a flag is taken.
+    pub(crate) fn lower_flag(&self, stream: StreamId, flag: u64) {
+        if let (false, Some(_use)) = (self.driver.has_failed(), self.call()) {
+            // SAFETY: as above.
+            let result =
+                unsafe { self.driver.api.cuStreamWriteValue32_v2(self.handle(stream), flag, TAKEN, BEHIND_ALL) };
+            self.driver.note("cuStreamWriteValue32", result);
         }
     }
 

@@ -359,6 +359,7 @@ pub struct specache_fetch_params {
     pub fetches: u64,
     pub fetch_counts: u64,
     pub fetched: u64,
+    pub gathered: u64,
     pub n_seqs: u32,
     pub n_kv_heads: u32,
     pub head_dim: u32,
@@ -367,6 +368,27 @@ pub struct specache_fetch_params {
     pub reserved: u32,
 }
 pub type specache_fetch_params_size = [::std::os::raw::c_char; 1usize];
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct specache_wanted {
+    pub head: u32,
+    pub position: u32,
+}
+pub type specache_wanted_size = [::std::os::raw::c_char; 1usize];
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct specache_post_params {
+    pub seqs: u64,
+    pub fetches: u64,
+    pub fetch_counts: u64,
+    pub wanted: u64,
+    pub bell: u64,
+    pub n_seqs: u32,
+    pub n_kv_heads: u32,
+    pub top_k: u32,
+    pub reserved: u32,
+}
+pub type specache_post_params_size = [::std::os::raw::c_char; 1usize];
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
 pub struct specache_read_params {
@@ -434,5 +456,6 @@ unsafe extern "C" {
         launch: *mut specache_launch,
     ) -> specache_status;
     pub fn specache_fetch_plan(params: *const specache_fetch_params, launch: *mut specache_launch) -> specache_status;
+    pub fn specache_post_plan(params: *const specache_post_params, launch: *mut specache_launch) -> specache_status;
     pub fn specache_read_plan(params: *const specache_read_params, launch: *mut specache_launch) -> specache_status;
 }

@@ -8,6 +8,7 @@ pub const CU_MEMHOSTREGISTER_PORTABLE: u32 = 1;
 pub const CU_MEMHOSTREGISTER_DEVICEMAP: u32 = 2;
 pub const CU_MEMHOSTREGISTER_IOMEMORY: u32 = 4;
 pub const CU_MEMHOSTREGISTER_READ_ONLY: u32 = 8;
+pub type cuuint32_t = u32;
 pub type CUdeviceptr_v2 = ::std::os::raw::c_ulonglong;
 pub type CUdeviceptr = CUdeviceptr_v2;
 pub type CUdevice_v1 = ::std::os::raw::c_int;
@@ -663,6 +664,18 @@ pub struct Cuda {
     pub cuEventQuery: unsafe extern "C" fn(hEvent: CUevent) -> CUresult,
     pub cuEventSynchronize: unsafe extern "C" fn(hEvent: CUevent) -> CUresult,
     pub cuEventDestroy_v2: unsafe extern "C" fn(hEvent: CUevent) -> CUresult,
+    pub cuStreamWaitValue32_v2: unsafe extern "C" fn(
+        stream: CUstream,
+        addr: CUdeviceptr,
+        value: cuuint32_t,
+        flags: ::std::os::raw::c_uint,
+    ) -> CUresult,
+    pub cuStreamWriteValue32_v2: unsafe extern "C" fn(
+        stream: CUstream,
+        addr: CUdeviceptr,
+        value: cuuint32_t,
+        flags: ::std::os::raw::c_uint,
+    ) -> CUresult,
     pub cuFuncGetAttribute: unsafe extern "C" fn(
         pi: *mut ::std::os::raw::c_int,
         attrib: CUfunction_attribute,
@@ -743,6 +756,8 @@ impl Cuda {
         let cuEventQuery = unsafe { __library.get(b"cuEventQuery\0") }.map(|sym| *sym)?;
         let cuEventSynchronize = unsafe { __library.get(b"cuEventSynchronize\0") }.map(|sym| *sym)?;
         let cuEventDestroy_v2 = unsafe { __library.get(b"cuEventDestroy_v2\0") }.map(|sym| *sym)?;
+        let cuStreamWaitValue32_v2 = unsafe { __library.get(b"cuStreamWaitValue32_v2\0") }.map(|sym| *sym)?;
+        let cuStreamWriteValue32_v2 = unsafe { __library.get(b"cuStreamWriteValue32_v2\0") }.map(|sym| *sym)?;
         let cuFuncGetAttribute = unsafe { __library.get(b"cuFuncGetAttribute\0") }.map(|sym| *sym)?;
         let cuFuncSetAttribute = unsafe { __library.get(b"cuFuncSetAttribute\0") }.map(|sym| *sym)?;
         let cuLaunchKernelEx = unsafe { __library.get(b"cuLaunchKernelEx\0") }.map(|sym| *sym)?;
@@ -794,6 +809,8 @@ impl Cuda {
             cuEventQuery,
             cuEventSynchronize,
             cuEventDestroy_v2,
+            cuStreamWaitValue32_v2,
+            cuStreamWriteValue32_v2,
             cuFuncGetAttribute,
             cuFuncSetAttribute,
             cuLaunchKernelEx,
@@ -1001,6 +1018,24 @@ impl Cuda {
     }
     pub unsafe fn cuEventDestroy_v2(&self, hEvent: CUevent) -> CUresult {
         unsafe { (self.cuEventDestroy_v2)(hEvent) }
+    }
+    pub unsafe fn cuStreamWaitValue32_v2(
+        &self,
+        stream: CUstream,
+        addr: CUdeviceptr,
+        value: cuuint32_t,
+        flags: ::std::os::raw::c_uint,
+    ) -> CUresult {
+        unsafe { (self.cuStreamWaitValue32_v2)(stream, addr, value, flags) }
+    }
+    pub unsafe fn cuStreamWriteValue32_v2(
+        &self,
+        stream: CUstream,
+        addr: CUdeviceptr,
+        value: cuuint32_t,
+        flags: ::std::os::raw::c_uint,
+    ) -> CUresult {
+        unsafe { (self.cuStreamWriteValue32_v2)(stream, addr, value, flags) }
     }
     pub unsafe fn cuFuncGetAttribute(
         &self,
