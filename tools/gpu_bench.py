@@ -22,6 +22,8 @@ GRID = [
     (LLAMA, 32768, 1, "full,kivi,specache", []),
     (LLAMA, 8192, 8, "full,kivi,specache", []),
     (LLAMA, 8192, 24, "full,kivi,specache", []),
+    (LLAMA, 8192, 1, "specache", ["--gather", "cpu"]),
+    (LLAMA, 8192, 24, "specache", ["--gather", "cpu"]),
     (LLAMA, 131072, 1, "full,specache", []),
     (LLAMA, 131072, 4, "full,specache", []),
     (MISTRAL, 32768, 1, "full,kivi,specache", []),
@@ -43,6 +45,7 @@ GRID = [
 TINY = [
     ("synthetic:tiny", 200, 1, "full,specache", []),
     ("synthetic:tiny", 200, 2, "specache", ["--linear", "cublas"]),
+    ("synthetic:tiny", 200, 2, "specache", ["--gather", "cpu"]),
     ("synthetic:tiny", 200, 1, "full,specache", PROMPT),
 ]
 COLUMNS = ["model", "tokens", "batch", "mode", "options", "tok/s", "vs full", "GB/s", "of read", "exposed us", "device"]

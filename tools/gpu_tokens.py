@@ -25,6 +25,7 @@ WAYS = [
     ["--pipeline", "stream"],
     ["--linear", "cublas"],
     ["--no-delta"],
+    ["--gather", "cpu"],
     ["--kv-bits", "1", "--kv-top-k", "16"],
 ]
 # Options of the golden cases, and the most that their mean KL divergence may be: four times what the emulated GPU gives with
