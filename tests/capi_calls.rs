@@ -530,7 +530,7 @@ fn versions_and_sizes() {
         fails(create(version, &engine_options()), Status::Abi, words);
     }
     assert_eq!(specache_abi_version(), SPECACHE_ABI_VERSION);
-    for size in [0, 1, 4, 7, 9, 63, 65, 72, u32::MAX] {
+    for size in [0, 1, 4, 7, 9, 63, 65, 71, 73, 80, u32::MAX] {
         let options = EngineOptions { struct_size: size, ..engine_options() };
         fails(create(1, &options), Status::Abi, "struct_size of specache_engine_options");
         // SAFETY: a struct that is larger than what may be written.
