@@ -43,7 +43,7 @@ SPECACHE_DEVICE void post_wanted(const specache_post_params& p) {
 
 }   // namespace specache
 
-// registers: <= 128 specache_post_wanted
+// registers: <= 64 specache_post_wanted
 extern "C" __global__ void __launch_bounds__(SPECACHE_POST_THREADS)
     specache_post_wanted(const __grid_constant__ specache_post_params p) {
     specache::post_wanted(p);

@@ -122,7 +122,7 @@ fn pass(
         return Err(stopped);
     }
     let graph = match &context.gpu {
-        Some(gpu_model) => begin_on_gpu(context, gpu_model, batch, members, seqs, rows)?,
+        Some(gpu_model) => begin_on_gpu(context, gpu_model, batch, members, seqs, rows, kind)?,
         None => {
             linear::embed(device, model, tokens, &mut rows.x);
             None
@@ -505,6 +505,7 @@ fn begin_on_gpu<'a>(
     members: &[Member],
     seqs: &[SeqRows],
     rows: &mut Rows,
+    kind: Pass,
 ) -> Result<Option<Exclusive<'a>>> {
     let config = &context.model.config;
     let window = config.sliding_window;
@@ -512,7 +513,8 @@ fn begin_on_gpu<'a>(
     let places: Vec<Place> = places.collect();
     rows.gpu.reserve(&context.device, model, config, &places)?;
     members.iter().for_each(|m| batch[m.index].session.cache.refresh_tables());
-    let graph = rows.gpu.begin_graph(&context.device, model, &places, is_traced(batch, members))?;
+    let (traced, is_step) = (is_traced(batch, members), kind == Pass::Step);
+    let graph = rows.gpu.begin_graph(&context.device, model, &places, traced, is_step)?;
     let _embed = context.device.operation("embed", |_| {});
     let cache = |l: usize, i: usize| batch[members[i].index].session.cache.places(l);
     rows.gpu.begin(&context.device, model, config, context.rope.attention_factor, &places, cache);

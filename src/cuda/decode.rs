@@ -30,7 +30,7 @@ use crate::error::Result;
 use crate::kv::{KvMode, KvOptions, KvShape};
 use crate::model::Config;
 use gather::Gatherer;
-use graphs::Key;
+use graphs::{GroupKey, Key};
 use layout::Sizes;
 use memory::Memory;
 
@@ -80,6 +80,11 @@ struct Group {
 impl Group {
     fn n_seqs(&self) -> usize {
         self.seqs.len()
+    }
+
+    /// What decides its launches.
+    fn key(&self) -> GroupKey {
+        (self.seqs.clone(), self.rows.clone(), self.mode, self.shape, self.top_k)
     }
 }
 
@@ -149,6 +154,7 @@ impl Workspace {
         }
         let sizes = own.map_or(needed, |memory| memory.sizes.max(&needed));
         self.graphs.clear(); // they know the memory by its address
+        self.forget_trials();
         self.memory = None;
         self.memory = Some(Memory::new(device, config, sizes, model.host_gather.as_ref())?);
         Ok(())

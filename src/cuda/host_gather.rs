@@ -2,15 +2,17 @@
 //!
 //! One thread for all passes on the GPU. It is told of a letter before the GPU can write it, and looks at the bells of all
 //! letters that are under way: passes of several callers ring in an order that only the GPU knows, and their queues wait
-//! for each other. While letters are under way it polls; else it sleeps.
+//! for each other. While letters are under way it polls; else it sleeps. It never calls the driver, which may be waiting for
+//! it (`device/cuda/mailbox.rs`).
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::device::cuda::mailbox::{Answers, BLOCKS, Mailbox};
+use crate::device::cuda::mailbox::{BLOCKS, Failure, Mailbox};
 use crate::device::link::CopyEngine;
 use crate::device::trace::Place;
 use crate::device::{Device, nvtx};
@@ -18,10 +20,6 @@ use crate::error::{Error, Result};
 use crate::gather::{NodeId, Rows, Staging, Stores};
 use crate::kv::host::HostLayer;
 use crate::kv::{KvShape, PAGE};
-
-/// Pairs are gathered and copied in pieces of so many bytes, so that the bus works on one while the next is gathered. A
-/// copy costs the host 5 to 7 us (docs/design.md), this many bytes about 10 us on the bus.
-const PIECE_BYTES: usize = 512 << 10;
 
 /// How long it polls without a pause, and without sleeping: a layer takes 30 us to a millisecond.
 const SPIN: Duration = Duration::from_micros(100);
@@ -37,16 +35,31 @@ pub(crate) struct Letter {
     pub first: usize,
     /// Most pairs that it can want.
     pub room: usize,
-    /// The staging block.
+    /// The block that they go to.
     pub block: usize,
-    /// The same on the GPU.
-    pub staged: u64,
     /// Shape of the pages.
     pub shape: KvShape,
     /// Pages of each sequence.
     pub hosts: Vec<Arc<HostLayer>>,
+    /// Told why they could not be brought.
+    pub failure: Failure,
     /// Which pass and layer it belongs to, for traces.
     pub place: Place,
+}
+
+impl Letter {
+    fn is(&self, mailbox: &Arc<Mailbox>, number: usize) -> bool {
+        Arc::ptr_eq(&self.mailbox, mailbox) && self.number == number
+    }
+
+    /// Nobody reads its pages any more, and the GPU goes on. Whoever sees the flag may free the pages, so it comes last.
+    fn close(&mut self, brought: Result<(), String>) {
+        if let Err(why) = brought {
+            let _ = self.failure.set(why); // only the first counts
+        }
+        self.hosts.clear();
+        self.mailbox.raise(self.number);
+    }
 }
 
 /// The thread.
@@ -59,6 +72,8 @@ pub(crate) struct HostGather {
 struct Shared {
     given: Mutex<Given>,
     news: Condvar,
+    /// Whether there is something in `given` that the thread has not seen: it polls this and not the lock.
+    any: AtomicBool,
 }
 
 /// What the thread has not seen.
@@ -67,14 +82,20 @@ struct Given {
     messages: Vec<Message>,
     /// Lists of pages, to be filled again.
     spare: Vec<Vec<Arc<HostLayer>>>,
+    /// Nobody has letters any more.
     quit: bool,
+    /// The thread has ended.
+    over: bool,
 }
 
 enum Message {
     Expect(Letter),
-    /// Letters of this mailbox that have not rung will not. Whoever says so hears when nobody works on them any more.
+    /// Letters of this mailbox that are under way may not come. Whoever says so hears when nobody works on them any more.
     Abandon(Arc<Mailbox>, Sender<()>),
 }
+
+/// What letters fail with whose pass was given up.
+const GIVEN_UP: &str = "the pass that wanted the pairs was given up";
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Given> {
@@ -82,7 +103,19 @@ impl Shared {
     }
 
     fn give(&self, message: Message) {
-        self.lock().messages.push(message);
+        let mut given = self.lock();
+        match message {
+            Message::Expect(mut letter) if given.over => letter.close(Err("the gather's thread has ended".into())),
+            // An abandonment comes to an end by being dropped.
+            _ if given.over => {}
+            message => given.messages.push(message),
+        }
+        drop(given);
+        self.wake();
+    }
+
+    fn wake(&self) {
+        self.any.store(true, Ordering::Release);
         self.news.notify_one();
     }
 }
@@ -91,17 +124,14 @@ impl HostGather {
     /// Starts the thread.
     ///
     /// # Errors
-    /// [`Error::Device`]; [`Error::Usage`] if the system refuses a thread.
+    /// [`Error::Usage`] if the system refuses a thread.
     pub(crate) fn new(device: &Device) -> Result<HostGather> {
-        let gpu = device.gpu().expect("the host gathers for a GPU");
-        let (answers, engine) = (Answers::new(gpu.driver())?, device.copy_engine());
-        let shared = Arc::<Shared>::default();
-        let given = shared.clone();
+        let (engine, shared) = (device.copy_engine(), Arc::<Shared>::default());
+        let ending = Ending(shared.clone());
         let run = move || {
             engine.gather.bind_caller();
-            answers.enter();
             let (letters, blocks, abandoned) = Default::default();
-            Postman { answers, engine, letters, blocks, abandoned, idle_since: Instant::now() }.work(&given);
+            Postman { engine, letters, blocks, abandoned, idle_since: Instant::now() }.work(&ending.0);
         };
         let thread = std::thread::Builder::new().name("gather".into()).spawn(run).map_err(|e| {
             Error::Usage(format!("no thread for --gather cpu: {e}; raise the limit on processes, or use --gather gpu"))
@@ -119,8 +149,7 @@ impl HostGather {
         self.shared.give(Message::Expect(letter));
     }
 
-    /// The letters of `mailbox` that are under way may never come: a pass was given up. When this returns, the GPU waits for
-    /// none of them any more, and nothing is copied for them.
+    /// A pass was given up. When this returns, nobody works on letters of `mailbox`, and the GPU waits for none of them.
     pub(crate) fn abandon(&self, mailbox: &Arc<Mailbox>) {
         let (done, is_done) = channel();
         self.shared.give(Message::Abandon(mailbox.clone(), done));
@@ -132,40 +161,56 @@ impl HostGather {
 impl Drop for HostGather {
     fn drop(&mut self) {
         self.shared.lock().quit = true;
-        self.shared.news.notify_one();
+        self.shared.wake();
         if let Some(thread) = self.thread.take() {
-            // Panics were caught.
+            // A panic has left nothing behind: see `Ending`.
             let _ = thread.join();
+        }
+    }
+}
+
+/// However the thread ends, nobody waits for it afterwards.
+struct Ending(Arc<Shared>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        let mut given = self.0.lock();
+        given.over = true;
+        for message in given.messages.drain(..) {
+            if let Message::Expect(mut letter) = message {
+                letter.close(Err("the gather's thread has ended".into()));
+            }
         }
     }
 }
 
 /// What the thread has.
 struct Postman {
-    answers: Answers,
     engine: Arc<CopyEngine>,
     /// Under way, in the order in which they were expected.
     letters: Vec<Letter>,
-    /// The last letter of each staging block, until the GPU has taken what came by it.
+    /// The last letter of each block, until the GPU has taken what came by it.
     blocks: Vec<(Weak<Mailbox>, [Option<usize>; BLOCKS])>,
-    /// Letters that nobody answers. The GPU may wait for such a one twice: by the pass that was given up, and by the one
-    /// before. So they are answered again and again until their owner is gone, which waits for the GPU.
-    abandoned: Vec<(Weak<Mailbox>, usize)>,
+    abandoned: Vec<Abandoned>,
     idle_since: Instant,
+}
+
+/// A letter that nobody answers and that the GPU may wait for, once it has taken the answer to the one before with this number:
+/// its flag stands for that yet.
+struct Abandoned {
+    mailbox: Weak<Mailbox>,
+    number: usize,
 }
 
 impl Postman {
     fn work(mut self, shared: &Shared) {
         while self.hear(shared) {
-            self.abandoned.retain(|(mailbox, number)| {
-                let mailbox = mailbox.upgrade();
-                mailbox.iter().filter(|mailbox| mailbox.is_taken(*number)).for_each(|mailbox| mailbox.raise(*number));
-                mailbox.is_some()
-            });
+            self.abandoned.retain(|letter| letter.still_waits());
             match (0..self.letters.len()).find(|&i| self.has_come(i)) {
                 Some(i) => {
                     let letter = self.letters.remove(i);
-                    shared.lock().spare.push(self.answer(letter));
+                    let hosts = self.answer(letter);
+                    shared.lock().spare.push(hosts);
                     self.idle_since = Instant::now();
                 }
                 None => match self.idle_since.elapsed() {
@@ -175,82 +220,83 @@ impl Postman {
                 },
             }
         }
-        self.letters.drain(..).for_each(|letter| drop(release(letter)));
     }
 
     /// Takes what was said meanwhile; sleeps if there is nothing to do. `false`: the end.
     fn hear(&mut self, shared: &Shared) -> bool {
+        let busy = !self.letters.is_empty() || !self.abandoned.is_empty();
+        if busy && !shared.any.swap(false, Ordering::Acquire) {
+            return true;
+        }
         let mut given = shared.lock();
-        while self.letters.is_empty() && self.abandoned.is_empty() && given.messages.is_empty() && !given.quit {
+        while !busy && given.messages.is_empty() && !given.quit {
             given = shared.news.wait(given).unwrap_or_else(|e| e.into_inner());
         }
-        if !given.messages.is_empty() {
-            self.idle_since = Instant::now();
-        }
+        self.idle_since = Instant::now();
         for message in given.messages.drain(..) {
             match message {
                 Message::Expect(letter) => self.letters.push(letter),
                 Message::Abandon(mailbox, done) => {
-                    self.answers.drain();
-                    let gone = self.letters.extract_if(.., |letter| Arc::ptr_eq(&letter.mailbox, &mailbox));
-                    self.abandoned.extend(gone.map(release));
-                    self.blocks.retain(|(of, _)| !is(of, &mailbox));
-                    // Nobody listens only if the caller's thread has ended.
-                    let _ = done.send(());
+                    self.abandon(&mailbox);
+                    let _ = done.send(()); // nobody listens only if the caller's thread has ended
                 }
             }
         }
         !given.quit
     }
 
-    /// Whether a letter has rung, and its staging block is free.
-    fn has_come(&mut self, i: usize) -> bool {
+    /// Letters of this mailbox fail.
+    fn abandon(&mut self, mailbox: &Arc<Mailbox>) {
+        self.blocks.retain(|(of, _)| !is(of, mailbox));
+        for mut letter in self.letters.extract_if(.., |letter| Arc::ptr_eq(&letter.mailbox, mailbox)) {
+            if mailbox.is_up(letter.number) {
+                let _ = letter.failure.set(GIVEN_UP.into()); // only the first counts
+                self.abandoned.push(Abandoned { mailbox: Arc::downgrade(mailbox), number: letter.number });
+            } else {
+                letter.close(Err(GIVEN_UP.into()));
+            }
+        }
+    }
+
+    /// Whether a letter has rung, and its block is free. Of letters with one number the first has rung.
+    fn has_come(&self, i: usize) -> bool {
         let Letter { mailbox, number, block, .. } = &self.letters[i];
+        let is_first = !self.letters[..i].iter().any(|letter| letter.is(mailbox, *number));
         let users = self.blocks.iter().find(|(of, _)| is(of, mailbox));
         let before = users.and_then(|(_, last)| last[*block]);
-        mailbox.rung(*number).is_some() && before.is_none_or(|letter| mailbox.is_taken(letter))
+        is_first && mailbox.rung(*number).is_some() && before.is_none_or(|letter| mailbox.is_taken(letter))
     }
 
     /// Brings what a letter wants. However that ends, the GPU goes on. Returns its list of pages, empty.
     fn answer(&mut self, mut letter: Letter) -> Vec<Arc<HostLayer>> {
-        let (mailbox, number) = (letter.mailbox.clone(), letter.number);
-        let n = mailbox.rung(number).expect("it has come");
-        mailbox.open(number);
+        let n = letter.mailbox.rung(letter.number).expect("it has come");
         letter.place.enter();
         let _range = nvtx::range("gather");
+        self.lend(&letter);
+        letter.mailbox.open(letter.number);
         let brought = catch_unwind(AssertUnwindSafe(|| self.bring(&letter, n)));
-        // Whoever sees the flag may take it that nobody reads the pages any more.
-        let mut hosts = std::mem::take(&mut letter.hosts);
-        hosts.clear();
-        let brought = brought.unwrap_or_else(|_| Err("a thread of the gather panicked".into()));
-        match brought.and_then(|()| self.answers.raise(mailbox.flag(number)).map_err(|e| e.to_string())) {
-            Ok(()) => self.keep(&letter),
-            Err(why) => {
-                mailbox.fail(why);
-                self.answers.drain(); // the block may be filled again
-                mailbox.raise(number);
-            }
-        }
-        hosts
+        letter.close(brought.unwrap_or_else(|_| Err("a thread of the gather panicked".into())));
+        letter.hosts
     }
 
-    /// Notes who has a staging block.
-    fn keep(&mut self, letter: &Letter) {
+    /// Notes who has a block.
+    fn lend(&mut self, letter: &Letter) {
         self.blocks.retain(|(of, _)| of.strong_count() > 0);
         let at = self.blocks.iter().position(|(of, _)| is(of, &letter.mailbox)).unwrap_or_else(|| {
             self.blocks.push((Arc::downgrade(&letter.mailbox), [None; BLOCKS]));
             self.blocks.len() - 1
         });
         let last = &mut self.blocks[at].1;
-        // What came by this letter before was taken, or it could not have rung.
+        // What came by this number before was taken, or it could not have rung.
         last.iter_mut().filter(|of| **of == Some(letter.number)).for_each(|of| *of = None);
         last[letter.block] = Some(letter.number);
     }
 
-    /// `n` pairs to the GPU.
+    /// `n` pairs into the letter's block.
     #[allow(unsafe_code)]
     fn bring(&self, letter: &Letter, n: usize) -> Result<(), String> {
         let Letter { mailbox, first, room, block, shape, hosts, .. } = letter;
+        self.engine.check()?;
         if n > *room {
             return Err(format!("the GPU wants {n} pairs of a layer, of at most {room}"));
         }
@@ -263,38 +309,38 @@ impl Postman {
         if let Some(missing) = (0..n).find(|&i| page(i).is_none()) {
             return Err(format!("position {} of the GPU's selection is not on the host", wanted[missing].position));
         }
-        let (pair_bytes, mut done) = (shape.pair_bytes(), 0);
-        while done < n {
-            self.engine.check()?;
-            let rows = done..n.min(done + (PIECE_BYTES / pair_bytes).max(1));
-            // SAFETY: the GPU has taken what was in the block before (`has_come`); pieces do not overlap.
-            let bytes = unsafe { mailbox.block(*block, rows.start * pair_bytes..rows.end * pair_bytes) };
-            let source = |i: usize| {
-                let (i, page) = (rows.start + i, page(rows.start + i).expect("looked for above"));
-                let head = wanted[i].head as usize % shape.n_kv_heads;
-                &page.bytes()[shape.pair(head, wanted[i].position as usize % PAGE)]
-            };
-            let node = |i: usize| page(rows.start + i).and_then(|page| page.node()).unwrap_or(NodeId(0));
-            let pairs = Rows { n_rows: rows.len(), row_bytes: pair_bytes, source, node };
-            // The bus reads the block next, and not through the caches of these threads.
-            self.engine.gather(&pairs, Staging { bytes: &mut *bytes, slot: |i| i }, Stores::NonTemporal);
-            let to = letter.staged + (rows.start * pair_bytes) as u64;
-            // SAFETY: the GPU's block is as large; nobody writes this one before the GPU has taken its pairs.
-            unsafe { self.answers.copy(to, bytes) }.map_err(|e| e.to_string())?;
-            done = rows.end;
-        }
+        let source = |i: usize| {
+            let pair = shape.pair(wanted[i].head as usize % shape.n_kv_heads, wanted[i].position as usize % PAGE);
+            &page(i).expect("looked for above").bytes()[pair]
+        };
+        let node = |i: usize| page(i).and_then(|page| page.node()).unwrap_or(NodeId(0));
+        // SAFETY: the GPU has taken what was in the block before (`has_come`), and this thread lends the blocks.
+        let bytes = unsafe { mailbox.block(*block, n * shape.pair_bytes()) };
+        let pairs = Rows { n_rows: n, row_bytes: shape.pair_bytes(), source, node };
+        // The bus reads the block next, and not through the caches of these threads.
+        self.engine.gather(&pairs, Staging { bytes, slot: |i| i }, Stores::NonTemporal);
         Ok(())
+    }
+}
+
+impl Drop for Postman {
+    fn drop(&mut self) {
+        self.letters.iter_mut().for_each(|letter| letter.close(Err("the gather's thread has ended".into())));
+    }
+}
+
+impl Abandoned {
+    /// Whether it has to be answered still; does so once the answer before it is taken.
+    fn still_waits(&self) -> bool {
+        match self.mailbox.upgrade() {
+            Some(mailbox) if mailbox.is_taken(self.number) => mailbox.raise(self.number),
+            Some(_) => return true,
+            None => {}
+        }
+        false
     }
 }
 
 fn is(of: &Weak<Mailbox>, mailbox: &Arc<Mailbox>) -> bool {
     std::ptr::eq(of.as_ptr(), Arc::as_ptr(mailbox))
-}
-
-/// Nobody answers this letter: the GPU goes on, and the pages are free.
-fn release(letter: Letter) -> (Weak<Mailbox>, usize) {
-    let Letter { mailbox, number, hosts, .. } = letter;
-    drop(hosts);
-    mailbox.raise(number);
-    (Arc::downgrade(&mailbox), number)
 }

@@ -152,8 +152,7 @@ impl GpuModel {
         let base = memory.address();
         let path = device.options().linear;
         let cublas = open_cublas(device, model)?;
-        let by_host = !matches!(device.options().gather, None | Some(GatherWay::Gpu));
-        let host_gather = by_host.then(|| HostGather::new(device).map(Arc::new)).transpose()?;
+        let host_gather = start_host_gather(device)?;
         let mut placed =
             GpuModel { _memory: memory, embed, layers, final_norm, lm_head, inv_freq, cublas, path, host_gather };
         placed.addresses().into_iter().filter(|at| **at != 0).for_each(|at| *at += base - 1);
@@ -204,6 +203,21 @@ fn open_cublas(device: &Device, model: &Model) -> Result<Option<Cublas>> {
         (LinearPath::Auto, None) => Ok(Cublas::open(device, gpu)
             .inspect_err(|why| notice::info(format_args!("the fused kernels compute all products: {why}")))
             .ok()),
+    }
+}
+
+/// The thread that gathers for a GPU, where the device's options want it.
+///
+/// # Errors
+/// As [`HostGather::new`]; with [`GatherWay::Auto`] none: the GPU gathers.
+fn start_host_gather(device: &Device) -> Result<Option<Arc<HostGather>>> {
+    let start = || HostGather::new(device).map(Arc::new);
+    match device.options().gather {
+        None | Some(GatherWay::Gpu) => Ok(None),
+        Some(GatherWay::Cpu) => start().map(Some),
+        Some(GatherWay::Auto) => {
+            Ok(start().inspect_err(|why| notice::info(format_args!("the GPU gathers all pairs: {why}"))).ok())
+        }
     }
 }
 

@@ -107,6 +107,13 @@ impl Default for DeviceOptions {
     }
 }
 
+impl DeviceOptions {
+    /// Whether threads of the host may gather for a GPU.
+    pub fn host_may_gather(&self) -> bool {
+        matches!(self.gather, Some(GatherWay::Cpu | GatherWay::Auto))
+    }
+}
+
 /// A compute device with its memory meters, its streams and its gather pool. Cheap to clone.
 #[derive(Clone)]
 pub struct Device(Arc<Inner>);

@@ -273,6 +273,7 @@ impl Cache {
                 self.layers[l].prefetch.slots_mut().clear(true);
             }
         }
+        self.gather_failure = None; // no pair that has come is read any more
         self.counters = counters;
         // A fork may have ended meanwhile on another thread, and left its pages to this cache.
         self.host.promised.give_up(shared - lost);
@@ -709,6 +710,7 @@ impl Cache {
     /// The end of a prefill that brought the cache to `n` tokens: counters, and no selection is valid any more. Pages
     /// that only the prefill needed are freed.
     pub fn end_prefill(&mut self, n: usize) {
+        self.gather_failure = None; // a GPU forgets its pairs
         self.counters.after_prefill(n);
         for l in 0..self.layers.len() {
             self.layers[l].prefetch.slots_mut().clear(false);

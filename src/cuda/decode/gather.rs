@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::graphs::GroupKey;
 use super::{Group, Workspace};
 use crate::cuda::host_gather::Letter;
-use crate::device::cuda::Gpu;
 use crate::device::cuda::bindings::abi::{
     specache_fetch_params, specache_fetch_plan, specache_post_params, specache_post_plan,
 };
@@ -30,22 +30,25 @@ const WORTH: f64 = 0.03;
 pub(super) struct Gatherer {
     /// In this pass.
     by_host: bool,
+    /// Of the batches that the memory has served: it is another one when their contexts have outgrown it.
     trials: Vec<Trial>,
     /// When the step that is timed began, and for which trial.
     timed: Option<(Instant, usize)>,
+    /// Told what goes wrong with the letters of this pass.
+    failure: Failure,
 }
 
-/// Steps with so many sequences, either way.
+/// Steps of one batch, either way.
 struct Trial {
-    n_seqs: usize,
+    batch: Vec<GroupKey>,
     steps: usize,
     /// By the GPU, by the host.
     best: [Duration; 2],
 }
 
 impl Trial {
-    fn new(n_seqs: usize) -> Trial {
-        Trial { n_seqs, steps: 0, best: [Duration::MAX; 2] }
+    fn new(batch: Vec<GroupKey>) -> Trial {
+        Trial { batch, steps: 0, best: [Duration::MAX; 2] }
     }
 
     fn is_over(&self) -> bool {
@@ -69,30 +72,31 @@ impl Trial {
 
     fn describe(&self) -> String {
         let [gpu, host] = self.best.map(|best| best.as_secs_f64() * 1e3);
-        let (way, s) = (if self.by_host() { "cpu" } else { "gpu" }, if self.n_seqs == 1 { "" } else { "s" });
-        format!(
-            "--gather auto takes {way} for {} sequence{s}: a step took {gpu:.2} ms by gpu, {host:.2} by cpu",
-            self.n_seqs
-        )
+        let n = self.batch.last().map_or(0, |(seqs, ..)| seqs.end);
+        let (way, s) = (if self.by_host() { "cpu" } else { "gpu" }, if n == 1 { "" } else { "s" });
+        format!("--gather auto takes {way} for {n} sequence{s}: a step took {gpu:.2} ms by gpu, {host:.2} ms by cpu")
     }
 }
 
 impl Workspace {
-    /// Decides who gathers in the pass that begins, by the device's options or by what steps like it have taken.
-    pub(super) fn choose_gather(&mut self, device: &Device, n_seqs: usize) {
-        let fetches = self.groups.iter().any(|group| group.mode.fetches() && group.top_k > 0);
-        let Gatherer { by_host, trials, timed } = &mut self.gatherer;
-        *timed = None;
+    /// Decides who gathers in the pass that begins, by the device's options or by what steps of this batch have taken.
+    /// `selects`: whether there is anything to fetch. `times`: whether the pass shows what a step takes.
+    pub(super) fn choose_gather(&mut self, device: &Device, selects: bool, times: bool) {
+        let batch = || self.groups.iter().map(Group::key).collect::<Vec<_>>();
+        let Gatherer { by_host, trials, timed, failure } = &mut self.gatherer;
+        (*timed, *failure) = (None, Failure::default());
+        let may = self.memory.as_ref().is_some_and(|memory| memory.post.is_some());
         *by_host = match device.options().gather {
-            _ if !fetches => false,
+            _ if !selects || !may => false,
             None | Some(GatherWay::Gpu) => false,
             Some(GatherWay::Cpu) => true,
             Some(GatherWay::Auto) => {
-                let at = trials.iter().position(|trial| trial.n_seqs == n_seqs).unwrap_or_else(|| {
-                    trials.push(Trial::new(n_seqs));
+                let batch = batch();
+                let at = trials.iter().position(|trial| trial.batch == batch).unwrap_or_else(|| {
+                    trials.push(Trial::new(batch));
                     trials.len() - 1
                 });
-                *timed = (!trials[at].is_over()).then(|| (Instant::now(), at));
+                *timed = (times && !trials[at].is_over()).then(|| (Instant::now(), at));
                 trials[at].by_host()
             }
         };
@@ -118,15 +122,17 @@ impl Workspace {
     ) -> Event {
         let gpu = device.gpu().expect("a GPU's workspace");
         for i in 0..self.groups.len() {
-            if self.groups[i].mode != mode || self.groups[i].top_k == 0 {
+            let group = &self.groups[i];
+            if group.mode != mode || group.top_k == 0 {
                 continue;
             }
-            match self.gatherer.by_host {
-                true => self.gather_on_host(device, gpu, config, l, i, selects, &pages),
-                false => {
-                    gpu.launch_on(StreamId::CopyIn, specache_fetch_plan, &self.fetch(config, l, &self.groups[i], 0))
-                }
+            let mut gathered = 0;
+            // What the GPU is told after a failure it does not do: nobody is to wait for it.
+            if self.gatherer.by_host && !gpu.driver().has_failed() {
+                let hosts = group.seqs.clone().map(&pages);
+                gathered = self.send_for(device, config, l, i, selects, hosts);
             }
+            gpu.launch_on(StreamId::CopyIn, specache_fetch_plan, &self.fetch(config, l, &self.groups[i], gathered));
         }
         if self.gatherer.by_host && gpu.driver().has_failed() {
             self.give_up(); // the GPU must wait for nothing that does not come
@@ -138,6 +144,7 @@ impl Workspace {
         event
     }
 
+    /// The kernel that brings pairs into their slots, from the host's pages or from where they are `gathered`.
     fn fetch(&self, config: &Config, l: usize, group: &Group, gathered: u64) -> specache_fetch_params {
         let memory = self.memory();
         let (fetches, fetch_counts) = memory.fetches(config, group, l);
@@ -157,60 +164,71 @@ impl Workspace {
         }
     }
 
-    /// The host is told of a letter, the GPU writes it, waits for the answer, and takes it.
-    #[allow(clippy::too_many_arguments)] // One call site, which names them all.
-    fn gather_on_host(
+    /// The host expects a letter of group `i`, the GPU writes it, waits for the answer, and takes it. Returns where the pairs
+    /// are then.
+    fn send_for(
         &mut self,
         device: &Device,
-        gpu: &Gpu,
         config: &Config,
         l: usize,
-        group: usize,
+        i: usize,
         selects: StreamId,
-        pages: &impl Fn(usize) -> Arc<HostLayer>,
-    ) {
-        let group = &self.groups[group];
-        let memory = self.memory.as_mut().expect("reserved before the pass");
-        let (first, number) =
-            (memory.first_list(config, l, group.seqs.start), l * memory.sizes.seqs + group.seqs.start);
-        let (fetches, fetch_counts) = memory.fetches(config, group, l);
-        let seqs = memory.seqs(group);
-        let block_bytes = super::layout::block_bytes(config, &memory.sizes);
-        let staged_at = memory.scratch.address() + memory.scratch_at.staged as u64;
-        let post = memory.post.as_mut().expect("a workspace of a device whose host may gather");
-        let block = post.sent % BLOCKS;
-        post.sent += 1;
-        let staged = staged_at + (block * block_bytes) as u64;
-        let mut hosts = post.gather.spare();
-        hosts.extend(group.seqs.clone().map(pages));
-        let mailbox = post.mailbox.clone();
+        pages: impl Iterator<Item = Arc<HostLayer>>,
+    ) -> u64 {
+        let letter = self.letter(config, l, i, pages);
+        let Letter { number, first, room, block, shape, .. } = letter;
+        let mailbox = letter.mailbox.clone();
+        let (gpu, memory) = (device.gpu().expect("a GPU's workspace"), self.memory());
+        let (fetches, fetch_counts) = memory.fetches(config, &self.groups[i], l);
         let params = specache_post_params {
-            seqs,
+            seqs: memory.seqs(&self.groups[i]),
             fetches,
             fetch_counts,
             wanted: mailbox.wanted(first),
             bell: mailbox.bell(number),
-            n_seqs: group.n_seqs() as u32,
+            n_seqs: self.groups[i].n_seqs() as u32,
             n_kv_heads: config.n_kv_heads as u32,
-            top_k: group.top_k,
+            top_k: self.groups[i].top_k,
             reserved: 0,
         };
-        let flag = mailbox.flag(number);
-        let room = group.n_seqs() * config.n_kv_heads * group.top_k as usize;
-        let (shape, place) = (group.shape, Place::current());
-        post.gather.expect(Letter { mailbox, number, first, room, block, staged, shape, hosts, place });
+        memory.post.as_ref().expect("a host that may gather").gather.expect(letter);
         gpu.launch_on(selects, specache_post_plan, &params);
         device.after(StreamId::CopyIn, device.record(selects), "a letter is written before its pairs are waited for");
-        gpu.queues().await_flag(StreamId::CopyIn, flag);
-        gpu.launch_on(StreamId::CopyIn, specache_fetch_plan, &self.fetch(config, l, group, staged));
-        gpu.queues().lower_flag(StreamId::CopyIn, flag);
+        let staged = memory.scratch.address() + memory.scratch_at.staged as u64;
+        gpu.take(StreamId::CopyIn, &mailbox, number, block, staged, room * shape.pair_bytes());
+        staged
     }
 
-    /// The pass is over, for all that the compute queue knows. `failure` are those of gathers that it has read the pairs of.
+    /// What the host must know to answer group `i` in layer `l`.
+    fn letter(&mut self, config: &Config, l: usize, i: usize, pages: impl Iterator<Item = Arc<HostLayer>>) -> Letter {
+        let group = &self.groups[i];
+        let memory = self.memory.as_mut().expect("reserved before the pass");
+        let first = memory.first_list(config, l, group.seqs.start);
+        let number = l * memory.sizes.seqs + group.seqs.start;
+        let post = memory.post.as_mut().expect("a host that may gather");
+        let block = post.sent % BLOCKS;
+        post.sent += 1;
+        let mut hosts = post.gather.spare();
+        hosts.extend(pages);
+        Letter {
+            mailbox: post.mailbox.clone(),
+            number,
+            first,
+            room: group.n_seqs() * config.n_kv_heads * group.top_k as usize,
+            block,
+            shape: group.shape,
+            hosts,
+            failure: self.gatherer.failure.clone(),
+            place: Place::current(),
+        }
+    }
+
+    /// The pass is over, for all that the compute queue knows. `failures` are those of earlier passes that it has read the
+    /// pairs of.
     ///
     /// # Errors
-    /// [`Error::Device`] with the first of them.
-    pub(crate) fn end_pass(&mut self, mut failures: impl Iterator<Item = Failure>) -> Result<()> {
+    /// [`Error::Device`] with the first of them, or with this pass's own.
+    pub(crate) fn end_pass(&mut self, failures: impl Iterator<Item = Failure>) -> Result<()> {
         if let Some((begun, at)) = self.gatherer.timed.take() {
             let trial = &mut self.gatherer.trials[at];
             trial.note(begun.elapsed());
@@ -218,7 +236,8 @@ impl Workspace {
                 notice::info(format_args!("{}", trial.describe()));
             }
         }
-        let why = failures.find_map(|failure| failure.get().cloned());
+        let mut all = failures.chain([self.gatherer.failure.clone()]);
+        let why = all.find_map(|failure| failure.get().cloned());
         why.map_or(Ok(()), |why| Err(Error::Device(format!("the gather for a GPU failed: {why}"))))
     }
 
@@ -231,10 +250,14 @@ impl Workspace {
         }
     }
 
+    /// Forgets what was tried with memory that there is no more.
+    pub(super) fn forget_trials(&mut self) {
+        self.gatherer.trials.clear();
+    }
+
     /// Who is to be asked whether the pairs that this pass has sent for have come well.
     pub(crate) fn gather_failure(&self) -> Option<Failure> {
-        let post = self.memory().post.as_ref().filter(|_| self.gatherer.by_host)?;
-        Some(post.mailbox.failure())
+        self.gatherer.by_host.then(|| self.gatherer.failure.clone())
     }
 }
 
@@ -246,7 +269,7 @@ mod tests {
     #[test]
     fn a_trial_takes_the_faster_way() {
         let run = |gpu: [u64; TRIAL], host: [u64; TRIAL]| {
-            let mut trial = Trial::new(3);
+            let mut trial = Trial::new(vec![]);
             for (i, us) in gpu.into_iter().chain(host).enumerate() {
                 assert_eq!((trial.is_over(), trial.by_host()), (false, i >= TRIAL));
                 trial.note(Duration::from_micros(us));
@@ -257,7 +280,7 @@ mod tests {
         let fast = [9000, 8000, 5000, 5100, 5000, 5200, 5000, 5000];
         let (by_host, words) = run(fast, [4900; TRIAL]);
         assert!(
-            !by_host && words.contains("takes gpu for 3 sequences") && words.contains("5.00 ms by gpu, 4.90"),
+            !by_host && words.contains("takes gpu for 0 sequences") && words.contains("5.00 ms by gpu, 4.90 ms"),
             "{words}"
         );
         assert!(run(fast, [4800; TRIAL]).0);

@@ -28,7 +28,7 @@ pub(super) const GRAPHS: usize = 16;
 
 impl Workspace {
     /// Begins a pass that was seen before as a graph: it becomes one the second time, and is replayed from then on. `None`:
-    /// the pass goes to the driver call by call. `with_selections` as in [`Workspace::end`].
+    /// the pass goes to the driver call by call. `with_selections` as in [`Workspace::end`]; `is_step`: it is no pre-decode.
     ///
     /// Not where somebody wants to know when each operation runs, nor where the GPU waits for threads of the host, nor in
     /// `offload`, whose copies come from other pages when the
@@ -42,21 +42,21 @@ impl Workspace {
         model: &GpuModel,
         places: &[Place],
         with_selections: bool,
+        is_step: bool,
     ) -> Result<Option<Exclusive<'a>>> {
-        self.choose_gather(device, places.len());
         let gpu = device.gpu().expect("a GPU's workspace");
-        let offload = self.groups.iter().any(|group| group.mode == KvMode::Offload);
         let timed = device.measures_waits() || device.trace().is_some();
+        self.choose_gather(device, places.iter().any(|place| place.selects), is_step && !timed);
+        let offload = self.groups.iter().any(|group| group.mode == KvMode::Offload);
         if offload || timed || self.gathers_on_host() || !device.options().graph || gpu.facts().gpu.driver < 12_030 {
             return Ok(None);
         }
         let selects = |mode| places.iter().any(|place| place.options.mode == mode && place.selects);
-        let group = |g: &Group| (g.seqs.clone(), g.rows.clone(), g.mode, g.shape, g.top_k);
         let key = Key {
             model: std::ptr::from_ref(model).addr(),
             turn: self.memory().turn ^ 1,
             with_selections,
-            groups: self.groups.iter().map(group).collect(),
+            groups: self.groups.iter().map(Group::key).collect(),
             selects: [selects(KvMode::SpeCache), selects(KvMode::Fetch)],
         };
         let seen = self.graphs.iter().position(|(seen, _)| *seen == key);

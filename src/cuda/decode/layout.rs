@@ -9,8 +9,8 @@ use crate::device::cuda::bindings::abi::{
     specache_fetch, specache_layer_cache, specache_select_params, specache_select_scratch_bytes, specache_seq,
 };
 use crate::device::cuda::cublas::Cublas;
-use crate::device::cuda::mailbox::{BLOCKS, MailboxSize};
-use crate::device::{Device, GatherWay, LinearPath};
+use crate::device::cuda::mailbox::MailboxSize;
+use crate::device::{Device, LinearPath};
 use crate::kv::plan::top_k;
 use crate::kv::{KvOptions, KvShape};
 
@@ -45,7 +45,7 @@ impl GpuTarget {
 
     pub(crate) fn here(device: &Device) -> GpuTarget {
         let facts = device.gpu().expect("a GPU's workspace").facts();
-        let host_gather = !matches!(device.options().gather, None | Some(GatherWay::Gpu));
+        let host_gather = device.options().host_may_gather();
         GpuTarget { n_sms: facts.gpu.n_sms, shared_limit: facts.shared_limit, arch: facts.gpu.arch, host_gather }
     }
 
@@ -221,14 +221,14 @@ impl Scratch {
             candidates: parts.next(candidate_bytes(&selection)),
             argmax: parts.next(MAX_ROWS * slices * size_of::<specache_choice>()),
             fetches: parts.next(lists * size_of::<specache_fetch>()),
-            staged: parts.next(if target.host_gather { BLOCKS * block_bytes(config, sizes) } else { 0 }),
+            staged: parts.next(if target.host_gather { block_bytes(config, sizes) } else { 0 }),
             bytes: parts.bytes(),
         }
     }
 }
 
-/// Bytes of a staging block: all pairs that a group may want of a layer.
-pub(super) fn block_bytes(config: &Config, sizes: &Sizes) -> usize {
+/// Bytes of a block of gathered pairs: all pairs that a group may want of a layer.
+fn block_bytes(config: &Config, sizes: &Sizes) -> usize {
     let pair_bytes = KvShape::new(config, &KvOptions::default()).pair_bytes();
     sizes.group * config.n_kv_heads * sizes.top_k * pair_bytes
 }

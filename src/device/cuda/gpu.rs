@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::driver::{Driver, Facts};
 use super::kernels::{Kernels, Plan};
+use super::mailbox::Mailbox;
 use super::memory::PinnedMemory;
 use super::queues::Queues;
 use super::timing::Timing;
@@ -102,6 +103,13 @@ impl Gpu {
     pub(crate) fn fetch(&self, stream: StreamId, to: &mut PinnedMemory, at: usize, from: u64, bytes: usize) {
         // SAFETY: the owner's promise, above; within the bounds of `to` by the slice.
         unsafe { self.queues.download(stream, &mut to.bytes_mut()[at..at + bytes], from) };
+    }
+
+    /// Brings what a letter to the host wants, behind everything that the queue has been given: waits for the answer in
+    /// `block`, and copies it. The mailbox and the memory at `to` are kept until the queue has come so far.
+    pub(crate) fn take(&self, stream: StreamId, mailbox: &Mailbox, letter: usize, block: usize, to: u64, bytes: usize) {
+        // SAFETY: the owner's promise, above.
+        unsafe { self.queues.take(stream, mailbox, letter, block, to, bytes) };
     }
 
     /// Copies a page to the host. The lease of `to` and the memory at `from` are kept until the queue has come so far: by an

@@ -75,7 +75,7 @@ pub(crate) struct PinnedMemory {
 
 // SAFETY: plain memory; who reads and writes it when is up to its owner.
 unsafe impl Send for PinnedMemory {}
-// SAFETY: as above; shared access only reads.
+// SAFETY: as above; shared access only reads, but for words and blocks of a mailbox, whose owner says who writes when.
 unsafe impl Sync for PinnedMemory {}
 
 impl PinnedMemory {
@@ -97,8 +97,13 @@ impl PinnedMemory {
         Ok(PinnedMemory { driver: driver.clone(), start, len })
     }
 
-    /// Its first byte, for the GPU as for the host.
-    pub(crate) fn address(&self) -> u64 {
+    /// Its first byte.
+    pub(super) fn start(&self) -> NonNull<u8> {
+        self.start
+    }
+
+    /// The same for the GPU, which has the host's addresses.
+    pub(super) fn address(&self) -> u64 {
         self.start.as_ptr().addr() as u64
     }
 

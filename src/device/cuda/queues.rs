@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use super::bindings::driver::{CUevent, CUgraphExec, CUresult, CUstream};
 use super::driver::Driver;
 use super::graph::{self, Calls};
-use super::mailbox::{BEHIND_ALL, HAS_COME, TAKEN};
+use super::mailbox::{HAS_COME, Mailbox, TAKEN};
 use crate::device::order::StreamId;
 use crate::error::Result;
 
@@ -24,6 +24,8 @@ const NON_BLOCKING: u32 = 1;
 const NO_TIMING: u32 = 2;
 /// CU_STREAM_WAIT_VALUE_EQ.
 const UNTIL_EQUAL: u32 = 1;
+/// CU_STREAM_WRITE_VALUE_DEFAULT: everything before it is done, and seen before the value.
+const BEHIND_ALL: u32 = 0;
 
 /// One queue for each [`StreamId`].
 pub(crate) struct Queues {
@@ -327,24 +329,36 @@ impl Queues {
         }
     }
 
-    /// What `stream` is given from now on waits until the host has raised a flag. Not where something of the calling thread
-    /// has failed: whoever raises it may not have been asked then.
-    pub(crate) fn await_flag(&self, stream: StreamId, flag: u64) {
-        if let (false, Some(_use)) = (self.driver.has_failed(), self.call()) {
-            // SAFETY: a word of a mailbox, which lives until the queue has come so far.
-            let result =
-                unsafe { self.driver.api.cuStreamWaitValue32_v2(self.handle(stream), flag, HAS_COME, UNTIL_EQUAL) };
-            self.driver.note("cuStreamWaitValue32", result);
-        }
-    }
-
-    /// Tells the host, behind everything that `stream` has been given, that what came with a flag is taken.
-    pub(crate) fn lower_flag(&self, stream: StreamId, flag: u64) {
-        if let (false, Some(_use)) = (self.driver.has_failed(), self.call()) {
-            // SAFETY: as above.
-            let result =
-                unsafe { self.driver.api.cuStreamWriteValue32_v2(self.handle(stream), flag, TAKEN, BEHIND_ALL) };
-            self.driver.note("cuStreamWriteValue32", result);
+    /// Brings what a letter of `mailbox` wants: waits until the host has put it into `block`, copies `bytes` bytes of that to
+    /// the GPU, and says that they are taken. Nothing where something of the calling thread has failed: the letter may not
+    /// have been written then.
+    ///
+    /// # Safety
+    /// `to` has room for them, and the mailbox lives, until the copy is done.
+    pub(crate) unsafe fn take(
+        &self,
+        stream: StreamId,
+        mailbox: &Mailbox,
+        letter: usize,
+        block: usize,
+        to: u64,
+        bytes: usize,
+    ) {
+        let Some(_use) = self.call() else { return };
+        let (api, queue, flag) = (&self.driver.api, self.handle(stream), mailbox.flag(letter));
+        let from = mailbox.block_place(block, bytes);
+        let steps: [(&str, &dyn Fn() -> CUresult); 3] = [
+            // SAFETY: the flag is a word of the mailbox, which lives until the queue has come so far.
+            ("cuStreamWaitValue32", &|| unsafe { api.cuStreamWaitValue32_v2(queue, flag, HAS_COME, UNTIL_EQUAL) }),
+            // SAFETY: the caller's promise; nobody writes the block before it is taken.
+            ("cuMemcpyHtoDAsync", &|| unsafe { api.cuMemcpyHtoDAsync_v2(to, from.cast(), bytes, queue) }),
+            // SAFETY: as for the wait.
+            ("cuStreamWriteValue32", &|| unsafe { api.cuStreamWriteValue32_v2(queue, flag, TAKEN, BEHIND_ALL) }),
+        ];
+        for (call, make) in steps {
+            if !self.driver.has_failed() {
+                self.driver.note(call, make());
+            }
         }
     }
 
