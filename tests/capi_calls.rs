@@ -530,7 +530,7 @@ fn versions_and_sizes() {
         fails(create(version, &engine_options()), Status::Abi, words);
     }
     assert_eq!(specache_abi_version(), SPECACHE_ABI_VERSION);
-    for size in [0, 1, 4, 7, 9, 63, 65, 72, u32::MAX] {
+    for size in [0, 1, 4, 7, 9, 63, 65, 71, 73, u32::MAX] {
         let options = EngineOptions { struct_size: size, ..engine_options() };
         fails(create(1, &options), Status::Abi, "struct_size of specache_engine_options");
         // SAFETY: a struct that is larger than what may be written.
@@ -541,6 +541,7 @@ fn versions_and_sizes() {
     // An older caller, whose struct ends early: what lies behind it is neither read nor written, and has its default.
     let bad = EngineOptions { struct_size: 8, threads: 2, device: ptr::dangling(), ..engine_options() };
     ok(create(1, &bad));
+    ok(create(1, &EngineOptions { struct_size: 64, gather: 77, gather_threads: 7777, ..engine_options() }));
     let mut short = EngineOptions { device: ptr::dangling(), threads: 9, ..engine_options() };
     // SAFETY: a struct that is larger than what may be written.
     ok(unsafe { specache_engine_options_init(&mut short, 8) });
