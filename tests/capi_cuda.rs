@@ -119,6 +119,30 @@ fn sessions_on_a_gpu() {
     });
 }
 
+/// Who gathers is an option, and makes no difference to any bit; what has been found to be faster is said to the log.
+#[test]
+fn who_gathers() {
+    on_gpu("who_gathers", &[], || {
+        let log = Mutex::new(Vec::<(i32, String)>::new());
+        let log_user_data = (&raw const log).cast_mut().cast();
+        let ways = [(1, 0), (2, 2), (3, 0)].map(|(gather, gather_threads)| {
+            let gpu = EngineOptions { gather, gather_threads, log: Some(keep), log_user_data, ..cuda() };
+            let gpu = engine(&fixture("recall"), &gpu);
+            let one = prefilled(gpu, &ids(gpu));
+            let (status, shown, _) = generate(one, 20, 1, None);
+            ok(status);
+            let row = logits(one);
+            specache_session_free(one);
+            specache_engine_free(gpu);
+            (shown.ids, row)
+        });
+        assert!(ways[0] == ways[1] && ways[0] == ways[2]);
+        let log = log.into_inner().unwrap();
+        let said = |words| log.iter().filter(|(level, text)| *level == 3 && text.starts_with(words)).count();
+        assert_eq!(said("gather auto takes "), 1, "{log:?}");
+    });
+}
+
 #[test]
 fn budgets_of_a_gpu() {
     on_gpu("budgets_of_a_gpu", &[], || {

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::handles::{self, EngineHandle};
 use super::memory::{c_text, give, give_text, set};
-use super::status::{Fail, Result, Status, guard};
+use super::status::{Fail, Result, Status, as_called_here, guard};
 use super::structs::{self, EngineOptions, LogFn, Memory, MemoryPlan, ModelInfo};
 use super::{KvOptionsC, SPECACHE_ABI_VERSION};
 use crate::chat::ChatTemplate;
@@ -74,7 +74,7 @@ impl Log {
 
     fn notice(&self, notice: Notice) {
         let level = if notice.weight == Weight::Warning { Level::Warn } else { Level::Info };
-        self.send(level, || notice.text);
+        self.send(level, || as_called_here(notice.text));
     }
 
     /// Passes on what the library has had to say.
