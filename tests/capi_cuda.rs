@@ -92,6 +92,12 @@ fn sessions_on_a_gpu() {
         let lone = prefilled(gpu, &prompt);
         ok(step(lone, expected.ids[0]));
         assert!(logits(lone) == rows[0] && logits(forks[0]) == rows[0]);
+        // What nobody has asked for comes from the GPU when somebody does, also behind steps of others.
+        let mut steps = forks.map(|fork| batched(fork, 7));
+        ok(step_batch(&mut steps));
+        ok(step(lone, 7));
+        assert!(logits(lone) == logits(forks[0]) && logits(forks[0]) != rows[0]);
+        assert_eq!([steps[0].next, steps[1].next], [sample(lone), sample(forks[1])]);
 
         // How long steps wait is measured where that is asked for.
         assert_eq!((stats(one).exposed_steps, stats(one).exposed_ns), (0, 0));
