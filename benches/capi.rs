@@ -7,6 +7,8 @@
 #![allow(unsafe_code)] // Calls of C functions.
 
 use std::ffi::{CString, c_void};
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::ptr;
 
 use specache::capi::*;
@@ -19,6 +21,8 @@ use specache::{Buffers, Engine, KvMode, KvOptions, Next, Prompt, Result, Session
 const RECALL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/recall");
 /// Tokens of a run of generation: as those of the command line, short enough to take turns.
 const RUN: usize = 16;
+/// Sequences of a batch.
+const BATCH: usize = 8;
 
 /// Nanoseconds of processor time, over all threads.
 fn ns(run: impl FnOnce()) -> f64 {
@@ -100,23 +104,60 @@ impl Sides {
         Ok((session, handle))
     }
 
-    /// Steps with logits out, one call each.
-    fn steps(&self, model: &str, prompt: &[u32]) -> Result<()> {
+    /// Steps, one call each, with logits out or without.
+    fn steps(&self, model: &str, prompt: &[u32], out: bool) -> Result<()> {
         let (mut session, handle) = self.sessions(prompt)?;
         let vocab = self.engine.model().config.vocab_size;
         let (mut buffers, mut logits) = (Buffers::default(), vec![0.0f32; vocab]);
+        let (to, n) = if out { (logits.as_mut_ptr(), vocab) } else { (ptr::null_mut(), 0) };
         let (mut own, mut c) = (Vec::new(), Vec::new());
         for t in 0..self.tokens {
             let token = (t * 7 % vocab) as u32;
             let mut done = Ok(());
             own.push(ns(|| done = self.engine.decode(&mut [Next { session: &mut session, token }], &mut buffers)));
             done?;
-            // SAFETY: room for the vocabulary.
-            c.push(ns(|| assert_eq!(unsafe { specache_session_step(handle, token, logits.as_mut_ptr(), vocab) }, 0)));
-            assert_eq!(logits, buffers.logits(0)?, "both sides do the same");
+            // SAFETY: room for the vocabulary, or NULL.
+            c.push(ns(|| assert_eq!(unsafe { specache_session_step(handle, token, to, n) }, 0)));
         }
+        let mut got = 0;
+        // SAFETY: room for the vocabulary.
+        assert_eq!(unsafe { specache_session_logits(handle, logits.as_mut_ptr(), vocab, &mut got) }, 0);
+        assert_eq!(logits, buffers.logits(0)?, "both sides do the same");
         specache_session_free(handle);
-        report("a step, logits copied out", model, own, c);
+        report(if out { "a step, logits copied out" } else { "a step" }, model, own, c);
+        Ok(())
+    }
+
+    /// Batched steps, each sequence's next token the one that is chosen for it. The time is that of the whole batch.
+    fn batches(&self, model: &str, prompt: &[u32]) -> Result<()> {
+        let mut sessions = (0..BATCH).map(|_| self.sessions(prompt)).collect::<Result<Vec<_>>>()?;
+        let (mut buffers, mut history) = (Buffers::default(), vec![prompt.to_vec(); BATCH]);
+        let mut sampler = Sampler::new(SamplingOptions::default())?;
+        let mut tokens = [prompt[0]; BATCH];
+        let mut steps: Vec<Step> = sessions.iter().map(|(_, session)| step(*session, prompt[0])).collect();
+        let (mut own, mut c) = (Vec::new(), Vec::new());
+        for _ in 0..self.tokens / BATCH {
+            let mut run = || -> Result<()> {
+                let members = sessions.iter_mut().zip(tokens);
+                let mut batch: Vec<Next> = members.map(|((session, _), token)| Next { session, token }).collect();
+                self.engine.decode(&mut batch, &mut buffers)?;
+                for (i, (token, history)) in tokens.iter_mut().zip(&mut history).enumerate() {
+                    history.push(*token);
+                    *token = buffers.sample(i, &mut sampler, history)?;
+                }
+                Ok(())
+            };
+            let mut done = Ok(());
+            own.push(ns(|| done = run()));
+            done?;
+            // SAFETY: as many steps as there are.
+            let all = |steps: &mut [Step]| unsafe { specache_step_batch(steps.as_mut_ptr(), BATCH, size_of::<Step>()) };
+            c.push(ns(|| assert_eq!(all(&mut steps), 0)));
+            steps.iter_mut().for_each(|step| step.token = step.next);
+            assert!(steps.iter().map(|step| step.token).eq(tokens), "both sides do the same");
+        }
+        sessions.into_iter().for_each(|(_, session)| specache_session_free(session));
+        report(&format!("a batch of {BATCH} steps"), model, own, c);
         Ok(())
     }
 
@@ -175,6 +216,41 @@ impl Sides {
     }
 }
 
+fn step(session: *mut SessionHandle, token: u32) -> Step {
+    Step { session, logits: ptr::null_mut(), n_logits: 0, token, next: 0, status: 0, reserved: 0 }
+}
+
+/// A model of one layer, whose weights are zero, with the vocabulary of Llama 3: what is moved of it shows most.
+fn large_vocabulary() -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("large-vocabulary");
+    let config = r#"{"model_type": "llama", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 128256, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": true, "max_position_embeddings": 8192, "dtype": "bfloat16", "eos_token_id": 1}"#;
+    let layer = |name: &str| format!("model.layers.0.{name}.weight");
+    let square = ["q", "k", "v", "o"].map(|name| layer(&format!("self_attn.{name}_proj")));
+    let square = square.into_iter().chain(["gate", "up", "down"].map(|name| layer(&format!("mlp.{name}_proj"))));
+    let norms = [layer("input_layernorm"), layer("post_attention_layernorm"), "model.norm.weight".into()];
+    let tensors = [("model.embed_tokens.weight".to_string(), vec![128_256, 32])].into_iter();
+    let tensors = tensors.chain(square.map(|name| (name, vec![32, 32]))).chain(norms.map(|name| (name, vec![32])));
+    let (mut end, mut entries) = (0, Vec::new());
+    for (name, shape) in tensors {
+        let start = end;
+        end += 2 * shape.iter().product::<usize>();
+        entries.push(format!(r#""{name}": {{"dtype": "BF16", "shape": {shape:?}, "data_offsets": [{start}, {end}]}}"#));
+    }
+    let header = format!("{{{}}}", entries.join(", "));
+    let write = || -> std::io::Result<()> {
+        std::fs::create_dir_all(&folder)?;
+        std::fs::write(folder.join("config.json"), config)?;
+        let mut file = std::fs::File::create(folder.join("model.safetensors"))?;
+        file.write_all(&(header.len() as u64).to_le_bytes())?;
+        file.write_all(header.as_bytes())?;
+        file.set_len((8 + header.len() + end) as u64) // zeros
+    };
+    write().expect("a small model");
+    folder
+}
+
 /// The least that a call costs: find the session, lock it, catch panics.
 fn bare_call(sides: &Sides) -> Result<()> {
     let (_, handle) = sides.sessions(&[1])?;
@@ -202,16 +278,24 @@ fn main() -> Result<()> {
     let tiny = Sides::open("synthetic:tiny", tokens)?;
     let vocab = config_of("synthetic:tiny")?.vocab_size as u32;
     let prompt: Vec<u32> = (0..64).map(|i| i % vocab).collect();
-    tiny.steps("synthetic:tiny", &prompt)?;
+    tiny.steps("synthetic:tiny", &prompt, true)?;
+    tiny.steps("synthetic:tiny", &prompt, false)?;
+    tiny.batches("synthetic:tiny", &prompt)?;
     tiny.generation("synthetic:tiny", &prompt, None)?;
     let recall = Sides::open(RECALL, tokens)?;
     let tokenizer = Tokenizer::load(RECALL.as_ref())?.expect("a tokenizer");
     let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/recall_prompt.txt"));
     let prompt = tokenizer.encode(&text.expect("a fixture")[..400], true)?;
-    recall.steps("recall", &prompt)?;
+    recall.steps("recall", &prompt, true)?;
     recall.generation("recall", &prompt, None)?;
     recall.generation("recall", &prompt, Some(&tokenizer))?;
+    let folder = large_vocabulary();
+    let large = Sides::open(folder.to_str().expect("UTF-8"), tokens)?;
+    large.steps("128,256 tokens", &[1], true)?;
+    large.steps("128,256 tokens", &[1], false)?;
+    large.batches("128,256 tokens", &[1])?;
     bare_call(&tiny)?;
+    specache_engine_free(large.handle);
     specache_engine_free(tiny.handle);
     specache_engine_free(recall.handle);
     Ok(())

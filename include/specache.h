@@ -360,8 +360,8 @@ int32_t specache_session_reserve(specache_session *session, uint64_t max_tokens)
 
 /* Stops the running prefill, generate or step of this session, on whatever thread, or the next one if none is running: it gives
  * SPECACHE_ERR_CANCELLED, and with that the request is over. The CPU heeds it within a layer of the model; a GPU between two
- * steps, and in a prompt within a layer. A prefill or step that is stopped leaves the session as it was; of a generation the
- * tokens stay that were complete, and another call goes on from there.
+ * steps, and in a prompt within a layer. A prefill or step that is stopped leaves the session as it was, but that there are no
+ * logits after a step that had begun; of a generation the tokens stay that were complete, and another call goes on from there.
  * SPECACHE_ERR_HANDLE. */
 int32_t specache_session_cancel(specache_session *session);
 
@@ -447,8 +447,9 @@ enum {
  * NULL. After a failure half way *n_generated is right too, and what was generated until then stays. The last token is shown,
  * and fed by whatever comes next: generate, a prefill; or specache_session_step and specache_step_batch, if they are given it.
  * If a call ends within a character, its bytes come as U+FFFD with SPECACHE_NO_TOKEN at the end.
- * On a GPU tokens are drawn there, with weights in fp32; specache_session_sample and specache_step_batch draw on the host, in
- * fp64: where the random number falls within a millionth of a border, the same seed gives another token.
+ * On a GPU tokens are drawn there, with weights in fp32, as in specache_step_batch; specache_session_sample draws on the host, in
+ * fp64, and so does this function where it begins with what follows a prefill or a step: where the random number falls within a
+ * millionth of a border, the same seed gives another token.
  * SPECACHE_ERR_HANDLE, _BUSY, _USAGE for an empty session; _CANCELLED; _FAILED and _DEVICE as in prefill; _MODEL as in
  * specache_detokenize; on a GPU _OUT_OF_MEMORY if there is no room for what calls work in, which grows with how many run at
  * once. */
@@ -456,19 +457,21 @@ int32_t specache_session_generate(specache_session *session, uint64_t n_tokens, 
                                   void *user_data, uint64_t *n_generated, int32_t *stop);
 
 /* One decode step: feeds `token` and computes the logits of what follows, which go to `logits` too if that is not NULL.
- * `n_logits` must be vocab_size then, else 0.
+ * `n_logits` must be vocab_size then, else 0. Logits that nobody asks for stay where they are, on a GPU in its memory, until
+ * another session's call is about to overwrite them.
  * SPECACHE_ERR_HANDLE, _BUSY, _USAGE for a session that is empty or full, or an id beyond the vocabulary;
- * _CANCELLED, _FAILED, _DEVICE as in prefill; _OUT_OF_MEMORY as in specache_session_generate. */
+ * _CANCELLED, _FAILED, _DEVICE as in prefill; _OUT_OF_MEMORY as in specache_session_generate. After _OUT_OF_MEMORY, and
+ * _CANCELLED in the middle of the step, the session holds what it held, and there are no logits. */
 int32_t specache_session_step(specache_session *session, uint32_t token, float *logits, size_t n_logits);
 
 /* The logits [vocab_size] of what follows the session's last token, from its last prefill, step, batched step or generate.
  * SPECACHE_ERR_HANDLE, _BUSY, _BUFFER, _USAGE if there are none: in an empty session, after specache_session_truncate, and
- * after a generation that was cancelled within a step. */
+ * after a step, batched or of a generation, that began and failed; _DEVICE if a GPU has them and fails. */
 int32_t specache_session_logits(specache_session *session, float *logits, size_t capacity, size_t *n);
 
 /* Chooses a token from these logits with the session's sampling options. The session does not remember it: give it to
  * specache_session_step, or do not. specache_session_generate, called next, chooses itself, one further in the random sequence.
- * SPECACHE_ERR_HANDLE, _BUSY, _USAGE as in specache_session_logits. */
+ * SPECACHE_ERR_HANDLE, _BUSY, _USAGE and _DEVICE as in specache_session_logits. */
 int32_t specache_session_sample(specache_session *session, uint32_t *token);
 
 /* One sequence of a batched step. */

@@ -419,6 +419,14 @@ impl Buffers {
         self.rows.gpu.logits(row).ok_or_else(missing)
     }
 
+    /// Whether sequence `i` of the last decode call has its logits.
+    ///
+    /// # Errors
+    /// As [`Buffers::logits`].
+    pub fn check(&self, i: usize) -> Result<()> {
+        self.row(i).map(drop)
+    }
+
     /// The token of the highest logit of sequence `i` of the last decode call, the lowest of equal ones.
     ///
     /// # Errors

@@ -150,6 +150,73 @@ fn one_step_is_like_another() {
     close(engine);
 }
 
+/// Steps leave their logits where they are: whatever else is called meanwhile, each session finds its own.
+#[test]
+fn logits_wait_for_who_asks() {
+    let engine = recall();
+    let ids = tokenize(engine, &prompt_text());
+    let prompts = [&ids[..90], &ids[10..170], &ids[20..85]];
+    let begin = || {
+        prompts.map(|prompt| {
+            let one = session(engine, &kv_options(), 400);
+            ok(prefill(one, prompt));
+            one
+        })
+    };
+    // Each step's logits, asked for at once.
+    let fed: Vec<u32> = ids[200..206].to_vec();
+    let asked = begin();
+    let expected = asked.map(|one| {
+        fed.iter()
+            .map(|&token| {
+                ok(step(one, token));
+                logits(one)
+            })
+            .collect::<Vec<_>>()
+    });
+
+    let left = begin();
+    let all = |sessions: &[SessionPtr], token| {
+        let mut steps: Vec<Step> = sessions.iter().map(|&one| batched(one, token)).collect();
+        ok(step_batch(&mut steps));
+    };
+    let found = |i: usize, t: usize| assert!(logits(left[i]) == expected[i][t], "session {i}, step {t}");
+    // Alone, in turns.
+    left.iter().for_each(|&one| ok(step(one, fed[0])));
+    (0..3).for_each(|i| found(i, 0));
+    // Of a batch; more than once.
+    all(&left, fed[1]);
+    (0..3).chain(0..3).for_each(|i| found(i, 1));
+    // Of a batch, behind forks, a step of one of them alone, and a prompt and a generation of others.
+    all(&left, fed[2]);
+    let forks = [0, 1].map(|i| fork(left[i]));
+    ok(step(left[0], fed[3]));
+    ok(prefill(asked[0], &ids[..40]));
+    ok(generate(asked[1], 5, 1, None).0);
+    found(0, 3);
+    (1..3).for_each(|i| found(i, 2));
+    assert!(logits(forks[0]) == expected[0][2] && logits(forks[1]) == expected[1][2]);
+    all(&left[1..], fed[3]);
+    free(left[2]);
+    // What a session chooses, and goes on with, is from them.
+    let best = |row: &[f32]| (0..row.len()).rev().max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap() as u32;
+    assert_eq!(sample(left[1]), best(&expected[1][3]));
+    all(&left[..2], fed[4]);
+    let (_, shown, _) = generate(left[0], 4, 1, None);
+    assert_eq!(shown.ids[0], best(&expected[0][4]));
+    // Also from those that a generation has left, behind which another one goes on.
+    all(&left[1..2], fed[5]);
+    assert_eq!(best(&logits(left[0])), *shown.ids.last().unwrap());
+    found(1, 5);
+    // A step that is refused takes nothing away.
+    fails(step(left[1], u32::MAX), Status::Usage, "vocabulary");
+    ok(specache_session_cancel(left[1]));
+    fails(step(left[1], fed[0]), Status::Cancelled, "cancelled");
+    found(1, 5);
+    left[..2].iter().chain(&asked).chain(&forks).for_each(|&one| free(one));
+    close(engine);
+}
+
 fn fork(session: SessionPtr) -> SessionPtr {
     let mut fork = ptr::null_mut();
     // SAFETY: a pointer of this function.
@@ -541,6 +608,7 @@ fn versions_and_sizes() {
     // An older caller, whose struct ends early: what lies behind it is neither read nor written, and has its default.
     let bad = EngineOptions { struct_size: 8, threads: 2, device: ptr::dangling(), ..engine_options() };
     ok(create(1, &bad));
+    ok(create(1, &EngineOptions { struct_size: 64, gather: 77, gather_threads: 7777, ..engine_options() }));
     let mut short = EngineOptions { device: ptr::dangling(), threads: 9, ..engine_options() };
     // SAFETY: a struct that is larger than what may be written.
     ok(unsafe { specache_engine_options_init(&mut short, 8) });

@@ -92,6 +92,12 @@ fn sessions_on_a_gpu() {
         let lone = prefilled(gpu, &prompt);
         ok(step(lone, expected.ids[0]));
         assert!(logits(lone) == rows[0] && logits(forks[0]) == rows[0]);
+        // What nobody has asked for comes from the GPU when somebody does, also behind steps of others.
+        let mut steps = forks.map(|fork| batched(fork, 7));
+        ok(step_batch(&mut steps));
+        ok(step(lone, 7));
+        assert!(logits(lone) == logits(forks[0]) && logits(forks[0]) != rows[0]);
+        assert_eq!([steps[0].next, steps[1].next], [sample(lone), sample(forks[1])]);
 
         // How long steps wait is measured where that is asked for.
         assert_eq!((stats(one).exposed_steps, stats(one).exposed_ns), (0, 0));
@@ -116,6 +122,30 @@ fn sessions_on_a_gpu() {
         let log = log.lock().unwrap();
         // Behind what is said of kernels that are compiled first.
         assert!(log.iter().any(|(level, text)| *level == 3 && text.starts_with("recall: 4 layers")), "{log:?}");
+    });
+}
+
+/// Who gathers is an option, and makes no difference to any bit; what has been found to be faster is said to the log.
+#[test]
+fn who_gathers() {
+    on_gpu("who_gathers", &[], || {
+        let log = Mutex::new(Vec::<(i32, String)>::new());
+        let log_user_data = (&raw const log).cast_mut().cast();
+        let ways = [(1, 0), (2, 2), (3, 0)].map(|(gather, gather_threads)| {
+            let gpu = EngineOptions { gather, gather_threads, log: Some(keep), log_user_data, ..cuda() };
+            let gpu = engine(&fixture("recall"), &gpu);
+            let one = prefilled(gpu, &ids(gpu));
+            let (status, shown, _) = generate(one, 20, 1, None);
+            ok(status);
+            let row = logits(one);
+            specache_session_free(one);
+            specache_engine_free(gpu);
+            (shown.ids, row)
+        });
+        assert!(ways[0] == ways[1] && ways[0] == ways[2]);
+        let log = log.into_inner().unwrap();
+        let said = |words| log.iter().filter(|(level, text)| *level == 3 && text.starts_with(words)).count();
+        assert_eq!(said("gather auto takes "), 1, "{log:?}");
     });
 }
 

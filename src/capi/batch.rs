@@ -3,6 +3,7 @@
 use std::sync::{Arc, MutexGuard};
 
 use super::handles;
+use super::logits::Lent;
 use super::memory::slice_mut;
 use super::session::{LogitsOut, SessionObject, State};
 use super::status::{Fail, Result, Status, guard};
@@ -68,16 +69,13 @@ fn decode(members: &mut Vec<Member>, buffers: &mut Buffers, failed: &mut impl Fn
 }
 
 /// What a step has come to for one member.
-fn finish(member: &mut Member, i: usize, buffers: &mut Buffers) -> Result<u32> {
+fn finish(member: &mut Member, i: usize, buffers: &mut Lent) -> Result<u32> {
     let state = &mut *member.state;
-    buffers.argmax(i)?; // whether it has failed
-    state.logits.clear();
-    state.fed(&[member.token]);
-    let logits = buffers.logits(i)?;
-    state.logits.extend_from_slice(logits);
+    state.stepped(member.token, i, buffers)?;
+    state.logits = Some(buffers.leave(i));
     // SAFETY: the header's contract.
-    unsafe { member.logits.write(logits) };
-    Ok(state.sampler.sample(logits, &state.tokens)?)
+    unsafe { member.logits.write(i, buffers) }?;
+    Ok(buffers.sample(i, &mut state.sampler, &state.tokens)?)
 }
 
 /// See the header.
@@ -128,6 +126,8 @@ fn run(steps: &mut [Step], fails: &mut Vec<(usize, Fail)>) -> Result<()> {
         let (first, other) = (members[0].index, members[at].index);
         return Err(Fail::usage(format!("steps {first} and {other} are of two engines; a batch is of one")));
     }
+    // Nobody's any more, so that they are not taken out of the buffers.
+    members.iter_mut().for_each(|member| member.state.logits = None);
     engine.with_buffers(|buffers| {
         let decoded = decode(&mut members, buffers, &mut |i, fail| fails.push((i, fail)));
         if let Err(fail) = decoded {

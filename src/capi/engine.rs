@@ -6,12 +6,13 @@ use std::io::{self, BufWriter, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use super::handles::{self, EngineHandle};
+use super::logits::{Lent, Pool};
 use super::memory::{c_text, give, give_text, set};
-use super::status::{Fail, Result, Status, guard};
+use super::status::{Fail, Result, Status, as_called_here, guard};
 use super::structs::{self, EngineOptions, LogFn, Memory, MemoryPlan, ModelInfo};
 use super::{KvOptionsC, SPECACHE_ABI_VERSION};
 use crate::chat::ChatTemplate;
@@ -24,7 +25,7 @@ use crate::kv::{CacheBytes, KvMode, KvOptions, KvShape};
 use crate::model::{self, Dtype};
 use crate::notice::{self, Notice, Weight};
 use crate::tokenizer::Tokenizer;
-use crate::{Buffers, Engine, engine};
+use crate::{Engine, engine};
 
 /// What an engine handle stands for.
 pub struct EngineObject {
@@ -32,8 +33,7 @@ pub struct EngineObject {
     pub(super) tokenizer: Option<Tokenizer>,
     pub(super) chat: Option<ChatTemplate>,
     log: Log,
-    /// Of calls that are over: their number is that of the calls that ran at once, not that of the sessions.
-    buffers: Mutex<Vec<Buffers>>,
+    pub(super) pool: Pool,
 }
 
 /// Levels of log messages, as in the header.
@@ -74,7 +74,7 @@ impl Log {
 
     fn notice(&self, notice: Notice) {
         let level = if notice.weight == Weight::Warning { Level::Warn } else { Level::Info };
-        self.send(level, || notice.text);
+        self.send(level, || as_called_here(notice.text));
     }
 
     /// Passes on what the library has had to say.
@@ -124,7 +124,7 @@ impl EngineObject {
         if let Some(trace) = engine.device().trace() {
             trace.pause(true);
         }
-        Ok(EngineObject { engine, tokenizer, chat, log, buffers: Mutex::default() })
+        Ok(EngineObject { engine, tokenizer, chat, log, pool: Pool::default() })
     }
 
     /// One that nobody listens to.
@@ -150,13 +150,12 @@ impl EngineObject {
     }
 
     /// Runs a call with buffers that it gives back. After a panic they are not used again.
-    pub(super) fn with_buffers<T>(&self, call: impl FnOnce(&mut Buffers) -> T) -> T {
-        let pool = || self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut buffers = pool().pop().unwrap_or_default();
+    pub(super) fn with_buffers<T>(&self, call: impl FnOnce(&mut Lent) -> T) -> T {
+        let mut buffers = self.pool.lend();
         // Whoever listens is told of a panic before it goes on to `guard`, and not while it unwinds: a callback may call again.
         match catch_unwind(AssertUnwindSafe(|| call(&mut buffers))) {
             Ok(result) => {
-                pool().push(buffers);
+                self.pool.give_back(buffers);
                 self.log_notices();
                 result
             }

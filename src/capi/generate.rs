@@ -5,12 +5,12 @@ use std::mem;
 
 use super::engine::EngineObject;
 use super::handles::{self, SessionHandle};
+use super::logits::Lent;
 use super::memory::set_if;
 use super::session::{SessionObject, State};
 use super::status::{Fail, Result, Status, guard};
 use super::structs::{Sized32, TokenC};
 use super::text::check_flags;
-use crate::Buffers;
 use crate::tokenizer::Stream;
 
 const IGNORE_EOS: u32 = 1;
@@ -94,12 +94,11 @@ fn generate(
     n_tokens: u64,
     flags: u32,
     listener: &mut Listener,
-    buffers: &mut Buffers,
+    buffers: &mut Lent,
     generated: &mut u64,
 ) -> Result<Stop> {
     let eos = &object.engine.engine.model().config.eos_token_ids;
     // Where the latest logits are: at first the session's, then those of the latest step.
-    let mut first = mem::take(&mut state.logits);
     let mut stepped = false;
     let result = loop {
         if *generated == n_tokens {
@@ -114,12 +113,14 @@ fn generate(
                 }
                 object.feed(state, token, buffers)?;
                 stepped = true;
-            } else if first.is_empty() {
-                return Err(Fail::usage("nothing to go on from: prefill, or feed a token with specache_session_step"));
             }
-            let token = match stepped {
-                true => buffers.sample(0, &mut state.sampler, &state.tokens)?,
-                false => state.sampler.sample(&first, &state.tokens)?,
+            let token = match &state.logits {
+                _ if stepped => buffers.sample(0, &mut state.sampler, &state.tokens)?,
+                Some(first) => state.sampler.sample(object.engine.pool.logits(first)?, &state.tokens)?,
+                None => {
+                    let why = "nothing to go on from: prefill, or feed a token with specache_session_step";
+                    return Err(Fail::usage(why));
+                }
             };
             state.chosen = Some(token);
             let index = mem::replace(generated, *generated + 1);
@@ -134,12 +135,9 @@ fn generate(
             Err(fail) => break Err(fail),
         }
     };
-    if stepped {
-        first.clear();
-        // A session that has failed in its last step has none.
-        first.extend_from_slice(buffers.logits(0).unwrap_or_default());
+    if stepped && buffers.check(0).is_ok() {
+        state.logits = Some(buffers.leave(0));
     }
-    state.logits = first;
     let stop = result?;
     listener.finish(*generated)?;
     Ok(stop)

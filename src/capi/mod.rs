@@ -7,6 +7,7 @@
 //! | `handles` | handles are names in a table, so that a stale one is an error and not a crash |
 //! | `structs` | structs of every header version, by their size |
 //! | `memory` | pointers and lengths become slices and texts |
+//! | `logits` | what a step has computed stays where it is until somebody wants it |
 //! | `engine`, `text`, `session`, `chat`, `generate`, `batch`, `stats` | the functions |
 //!
 //! Functions are in the order of the header. Each is one call of `status::guard` around safe code.
@@ -18,6 +19,7 @@ mod chat;
 mod engine;
 mod generate;
 mod handles;
+mod logits;
 mod memory;
 mod session;
 mod stats;

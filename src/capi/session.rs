@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use super::chat::Conversation;
 use super::engine::{EngineObject, Level, kv_options, tokens};
 use super::handles::{self, EngineHandle, SessionHandle};
+use super::logits::{Lent, Logits};
 use super::memory::{give, set, slice, text};
 use super::status::{Fail, Result, Status, guard};
 use super::structs::{self, KvOptionsC, SamplingOptionsC};
@@ -32,8 +33,8 @@ pub(super) struct State {
     pub tokens: Vec<u32>,
     /// The conversation that the first of them are.
     pub conversation: Option<Conversation>,
-    /// `[vocab]` of what follows them, or nothing where that is not known.
-    pub logits: Vec<f32>,
+    /// What follows them, where that is known.
+    pub logits: Option<Arc<Logits>>,
     /// The last token that a generation has shown, which is not fed yet.
     pub chosen: Option<u32>,
     pub sampler: Sampler,
@@ -95,10 +96,10 @@ impl SessionObject {
     /// The same with just these tokens, which are checked.
     pub(super) fn feed_prompt(&self, state: &mut State, prompt: &[u32]) -> Result<()> {
         let session = state.session()?;
-        let run = |buffers: &mut Buffers| {
+        let run = |buffers: &mut Lent| {
             self.engine.engine.prefill(&mut [Prompt { session, tokens: prompt }], buffers)?.remove(0)
         };
-        state.logits = self.heed(self.engine.with_buffers(run))?;
+        state.logits = Some(Logits::known(self.heed(self.engine.with_buffers(run))?));
         state.fed(prompt);
         state.max_tokens = state.max_tokens.max(state.tokens.len());
         Ok(())
@@ -125,10 +126,7 @@ impl SessionObject {
     pub(super) fn feed(&self, state: &mut State, token: u32, buffers: &mut Buffers) -> Result<()> {
         let session = state.session()?;
         self.heed(self.engine.engine.decode(&mut [Next { session, token }], buffers))?;
-        buffers.argmax(0)?; // whether it has failed; its logits may stay where they are
-        state.logits.clear();
-        state.fed(&[token]);
-        Ok(())
+        state.stepped(token, 0, buffers)
     }
 }
 
@@ -158,22 +156,29 @@ impl State {
         self.chosen = None;
     }
 
+    /// A step has fed this token, as sequence `i`.
+    pub fn stepped(&mut self, token: u32, i: usize, buffers: &Buffers) -> Result<()> {
+        buffers.check(i)?;
+        self.logits = None;
+        self.fed(&[token]);
+        Ok(())
+    }
+
     /// The tokens that the session holds from now on; what follows them is not known.
     pub fn forget(&mut self, n_tokens: usize) {
         self.tokens.truncate(n_tokens);
-        self.logits.clear();
+        self.logits = None;
         self.chosen = None;
         self.conversation = self.conversation.take().filter(|it| it.n_tokens <= n_tokens);
     }
 
-    pub fn known_logits(&mut self) -> Result<&[f32]> {
+    fn known_logits(&mut self) -> Result<Arc<Logits>> {
         self.sound()?;
-        match self.logits.is_empty() {
-            false => Ok(&self.logits),
-            true => Err(Fail::usage(
+        self.logits.clone().ok_or_else(|| {
+            Fail::usage(
                 "no logits: they come from a prefill, a step or a generate call that was the last to change the session",
-            )),
-        }
+            )
+        })
     }
 }
 
@@ -224,7 +229,7 @@ pub unsafe extern "C" fn specache_session_create(
             max_tokens,
             tokens: Vec::new(),
             conversation: None,
-            logits: Vec::new(),
+            logits: None,
             chosen: None,
             sampler,
         };
@@ -400,12 +405,14 @@ pub unsafe extern "C" fn specache_session_step(
         let out = LogitsOut::new(&object, logits, n_logits)?;
         let mut state = object.lock()?;
         object.check_cancel()?;
+        let session = state.session()?;
+        object.engine.engine.check(&Next { session, token })?;
+        state.logits = None; // nobody's any more, so that they are not taken out of the buffers
         object.engine.with_buffers(|buffers| {
             object.feed(&mut state, token, buffers)?;
-            state.logits.extend_from_slice(buffers.logits(0)?);
+            state.logits = Some(buffers.leave(0));
             // SAFETY: the header's contract.
-            unsafe { out.write(&state.logits) };
-            Ok(())
+            unsafe { out.write(0, buffers) }
         })
     })
 }
@@ -429,13 +436,17 @@ impl LogitsOut {
         }
     }
 
+    /// Writes those of sequence `i`, if they are wanted.
+    ///
     /// # Safety
-    /// The pointer that it was made from is NULL or has room for `logits`, which lies elsewhere.
-    pub unsafe fn write(&self, logits: &[f32]) {
+    /// The pointer that it was made from is NULL or has room for the vocabulary.
+    pub unsafe fn write(&self, i: usize, buffers: &mut Buffers) -> Result<()> {
         if !self.0.is_null() {
-            // SAFETY: the caller's promise.
+            let logits = buffers.logits(i)?;
+            // SAFETY: the caller's promise; Rust's own memory is elsewhere.
             unsafe { std::ptr::copy_nonoverlapping(logits.as_ptr(), self.0, logits.len()) };
         }
+        Ok(())
     }
 }
 
@@ -450,8 +461,9 @@ pub unsafe extern "C" fn specache_session_logits(
     guard(|| {
         let object = handles::session(session)?;
         let mut state = object.lock()?;
+        let known = state.known_logits()?;
         // SAFETY: the header's contract.
-        unsafe { give(state.known_logits()?, logits, capacity, n, "logits") }
+        unsafe { give(object.engine.pool.logits(&known)?, logits, capacity, n, "logits") }
     })
 }
 
@@ -463,9 +475,9 @@ pub unsafe extern "C" fn specache_session_sample(session: *mut SessionHandle, to
         unsafe { set(token, u32::MAX, "token") }?;
         let object = handles::session(session)?;
         let mut state = object.lock()?;
-        state.known_logits()?;
-        let State { sampler, logits, tokens, .. } = &mut *state;
-        let chosen = sampler.sample(logits, tokens)?;
+        let known = state.known_logits()?;
+        let State { sampler, tokens, .. } = &mut *state;
+        let chosen = sampler.sample(object.engine.pool.logits(&known)?, tokens)?;
         // SAFETY: as above.
         unsafe { set(token, chosen, "token") }
     })

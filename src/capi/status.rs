@@ -121,6 +121,11 @@ const NAMES: [(&str, &str); 18] = [
     ("--tokens", "ids"),
 ];
 
+/// A text of the library, with its options as they are called here.
+pub(super) fn as_called_here(text: String) -> String {
+    NAMES.iter().fold(text, |text, (cli, here)| text.replace(cli, here))
+}
+
 impl From<Error> for Fail {
     fn from(error: Error) -> Fail {
         let status = match &error {
@@ -133,9 +138,7 @@ impl From<Error> for Fail {
         };
         let why = error.to_string();
         match error {
-            Error::Usage(_) | Error::OutOfMemory { .. } => {
-                Fail { status, why: NAMES.iter().fold(why, |why, (cli, here)| why.replace(cli, here)) }
-            }
+            Error::Usage(_) | Error::OutOfMemory { .. } => Fail { status, why: as_called_here(why) },
             Error::Interrupted => Fail::cancelled(),
             _ => Fail { status, why },
         }
