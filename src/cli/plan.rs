@@ -248,15 +248,20 @@ impl Plan {
             let _ = writeln!(
                 text,
                 "Steps are estimated, not measured: bytes over bandwidth on {}, {:.0} GB/s of memory of which kernels \
-                 read {:.0} %, {:.1} GB/s over the link (scattered rows), {} us until a copy begins; weights are read \
-                 once for the batch, every selected pair is fetched; fetch waits for each layer's copy, specache hides \
-                 what its event schedule hides, offload is the slower of link and computation. Large batches are bound by \
-                 arithmetic, which this does not count.",
+                 read {:.0} %, {:.1} GB/s over the link (scattered rows), {} us until a copy begins; {} us a layer for starts \
+                 and ends, {} more where pairs are fetched, {} us of a multiprocessor for a packed page and KV head (fitted \
+                 to an H200, which is within 8 % of this with 1 to 4 sequences); weights are read once for the batch, every \
+                 selected pair is fetched; fetch waits for each layer's copy, specache hides what its event schedule hides, \
+                 offload is the slower of link and computation. Batches of 8 and more are bound by arithmetic too, which \
+                 this does not count: an H200 took up to 1.8 times as long.",
                 gpu.name,
                 gpu.memory_gbps,
                 100.0 * gpu.read_share,
                 gpu.gather_gbps,
-                gpu.copy_latency_us
+                gpu.copy_latency_us,
+                gpu.layer_us,
+                gpu.fetch_layer_us,
+                gpu.packed_page_us
             );
         } else {
             text.push_str("Name a card with --gpu for an estimate of step times.\n");
@@ -351,7 +356,7 @@ fn largest(most: usize, fits: impl Fn(usize) -> bool) -> usize {
     fitting
 }
 
-/// A step from bytes over bandwidth.
+/// A step by its costs.
 fn step_us(gpu: &Gpu, config: &Config, kv: &KvOptions, context: usize, batch: usize) -> f64 {
     let costs = gpu.costs(config, kv, context, batch, 1.0);
     match kv.mode {

@@ -34,8 +34,8 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let models = if args.model.is_empty() { &default[..] } else { &args.model };
     print(&format!(
         "Simulated, not measured: specache on {}, {:.0} GB/s of memory of which kernels read {:.0} %, scattered rows over \
-         the link at {:.1} GB/s, {} us until a copy begins. A step from bytes over bandwidth; every selected pair is \
-         fetched. serial, stream, event: ms a step.\n",
+         the link at {:.1} GB/s, {} us until a copy begins. A step from bytes over bandwidth, and what layers and packed \
+         pages took an H200 beside; every selected pair is fetched. serial, stream, event: ms a step.\n",
         gpu.name,
         gpu.memory_gbps,
         100.0 * gpu.read_share,
