@@ -10,6 +10,7 @@ use specache::model::folder;
 use specache::tokenizer::{self, Tokenizer};
 
 use super::args::PromptArgs;
+use super::progress::say;
 
 /// The tokenizer of a model; `None` for a folder without one and for random weights.
 ///
@@ -32,6 +33,21 @@ pub fn template(model: &str) -> Result<Option<ChatTemplate>> {
     Ok(folder(model)?.map(|folder| ChatTemplate::load(&folder)).transpose()?.flatten())
 }
 
+/// A warning for a `tokenizer_config.json` that is no JSON: a text needs none of it, but other files may have suffered, too.
+///
+/// # Errors
+/// As [`folder`].
+pub fn warn_of_damage(model: &str) -> Result<()> {
+    let file = folder(model)?.map(|folder| folder.join("tokenizer_config.json")).filter(|file| file.is_file());
+    if let Some((file, why)) = file.and_then(|file| {
+        let text = read(&file).ok()?;
+        serde_json::from_slice::<serde::de::IgnoredAny>(&text).err().map(|why| (file, why))
+    }) {
+        say(format_args!("warning: {}: not valid JSON: {why}; download the file again", file.display()));
+    }
+    Ok(())
+}
+
 /// What the prompt is made from.
 pub enum Source {
     /// Text, for the tokenizer.
@@ -49,7 +65,7 @@ pub fn prompt(args: &PromptArgs) -> Result<Source> {
     let usage = |what: String| Err(Error::Usage(what));
     let source = match (&args.prompt, &args.file, &args.tokens) {
         (Some(text), None, None) => Source::Text(text.clone()),
-        (None, Some(file), None) => Source::Text(text("-f", file)?),
+        (None, Some(file), None) => Source::Text(not_empty("-f", file)?),
         (None, None, Some(file)) => Source::Ids(ids("--tokens", file)?),
         (None, None, None) => return usage("no prompt: give one of -p/--prompt, -f/--file or --tokens".into()),
         _ => return usage("several prompts: give only one of -p/--prompt, -f/--file and --tokens".into()),
@@ -59,6 +75,18 @@ pub fn prompt(args: &PromptArgs) -> Result<Source> {
         Source::Ids(ids) if ids.is_empty() => usage("--tokens: the list is empty: at least one is needed".into()),
         _ => Ok(source),
     }
+}
+
+/// A text file with some text.
+///
+/// # Errors
+/// As [`text`]; [`Error::Usage`] for an empty one.
+pub fn not_empty(option: &str, file: &Path) -> Result<String> {
+    let text = text(option, file)?;
+    if text.is_empty() {
+        return Err(Error::Usage(format!("{option} {}: the file is empty", file.display())));
+    }
+    Ok(text)
 }
 
 /// A text file.
