@@ -331,7 +331,7 @@ fn bad_files_and_models() {
     let model = recall();
     let not_text = file(&folder, "latin1.txt", b"caf\xe9");
     assert_fails(&["generate", "-m", &model, "-n", "4", "-f", &not_text], 2, &["latin1.txt", "UTF-8", "3"]);
-    assert_fails(&["generate", "-m", &model, "-n", "4", "-f", "/nowhere.txt"], 1, &["/nowhere.txt"]);
+    assert_fails(&["generate", "-m", &model, "-n", "4", "-f", "/nowhere.txt"], 1, &["-f /nowhere.txt: "]);
     assert_fails(&["generate", "-m", "/nowhere", "-n", "4", "-p", "x"], 3, &["/nowhere"]);
     assert_fails(&["generate", "-m", "synthetic:huge", "-n", "4", "-p", "x"], 2, &["huge", "tiny"]);
     let no_tokenizer = path(fixture("hf/llama_gqa"));
@@ -649,6 +649,9 @@ fn bench_measures_divergence() {
 #[test]
 fn help_and_version() {
     assert!(stdout(&["--version"]).starts_with("specache-engine 0."));
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let nobody_reads_it = command(&["--help"]).stdout(full).status().unwrap();
+    assert_eq!(nobody_reads_it.code(), Some(1));
     let help = stdout(&["--help"]);
     assert!(
         help.contains("--bench") && help.contains("SPECACHE_CHECK_ORDER") && help.contains("SPECACHE_ISA"),

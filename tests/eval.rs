@@ -604,7 +604,7 @@ fn long_prompts_show_how_far_they_are() {
         common::set_columns(&ours, 71);
         let start = Instant::now();
         let mut command = eval(args);
-        let mut child = command.stdout(Stdio::null()).stderr(its).spawn().unwrap();
+        let mut child = command.env("TERM", "xterm").stdout(Stdio::null()).stderr(its).spawn().unwrap();
         drop(command); // and with it our handle of the program's end
         let mut shown = Vec::new();
         // The end of a pseudo-terminal that nobody has open any more is an error.
@@ -971,4 +971,34 @@ fn other_lengths_are_told_as_such() {
     let (tokens, rest) = tokens.split_once(' ').unwrap();
     assert!(tokens.parse::<usize>().unwrap() <= 200 && rest.starts_with("tokens, answers of up to 2; full"), "{said}");
     fails(&[&at[..], &["--lengths", "200,300"]].concat(), &["--lengths was [200], is [200,300]; use"]);
+}
+
+/// A terminal that knows no colours and no way back in a line gets lines.
+#[test]
+fn a_dumb_terminal_gets_plain_lines() {
+    let hay = fixture("recall_prompt.txt");
+    let args = ["needle", "--haystack", hay.to_str().unwrap(), "--lengths", "100", "--depths", "50", "--kv", "full"];
+    let (mut ours, its) = common::terminal();
+    let mut command = eval(&args);
+    command.env_remove("NO_COLOR").env("TERM", "dumb").stdout(its.try_clone().unwrap()).stderr(its);
+    let mut child = command.spawn().unwrap();
+    drop(command);
+    let mut shown = Vec::new();
+    let _ = ours.read_to_end(&mut shown);
+    assert!(child.wait().unwrap().success());
+    assert!(text(&shown).contains("mean") && !shown.contains(&0x1b), "{:?}", text(&shown));
+}
+
+/// Modes cannot be told apart by answers of which none is right, even with all pairs at 16 bits.
+#[test]
+fn longbench_says_where_its_scores_say_nothing() {
+    let folder = folder("nothing");
+    let ask = |answer: &str| {
+        let item = longbench_item(0, "The password of kose is zesi rere bago.", "Recall kose", answer);
+        fs::write(folder.join("triviaqa.jsonl"), item.to_string()).unwrap();
+        let said = succeed(&["longbench", "--data", folder.to_str().unwrap(), "--kv", "full,kivi"]).stderr;
+        text(&said).contains("note: full scores nothing either")
+    };
+    assert!(ask("48317"));
+    assert!(!ask("zesi rere bago"));
 }

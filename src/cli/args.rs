@@ -1,6 +1,7 @@
 //! What can be said on the command line, and in `SPECACHE_*` variables.
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
 
@@ -16,7 +17,7 @@ use specache::model::Dtype;
 use specache::sampler::{SamplingOptions, SamplingOverrides};
 
 use super::eval::args::EvalArgs;
-use super::output::AtomicFile;
+use super::output::{AtomicFile, STDOUT};
 use super::progress::say;
 use super::{count, places, precedence, size};
 
@@ -609,11 +610,23 @@ impl SamplingArgs {
     }
 }
 
+/// Prints a usage error, help or the version, and ends the process.
+///
+/// # Errors
+/// [`Error::Io`] where stdout takes no help.
+fn end<T>(what: &clap::Error) -> Result<T, Error> {
+    let printed = what.print().and_then(|()| std::io::stdout().flush());
+    match printed {
+        Err(why) if !what.use_stderr() => Err(Error::io(STDOUT, why)),
+        _ => std::process::exit(what.exit_code()),
+    }
+}
+
 /// Reads the command line and the environment. Ends the process where there is nothing to run: usage errors (2), help
 /// and version (0).
 ///
 /// # Errors
-/// As [`places::check`].
+/// As [`places::check`]; [`Error::Io`] where stdout takes no help.
 pub fn parse() -> Result<Cli, Error> {
     let args = std::env::args_os().enumerate();
     let args = args.map(|(i, arg)| match arg.to_str() {
@@ -625,7 +638,10 @@ pub fn parse() -> Result<Cli, Error> {
     let command = precedence::each_arg(Cli::command(), &count::explained);
     let settled = precedence::settle(command, &args);
     let matches = settled.clone().try_get_matches_from(&args);
-    let matches = matches.unwrap_or_else(|why| precedence::blame(why, settled, &args).exit());
+    let matches = match matches {
+        Ok(matches) => matches,
+        Err(why) => end(&precedence::blame(why, settled, &args))?,
+    };
     places::check(&matches)?;
     let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
     if let Command::Bench(args) = &mut cli.command {

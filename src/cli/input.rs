@@ -94,7 +94,7 @@ pub fn not_empty(option: &str, file: &Path) -> Result<String> {
 /// # Errors
 /// [`Error::Usage`] for text that is not UTF-8, and as [`read`].
 pub fn text(option: &str, file: &Path) -> Result<String> {
-    String::from_utf8(read(file)?).map_err(|e| {
+    String::from_utf8(read_for(option, file)?).map_err(|e| {
         let at = e.utf8_error().valid_up_to();
         Error::Usage(format!("{option} {}: byte {at} is not valid UTF-8; convert the file", file.display()))
     })
@@ -105,7 +105,8 @@ pub fn text(option: &str, file: &Path) -> Result<String> {
 /// # Errors
 /// [`Error::Usage`] naming the first entry that is not an id.
 pub fn ids(option: &str, file: &Path) -> Result<Vec<u32>> {
-    tokenizer::ids_of_json(&read(file)?).map_err(|what| Error::Usage(format!("{option} {}: {what}", file.display())))
+    tokenizer::ids_of_json(&read_for(option, file)?)
+        .map_err(|what| Error::Usage(format!("{option} {}: {what}", file.display())))
 }
 
 /// Checks ids against a model.
@@ -126,6 +127,17 @@ pub fn check_ids(option: &str, ids: &[u32], vocab_size: usize) -> Result<()> {
 
 /// Most bytes of a text: some 50 million tokens. What is longer is another kind of file, or one without an end.
 const MOST_BYTES: u64 = 256 << 20;
+
+/// The bytes of a file that an option names, as its errors do.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_for(option: &str, file: &Path) -> Result<Vec<u8>> {
+    read(file).map_err(|why| match why {
+        Error::Io { file, source } => Error::io(format!("{option} {}", file.display()), source),
+        why => why,
+    })
+}
 
 /// The bytes of a file.
 ///

@@ -168,7 +168,7 @@ impl Given {
 
     fn ready(file: &Path) -> Result<Given> {
         let wrong = |what: String| Error::Usage(format!("--prompts {}: {what}", file.display()));
-        let ready: Vec<Ready> = serde_json::from_slice(&input::read(file)?).map_err(|e| {
+        let ready: Vec<Ready> = serde_json::from_slice(&input::read_for("--prompts", file)?).map_err(|e| {
             wrong(format!("not a JSON array of objects with length, ids, answer and depth or index ({e})"))
         })?;
         if ready.is_empty() {
