@@ -331,7 +331,7 @@ fn bad_files_and_models() {
     let model = recall();
     let not_text = file(&folder, "latin1.txt", b"caf\xe9");
     assert_fails(&["generate", "-m", &model, "-n", "4", "-f", &not_text], 2, &["latin1.txt", "UTF-8", "3"]);
-    assert_fails(&["generate", "-m", &model, "-n", "4", "-f", "/nowhere.txt"], 1, &["/nowhere.txt"]);
+    assert_fails(&["generate", "-m", &model, "-n", "4", "-f", "/nowhere.txt"], 1, &["-f /nowhere.txt: "]);
     assert_fails(&["generate", "-m", "/nowhere", "-n", "4", "-p", "x"], 3, &["/nowhere"]);
     assert_fails(&["generate", "-m", "synthetic:huge", "-n", "4", "-p", "x"], 2, &["huge", "tiny"]);
     let no_tokenizer = path(fixture("hf/llama_gqa"));
@@ -366,7 +366,31 @@ fn memory_is_refused_before_it_is_taken() {
     assert_fails(&[&generate[..], &absurd].concat(), 4, &["out of", "bytes are available"]);
     let batch = ["bench", "--overlap", "-m", "synthetic:tiny", "-b", "40", "-d", "500", "--vram-budget", "1MiB"];
     assert_fails(&batch, 4, &["a batch of 40 KV caches", "-b, -d", "1048576 bytes are available", "--vram-budget"]);
-    assert!(start.elapsed() < Duration::from_secs(5));
+    for sequences in ["3000", "1000000"] {
+        let forks = ["bench", "-m", &model, "-b", sequences, "--vram-budget", "1GiB"];
+        let refused = run(&forks);
+        let said = String::from_utf8(refused.stderr).unwrap();
+        assert!(refused.status.code() == Some(4) && said.contains(&format!("a batch of {sequences} caches")), "{said}");
+        let prompts = ["bench", "-m", &model, "-p", "2000", "-n", "0", "-b", sequences, "--vram-budget", "1GiB"];
+        let refused = run(&prompts);
+        let said = String::from_utf8(refused.stderr).unwrap();
+        assert!(
+            refused.status.code() == Some(4) && said.contains(&format!("a batch of {sequences} KV caches")),
+            "{said}"
+        );
+    }
+    assert!(start.elapsed() < Duration::from_secs(20));
+}
+
+/// The models ahead of a name that is wrong are not measured, and a mode that is named twice is measured once.
+#[test]
+fn bench_looks_at_its_names_first() {
+    let both = format!("{},nope", recall());
+    let args = ["bench", "-m", &both, "-n", "1", "-r", "1", "--kv", "full,full"];
+    assert_fails(&args, 3, &["nope"]);
+    let model = recall();
+    let table = stdout(&["bench", "-m", &model, "-n", "1", "-r", "1", "-d", "50", "--kv", "full,full"]);
+    assert_eq!(table.matches("| full ").count(), 1, "{table}");
 }
 
 // Ends from outside.
@@ -418,7 +442,8 @@ fn ctrl_c_stops_a_generation() {
     child.stdout.take().unwrap().read_to_string(&mut rest).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(130));
     assert!(start.elapsed() < Duration::from_secs(5));
-    assert!(stderr(&mut child).contains("error: interrupted"));
+    // On a line of its own, where both streams go to one place.
+    assert!(stderr(&mut child).contains("\n\nerror: interrupted"));
 }
 
 /// A trace is there to see why a run failed, so it is written all the same.
@@ -509,6 +534,10 @@ fn bench_json_has_every_repetition() {
     let args = ["bench", "-m", &recall(), "-n", "4", "-r", "2", "--kv", "full,specache", "-o", "json"];
     let out: Value = serde_json::from_str(&stdout(&args)).unwrap();
     assert!(out["hardware"]["threads"].as_u64().unwrap() > 0 && out["version"].is_string(), "{out}");
+    // Why it is this device is another matter.
+    let hardware = &out["hardware"];
+    assert!(hardware["device"].as_str().is_some_and(|device| !device.contains("no CUDA device")), "{out}");
+    assert!(hardware["gpu"] == true || hardware["why_no_gpu"].is_string(), "{out}");
     let modes = out["models"][0]["modes"].as_array().unwrap();
     assert_eq!(modes.len(), 2);
     for mode in modes {
@@ -620,6 +649,9 @@ fn bench_measures_divergence() {
 #[test]
 fn help_and_version() {
     assert!(stdout(&["--version"]).starts_with("specache-engine 0."));
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let nobody_reads_it = command(&["--help"]).stdout(full).status().unwrap();
+    assert_eq!(nobody_reads_it.code(), Some(1));
     let help = stdout(&["--help"]);
     assert!(
         help.contains("--bench") && help.contains("SPECACHE_CHECK_ORDER") && help.contains("SPECACHE_ISA"),
@@ -708,6 +740,73 @@ fn logits_do_not_overwrite_their_input() {
     let ids = file(&folder, "ids.json", "[1, 2, 3, 4]");
     let before = std::fs::read(&ids).unwrap();
     let args = ["logits", "-m", &recall(), "--tokens", &ids, "--prefill", "2", "-o", &ids];
-    assert_fails(&args, 2, &["--tokens and -o name the same file"]);
+    assert_fails(&args, 2, &["--tokens and --output name the same file"]);
     assert_eq!(std::fs::read(&ids).unwrap(), before);
+}
+
+/// Nor does any other, in any command, whatever the file is called there; and none takes the place of another, or one in the
+/// model's folder.
+#[test]
+fn no_output_takes_the_place_of_what_is_read() {
+    let folder = folder("places");
+    let model = folder.join("model");
+    fs::create_dir(&model).unwrap();
+    for entry in fs::read_dir(fixture("recall")).unwrap().map(Result::unwrap) {
+        fs::copy(entry.path(), model.join(entry.file_name())).unwrap();
+    }
+    let ids = file(&folder, "ids.json", format!("{:?}", (10..110).collect::<Vec<_>>()));
+    let text = file(&folder, "text.txt", PROMPT);
+    let link = path(folder.join("link.txt"));
+    std::os::unix::fs::symlink(&text, &link).unwrap();
+    let [new, config, trace] = ["new.svg", "model/config.json", "model/trace.json"].map(|name| path(folder.join(name)));
+    let folders = [&folder, &model].map(|folder| (names(folder), folder));
+    let model = path(&model);
+    let kld = ["eval", "kld", "-m", &model, "--tokens", &ids, "-c", "100"];
+    let needle = ["eval", "needle", "-m", &model, "--haystack", &text];
+    let generate = ["generate", "-m", &model, "-f", &text, "-n", "1"];
+    for (command, options, words) in [
+        (&kld[..], &["--plot", &ids][..], ["--tokens and --plot name the same file", "ids.json"]),
+        (&needle, &["--plot", &link], ["--haystack and --plot name the same file", "link.txt"]),
+        (&generate, &["--trace", &link], ["--file and --trace name the same file", "link.txt"]),
+        (&generate, &["--trace", &config], ["model/config.json: is a file of ", "which --model reads"]),
+        (&generate, &["--trace", &trace], ["model/trace.json: is a file of ", "which --model reads"]),
+        (&kld, &["--plot", &new, "--output", &new], ["--output and --plot name the same file", "new.svg"]),
+        (&kld, &["--plot", &new, "--trace", &new], ["--plot and --trace name the same file", "new.svg"]),
+    ] {
+        assert_fails(&[command, options].concat(), 2, &words);
+        let by_variable = common::command(command).env("SPECACHE_TRACE", &text).env("SPECACHE_PLOT", &ids).output();
+        assert_eq!(by_variable.unwrap().status.code(), Some(2), "{command:?}");
+    }
+    folders.iter().for_each(|(before, folder)| assert_eq!(names(folder), *before));
+    assert_eq!(fs::read_to_string(&text).unwrap(), PROMPT);
+    // What is no file loses nothing.
+    assert!(run(&[&generate[..], &["--trace", "/dev/null"]].concat()).status.success());
+}
+
+/// A flag's variable says yes or no, and nothing else; a variable that is wrong is named.
+#[test]
+fn a_wrong_variable_is_named() {
+    let args = ["generate", "-m", &recall(), "-p", "x", "-n", "1"];
+    for (variable, value, words) in [
+        ("SPECACHE_JSON", "maybe", &["'maybe'", "--json", "SPECACHE_JSON"][..]),
+        ("SPECACHE_CHECK_ORDER", "maybe", &["SPECACHE_CHECK_ORDER=maybe", "yes"]),
+        ("SPECACHE_KV", "foo", &["'foo'", "--kv", "SPECACHE_KV", "offload"]),
+        ("SPECACHE_CTX_SIZE", "many", &["'many'", "--ctx-size", "SPECACHE_CTX_SIZE"]),
+    ] {
+        let output = command(&args).env(variable, value).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(words.iter().all(|word| said.contains(word)), "{words:?}: {said}");
+    }
+    let typed = command(&[&args[..], &["--kv", "foo"]].concat()).env("SPECACHE_KV", "full").output().unwrap();
+    let said = String::from_utf8(typed.stderr).unwrap();
+    assert!(said.contains("'foo' for '--kv <MODE>'") && !said.contains("SPECACHE"), "{said}");
+    let yes = command(&args).env("SPECACHE_JSON", "On").output().unwrap();
+    assert!(yes.stdout.starts_with(b"{"), "{yes:?}");
+    for no in ["No", ""] {
+        let no = command(&args).env("SPECACHE_JSON", no).env("SPECACHE_CHECK_ORDER", no).output().unwrap();
+        assert!(no.status.success() && !no.stdout.starts_with(b"{"), "{no:?}");
+    }
+    // No list is taken where one number belongs.
+    assert_fails(&[&args[..], &["--kv-bits", "1,2"]].concat(), 2, &["'1,2' for '--kv-bits", "no list"]);
 }

@@ -385,3 +385,53 @@ fn plan_has_the_engines_defaults() {
     let bytes = engine.plan(&KvOptions::default(), 1000).unwrap();
     assert_eq!(number(&planned["modes"][4], "kv_device_bytes"), bytes.device());
 }
+
+/// What would be missed is told: options and files without effect, sizes in bytes, what binds a batch.
+#[test]
+fn what_has_no_effect_is_told() {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("commands-told");
+    let _ = fs::remove_dir_all(&folder);
+    fs::create_dir_all(&folder).unwrap();
+    for entry in fs::read_dir(fixture("recall")).unwrap().map(Result::unwrap) {
+        fs::copy(entry.path(), folder.join(entry.file_name())).unwrap();
+    }
+    let model = folder.to_str().unwrap();
+    let said = |args: &[&str]| {
+        let output = with_input(&[&["generate", "-m", model, "-p", "Recall kose", "-n", "1"], args].concat(), "");
+        assert!(output.status.success(), "{output:?}");
+        text(&output.stderr).to_string()
+    };
+    assert!(!said(&[]).contains("warning"));
+    assert!(said(&["--top-p", "0.5"]).contains("warning: --top-p has no effect"));
+    assert!(!said(&["--top-p", "0.5", "--temp", "0.7"]).contains("warning"));
+    fs::write(folder.join("tokenizer_config.json"), "{").unwrap();
+    let damaged = said(&[]);
+    assert!(damaged.contains("warning: ") && damaged.contains("tokenizer_config.json: not valid JSON"), "{damaged}");
+
+    let weights = folder.join("model.safetensors");
+    fs::remove_file(&weights).unwrap();
+    std::os::unix::fs::symlink("../blobs/gone", &weights).unwrap();
+    let generate = ["generate", "-m", model, "-p", "x", "-n", "1"];
+    assert_fails(&generate, 3, &["model.safetensors", "is a link to ../blobs/gone, which is not there"]);
+    assert_fails(&["generate", "-m", "", "-p", "x", "-n", "1"], 2, &["the model's name is empty"]);
+    let empty = folder.join("empty.txt");
+    fs::write(&empty, "").unwrap();
+    let recall = fixture("recall");
+    let empty = ["-m", recall.to_str().unwrap(), "-f", empty.to_str().unwrap()];
+    assert_fails(&[&["generate", "-n", "1"], &empty[..]].concat(), 2, &["empty.txt: the file is empty"]);
+    assert_fails(&[&["eval", "ppl"], &empty[..]].concat(), 2, &["empty.txt: the file is empty"]);
+
+    let planned =
+        |args: &[&str]| with_input(&[&["plan", "-m", "synthetic:llama-3-8b", "--gpu", "h200"], args].concat(), "");
+    let few = planned(&["--vram", "24"]);
+    assert!(text(&few.stderr).contains("--vram 24 is 24 bytes; did you mean 24GiB?"), "{few:?}");
+    let bound = planned(&["-c", "8k", "--host", "4GiB"]);
+    let table = text(&bound.stdout);
+    assert!(table.contains("1 x 8192 tokens"), "{table}");
+    assert!(
+        table.contains("of offload, fetch, specache is bound by host memory, 4.0 GiB (--host): see --host"),
+        "{table}"
+    );
+    let enough = planned(&["-c", "8k", "--host", "4TiB"]);
+    assert!(!text(&enough.stdout).contains("bound by host"), "{enough:?}");
+}

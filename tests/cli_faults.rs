@@ -159,7 +159,7 @@ fn prompts_that_are_none() {
     let start = ["generate", "-m", &model, "-n", "4"];
     for (prompt, code, words) in [
         (["-p", ""], 2, &["prompt is empty"][..]),
-        (["-f", "/dev/null"], 2, &["prompt is empty"]),
+        (["-f", "/dev/null"], 2, &["-f /dev/null", "is empty"]),
         (["-f", "/dev/zero"], 2, &["/dev/zero", "more than 268435456 bytes"]),
         (["--tokens", "/dev/zero"], 2, &["/dev/zero", "more than 268435456 bytes"]),
         (["-f", "/"], 1, &["/: "]),

@@ -1,10 +1,11 @@
 //! What can be said on the command line, and in `SPECACHE_*` variables.
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
 
-use clap::builder::{FalseyValueParser, PossibleValuesParser, TypedValueParser};
+use clap::builder::{BoolishValueParser, PossibleValuesParser, TypedValueParser};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use specache::device::link::LinkOptions;
@@ -13,11 +14,12 @@ use specache::device::{DeviceChoice, DeviceOptions, GatherWay, LinearPath, Sched
 use specache::error::Error;
 use specache::kv::{KvMode, KvOptions};
 use specache::model::Dtype;
-use specache::sampler::SamplingOverrides;
+use specache::sampler::{SamplingOptions, SamplingOverrides};
 
 use super::eval::args::EvalArgs;
-use super::output::AtomicFile;
-use super::{count, precedence, size};
+use super::output::{AtomicFile, STDOUT};
+use super::progress::say;
+use super::{count, places, precedence, size};
 
 static VERSION: LazyLock<String> = LazyLock::new(|| match option_env!("SPECACHE_COMMIT") {
     Some(commit) => format!("{} ({commit})", env!("CARGO_PKG_VERSION")),
@@ -117,10 +119,10 @@ pub struct GenerateArgs {
     #[command(flatten)]
     pub sampling: SamplingArgs,
     /// Go on after an end-of-text token
-    #[arg(long, env = "SPECACHE_IGNORE_EOS", value_parser = FalseyValueParser::new())]
+    #[arg(long, env = "SPECACHE_IGNORE_EOS", value_parser = BoolishValueParser::new())]
     pub ignore_eos: bool,
     /// Print one JSON object at the end instead of streaming
-    #[arg(long, env = "SPECACHE_JSON", value_parser = FalseyValueParser::new())]
+    #[arg(long, env = "SPECACHE_JSON", value_parser = BoolishValueParser::new())]
     pub json: bool,
     /// Room of the context in tokens; prompt and -n must fit [default: as many as they need]
     #[arg(short, long, env = "SPECACHE_CTX_SIZE", value_name = "TOKENS")]
@@ -150,7 +152,7 @@ pub struct ChatArgs {
     #[arg(long, env = "SPECACHE_SYSTEM", value_name = "TEXT", allow_hyphen_values = true)]
     pub system: Option<String>,
     /// Use no chat template: an answer continues its message, the next message begins a line
-    #[arg(long, env = "SPECACHE_RAW", value_parser = FalseyValueParser::new())]
+    #[arg(long, env = "SPECACHE_RAW", value_parser = BoolishValueParser::new())]
     pub raw: bool,
     /// Most tokens of an answer [default: until the model ends it or the context is full]
     #[arg(short, long, env = "SPECACHE_N_PREDICT", value_name = "N")]
@@ -295,10 +297,10 @@ pub struct BenchArgs {
     #[command(flatten)]
     pub device: DeviceArgs,
     /// Run nothing: simulate the pipeline of a decode step on a card, from bytes over bandwidth, under each schedule
-    #[arg(long, env = "SPECACHE_BENCH_SIMULATE", value_parser = FalseyValueParser::new())]
+    #[arg(long, env = "SPECACHE_BENCH_SIMULATE", value_parser = BoolishValueParser::new())]
     pub simulate: bool,
     /// Run one model under each schedule in turns, and show layer by layer what of its copies is hidden
-    #[arg(long, env = "SPECACHE_BENCH_OVERLAP", value_parser = FalseyValueParser::new(), conflicts_with = "simulate")]
+    #[arg(long, env = "SPECACHE_BENCH_OVERLAP", value_parser = BoolishValueParser::new(), conflicts_with = "simulate")]
     pub overlap: bool,
     /// Sequences that are decoded together; of a real prompt they are forks, which share its pages on the host
     #[arg(short, long, env = "SPECACHE_BATCH", value_name = "B,...", value_delimiter = ',', default_value = "1")]
@@ -388,10 +390,10 @@ pub struct DeviceArgs {
     #[arg(long, env = "SPECACHE_GATHER", value_name = "WAY", value_parser = gather_way())]
     gather: Option<GatherWay>,
     /// On a GPU: launch every kernel of a step by itself instead of all of them as a CUDA graph
-    #[arg(long, env = "SPECACHE_NO_GRAPH", value_parser = FalseyValueParser::new())]
+    #[arg(long, env = "SPECACHE_NO_GRAPH", value_parser = BoolishValueParser::new())]
     no_graph: bool,
     /// Fetch all selected pairs at every step, not only those that were not selected by the step before
-    #[arg(long, env = "SPECACHE_NO_DELTA", value_parser = FalseyValueParser::new())]
+    #[arg(long, env = "SPECACHE_NO_DELTA", value_parser = BoolishValueParser::new())]
     no_delta: bool,
     /// Threads that gather pairs from host memory [default: a quarter of those that can run, 1 to 16]
     #[arg(long, env = "SPECACHE_GATHER_THREADS", value_name = "N",
@@ -406,7 +408,7 @@ pub struct DeviceArgs {
           value_parser = link_latency_us, default_value = "0")]
     sim_copy_latency_us: f64,
     /// Lock the 16-bit copies in host memory, so that they are never swapped out
-    #[arg(long, env = "SPECACHE_MLOCK", value_parser = FalseyValueParser::new())]
+    #[arg(long, env = "SPECACHE_MLOCK", value_parser = BoolishValueParser::new())]
     mlock: bool,
     /// Write what ran when as a Chrome trace, which Perfetto opens: a row per stream and per
     /// NUMA node that was gathered from, step and layer on every slice
@@ -594,11 +596,38 @@ impl SamplingArgs {
             seed: self.seed,
         }
     }
+
+    /// A warning where the most likely token is taken, so that what else is asked for has no effect.
+    pub fn warn_of_greed(&self, chosen: &SamplingOptions) {
+        let asked =
+            [("--top-k", self.top_k.is_some()), ("--top-p", self.top_p.is_some()), ("--min-p", self.min_p.is_some())];
+        let idle = asked.iter().find(|(_, asked)| *asked).filter(|_| chosen.temperature == 0.0);
+        if let Some((option, _)) = idle {
+            say(format_args!(
+                "warning: {option} has no effect: at temperature 0 the most likely token is taken; give --temp, such as 0.7"
+            ));
+        }
+    }
+}
+
+/// Prints a usage error, help or the version, and ends the process.
+///
+/// # Errors
+/// [`Error::Io`] where stdout takes no help.
+fn end<T>(what: &clap::Error) -> Result<T, Error> {
+    let printed = what.print().and_then(|()| std::io::stdout().flush());
+    match printed {
+        Err(why) if !what.use_stderr() => Err(Error::io(STDOUT, why)),
+        _ => std::process::exit(what.exit_code()),
+    }
 }
 
 /// Reads the command line and the environment. Ends the process where there is nothing to run: usage errors (2), help
 /// and version (0).
-pub fn parse() -> Cli {
+///
+/// # Errors
+/// As [`places::check`]; [`Error::Io`] where stdout takes no help.
+pub fn parse() -> Result<Cli, Error> {
     let args = std::env::args_os().enumerate();
     let args = args.map(|(i, arg)| match arg.to_str() {
         Some("--bench") if i == 1 => "bench".into(),
@@ -607,12 +636,18 @@ pub fn parse() -> Cli {
     });
     let args: Vec<OsString> = args.collect();
     let command = precedence::each_arg(Cli::command(), &count::explained);
-    let matches = precedence::settle(command, &args).get_matches_from(args);
+    let settled = precedence::settle(command, &args);
+    let matches = settled.clone().try_get_matches_from(&args);
+    let matches = match matches {
+        Ok(matches) => matches,
+        Err(why) => end(&precedence::blame(why, settled, &args))?,
+    };
+    places::check(&matches)?;
     let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
     if let Command::Bench(args) = &mut cli.command {
         args.typed = precedence::typed(&Cli::command(), &matches, "bench");
     }
-    cli
+    Ok(cli)
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ use specache::context::{MAX_BATCH, MAX_CONTEXT};
 use specache::device::{Device, interrupt};
 use specache::error::{Error, Result};
 use specache::kv::KvMode;
+use specache::model::config_of;
 use specache::{Buffers, Engine, Prompt, Session};
 
 use self::report::Report;
@@ -29,7 +30,14 @@ const SEED: u64 = 1;
 ///
 /// # Errors
 /// Whatever is wrong with the arguments or a model.
-pub fn run(args: BenchArgs) -> Result<()> {
+pub fn run(mut args: BenchArgs) -> Result<()> {
+    let mut modes = Vec::new();
+    args.kv.retain(|mode| {
+        !modes.contains(mode) && {
+            modes.push(*mode);
+            true
+        }
+    });
     check(&args)?;
     check_combination(&args)?;
     if args.simulate {
@@ -40,10 +48,12 @@ pub fn run(args: BenchArgs) -> Result<()> {
     }
     let start = Instant::now();
     let plot = args.plot.as_deref().map(|file| AtomicFile::create("--plot", file)).transpose()?;
+    let models = models::chosen(&args.model);
+    // A name that is wrong shows before the models ahead of it are measured.
+    models.iter().try_for_each(|model| config_of(model).map(drop))?;
     let mut progress = Progress::new();
     progress.announce("measuring how fast this device reads its memory");
     let mut report = Report::new(&args.output, machine(&args)?);
-    let models = models::chosen(&args.model);
     progress.clear();
     report.begin()?;
     for model in models {
@@ -160,8 +170,9 @@ pub struct Machine {
     /// Threads that compute on the CPU device.
     pub threads: usize,
     pub isa: String,
-    /// The device, and why this one.
     pub device: String,
+    /// Why it is the CPU, where that was left open.
+    pub why_no_gpu: Option<String>,
     /// Whether it is a GPU: then the CPU only launches.
     pub is_gpu: bool,
     /// Gigabytes per second that the device reads from its memory; `None` where memory is too short to measure it.
@@ -176,7 +187,8 @@ fn machine(args: &BenchArgs) -> Result<Machine> {
         cpu: cpu.map_or("unknown CPU", |(_, name)| name).to_string(),
         threads: device.threads(),
         isa: device.isa().to_string(),
-        device: device.why_no_gpu().map_or(device.describe(), |why| format!("{}; {why}", device.describe())),
+        device: device.describe(),
+        why_no_gpu: device.why_no_gpu().map(str::to_string),
         is_gpu: device.is_gpu(),
         read_gbps: device.read_gbps()?,
     })

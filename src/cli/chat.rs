@@ -43,6 +43,7 @@ pub fn run(args: ChatArgs) -> Result<()> {
         Error::Usage("chat: this model has no tokenizer.json; use `generate` with --tokens and token ids".into())
     })?;
     let sampling = SamplingOptions::from_layers(&args.sampling.overrides(), &engine.model().generation)?;
+    args.sampling.warn_of_greed(&sampling);
     let kv = args.kv.options();
     kv.validate(config)?;
     let limit = limit(&args, &engine)?;

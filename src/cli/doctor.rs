@@ -138,11 +138,11 @@ fn no_gpu(why: &NoGpu) -> Finding {
     }
 }
 
-/// Where the kernels would come from. Without a GPU nothing here can be a problem.
+/// Where the kernels would come from. Without a GPU nothing here is a problem yet.
 fn kernels(toolkit: &Toolkit, has_gpu: bool) -> Vec<Finding> {
     let missing = |what: String, fix: &str| match has_gpu {
         true => Finding::problem(what, fix),
-        false => Finding::ok(format!("{what} (a GPU would need it)")),
+        false => Finding::note(format!("{what} (a GPU would need it)"), fix),
     };
     let mut findings = Vec::new();
     if toolkit.built_in {
@@ -328,7 +328,7 @@ mod tests {
             Toolkit { built_in: false, nvrtc: Err("nowhere".into()), cublas: Err("nowhere".into()), cache: None };
         let states = |has_gpu| kernels(&none, has_gpu).iter().map(|f| f.state).collect::<Vec<_>>();
         assert_eq!(states(true), [State::Problem, State::Note, State::Note]);
-        assert_eq!(states(false), [State::Ok, State::Note, State::Ok]);
+        assert_eq!(states(false), [State::Note, State::Note, State::Ok]);
         assert_eq!(no_gpu(&NoGpu::TooOld(11_000)).state, State::Problem);
     }
 }

@@ -35,9 +35,11 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     let tokenizer = input::tokenizer(&args.model.model, config.vocab_size)?;
     let prompt = prompt_ids(source, tokenizer.as_ref(), config.vocab_size)?;
     let sampling = SamplingOptions::from_layers(&args.sampling.overrides(), &engine.model().generation)?;
+    args.sampling.warn_of_greed(&sampling);
     let sampler = Sampler::new(sampling)?;
     let session = engine.session(args.kv.options(), capacity(&args, prompt.len())?)?;
     warn_of_long_context(&engine, prompt.len() + args.n_predict);
+    input::warn_of_damage(&args.model.model)?;
 
     let _ctrl_c = interrupt::forward(engine.interrupt_flag());
     let emitter = Emitter::new(tokenizer.as_ref(), &prompt, args.json);
@@ -150,10 +152,6 @@ impl Run<'_> {
         }
         let Outcome { tokens, prefill, first_token, decode, .. } = outcome;
         let rate = |r: Option<f64>| r.map_or("n/a".to_string(), |r| format!("{r:.1} tok/s"));
-        if !std::io::stdout().is_terminal() {
-            // Where both streams go to one place, the report begins on a line of its own.
-            say(format_args!(""));
-        }
         say(format_args!("{}, {}", self.engine.model().name, self.engine.device().describe()));
         say(format_args!(
             "prompt: {} tokens in {:.1} ms, {}; first token after {:.1} ms",

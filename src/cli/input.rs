@@ -10,6 +10,7 @@ use specache::model::folder;
 use specache::tokenizer::{self, Tokenizer};
 
 use super::args::PromptArgs;
+use super::progress::say;
 
 /// The tokenizer of a model; `None` for a folder without one and for random weights.
 ///
@@ -32,6 +33,21 @@ pub fn template(model: &str) -> Result<Option<ChatTemplate>> {
     Ok(folder(model)?.map(|folder| ChatTemplate::load(&folder)).transpose()?.flatten())
 }
 
+/// A warning for a `tokenizer_config.json` that is no JSON: a text needs none of it, but other files may have suffered, too.
+///
+/// # Errors
+/// As [`folder`].
+pub fn warn_of_damage(model: &str) -> Result<()> {
+    let file = folder(model)?.map(|folder| folder.join("tokenizer_config.json")).filter(|file| file.is_file());
+    if let Some((file, why)) = file.and_then(|file| {
+        let text = read(&file).ok()?;
+        serde_json::from_slice::<serde::de::IgnoredAny>(&text).err().map(|why| (file, why))
+    }) {
+        say(format_args!("warning: {}: not valid JSON: {why}; download the file again", file.display()));
+    }
+    Ok(())
+}
+
 /// What the prompt is made from.
 pub enum Source {
     /// Text, for the tokenizer.
@@ -49,7 +65,7 @@ pub fn prompt(args: &PromptArgs) -> Result<Source> {
     let usage = |what: String| Err(Error::Usage(what));
     let source = match (&args.prompt, &args.file, &args.tokens) {
         (Some(text), None, None) => Source::Text(text.clone()),
-        (None, Some(file), None) => Source::Text(text("-f", file)?),
+        (None, Some(file), None) => Source::Text(not_empty("-f", file)?),
         (None, None, Some(file)) => Source::Ids(ids("--tokens", file)?),
         (None, None, None) => return usage("no prompt: give one of -p/--prompt, -f/--file or --tokens".into()),
         _ => return usage("several prompts: give only one of -p/--prompt, -f/--file and --tokens".into()),
@@ -61,12 +77,24 @@ pub fn prompt(args: &PromptArgs) -> Result<Source> {
     }
 }
 
+/// A text file with some text.
+///
+/// # Errors
+/// As [`text`]; [`Error::Usage`] for an empty one.
+pub fn not_empty(option: &str, file: &Path) -> Result<String> {
+    let text = text(option, file)?;
+    if text.is_empty() {
+        return Err(Error::Usage(format!("{option} {}: the file is empty", file.display())));
+    }
+    Ok(text)
+}
+
 /// A text file.
 ///
 /// # Errors
 /// [`Error::Usage`] for text that is not UTF-8, and as [`read`].
 pub fn text(option: &str, file: &Path) -> Result<String> {
-    String::from_utf8(read(file)?).map_err(|e| {
+    String::from_utf8(read_for(option, file)?).map_err(|e| {
         let at = e.utf8_error().valid_up_to();
         Error::Usage(format!("{option} {}: byte {at} is not valid UTF-8; convert the file", file.display()))
     })
@@ -77,7 +105,8 @@ pub fn text(option: &str, file: &Path) -> Result<String> {
 /// # Errors
 /// [`Error::Usage`] naming the first entry that is not an id.
 pub fn ids(option: &str, file: &Path) -> Result<Vec<u32>> {
-    tokenizer::ids_of_json(&read(file)?).map_err(|what| Error::Usage(format!("{option} {}: {what}", file.display())))
+    tokenizer::ids_of_json(&read_for(option, file)?)
+        .map_err(|what| Error::Usage(format!("{option} {}: {what}", file.display())))
 }
 
 /// Checks ids against a model.
@@ -98,6 +127,17 @@ pub fn check_ids(option: &str, ids: &[u32], vocab_size: usize) -> Result<()> {
 
 /// Most bytes of a text: some 50 million tokens. What is longer is another kind of file, or one without an end.
 const MOST_BYTES: u64 = 256 << 20;
+
+/// The bytes of a file that an option names, as its errors do.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_for(option: &str, file: &Path) -> Result<Vec<u8>> {
+    read(file).map_err(|why| match why {
+        Error::Io { file, source } => Error::io(format!("{option} {}", file.display()), source),
+        why => why,
+    })
+}
 
 /// The bytes of a file.
 ///

@@ -1,7 +1,5 @@
 //! `logits`: teacher forcing into an NPY file.
 
-use std::path::PathBuf;
-
 use serde_json::{Value, json};
 use specache::Engine;
 use specache::device::interrupt;
@@ -54,26 +52,11 @@ pub fn run(args: LogitsArgs) -> Result<()> {
     Ok(())
 }
 
-/// Options that need a mode, and files that need a place each.
+/// Options that need a mode.
 fn check_modes(args: &LogitsArgs, kv: &KvOptions) -> Result<()> {
     if args.trace_selections.is_some() && !kv.mode.fetches() {
         let mode = kv.mode.name();
         return Err(Error::Usage(format!("--trace-selections: --kv {mode} selects nothing; use specache or fetch")));
-    }
-    let files = [
-        Some(("-o", &args.output)),
-        args.trace_selections.as_ref().map(|f| ("--trace-selections", f)),
-        args.model.device.trace.as_ref().map(|f| ("--trace", f)),
-    ];
-    let inputs = [Some(("--tokens", &args.tokens)), args.spec_tokens.as_ref().map(|f| ("--spec-tokens", f))];
-    let place = |file: &PathBuf| file.canonicalize().unwrap_or_else(|_| file.clone());
-    let mut named: Vec<(&str, PathBuf)> = inputs.into_iter().flatten().map(|(option, f)| (option, place(f))).collect();
-    for (option, file) in files.into_iter().flatten() {
-        let file = place(file);
-        if let Some((other, _)) = named.iter().find(|(_, taken)| *taken == file) {
-            return Err(Error::Usage(format!("{other} and {option} name the same file, {}", file.display())));
-        }
-        named.push((option, file));
     }
     if args.spec_tokens.is_some() && kv.mode != KvMode::SpeCache {
         say(format_args!("warning: --spec-tokens has no effect with --kv {}", kv.mode.name()));

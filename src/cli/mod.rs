@@ -11,6 +11,7 @@ mod generate;
 mod input;
 mod logits;
 mod output;
+mod places;
 mod plan;
 mod precedence;
 mod progress;
@@ -33,7 +34,7 @@ use progress::say;
 pub fn main() -> ExitCode {
     panic::set_hook(Box::new(report_panic));
     interrupt::install();
-    let outcome = panic::catch_unwind(|| run(args::parse()));
+    let outcome = panic::catch_unwind(|| args::parse().and_then(run));
     match outcome {
         Ok(Ok(())) => ExitCode::SUCCESS,
         // Whoever read our output has seen enough.

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use specache::device::Device;
 use specache::device::interrupt::{self, Unfinished};
@@ -12,11 +13,22 @@ use specache::error::{Error, Result};
 /// What stdout is called in an [`Error::Io`].
 pub const STDOUT: &str = "standard output";
 
+/// Whether a line on stdout has begun and not ended.
+static IN_LINE: AtomicBool = AtomicBool::new(false);
+
+/// Whether a line on stdout waits for its end, which the caller writes.
+pub fn end_line() -> bool {
+    IN_LINE.swap(false, Ordering::Relaxed)
+}
+
 /// Writes to stdout at once.
 ///
 /// # Errors
 /// [`Error::Io`] on [`STDOUT`].
 pub fn print(text: &str) -> Result<()> {
+    if !text.is_empty() {
+        IN_LINE.store(!text.ends_with('\n'), Ordering::Relaxed);
+    }
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(|e| Error::io(STDOUT, e))
 }

@@ -39,6 +39,11 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     if args.ctx_size == Some(0) {
         return Err(Error::Usage("-c 0: at least one token is needed".into()));
     }
+    for (option, bytes) in [("--vram", args.vram), ("--host", args.host)] {
+        if let Some(bytes) = bytes.filter(|&bytes| bytes < 1 << 20) {
+            say(format_args!("warning: {option} {bytes} is {bytes} bytes; did you mean {bytes}GiB?"));
+        }
+    }
     let plan = Plan::new(args)?;
     let modes = plan.modes(args)?;
     let trained = plan.config.max_positions;
@@ -187,6 +192,12 @@ impl Plan {
         largest(MAX_BATCH, |n| self.fits(need, n as u64)) as u64
     }
 
+    /// Whether it is host memory that lets no larger batch fit.
+    fn is_bound_by_host(&self, mode: &Mode) -> bool {
+        let (device, host) = self.total(&mode.need, mode.largest_batch + 1);
+        !self.shared && device <= self.device.bytes && host > self.host.bytes
+    }
+
     /// The most tokens that this batch can have each, up to what the model and the engine support; `None` if not even
     /// one fits.
     fn largest_context(&self, kv: &KvOptions) -> Option<usize> {
@@ -244,6 +255,17 @@ impl Plan {
             "\nWeights: all matrices (on the CPU device they are mapped files, and take memory only as they are read). \
              Workspace: one prompt at a time{rows}. The residual of `full` is all pairs."
         );
+        let bound = modes.iter().filter(|mode| self.is_bound_by_host(mode)).map(|mode| mode.kv.mode.name());
+        let bound: Vec<&str> = bound.collect();
+        if !bound.is_empty() {
+            let _ = writeln!(
+                text,
+                "The largest batch of {} is bound by host memory, {} ({}): see --host.",
+                bound.join(", "),
+                size::show(host.bytes),
+                host.source
+            );
+        }
         if let Some(gpu) = &self.gpu {
             let _ = writeln!(
                 text,

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
@@ -40,6 +41,32 @@ pub fn settle(command: Command, args: &[OsString]) -> Command {
     })
 }
 
+/// An error about a value, which names the variable where that is what it came from: without variables, there is none.
+pub fn blame(mut why: clap::Error, mut command: Command, args: &[OsString]) -> clap::Error {
+    let Some(ContextValue::String(option)) = why.get(ContextKind::InvalidArg).cloned() else { return why };
+    if !matches!(why.kind(), ErrorKind::InvalidValue | ErrorKind::ValueValidation) {
+        return why;
+    }
+    let bare = each_arg(command.clone(), &|arg| arg.env(None::<&str>));
+    // Only a command that is built can name its options.
+    command.build();
+    let typed = bare.try_get_matches_from(args).is_err_and(|typed| {
+        typed.kind() == why.kind() && typed.get(ContextKind::InvalidArg) == why.get(ContextKind::InvalidArg)
+    });
+    if let Some(variable) = variable(&command, &option).filter(|_| !typed) {
+        why.insert(ContextKind::InvalidArg, ContextValue::String(format!("{option}' of the variable '{variable}")));
+    }
+    why
+}
+
+/// The variable of an option as errors name it, such as `--kv <MODE>`, among those that are set.
+fn variable(command: &Command, option: &str) -> Option<String> {
+    let own = command.get_arguments().filter(|arg| arg.to_string() == option).filter_map(Arg::get_env);
+    let set =
+        own.filter(|name| std::env::var_os(name).is_some()).map(|name| name.to_string_lossy().into_owned()).next();
+    set.or_else(|| command.get_subcommands().find_map(|command| variable(command, option)))
+}
+
 /// The options of a command that are on the command line, as `--name`.
 pub fn typed(all: &Command, matches: &ArgMatches, command: &str) -> Vec<String> {
     let (Some(command), Some(matches)) = (all.find_subcommand(command), matches.subcommand_matches(command)) else {
@@ -49,7 +76,7 @@ pub fn typed(all: &Command, matches: &ArgMatches, command: &str) -> Vec<String> 
     command.get_arguments().filter(is_typed).filter_map(|arg| Some(format!("--{}", arg.get_long()?))).collect()
 }
 
-/// Whether a flag's variable is one of the words by which `FalseyValueParser` means no.
+/// Whether a flag's variable is empty, or one of the words by which `BoolishValueParser` means no.
 fn says_no(arg: &Arg) -> bool {
     let said = arg.get_env().and_then(std::env::var_os).map(|value| value.to_string_lossy().to_lowercase());
     let no = ["", "0", "n", "no", "f", "false", "off"];

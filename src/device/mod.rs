@@ -218,7 +218,7 @@ impl Device {
                 }
             }
         };
-        let asked = std::env::var_os("SPECACHE_CHECK_ORDER").is_some_and(|v| !v.is_empty() && v != "0");
+        let asked = says_yes("SPECACHE_CHECK_ORDER")?;
         Ok(Device(Arc::new(Inner {
             isa,
             pool,
@@ -569,6 +569,16 @@ impl Device {
     /// Whether two handles are of one device.
     pub fn is(&self, other: &Device) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+/// Whether a variable says yes, in the words of the command line's flags.
+fn says_yes(variable: &str) -> Result<bool> {
+    let said = std::env::var_os(variable).unwrap_or_default().to_string_lossy().to_lowercase();
+    match said.as_str() {
+        "" | "0" | "n" | "no" | "f" | "false" | "off" => Ok(false),
+        "1" | "y" | "yes" | "t" | "true" | "on" => Ok(true),
+        _ => Err(Error::Usage(format!("{variable}={said}: it must be 1, yes or true; 0, no, false or empty"))),
     }
 }
 

@@ -117,6 +117,9 @@ pub struct Item {
     /// All classes, in classification.
     #[serde(default)]
     pub all_classes: Option<Vec<String>>,
+    /// The task whose item it is.
+    #[serde(default)]
+    pub dataset: Option<String>,
     /// Names the item.
     #[serde(rename = "_id")]
     pub id: String,
@@ -160,6 +163,11 @@ pub fn parse(task: &Task, bytes: &[u8]) -> Result<Vec<Item>, (usize, String)> {
         let wrong = |what: String| (i + 1, what);
         let item: Item = serde_json::from_str(line).map_err(|e| wrong(format!("not an item of LongBench ({e})")))?;
         item.check().map_err(wrong)?;
+        // A name that is none of LongBench's may be anybody's own.
+        let of = item.dataset.as_deref().and_then(|name| self::task(name).ok());
+        if let Some(of) = of.filter(|of| of.name != task.name) {
+            return Err(wrong(format!("`dataset` is {}, not {}: the item is in the wrong file", of.name, task.name)));
+        }
         if task.metric == Metric::Classification && item.all_classes.is_none() {
             return Err(wrong("`all_classes` is missing, which classification needs".into()));
         }
@@ -252,6 +260,7 @@ mod tests {
             answers: answers.iter().map(|&a| a.into()).collect(),
             length: 0,
             all_classes: Some(vec!["Date".into(), "City".into()]),
+            dataset: None,
             id: "1".into(),
         }
     }
@@ -315,6 +324,7 @@ mod tests {
             ("qasper", &good.replace("Paragraph 1", &"word ".repeat(14_000)), 1, "more than 65536 bytes"),
             ("trec", &good.replace("null", &format!("{:?}", vec!["x"; 1001])), 1, "more than 1000 classes"),
             ("trec", good, 1, "all_classes"),
+            ("qasper", &good.replace("\"x\"", "\"lcc_e\""), 1, "`dataset` is lcc, not qasper"),
             ("passage_retrieval_en", &good.replace("Paragraph 1", "one"), 1, "Paragraph"),
         ] {
             let (at, what) = parse(name, text).unwrap_err();

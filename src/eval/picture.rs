@@ -90,7 +90,9 @@ impl Heatmap {
         let heading = self.panels.iter().map(|panel| panel.title.chars().count()).max().unwrap_or(0) as f64 * 7.0;
         let column = (heading / self.columns.len().max(1) as f64).clamp(46.0, 90.0);
         let (width, height) = (self.columns.len() as f64 * column, self.rows.len() as f64 * ROW);
-        let panel = (MARGIN.0 + width.max(heading) + 16.0, MARGIN.1 + height + 44.0);
+        // The name of the rows is written upwards, and may be longer than there are rows.
+        let tall = height.max(self.row_axis.chars().count() as f64 * 6.0);
+        let panel = (MARGIN.0 + width.max(heading) + 16.0, MARGIN.1 + tall + 44.0);
         let size =
             ((per_row as f64 * panel.0 + 16.0).max(480.0), 74.0 + self.panels.len().div_ceil(per_row) as f64 * panel.1);
         let mut svg = Svg::new(size.0, size.1, &self.title);
@@ -119,7 +121,7 @@ impl Heatmap {
                 svg.text(x, top + height + 14.0, 11.0, "middle", TEXT, false, name);
             }
             svg.text(left + width / 2.0, top + height + 30.0, 11.0, "middle", FAINT, false, &self.column_axis);
-            svg.upright(left - 68.0, top + height / 2.0, &self.row_axis);
+            svg.upright(left - 68.0, top + tall / 2.0, &self.row_axis);
         }
         svg.end()
     }
@@ -352,6 +354,22 @@ mod tests {
         }
         assert!(map().svg().contains("a &lt; b &amp; c"));
         assert_eq!(bars.range(), (0.01, 10.0));
+    }
+
+    /// Of maps one above the other with one row each, the names of the rows stay apart, and clear of the title.
+    #[test]
+    fn names_of_rows_do_not_overlap() {
+        let panel = Panel { title: "full".into(), cells: vec![vec![Some(1.0)]] };
+        let row_axis = "depth of the needle".to_string();
+        let length = row_axis.len() as f64 * 6.0;
+        let svg = Heatmap { row_axis, rows: vec!["50 %".into()], panels: vec![panel; 4], ..map() }.svg();
+        let middles = svg.split("translate(").skip(1).map(|at| {
+            let (x, y) = at.split_once(')').unwrap().0.split_once(' ').unwrap();
+            (x.parse::<f64>().unwrap(), y.parse::<f64>().unwrap())
+        });
+        let middles: Vec<(f64, f64)> = middles.collect();
+        assert!(middles.len() == 4 && middles[0].1 - length / 2.0 > 74.0, "{middles:?}");
+        assert!(middles[0].0 == middles[3].0 && middles[3].1 - middles[0].1 > length, "{middles:?}");
     }
 
     #[test]

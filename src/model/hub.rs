@@ -15,6 +15,11 @@ use crate::error::{Error, Result};
 /// # Errors
 /// [`Error::Model`] for an `org/name` that is no folder and not in the cache: what was looked at, and how to download it.
 pub fn folder(spec: &str) -> Result<PathBuf> {
+    if spec.is_empty() {
+        return Err(Error::Usage(
+            "the model's name is empty: give a folder, org/name or synthetic:SHAPE with -m".into(),
+        ));
+    }
     let path = PathBuf::from(spec);
     // A name that exists but cannot be looked at is a folder's as well: opening it says why.
     if !is_repository(spec) || !matches!(path.try_exists(), Ok(false)) {

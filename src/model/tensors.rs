@@ -48,6 +48,11 @@ impl Tensors {
         let index = dir.join(INDEX);
         match read_text(&index)? {
             Some(json) => Tensors::sharded(dir, index, &json),
+            // As in a Hugging Face cache whose blobs are gone.
+            None if let Ok(to) = single.read_link() => {
+                let to = to.display();
+                Err(Error::model(single, format!("is a link to {to}, which is not there; download the file again")))
+            }
             None => Err(Error::model(
                 dir,
                 format!("has neither {SINGLE} nor {INDEX}; convert the weights to safetensors or download them"),

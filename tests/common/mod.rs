@@ -6,7 +6,7 @@ pub mod emulated;
 pub mod tiny;
 
 use std::fs::{self, File};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -37,6 +37,15 @@ pub fn terminal() -> (File, OwnedFd) {
     assert_eq!(opened, 0, "{}", std::io::Error::last_os_error());
     // SAFETY: both were just opened, for nobody else.
     unsafe { (File::from_raw_fd(ours), OwnedFd::from_raw_fd(its)) }
+}
+
+/// Gives a pseudo-terminal so many columns.
+#[allow(unsafe_code)] // As above.
+pub fn set_columns(terminal: &File, columns: u16) {
+    let size = libc::winsize { ws_row: 24, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: the request reads a `winsize`.
+    let set = unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &size) };
+    assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
 }
 
 pub fn fixture(name: &str) -> PathBuf {

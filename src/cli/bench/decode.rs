@@ -80,9 +80,11 @@ pub fn bench(
 
     warn_beyond_training(engine, fill.depth());
     progress.announce(format_args!("{model}: {} tokens in the cache, batch {batch}", fill.depth()));
+    let modes: Vec<KvOptions> = args.kv.iter().map(|&mode| args.tuning.options(mode)).collect();
+    check_room(engine, &modes, batch, capacity, &fill)?;
     let mut buffers = Buffers::default();
     let mut cases = Vec::new();
-    for kv in args.kv.iter().map(|&mode| args.tuning.options(mode)) {
+    for kv in modes {
         progress.show(format_args!("{model}: {} tokens into the cache, {}", fill.depth(), kv.mode.name()));
         cases.push(Case::new(engine, kv, batch, capacity, &fill, &mut buffers)?);
     }
@@ -106,6 +108,25 @@ pub fn bench(
     let modes = cases.into_iter().zip(kld).map(|(case, kld)| case.result(engine, fill.depth(), kld)).collect();
     let (model, synthetic) = (engine.model().name.clone(), engine.model().synthetic);
     Ok(ModelResult { model, synthetic, depth: fill.depth(), n, batch, weight_bytes, modes })
+}
+
+/// Whether the caches of all modes have room together, before any of them is made: what one has been granted shows in free memory
+/// only when it is written.
+fn check_room(engine: &Engine, modes: &[KvOptions], batch: usize, capacity: usize, fill: &Fill) -> Result<()> {
+    let all = |bytes: u64| bytes.saturating_mul(batch as u64);
+    let (mut device, mut host) = (0u64, 0u64);
+    for kv in modes {
+        let one = engine.plan(kv, capacity)?;
+        device = device.saturating_add(all(one.device()));
+        host = host.saturating_add(match fill {
+            Fill::Random { .. } => all(one.host),
+            // Forks share the prompt's pages.
+            Fill::Prompt { .. } => one.host,
+        });
+    }
+    let what =
+        format!("{} KV modes with a batch of {batch} caches of {capacity} tokens each (--kv, -b, -d)", modes.len());
+    engine.device().grant(device, host, &what).map(drop)
 }
 
 /// Speed does not depend on it, but what comes out of a model does.

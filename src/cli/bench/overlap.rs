@@ -56,12 +56,11 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         n * args.repetitions,
         engine.device().describe()
     );
-    // Before the table, whose reader may go away.
-    if let Some(mut file) = plot {
-        file.write(svg(&title, &bench.panels()).as_bytes())?;
-        file.commit()?;
-    }
-    report(&title, &bench)
+    // Each comes also where the other fails: a disk may be full, a reader may have gone away.
+    let told = report(&title, &bench);
+    let Some(mut file) = plot else { return told };
+    file.write(svg(&title, &bench.panels()).as_bytes())?;
+    file.commit().and(told)
 }
 
 /// One step as it was.

@@ -62,6 +62,10 @@ pub fn bench(
 /// Seconds that one call with `batch` prompts takes.
 fn once(engine: &Engine, kv: KvOptions, ids: &[u32], batch: usize, buffers: &mut Buffers) -> Result<f64> {
     let room = ids.len().checked_add(1).ok_or_else(|| Error::Usage("-p: too many tokens".into()))?;
+    let (plan, all) = (engine.plan(&kv, room)?, |bytes: u64| bytes.saturating_mul(batch as u64));
+    let what = format!("a batch of {batch} KV caches of {room} tokens each (-b, -p)");
+    // Before the first is made: what it has been granted shows in free memory only when it is written.
+    drop(engine.device().grant(all(plan.device()), all(plan.host), &what)?);
     let mut sessions = (0..batch).map(|_| engine.session(kv, room)).collect::<Result<Vec<Session>>>()?;
     let mut prompts: Vec<Prompt> = sessions.iter_mut().map(|session| Prompt { session, tokens: ids }).collect();
     let start = Instant::now();

@@ -80,13 +80,14 @@ impl Report {
             Format::Csv => return print(&format!("{CSV}\n")),
             Format::Tables => {}
         }
-        let Machine { cpu, threads, device, is_gpu, read_gbps, .. } = &self.machine;
+        let Machine { cpu, threads, device, why_no_gpu, is_gpu, read_gbps, .. } = &self.machine;
+        let why = why_no_gpu.as_ref().map_or(String::new(), |why| format!("; {why}"));
         let who = if *is_gpu { "the GPU reads".into() } else { format!("{threads} threads read") };
         let reads = match read_gbps {
             Some(gbps) => format!("{who} {gbps:.1} GB/s from memory (measured now)"),
             None => "not enough free memory to measure how fast it is read".into(),
         };
-        print(&format!("specache-engine {} on {device}\n{cpu}; {reads}\n", version()))
+        print(&format!("specache-engine {} on {device}{why}\n{cpu}; {reads}\n", version()))
     }
 
     /// The decoding that has been measured.
@@ -155,8 +156,11 @@ impl Report {
     }
 
     fn hardware(&self) -> Value {
-        let Machine { cpu, threads, isa, device, is_gpu, read_gbps } = &self.machine;
-        json!({"cpu": cpu, "threads": threads, "isa": isa, "device": device, "gpu": is_gpu, "read_gb_s": read_gbps})
+        let Machine { cpu, threads, isa, device, why_no_gpu, is_gpu, read_gbps } = &self.machine;
+        json!({
+            "cpu": cpu, "threads": threads, "isa": isa, "device": device, "why_no_gpu": why_no_gpu, "gpu": is_gpu,
+            "read_gb_s": read_gbps,
+        })
     }
 
     /// How close the fastest mode is to the limit of memory.

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::builder::FalseyValueParser;
+use clap::builder::BoolishValueParser;
 use clap::{Args, Subcommand};
 
 use specache::error::{Error, Result};
@@ -102,7 +102,7 @@ impl Variants {
 #[derive(Args)]
 pub struct Results {
     /// Print one JSON object at the end instead of a table
-    #[arg(long, env = "SPECACHE_JSON", value_parser = FalseyValueParser::new())]
+    #[arg(long, env = "SPECACHE_JSON", value_parser = BoolishValueParser::new())]
     pub json: bool,
     /// Keep finished items in this file, a line each; the same command continues it
     #[arg(long, env = "SPECACHE_EVAL_OUTPUT", value_name = "FILE.jsonl")]
@@ -197,7 +197,7 @@ pub struct NeedleArgs {
           conflicts_with_all = ["haystack", "lengths", "depths", "needle", "chat"])]
     pub prompts: Option<PathBuf>,
     /// Ask by the model's chat template
-    #[arg(long, env = "SPECACHE_EVAL_CHAT", value_parser = FalseyValueParser::new())]
+    #[arg(long, env = "SPECACHE_EVAL_CHAT", value_parser = BoolishValueParser::new())]
     pub chat: bool,
     /// Most tokens of an answer [default: those of the expected one and, of texts, 16 more]
     #[arg(short, long, env = "SPECACHE_N_PREDICT", value_name = "N")]
@@ -230,7 +230,7 @@ pub struct LongbenchArgs {
     #[arg(long, env = "SPECACHE_EVAL_MAX_LENGTH", value_name = "TOKENS")]
     pub max_length: Option<usize>,
     /// Ask by the model's chat template, but for the tasks with examples or code
-    #[arg(long, env = "SPECACHE_EVAL_CHAT", value_parser = FalseyValueParser::new())]
+    #[arg(long, env = "SPECACHE_EVAL_CHAT", value_parser = BoolishValueParser::new())]
     pub chat: bool,
     #[command(flatten)]
     pub variants: Variants,

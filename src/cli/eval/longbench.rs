@@ -15,7 +15,7 @@ use super::{
     Items, Show, Subject, hash, measure, names, report, show_answer, some, template, unreadable, variant, variants_key,
 };
 use crate::cli::output::table;
-use crate::cli::progress::Progress;
+use crate::cli::progress::{Progress, say};
 
 /// A task and its questions.
 struct Questions {
@@ -44,12 +44,12 @@ pub fn run(args: &LongbenchArgs) -> Result<()> {
     let total: usize = questions.iter().map(|q| q.items.len()).sum();
     let key = json!({
         "model": subject.identity(args.chat)?,
-        "data": hash(questions.iter().flat_map(|q| &q.items).map(item_text)),
-        "tasks": questions.iter().map(|q| q.name.as_str()).collect::<Vec<_>>(),
-        "items": total,
-        "max_length": max_length,
-        "chat": args.chat,
-        "kv": variants_key(&variants),
+        "the data (--data)": hash(questions.iter().flat_map(|q| &q.items).map(item_text)),
+        "--tasks": questions.iter().map(|q| q.name.as_str()).collect::<Vec<_>>(),
+        "the number of items (--limit)": total,
+        "--max-length": max_length,
+        "--chat": args.chat,
+        "--kv": variants_key(&variants),
     });
     let what = format!(
         "{} of {}, prompts of up to {max_length} tokens; {}",
@@ -62,6 +62,13 @@ pub fn run(args: &LongbenchArgs) -> Result<()> {
         let asker = Asker { subject, template, max_length };
         questions.iter().map(|q| asker.ask_all(q, &variants, items)).collect::<Result<Vec<_>>>()
     })?;
+    let full = variants.iter().position(|kv| kv.mode == KvMode::Full);
+    if full.is_some_and(|full| scores.iter().all(|of_task| of_task[full].iter().all(|&score| score == 0.0))) {
+        say(format_args!(
+            "note: full scores nothing either, so the columns say nothing about the KV modes: try --chat, or a model that \
+             can answer"
+        ));
+    }
     let text = table_of(&questions, &variants, &scores);
     let json = json!({
         "eval": "longbench", "model": subject.engine.model().name, "max_length": max_length, "chat": args.chat,

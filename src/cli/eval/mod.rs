@@ -160,12 +160,6 @@ fn plot_file(plot: Option<&PathBuf>) -> Result<Option<AtomicFile>> {
     plot.map(|file| AtomicFile::create("--plot", file)).transpose()
 }
 
-fn draw(plot: Option<AtomicFile>, svg: impl FnOnce() -> String) -> Result<()> {
-    let Some(mut file) = plot else { return Ok(()) };
-    file.write(svg().as_bytes())?;
-    file.commit()
-}
-
 /// Longest silence where nobody watches a terminal.
 const QUIET: Duration = Duration::from_secs(10);
 
@@ -268,6 +262,20 @@ fn report(results: &Results, json: &Value, text: &str) -> Result<()> {
     if results.json { print(&format!("{json}\n")) } else { print(text) }
 }
 
+/// As [`report`], with a picture. Each comes also where the other fails: a disk may be full, a reader may have gone away.
+fn report_drawn(
+    results: &Results,
+    json: &Value,
+    text: &str,
+    plot: Option<AtomicFile>,
+    svg: impl FnOnce() -> String,
+) -> Result<()> {
+    let told = report(results, json, text);
+    let Some(mut file) = plot else { return told };
+    file.write(svg().as_bytes())?;
+    file.commit().and(told)
+}
+
 /// Shows how far an answer to a prompt of so many tokens is.
 fn show_answer(show: Show, prompt: usize, at: At) {
     match at {
@@ -290,9 +298,9 @@ fn variant(kv: &KvOptions) -> Value {
 
 /// All that the results of these variants depend on.
 fn variants_key(variants: &[KvOptions]) -> Value {
-    json!(
-        variants.iter().map(|kv| format!("{} g={} {:?}", eval::name(kv), kv.group_size, kv.dtype)).collect::<Vec<_>>()
-    )
+    let dtype = |kv: &KvOptions| kv.dtype.map_or("auto".into(), |dtype| format!("{dtype:?}"));
+    let key = |kv: &KvOptions| format!("{} g={} {}", eval::name(kv), kv.group_size, dtype(kv));
+    json!(variants.iter().map(key).collect::<Vec<_>>())
 }
 
 /// Names of variants, for a line that says what is done.

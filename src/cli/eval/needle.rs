@@ -1,5 +1,6 @@
 //! `eval needle`: is what was planted found again?
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -15,12 +16,12 @@ use specache::kv::{KvMode, KvOptions};
 
 use super::args::NeedleArgs;
 use super::{
-    Items, Show, Subject, draw, hash, measure, names, plot_file, report, show_answer, some, template, unreadable,
+    Items, Show, Subject, hash, measure, names, plot_file, report_drawn, show_answer, some, template, unreadable,
     variant, variants_key,
 };
 use crate::cli::input;
 use crate::cli::output::table;
-use crate::cli::progress::{Progress, say};
+use crate::cli::progress::{Progress, is_dumb, say};
 
 /// Lengths unless the user says otherwise.
 const LENGTHS: [usize; 3] = [1000, 2000, 4000];
@@ -65,20 +66,23 @@ pub fn run(args: &NeedleArgs) -> Result<()> {
         Given::Ready(prompts) => ready_cases(args, prompts, &subject)?,
         Given::Planted { needle, haystack, template } => planted_cases(args, &needle, &haystack, template, &subject)?,
     };
-    let longest = cases.iter().map(|case| case.ids.len().saturating_add(case.most)).max().unwrap_or(0);
+    let most = |of: fn(&Case) -> usize| cases.iter().map(of).max().unwrap_or(0);
+    let (longest, answer) = (most(|case| case.ids.len()), most(|case| case.most));
     let expected = cases.iter().map(|case| match &case.expected {
         Expected::Text(text) => text.as_bytes(),
         Expected::Ids(ids) => bytemuck::cast_slice(ids),
     });
     let key = json!({
         "model": subject.identity(args.chat)?,
-        "prompts": hash(cases.iter().map(|case| bytemuck::cast_slice::<_, u8>(&case.ids))),
-        "answers": hash(expected),
-        "lengths": cases.iter().map(|case| case.length).collect::<Vec<_>>(),
-        "n_predict": cases.iter().map(|case| case.most).max(),
-        "kv": variants_key(&variants),
+        "the text (--haystack, --needle, --question, --prompts)": hash(cases.iter().map(|case| bytemuck::cast_slice::<_, u8>(&case.ids))),
+        "the answer (--answer, --prompts)": hash(expected),
+        "--lengths": cases.iter().map(|case| case.length).collect::<BTreeSet<_>>(),
+        "--depths": distinct(&cases, |case| case.depth),
+        "-n": answer,
+        "--kv": variants_key(&variants),
     });
-    let what = format!("{} of up to {longest} tokens; {}", some(cases.len(), "prompt"), names(&variants));
+    let prompts = some(cases.len(), "prompt");
+    let what = format!("{prompts} of up to {longest} tokens, answers of up to {answer}; {}", names(&variants));
     let items = Items::begin("needle", key, &args.results, cases.len() * variants.len(), &what)?;
     let (subject, scores) = measure(subject, items, |subject, items| ask_all(subject, &cases, &variants, items))?;
     let full = variants.iter().position(|kv| kv.mode == KvMode::Full);
@@ -89,8 +93,8 @@ pub fn run(args: &NeedleArgs) -> Result<()> {
         ));
     }
     let map = heatmap(&subject.engine.model().name, &cases, &variants, &scores);
-    draw(plot, || map.svg())?;
-    report(&args.results, &results_json(&subject, &cases, &variants, &scores), &text(&cases, &variants, &scores, &map))
+    let json = results_json(&subject, &cases, &variants, &scores);
+    report_drawn(&args.results, &json, &text(&cases, &variants, &scores, &map), plot, || map.svg())
 }
 
 /// `[variant][case]` scores.
@@ -164,7 +168,7 @@ impl Given {
 
     fn ready(file: &Path) -> Result<Given> {
         let wrong = |what: String| Error::Usage(format!("--prompts {}: {what}", file.display()));
-        let ready: Vec<Ready> = serde_json::from_slice(&input::read(file)?).map_err(|e| {
+        let ready: Vec<Ready> = serde_json::from_slice(&input::read_for("--prompts", file)?).map_err(|e| {
             wrong(format!("not a JSON array of objects with length, ids, answer and depth or index ({e})"))
         })?;
         if ready.is_empty() {
@@ -323,7 +327,8 @@ fn at_length(cases: &[Case], scores: &[f64], length: f64) -> (f64, usize, usize)
 }
 
 fn text(cases: &[Case], variants: &[KvOptions], scores: &[Vec<f64>], map: &Heatmap) -> String {
-    let coloured = std::io::IsTerminal::is_terminal(&std::io::stdout()) && std::env::var_os("NO_COLOR").is_none();
+    let wanted = std::env::var_os("NO_COLOR").is_none() && !is_dumb();
+    let coloured = wanted && std::io::IsTerminal::is_terminal(&std::io::stdout());
     let lengths = distinct(cases, |c| c.length as f64);
     let mut header = vec!["KV".to_string()];
     header.extend(lengths.iter().map(|length| format!("{length} tokens (whole)")));

@@ -15,7 +15,7 @@ use specache::kv::{KvMode, KvOptions};
 
 use super::args::{CoverageArgs, KldArgs, PplArgs, TextArgs};
 use super::{
-    Items, Subject, draw, ids_hash, measure, names, plot_file, report, some, unreadable, variant, variants_key,
+    Items, Subject, ids_hash, measure, names, plot_file, report, report_drawn, some, unreadable, variant, variants_key,
 };
 use crate::cli::input;
 use crate::cli::output::table;
@@ -34,7 +34,7 @@ impl Text {
     /// Needs no model, so that mistakes show before one is loaded.
     fn read(args: &TextArgs) -> Result<Text> {
         match (&args.file, &args.tokens) {
-            (Some(file), None) => input::text("-f", file).map(Text::Words),
+            (Some(file), None) => input::not_empty("-f", file).map(Text::Words),
             (None, Some(file)) => input::ids("--tokens", file).map(Text::Ids),
             (None, None) => Err(Error::Usage("no text: give one of -f/--file and --tokens".into())),
             _ => Err(Error::Usage("several texts: give only one of -f/--file and --tokens".into())),
@@ -82,11 +82,11 @@ impl Windows {
     fn key(&self, subject: &Subject, variants: &[KvOptions]) -> Result<Value> {
         Ok(json!({
             "model": subject.identity(false)?,
-            "text": self.hash,
-            "window": self.cut.length,
-            "prefill": self.cut.prefill,
-            "windows": self.ids.len(),
-            "kv": variants_key(variants),
+            "the text (-f, --tokens)": self.hash,
+            "-c": self.cut.length,
+            "--prefill": self.cut.prefill,
+            "--windows": self.ids.len(),
+            "--kv": variants_key(variants),
         }))
     }
 
@@ -206,6 +206,13 @@ pub fn divergence(args: &KldArgs) -> Result<()> {
         let Some(s) = divergence::summary(&read.collect::<Result<Vec<Window>>>()?) else {
             return Err(unreadable(&name));
         };
+        if kv.mode.low_bit() && s.max == 0.0 {
+            say(format_args!(
+                "note: {name}: no token was read at low bit, so these zeros say nothing: windows of {} tokens end too soon \
+                 behind the 16-bit residual; take a longer -c or a smaller --kv-residual, --kv-top-k",
+                windows.cut.length
+            ));
+        }
         let nats = |x: f64| format!("{x:.3e}");
         rows.push(vec![
             name.clone(),
@@ -226,16 +233,15 @@ pub fn divergence(args: &KldArgs) -> Result<()> {
         json_rows.push(row);
         groups.push((name, vec![Some(s.mean), Some(s.p99)]));
     }
-    draw(plot, || {
+    let text = table(&["KV", "mean KLD", "median", "p99", "max", "top-1 agreement", "acceptance"], &rows);
+    let json =
+        json!({ "eval": "kld", "model": subject.engine.model().name, "text": windows.json(), "variants": json_rows });
+    report_drawn(&args.results, &json, &text, plot, || {
         let model = &subject.engine.model().name;
         let title = format!("KL divergence from full: {model}, windows of {} tokens", windows.cut.length);
         let series = vec!["mean".into(), "99th percentile".into()];
         Bars { title, axis: "nats per token, logarithmic".into(), logarithmic: true, series, groups }.svg()
-    })?;
-    let text = table(&["KV", "mean KLD", "median", "p99", "max", "top-1 agreement", "acceptance"], &rows);
-    let json =
-        json!({ "eval": "kld", "model": subject.engine.model().name, "text": windows.json(), "variants": json_rows });
-    report(&args.results, &json, &text)
+    })
 }
 
 fn guesses_json(guesses: Guesses) -> Value {
@@ -297,7 +303,6 @@ pub fn coverage(args: &CoverageArgs) -> Result<()> {
     layers.iter().for_each(|layer| all.add(layer));
     let lines: Vec<(String, &Layer)> =
         layers.iter().enumerate().map(|(l, layer)| (format!("layer {l}"), layer)).collect();
-    draw(plot, || coverage_picture(&subject, &variants, &lines).svg())?;
     let names: Vec<String> = variants.iter().map(eval::name).collect();
     let mut header = vec!["layer".to_string(), "keys that hold 90 %".into(), "share".into()];
     header.extend(names.iter().flat_map(|name| [format!("{name}: hits"), "attention ratio".into()]));
@@ -310,7 +315,7 @@ pub fn coverage(args: &CoverageArgs) -> Result<()> {
         "layers": layers.iter().map(|layer| coverage_json(layer, &names)).collect::<Vec<_>>(),
         "all": coverage_json(&all, &names),
     });
-    report(&args.results, &json, &text)
+    report_drawn(&args.results, &json, &text, plot, || coverage_picture(&subject, &variants, &lines).svg())
 }
 
 fn ratio(part: f64, of: u64) -> Option<f64> {
