@@ -117,8 +117,8 @@ typedef struct specache_session specache_session;
 enum {
     SPECACHE_LOG_ERROR = 1, /* bugs of the library */
     SPECACHE_LOG_WARN = 2,  /* what works, and may not be what is wanted */
-    SPECACHE_LOG_INFO = 3,  /* once per engine: what it is, why the CPU computes where a GPU would be taken, kernels that are
-                               compiled first */
+    SPECACHE_LOG_INFO = 3,  /* rarely: what an engine is, why the CPU computes where a GPU would be taken, kernels that are
+                               compiled first, what SPECACHE_GATHER_AUTO takes */
     SPECACHE_LOG_DEBUG = 4  /* once per session */
 };
 
@@ -140,7 +140,7 @@ enum {
     SPECACHE_GATHER_DEFAULT = 0, /* on a GPU as SPECACHE_GATHER_GPU; on the CPU as SPECACHE_GATHER_CPU */
     SPECACHE_GATHER_GPU = 1,     /* its multiprocessors read them; not on the CPU */
     SPECACHE_GATHER_CPU = 2,     /* threads of the host gather them; steps are not given to a GPU as CUDA graphs */
-    SPECACHE_GATHER_AUTO = 3     /* on a GPU the first 16 steps of so many sequences go either way, the rest the faster one */
+    SPECACHE_GATHER_AUTO = 3     /* on a GPU 8 steps of a batch go either way, and the rest the faster one */
 };
 
 typedef struct specache_engine_options {
@@ -158,7 +158,8 @@ typedef struct specache_engine_options {
     int32_t log_level;         /* the highest level that is wanted, 0: none; default SPECACHE_LOG_INFO */
     int32_t linear;            /* SPECACHE_LINEAR_*: how a GPU makes matrix products */
     int32_t gather;            /* SPECACHE_GATHER_* */
-    uint32_t gather_threads;   /* threads that gather, up to 256; 0 (default): a quarter of those that can run, 1 to 16 */
+    uint32_t gather_threads;   /* threads that gather, up to 256; 0 (default): a quarter of those that can run,
+                                  1 to 16, and one for each NUMA node */
 } specache_engine_options;
 
 /* Sets struct_size and the defaults. `struct_size` is sizeof(specache_engine_options).
@@ -458,7 +459,7 @@ int32_t specache_session_generate(specache_session *session, uint64_t n_tokens, 
 
 /* One decode step: feeds `token` and computes the logits of what follows, which go to `logits` too if that is not NULL.
  * `n_logits` must be vocab_size then, else 0. Logits that nobody asks for stay where they are, on a GPU in its memory, until
- * another session's call is about to overwrite them.
+ * another call needs the place.
  * SPECACHE_ERR_HANDLE, _BUSY, _USAGE for a session that is empty or full, or an id beyond the vocabulary;
  * _CANCELLED, _FAILED, _DEVICE as in prefill; _OUT_OF_MEMORY as in specache_session_generate. After _OUT_OF_MEMORY, and
  * _CANCELLED in the middle of the step, the session holds what it held, and there are no logits. */

@@ -8,6 +8,9 @@
 # DESTDIR is put before PREFIX, for packagers. LIBDIR (default PREFIX/lib) is where the libraries go.
 set -eu
 usage="usage: tools/install.sh PREFIX [--from DIR]"
+case ${1:-} in
+    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
+esac
 prefix=${1:?$usage}
 case $prefix in
     /*) ;;

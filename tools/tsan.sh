@@ -22,6 +22,7 @@ named() { grep -E "^_RN.*3sys4sync.*$1\$" <<<"$symbols"; }
 arguments=(-Clink-arg=-Wl,--wrap=__tsan_atomic64_fetch_sub)
 # wrap NAME WHAT-THE-HEADERS-CALL-IT
 wrap() {
+    [ -n "$2" ] || { echo "tsan: this toolchain's library has no function for $1" >&2; exit 1; }
     arguments+=("-Clink-arg=-Wl,--wrap=$2")
     printf '#define %s(prefix) __asm__(prefix "%s")\n' "$1" "$2"
 }

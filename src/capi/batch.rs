@@ -128,7 +128,7 @@ fn run(steps: &mut [Step], fails: &mut Vec<(usize, Fail)>) -> Result<()> {
     }
     // Nobody's any more, so that they are not taken out of the buffers.
     members.iter_mut().for_each(|member| member.state.logits = None);
-    engine.with_buffers(|buffers| {
+    engine.with_buffers(members.len(), |buffers| {
         let decoded = decode(&mut members, buffers, &mut |i, fail| fails.push((i, fail)));
         if let Err(fail) = decoded {
             fails.extend(members.iter().map(|m| (m.index, fail.clone())));

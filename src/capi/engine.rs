@@ -149,9 +149,9 @@ impl EngineObject {
         self.log.notices();
     }
 
-    /// Runs a call with buffers that it gives back. After a panic they are not used again.
-    pub(super) fn with_buffers<T>(&self, call: impl FnOnce(&mut Lent) -> T) -> T {
-        let mut buffers = self.pool.lend();
+    /// Runs a call for `n` sequences with buffers that it gives back. After a panic they are not used again.
+    pub(super) fn with_buffers<T>(&self, n: usize, call: impl FnOnce(&mut Lent) -> T) -> T {
+        let mut buffers = self.pool.lend(n);
         // Whoever listens is told of a panic before it goes on to `guard`, and not while it unwinds: a callback may call again.
         match catch_unwind(AssertUnwindSafe(|| call(&mut buffers))) {
             Ok(result) => {

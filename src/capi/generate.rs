@@ -111,12 +111,13 @@ fn generate(
                 if session.n_tokens() == session.max_tokens() {
                     return Ok(Some(Stop::Full));
                 }
+                state.logits = None; // of a step that begins and fails there are none
                 object.feed(state, token, buffers)?;
                 stepped = true;
             }
             let token = match &state.logits {
                 _ if stepped => buffers.sample(0, &mut state.sampler, &state.tokens)?,
-                Some(first) => state.sampler.sample(object.engine.pool.logits(first)?, &state.tokens)?,
+                Some(first) => state.sampler.sample(first.get()?, &state.tokens)?,
                 None => {
                     let why = "nothing to go on from: prefill, or feed a token with specache_session_step";
                     return Err(Fail::usage(why));
@@ -169,9 +170,12 @@ pub unsafe extern "C" fn specache_session_generate(
         let mut listener = Listener::new(&object.engine, &state.tokens, flags, on_token, user_data);
         state.tokens.truncate(held);
         let mut generated = 0;
-        let result = object.engine.with_buffers(|buffers| {
-            generate(&object, &mut state, n_tokens, flags, &mut listener, buffers, &mut generated)
-        });
+        let result = match n_tokens {
+            0 => listener.finish(0).map(|()| Stop::Length),
+            _ => object.engine.with_buffers(1, |buffers| {
+                generate(&object, &mut state, n_tokens, flags, &mut listener, buffers, &mut generated)
+            }),
+        };
         // SAFETY: as above.
         unsafe { set_if(n_generated, generated, "n_generated") }?;
         let reason = result?;

@@ -4,16 +4,38 @@
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::{mem, ptr};
 
 use super::status::{Fail, Result};
 use crate::Buffers;
 
 /// `[vocab]`, once they are out of the buffers. Forks share them.
-pub(super) struct Logits(OnceLock<Result<Vec<f32>>>);
+#[derive(Default)]
+pub(super) struct Logits {
+    row: OnceLock<Result<Vec<f32>>>,
+    /// The buffers that they are in, when the call is over.
+    from: OnceLock<Weak<Mutex<Lent>>>,
+}
 
 impl Logits {
     pub fn known(logits: Vec<f32>) -> Arc<Logits> {
-        Arc::new(Logits(OnceLock::from(Ok(logits))))
+        Arc::new(Logits { row: OnceLock::from(Ok(logits)), from: OnceLock::new() })
+    }
+
+    fn are_out(&self) -> bool {
+        self.row.get().is_some()
+    }
+
+    /// From where they are.
+    pub fn get(&self) -> Result<&[f32]> {
+        // A call that has taken the buffers meanwhile has taken these out of them first.
+        if let (false, Some(lent)) = (self.are_out(), self.from.get().and_then(Weak::upgrade)) {
+            lock(&lent).take_out(|other| ptr::eq(other, self));
+        }
+        match self.row.get() {
+            Some(known) => known.as_deref().map_err(Fail::clone),
+            None => Err(Fail::internal("logits were lost")), // with their buffers, in a call that panicked
+        }
     }
 }
 
@@ -22,12 +44,14 @@ impl Logits {
 pub(super) struct Lent {
     buffers: Buffers,
     left: Vec<(usize, Weak<Logits>)>,
+    /// Sequences of the last call: what the buffers have grown for.
+    n: usize,
 }
 
 impl Lent {
     /// Leaves the logits of sequence `i` of the step that these buffers were used for last in this call.
     pub fn leave(&mut self, i: usize) -> Arc<Logits> {
-        let logits = Arc::new(Logits(OnceLock::new()));
+        let logits = Arc::<Logits>::default();
         self.left.push((i, Arc::downgrade(&logits)));
         logits
     }
@@ -35,14 +59,14 @@ impl Lent {
     /// Those whose logits are nowhere else, and wanted still.
     fn waiting(&self) -> impl Iterator<Item = (usize, Arc<Logits>)> {
         let alive = self.left.iter().filter_map(|(i, logits)| Some((*i, logits.upgrade()?)));
-        alive.filter(|(_, logits)| logits.0.get().is_none())
+        alive.filter(|(_, logits)| !logits.are_out())
     }
 
     /// Copies the logits out of the buffers for all of those that `wanted` names.
-    fn take_out(&mut self, wanted: impl Fn(&Arc<Logits>) -> bool) {
+    fn take_out(&mut self, wanted: impl Fn(&Logits) -> bool) {
         let waiting: Vec<_> = self.waiting().filter(|(_, logits)| wanted(logits)).collect();
         for (i, logits) in waiting {
-            logits.0.get_or_init(|| Ok(self.buffers.logits(i)?.to_vec()));
+            logits.row.get_or_init(|| Ok(self.buffers.logits(i)?.to_vec()));
         }
     }
 }
@@ -61,37 +85,47 @@ impl DerefMut for Lent {
     }
 }
 
-/// The buffers of an engine's calls that are over: their number is that of the calls that ran at once, not that of the sessions.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The buffers of an engine's calls that are over: their number is that of the calls that ran at once, and one more where a
+/// batch has left logits; not that of the sessions.
 #[derive(Default)]
-pub(super) struct Pool(Mutex<Vec<Lent>>);
+pub(super) struct Pool(Mutex<Vec<Arc<Mutex<Lent>>>>);
 
 impl Pool {
-    fn lock(&self) -> MutexGuard<'_, Vec<Lent>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Buffers for a call; if possible such that nobody's logits are in. Those come out before anybody can look for them.
-    pub fn lend(&self) -> Lent {
-        let mut pool = self.lock();
-        let unused = pool.iter().rposition(|lent| lent.waiting().next().is_none());
-        let Some(at) = unused.or(pool.len().checked_sub(1)) else { return Lent::default() };
-        let mut lent = pool.swap_remove(at);
-        lent.take_out(|_| true);
-        lent.left.clear();
+    /// Buffers for a call with `n` sequences. Logits that are in them come out before anybody can look for them, so those with
+    /// the fewest are taken, and of these such as have served as many sequences: the others need not grow. Whoever follows a
+    /// batch does not pay for all of its logits, but begins buffers of its own once.
+    pub fn lend(&self, n: usize) -> Lent {
+        let taken = {
+            let mut pool = lock(&self.0);
+            // Buffers that somebody is taking logits out of are busy.
+            let cost = |lent: &Arc<Mutex<Lent>>| {
+                let lent = lent.try_lock().ok()?;
+                Some((lent.waiting().count(), lent.n != n))
+            };
+            let best = (0..pool.len()).rev().filter_map(|i| Some((cost(&pool[i])?, i))).min_by_key(|(cost, _)| *cost);
+            best.filter(|((waiting, _), _)| *waiting <= 1 || pool.len() > 1).map(|(_, i)| pool.swap_remove(i))
+        };
+        let mut lent = Lent::default();
+        if let Some(taken) = taken {
+            let mut taken = lock(&taken);
+            taken.take_out(|_| true);
+            lent = mem::take(&mut *taken);
+            lent.left.clear();
+        }
+        lent.n = n;
         lent
     }
 
     pub fn give_back(&self, lent: Lent) {
-        self.lock().push(lent);
-    }
-
-    /// Logits, from where they are.
-    pub fn logits<'a>(&self, logits: &'a Arc<Logits>) -> Result<&'a [f32]> {
-        self.lock().iter_mut().for_each(|lent| lent.take_out(|other| Arc::ptr_eq(other, logits)));
-        match logits.0.get() {
-            Some(known) => known.as_deref().map_err(Fail::clone),
-            None => Err(Fail::internal("logits were lost")), // with their buffers, in a call that panicked
-        }
+        let left: Vec<Arc<Logits>> = lent.left.iter().filter_map(|(_, logits)| logits.upgrade()).collect();
+        let lent = Arc::new(Mutex::new(lent));
+        // Once: they were left in this call.
+        left.iter().for_each(|logits| drop(logits.from.set(Arc::downgrade(&lent))));
+        lock(&self.0).push(lent);
     }
 }
 
@@ -120,7 +154,7 @@ mod tests {
         let out = |session| {
             let object = handles::session(session).unwrap();
             let logits = object.lock().unwrap().logits.clone().unwrap();
-            logits.0.get().is_some()
+            logits.are_out()
         };
         // SAFETY: NULL is allowed.
         let step = |session| assert_eq!(unsafe { specache_session_step(session, 4, ptr::null_mut(), 0) }, 0);
@@ -154,7 +188,21 @@ mod tests {
             assert_eq!(specache_session_generate(one, 3, 3, None, user_data, generated, stop), 0);
         }
         assert!(!out(one), "a generation leaves its last ones, too");
-        assert_eq!(handles::engine(engine).unwrap().pool.lock().len(), 1, "one call at a time needs no more buffers");
+        let buffers = || handles::engine(engine).unwrap().pool.0.lock().unwrap().len();
+        assert_eq!(buffers(), 1, "one call at a time needs no more");
+        batch();
+        let mut third = ptr::null_mut();
+        // SAFETY: values of this function.
+        unsafe {
+            assert_eq!(specache_session_create(engine, ptr::null(), 300, &mut third), 0);
+            assert_eq!(specache_session_prefill(third, [1, 2, 3].as_ptr(), 3), 0);
+        }
+        step(third);
+        assert!(!out(one) && !out(other) && !out(third), "nobody pays for a batch of others");
+        batch();
+        step(third);
+        assert_eq!(buffers(), 2, "each kind of call has its own");
+        specache_session_free(third);
         sessions.into_iter().for_each(|session| specache_session_free(session));
         specache_engine_free(engine);
     }

@@ -99,7 +99,7 @@ impl SessionObject {
         let run = |buffers: &mut Lent| {
             self.engine.engine.prefill(&mut [Prompt { session, tokens: prompt }], buffers)?.remove(0)
         };
-        state.logits = Some(Logits::known(self.heed(self.engine.with_buffers(run))?));
+        state.logits = Some(Logits::known(self.heed(self.engine.with_buffers(1, run))?));
         state.fed(prompt);
         state.max_tokens = state.max_tokens.max(state.tokens.len());
         Ok(())
@@ -408,7 +408,7 @@ pub unsafe extern "C" fn specache_session_step(
         let session = state.session()?;
         object.engine.engine.check(&Next { session, token })?;
         state.logits = None; // nobody's any more, so that they are not taken out of the buffers
-        object.engine.with_buffers(|buffers| {
+        object.engine.with_buffers(1, |buffers| {
             object.feed(&mut state, token, buffers)?;
             state.logits = Some(buffers.leave(0));
             // SAFETY: the header's contract.
@@ -463,7 +463,7 @@ pub unsafe extern "C" fn specache_session_logits(
         let mut state = object.lock()?;
         let known = state.known_logits()?;
         // SAFETY: the header's contract.
-        unsafe { give(object.engine.pool.logits(&known)?, logits, capacity, n, "logits") }
+        unsafe { give(known.get()?, logits, capacity, n, "logits") }
     })
 }
 
@@ -477,7 +477,7 @@ pub unsafe extern "C" fn specache_session_sample(session: *mut SessionHandle, to
         let mut state = object.lock()?;
         let known = state.known_logits()?;
         let State { sampler, tokens, .. } = &mut *state;
-        let chosen = sampler.sample(object.engine.pool.logits(&known)?, tokens)?;
+        let chosen = sampler.sample(known.get()?, tokens)?;
         // SAFETY: as above.
         unsafe { set(token, chosen, "token") }
     })
@@ -653,7 +653,7 @@ mod tests {
         let status = guard(|| {
             let object = handles::session(dead)?;
             let _state = object.lock()?;
-            object.engine.with_buffers(|_| panic!("something is wrong"))
+            object.engine.with_buffers(1, |_| panic!("something is wrong"))
         });
         assert_eq!((status, listener.errors), (Status::Internal as i32, 1));
         // SAFETY: as above.

@@ -124,7 +124,7 @@ impl HostGather {
     /// Starts the thread.
     ///
     /// # Errors
-    /// [`Error::Usage`] if the system refuses a thread.
+    /// [`Error::Device`] if the system refuses a thread.
     pub(crate) fn new(device: &Device) -> Result<HostGather> {
         let (engine, shared) = (device.copy_engine(), Arc::<Shared>::default());
         let ending = Ending(shared.clone());
@@ -134,7 +134,9 @@ impl HostGather {
             Postman { engine, letters, blocks, abandoned, idle_since: Instant::now() }.work(&ending.0);
         };
         let thread = std::thread::Builder::new().name("gather".into()).spawn(run).map_err(|e| {
-            Error::Usage(format!("no thread for --gather cpu: {e}; raise the limit on processes, or use --gather gpu"))
+            Error::Device(format!(
+                "the thread that gathers for a GPU cannot be started: {e}; raise the limit on processes, or let the GPU gather"
+            ))
         })?;
         Ok(HostGather { shared, thread: Some(thread) })
     }
