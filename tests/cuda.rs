@@ -375,7 +375,7 @@ fn batches() {
 /// `auto` tries both ways.
 #[test]
 fn who_gathers_makes_no_difference() {
-    for seed in seeds(&["2"], &["0", "1", "3"]) {
+    for seed in seeds(&["0"], &["1", "2", "3"]) {
         on_gpu("who_gathers_makes_no_difference", &[("SPECACHE_EMU_SEED", seed)], gathered_either_way);
     }
 }
@@ -397,6 +397,10 @@ fn gathered_either_way() {
             assert!(expected == lives(gather, pipeline, members, script), "{gather:?}, {pipeline:?}, {script:?}");
         }
     };
+    // Selections of two modes run in two queues: letters ring in another order than that in which they are taken.
+    let mixed = [(KvMode::SpeCache, 7), (KvMode::SpeCache, 8), (KvMode::Fetch, 7)];
+    let mixed = mixed.map(|(mode, top_k)| Member::new(options(mode, top_k)));
+    check(&mixed, &[(130, 3)], &[(GatherWay::Cpu, Schedule::Event)]);
     check(&many, &[(40, 3), (3, 1)], &[(GatherWay::Cpu, Schedule::Event)]);
     let all = Schedule::ALL.map(|schedule| (GatherWay::Cpu, schedule));
     check(&fetching, &[(90, 3)], &all);
@@ -923,8 +927,7 @@ fn tells(why: &Error, failures: &mut u32) {
     assert!(*failures < 5, "for ever: {why}");
 }
 
-/// What the host cannot gather fails whoever reads it, at once or with the next step, and nobody else; the next request is
-/// right.
+/// What the host cannot gather fails whoever reads it, at once or with the next step; the next request is right.
 #[test]
 fn what_the_host_cannot_gather() {
     on_gpu("what_the_host_cannot_gather", &[HOST_GATHERS], || {

@@ -48,10 +48,6 @@ pub(crate) struct Letter {
 }
 
 impl Letter {
-    fn is(&self, mailbox: &Arc<Mailbox>, number: usize) -> bool {
-        Arc::ptr_eq(&self.mailbox, mailbox) && self.number == number
-    }
-
     /// Nobody reads its pages any more, and the GPU goes on. Whoever sees the flag may free the pages, so it comes last.
     fn close(&mut self, brought: Result<(), String>) {
         if let Err(why) = brought {
@@ -91,7 +87,9 @@ struct Given {
 enum Message {
     Expect(Letter),
     /// Letters of this mailbox that are under way may not come. Whoever says so hears when nobody works on them any more.
-    Abandon(Arc<Mailbox>, Sender<()>),
+    Abandon(Weak<Mailbox>, Sender<()>),
+    /// There is no such mailbox any more, and nothing on the GPU waits for it.
+    Forget(Weak<Mailbox>, Sender<()>),
 }
 
 /// What letters fail with whose pass was given up.
@@ -153,8 +151,21 @@ impl HostGather {
 
     /// A pass was given up. When this returns, nobody works on letters of `mailbox`, and the GPU waits for none of them.
     pub(crate) fn abandon(&self, mailbox: &Arc<Mailbox>) {
+        self.ask(mailbox, Message::Abandon);
+    }
+
+    /// The mailbox is about to be freed, and the GPU waits for nothing of it. When this returns, nobody else has it: its memory is
+    /// freed by the caller and not by the thread, which calls no driver.
+    pub(crate) fn forget(&self, mailbox: &Arc<Mailbox>) {
+        self.ask(mailbox, Message::Forget);
+        while Arc::strong_count(mailbox) > 1 {
+            std::thread::yield_now();
+        }
+    }
+
+    fn ask(&self, mailbox: &Arc<Mailbox>, message: fn(Weak<Mailbox>, Sender<()>) -> Message) {
         let (done, is_done) = channel();
-        self.shared.give(Message::Abandon(mailbox.clone(), done));
+        self.shared.give(message(Arc::downgrade(mailbox), done));
         // An error is the end of the thread, which leaves nothing either.
         let _ = is_done.recv();
     }
@@ -171,7 +182,8 @@ impl Drop for HostGather {
     }
 }
 
-/// However the thread ends, nobody waits for it afterwards.
+/// However the thread ends, letters under way are answered once, and nobody expects others. (One whose number has an answer that
+/// the GPU has not taken is not told apart here: a panic outside of `bring`, of which none is known, may leave it waiting.)
 struct Ending(Arc<Shared>);
 
 impl Drop for Ending {
@@ -238,9 +250,15 @@ impl Postman {
         for message in given.messages.drain(..) {
             match message {
                 Message::Expect(letter) => self.letters.push(letter),
+                // Nobody listens only if the caller's thread has ended.
                 Message::Abandon(mailbox, done) => {
                     self.abandon(&mailbox);
-                    let _ = done.send(()); // nobody listens only if the caller's thread has ended
+                    let _ = done.send(());
+                }
+                Message::Forget(mailbox, done) => {
+                    self.abandon(&mailbox);
+                    self.abandoned.retain(|letter| !letter.mailbox.ptr_eq(&mailbox));
+                    let _ = done.send(());
                 }
             }
         }
@@ -248,25 +266,32 @@ impl Postman {
     }
 
     /// Letters of this mailbox fail.
-    fn abandon(&mut self, mailbox: &Arc<Mailbox>) {
-        self.blocks.retain(|(of, _)| !is(of, mailbox));
-        for mut letter in self.letters.extract_if(.., |letter| Arc::ptr_eq(&letter.mailbox, mailbox)) {
-            if mailbox.is_up(letter.number) {
+    fn abandon(&mut self, mailbox: &Weak<Mailbox>) {
+        self.blocks.retain(|(of, _)| !of.ptr_eq(mailbox));
+        for mut letter in self.letters.extract_if(.., |letter| is(mailbox, &letter.mailbox)) {
+            if letter.mailbox.is_up(letter.number) {
                 let _ = letter.failure.set(GIVEN_UP.into()); // only the first counts
-                self.abandoned.push(Abandoned { mailbox: Arc::downgrade(mailbox), number: letter.number });
+                self.abandoned.push(Abandoned { mailbox: mailbox.clone(), number: letter.number });
             } else {
                 letter.close(Err(GIVEN_UP.into()));
             }
         }
     }
 
-    /// Whether a letter has rung, and its block is free. Of letters with one number the first has rung.
+    /// Whether a letter has rung, and its block is free. Of letters with one number the first has rung. Of letters with one
+    /// block the first has it: the GPU takes them in this order, in which they need not ring, as selections of several modes run
+    /// in several queues.
     fn has_come(&self, i: usize) -> bool {
         let Letter { mailbox, number, block, .. } = &self.letters[i];
-        let is_first = !self.letters[..i].iter().any(|letter| letter.is(mailbox, *number));
+        if mailbox.rung(*number).is_none() {
+            return false;
+        }
+        let in_front = |letter: &Letter| {
+            Arc::ptr_eq(&letter.mailbox, mailbox) && (letter.number == *number || letter.block == *block)
+        };
         let users = self.blocks.iter().find(|(of, _)| is(of, mailbox));
         let before = users.and_then(|(_, last)| last[*block]);
-        is_first && mailbox.rung(*number).is_some() && before.is_none_or(|letter| mailbox.is_taken(letter))
+        !self.letters[..i].iter().any(in_front) && before.is_none_or(|letter| mailbox.is_taken(letter))
     }
 
     /// Brings what a letter wants. However that ends, the GPU goes on. Returns its list of pages, empty.

@@ -92,12 +92,12 @@ impl Workspace {
             Some(GatherWay::Cpu) => true,
             Some(GatherWay::Auto) => {
                 let batch = batch();
-                let at = trials.iter().position(|trial| trial.batch == batch).unwrap_or_else(|| {
-                    trials.push(Trial::new(batch));
-                    trials.len() - 1
+                let at = trials.iter().position(|trial| trial.batch == batch).or_else(|| {
+                    times.then(|| trials.push(Trial::new(batch)))?;
+                    Some(trials.len() - 1)
                 });
-                *timed = (times && !trials[at].is_over()).then(|| (Instant::now(), at));
-                trials[at].by_host()
+                *timed = at.filter(|&at| times && !trials[at].is_over()).map(|at| (Instant::now(), at));
+                at.is_some_and(|at| trials[at].by_host())
             }
         };
         let post = self.memory.as_mut().and_then(|memory| memory.post.as_mut());
@@ -128,7 +128,7 @@ impl Workspace {
             }
             let mut gathered = 0;
             // What the GPU is told after a failure it does not do: nobody is to wait for it.
-            if self.gatherer.by_host && !gpu.driver().has_failed() {
+            if self.gatherer.by_host && !gpu.driver().has_failed() && !self.has_given_up() {
                 let hosts = group.seqs.clone().map(&pages);
                 gathered = self.send_for(device, config, l, i, selects, hosts);
             }
@@ -248,6 +248,10 @@ impl Workspace {
             post.gather.abandon(&post.mailbox);
             post.given_up = true;
         }
+    }
+
+    fn has_given_up(&self) -> bool {
+        self.memory().post.as_ref().is_some_and(|post| post.given_up)
     }
 
     /// Forgets what was tried with memory that there is no more.

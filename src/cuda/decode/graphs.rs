@@ -31,8 +31,8 @@ impl Workspace {
     /// the pass goes to the driver call by call. `with_selections` as in [`Workspace::end`]; `is_step`: it is no pre-decode.
     ///
     /// Not where somebody wants to know when each operation runs, nor where the GPU waits for threads of the host, nor in
-    /// `offload`, whose copies come from other pages when the
-    /// sequence has grown, nor with drivers that cannot capture launches which overlap (before CUDA 12.3).
+    /// `offload`, whose copies come from other pages when the sequence has grown, nor with drivers that cannot capture launches
+    /// which overlap (before CUDA 12.3).
     ///
     /// # Errors
     /// [`crate::Error::Device`].

@@ -14,6 +14,7 @@ use crate::device::cuda::bindings::abi::{
     specache_attn_params, specache_fetch, specache_layer_cache, specache_select_params, specache_seq,
 };
 use crate::device::cuda::mailbox::Mailbox;
+use crate::device::order::StreamId;
 use crate::device::{Buffer, Device, Event};
 use crate::error::Result;
 use crate::kv::KvMode;
@@ -54,10 +55,17 @@ pub(super) struct Post {
     pub(super) given_up: bool,
 }
 
+impl Drop for Post {
+    fn drop(&mut self) {
+        self.gather.forget(&self.mailbox);
+    }
+}
+
 impl Drop for Memory {
     /// Sessions wait for their own pairs, and may outlive what the gathers read here.
     fn drop(&mut self) {
         self.device.enter();
+        self.device.finish(self.device.record(StreamId::CopyIn)); // also what a pass that was given up has left there
         self.gathered.iter().chain([&self.selected]).flatten().for_each(|&event| self.device.finish(event));
         self.device.finish_compute(); // a pass may have been given up
     }
