@@ -379,15 +379,15 @@ pub struct DeviceArgs {
     /// How computation waits for copies: where they are issued; for all of them before each attention, as the paper has
     /// it; or for each layer's own event
     #[arg(long, env = "SPECACHE_PIPELINE", value_name = "SCHEDULE", default_value = "event",
-          value_parser = schedule())]
+          value_parser = one_of(Schedule::ALL, Schedule::name))]
     pipeline: Schedule,
     /// Who makes the matrix products on a GPU: our fused kernels, 16 rows at a time; cuBLASLt; or the fused kernels for
     /// up to 8 rows and cuBLASLt for more
-    #[arg(long, env = "SPECACHE_LINEAR", value_name = "PATH", default_value = "auto", value_parser = linear_path())]
+    #[arg(long, env = "SPECACHE_LINEAR", value_name = "PATH", default_value = "auto", value_parser = one_of(LinearPath::ALL, LinearPath::name))]
     linear: LinearPath,
     /// How a GPU gets the pairs that it has selected: its own multiprocessors read them from host memory (gpu); threads of
     /// the host gather them (cpu); or the way that the first steps show to be faster (auto) [default: gpu]
-    #[arg(long, env = "SPECACHE_GATHER", value_name = "WAY", value_parser = gather_way())]
+    #[arg(long, env = "SPECACHE_GATHER", value_name = "WAY", value_parser = one_of(GatherWay::ALL, GatherWay::name))]
     gather: Option<GatherWay>,
     /// On a GPU: launch every kernel of a step by itself instead of all of them as a CUDA graph
     #[arg(long, env = "SPECACHE_NO_GRAPH", value_parser = BoolishValueParser::new())]
@@ -416,19 +416,13 @@ pub struct DeviceArgs {
     pub trace: Option<PathBuf>,
 }
 
-fn schedule() -> impl TypedValueParser<Value = Schedule> {
-    let named = |name: String| Schedule::ALL.into_iter().find(|s| s.name() == name).expect("a name from the list");
-    PossibleValuesParser::new(Schedule::ALL.map(Schedule::name)).map(named)
-}
-
-fn linear_path() -> impl TypedValueParser<Value = LinearPath> {
-    let named = |name: String| LinearPath::ALL.into_iter().find(|p| p.name() == name).expect("a name from the list");
-    PossibleValuesParser::new(LinearPath::ALL.map(LinearPath::name)).map(named)
-}
-
-fn gather_way() -> impl TypedValueParser<Value = GatherWay> {
-    let named = |name: String| GatherWay::ALL.into_iter().find(|w| w.name() == name).expect("a name from the list");
-    PossibleValuesParser::new(GatherWay::ALL.map(GatherWay::name)).map(named)
+/// One of `all`, by its name.
+fn one_of<T, const N: usize>(all: [T; N], name: fn(T) -> &'static str) -> impl TypedValueParser<Value = T>
+where
+    T: Copy + Send + Sync + 'static,
+{
+    let named = move |given: String| all.into_iter().find(|&one| name(one) == given).expect("a name from the list");
+    PossibleValuesParser::new(all.map(name)).map(named)
 }
 
 /// A megabyte a second is slower than any link, and slow enough to wait for.
@@ -556,8 +550,7 @@ impl KvTuning {
 }
 
 pub fn kv_mode() -> impl TypedValueParser<Value = KvMode> {
-    let mode = |name: String| KvMode::ALL.into_iter().find(|m| m.name() == name).expect("a name from the list");
-    PossibleValuesParser::new(KvMode::ALL.map(KvMode::name)).map(mode)
+    one_of(KvMode::ALL, KvMode::name)
 }
 
 /// How tokens are chosen. What is not given comes from generation_config.json, or is off.

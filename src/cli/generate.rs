@@ -37,8 +37,10 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     let sampling = SamplingOptions::from_layers(&args.sampling.overrides(), &engine.model().generation)?;
     args.sampling.warn_of_greed(&sampling);
     let sampler = Sampler::new(sampling)?;
-    let session = engine.session(args.kv.options(), capacity(&args, prompt.len())?)?;
+    let room = capacity(&args, prompt.len())?;
     warn_of_long_context(&engine, prompt.len() + args.n_predict);
+    progress.show(format_args!("making room for {room} tokens"));
+    let session = engine.session(args.kv.options(), room)?;
     input::warn_of_damage(&args.model.model)?;
 
     let _ctrl_c = interrupt::forward(engine.interrupt_flag());

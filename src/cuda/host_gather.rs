@@ -94,6 +94,8 @@ enum Message {
 
 /// What letters fail with whose pass was given up.
 const GIVEN_UP: &str = "the pass that wanted the pairs was given up";
+/// And those that nobody is there for.
+const ENDED: &str = "the gather's thread has ended";
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Given> {
@@ -103,7 +105,7 @@ impl Shared {
     fn give(&self, message: Message) {
         let mut given = self.lock();
         match message {
-            Message::Expect(mut letter) if given.over => letter.close(Err("the gather's thread has ended".into())),
+            Message::Expect(mut letter) if given.over => letter.close(Err(ENDED.into())),
             // An abandonment comes to an end by being dropped.
             _ if given.over => {}
             message => given.messages.push(message),
@@ -192,7 +194,7 @@ impl Drop for Ending {
         given.over = true;
         for message in given.messages.drain(..) {
             if let Message::Expect(mut letter) = message {
-                letter.close(Err("the gather's thread has ended".into()));
+                letter.close(Err(ENDED.into()));
             }
         }
     }
@@ -352,7 +354,7 @@ impl Postman {
 
 impl Drop for Postman {
     fn drop(&mut self) {
-        self.letters.iter_mut().for_each(|letter| letter.close(Err("the gather's thread has ended".into())));
+        self.letters.iter_mut().for_each(|letter| letter.close(Err(ENDED.into())));
     }
 }
 
