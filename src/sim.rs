@@ -98,6 +98,9 @@ impl Costs {
 
     /// The gather of one of `parts` equal parts.
     fn part_gather_us(&self, parts: usize) -> f64 {
+        if self.fetch_bytes == 0.0 {
+            return 0.0; // at whatever rate, that of nothing in some time included
+        }
         self.fetch_bytes / parts as f64 / self.gather_bytes_per_us
     }
 
@@ -370,6 +373,16 @@ mod tests {
         // Both the narrowest: never more than the bound.
         let narrow = Costs { fetch_bytes: 150.0, ..apart };
         assert!(narrow.simulate(Schedule::Event).step_us <= narrow.bound_us() * 1.01);
+    }
+
+    /// A step in which every pair was in its slot already: gathering nothing took some time, so the rates are 0.
+    #[test]
+    fn nothing_to_fetch_takes_no_time() {
+        let none = Costs { gather_bytes_per_us: 0.0, link_bytes_per_us: 0.0, ..costs(0.0, 5.0, 2) };
+        for schedule in Schedule::ALL {
+            let step = none.simulate(schedule);
+            assert_eq!((step.step_us, step.exposed_us), (3400.0, 0.0), "{schedule:?}");
+        }
     }
 
     /// Worked by hand: 32 layers of 100 us and a head of 200 us; a fetch of 50 us.

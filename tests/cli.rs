@@ -494,6 +494,16 @@ fn overlap_is_told_in_three_ways() {
     assert_eq!(names(&folder), ["plot.svg", "trace.json"]);
 }
 
+/// What the only step of a schedule launches is counted for it, though the link is so slow that it arrives long behind it.
+#[test]
+fn overlap_counts_what_ends_behind_the_step() {
+    let args = ["bench", "--overlap", "-m", "synthetic:tiny", "-d", "300", "-n", "1", "-r", "1", "--no-delta"];
+    let text = stdout(&[&args[..], &["--sim-copy-latency-us", "3000"]].concat());
+    let layers = text.lines().filter(|line| line.starts_with(['|']) && line.ends_with("B |"));
+    let fetched: Vec<&str> = layers.map(|line| line.trim_end_matches('|').rsplit('|').next().unwrap().trim()).collect();
+    assert!(fetched.len() == 2 && fetched[0] == fetched[1] && fetched[0] != "0 B", "{fetched:?} in {text}");
+}
+
 #[test]
 fn ctrl_c_leaves_no_half_written_file() {
     let folder = folder("ctrl-c");

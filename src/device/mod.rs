@@ -498,12 +498,16 @@ impl Device {
         self.0.trace.as_deref()
     }
 
-    /// On a GPU: waits for all queues, so that what they still did behind the last pass is in the trace too.
+    /// Waits for all streams of a device that keeps a trace, so that what they still did behind the last pass is in it.
     pub fn finish_trace(&self) {
-        if let (Some(gpu), Some(trace)) = (&self.0.gpu, &self.0.trace) {
-            gpu.driver().enter();
-            StreamId::ALL.into_iter().for_each(|stream| gpu.queues().drain(stream));
-            gpu.timing().end_pass(gpu.queues(), Some(trace));
+        match (&self.0.gpu, &self.0.trace) {
+            (_, None) => {}
+            (None, Some(_)) => StreamId::ALL.into_iter().for_each(|stream| self.finish(self.record(stream))),
+            (Some(gpu), Some(trace)) => {
+                gpu.driver().enter();
+                StreamId::ALL.into_iter().for_each(|stream| gpu.queues().drain(stream));
+                gpu.timing().end_pass(gpu.queues(), Some(trace));
+            }
         }
     }
 

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use specache::device::interrupt;
 use specache::device::order::StreamId;
-use specache::device::trace::Slice;
+use specache::device::trace::{Slice, Trace};
 use specache::error::{Error, Result};
 use specache::kv::{KvMode, KvOptions};
 use specache::sampler::argmax;
@@ -67,8 +67,8 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 struct StepRun {
     schedule: Schedule,
     us: f64,
-    /// Its slices among all.
-    slices: std::ops::Range<usize>,
+    /// The device's number of the step, which is in the place of each slice that it launched.
+    number: u32,
 }
 
 struct Bench<'a> {
@@ -77,6 +77,7 @@ struct Bench<'a> {
     tokens: Vec<u32>,
     buffers: Buffers,
     steps: Vec<StepRun>,
+    /// Of all measured steps, in their order.
     slices: Vec<Slice>,
 }
 
@@ -107,6 +108,10 @@ impl<'a> Bench<'a> {
                 }
             }
         }
+        // What the last step has launched belongs to it, as it does to every other.
+        self.engine.device().finish_trace();
+        self.slices.extend(self.trace().take());
+        self.slices.sort_by_key(|slice| slice.place.step);
         Ok(())
     }
 
@@ -137,8 +142,11 @@ impl<'a> Bench<'a> {
         Ok(())
     }
 
+    fn trace(&self) -> &'a Trace {
+        self.engine.device().trace().expect("the device keeps one")
+    }
+
     fn step(&mut self, schedule: Option<Schedule>) -> Result<()> {
-        let trace = self.engine.device().trace().expect("the device keeps one");
         let begin = Instant::now();
         let next = self.sessions.iter_mut().zip(&self.tokens).map(|(session, &token)| Next { session, token });
         self.engine.decode(&mut next.collect::<Vec<_>>(), &mut self.buffers)?;
@@ -146,10 +154,11 @@ impl<'a> Bench<'a> {
         for (i, token) in self.tokens.iter_mut().enumerate() {
             *token = self.buffers.argmax(i)?;
         }
-        let (first, new) = (self.slices.len(), trace.take());
+        let new = self.trace().take();
+        let number = new.iter().filter(|s| s.stream == StreamId::Compute).map(|s| s.place.step).max().unwrap_or(0);
         if let Some(schedule) = schedule {
             self.slices.extend(new);
-            self.steps.push(StepRun { schedule, us, slices: first..self.slices.len() });
+            self.steps.push(StepRun { schedule, us, number });
         }
         Ok(())
     }
@@ -163,13 +172,19 @@ impl<'a> Bench<'a> {
         if steps.is_empty() { all.collect::<Vec<_>>() } else { steps }.into_iter()
     }
 
+    /// What a step computed, waited for and launched, whenever that ended.
+    fn slices_of(&self, step: &StepRun) -> impl Iterator<Item = &Slice> {
+        let of = |number| self.slices.partition_point(|slice| slice.place.step < number);
+        self.slices[of(step.number)..of(step.number + 1)].iter()
+    }
+
     /// Means over the steps of a schedule, a layer each.
     fn layers(&self, schedule: Schedule) -> Vec<LayerRun> {
         let mut layers = vec![LayerRun::default(); self.engine.model().config.n_layers];
         let mut count = 0.0;
         for step in self.steps(schedule) {
             count += 1.0;
-            for slice in &self.slices[step.slices.clone()] {
+            for slice in self.slices_of(step) {
                 if let Some(layer) = slice.place.layer {
                     layers[layer as usize].add(slice);
                 }
@@ -181,7 +196,7 @@ impl<'a> Bench<'a> {
 
     fn head_us(&self, schedule: Schedule) -> f64 {
         let of_step = |step: &StepRun| -> f64 {
-            let slices = self.slices[step.slices.clone()].iter();
+            let slices = self.slices_of(step);
             slices.filter(|s| s.stream == StreamId::Compute && s.place.layer.is_none()).map(Slice::us).sum()
         };
         mean(self.steps(schedule).map(of_step))
@@ -189,7 +204,7 @@ impl<'a> Bench<'a> {
 
     fn exposed_us(&self, schedule: Schedule) -> f64 {
         let of_step = |step: &StepRun| -> f64 {
-            self.slices[step.slices.clone()].iter().filter(|slice| slice.waits).map(Slice::us).fold(0.0, |a, b| a + b)
+            self.slices_of(step).filter(|slice| slice.waits).map(Slice::us).fold(0.0, |a, b| a + b)
         };
         mean(self.steps(schedule).map(of_step))
     }
@@ -221,7 +236,7 @@ impl<'a> Bench<'a> {
             steps.sort_by(|a, b| a.us.total_cmp(&b.us));
             let step = steps.get(steps.len() / 2)?;
             let compute = |slice: &&Slice| slice.stream == StreamId::Compute;
-            let own = || self.slices[step.slices.clone()].iter().filter(compute);
+            let own = || self.slices_of(step).filter(compute);
             let begin_us = own().map(|s| s.begin_us).fold(f64::INFINITY, f64::min);
             let end_us = own().map(|s| s.end_us).fold(0.0, f64::max);
             let overlaps = |s: &&Slice| s.node.is_none() && s.end_us > begin_us && s.begin_us < end_us;
