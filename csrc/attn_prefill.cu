@@ -19,16 +19,17 @@
 // products are rescaled a few times instead of with every tile. What a query gives depends on its own scores only, and
 // tiles begin at multiples of 32 whatever the chunk: the same bits however a prompt is cut into chunks and batches.
 //
-// What to expect; none of it is measured. A tile and warp at D = 128: 132 mma, 1056 clocks of a quarter's tensor cores
-// on an A100; from shared memory four warps take 96 KB in 768 clocks of its port (Q again each time, a third of that,
-// because 128 registers of O leave no room for it); 32 exponentials a lane are 256 clocks, and about 350 instructions
-// of softmax and addresses, which the second warp of the quarter hides. So 60 to 70 % of the peak where that is 2048
-// FLOP a clock and multiprocessor: about 200 TFLOP/s on an A100. sm_86 and sm_89 have half of it or less, and nothing
-// but tensor cores to wait for. On Hopper mma.sync reaches two thirds of the peak of 4096, which needs wgmma, and the
-// port of shared memory as much: 40 %, 400 TFLOP/s, is the most that can be hoped for. At the diagonal half of a tile
-// is wasted for each query, 16 keys: with a thousand tokens 3 %.
-// A grid of less than two CTAs for each multiprocessor leaves some idle: at G = 4 and 8 KV heads, 132 multiprocessors
-// want chunks of 1024 rows or more. A few rows behind a long history are not split by keys.
+// What to expect. A tile and warp at D = 128: 132 mma, 1056 clocks of a quarter's tensor cores on an A100; from shared
+// memory four warps take 96 KB in 768 clocks of its port (Q again each time, a third of that, because 128 registers of
+// O leave no room for it); 32 exponentials a lane are 256 clocks. In the machine code for sm_90a a usual tile is 530
+// instructions of a warp with four warps a CTA. So 60 to 70 % of the peak where that is 2048 FLOP a clock and
+// multiprocessor: about 200 TFLOP/s on an A100. sm_86 and sm_89 have half of it or less, and nothing but tensor cores to
+// wait for. On Hopper mma.sync reaches two thirds of the peak of 4096, which needs wgmma, and the port of shared memory
+// as much: 40 %, 400 TFLOP/s, is the most that can be hoped for. At the diagonal half of a tile is wasted for each
+// query, 16 keys: with a thousand tokens 3 %. Measured on an H200: 206 TFLOP/s, at 740 instructions and in chunks whose
+// last wave of CTAs was a fifth full; neither is so any more, and the kernel has not been timed since.
+// The host chooses chunks that fill the last wave (specache_prefill_filled). A few rows behind a long history are not
+// split by keys.
 //
 // Packed pages are read only by a continued kivi prefill: they are unpacked by every CTA that reads them, on its way
 // to shared memory and without hiding it, at perhaps a third of the speed.
@@ -110,6 +111,10 @@ SPECACHE_DEVICE uint32_t piece_place(uint32_t row, uint32_t row_bytes, uint32_t 
     return row * row_bytes + (piece ^ row % 8) * 16;
 }
 
+// From the place of piece 0 or 1 of a row to that of the piece 2 * pair further: one instruction for four pairs in a
+// row and none for the next four, because rows are multiples of 128 bytes and the permutation stays within them.
+SPECACHE_DEVICE uint32_t piece_pair(uint32_t place, uint32_t pair) { return (place ^ pair % 4 * 32) + pair / 4 * 128; }
+
 // A query's first channel in q and out.
 template <int D>
 SPECACHE_DEVICE uint64_t query_start(const specache_prefill_params& p, const PrefillTile& tile, uint32_t query) {
@@ -134,19 +139,31 @@ SPECACHE_DEVICE void copy_queries(const specache_prefill_params& p, const Prefil
 
 // ---- step 3: tiles of keys into the ring ------------------------------------------------------------------------
 
+// The page of a tile's keys; 0 where there is none, or a packed one.
+SPECACHE_DEVICE uint64_t wide_page(const PrefillTile& tile, uint32_t start) {
+    if (start >= tile.end_key || start < tile.seq.nq) return 0;
+    return load_device(reinterpret_cast<const uint64_t*>(tile.wide) + start / SPECACHE_PAGE);
+}
+
 // Keys beyond the last row become zeros: p is 0 there, and 0 times what lies in memory that nobody wrote might not be.
+// A thread copies one piece of every fourth or eighth row, as many rows as the CTA has threads for.
 template <int D>
-SPECACHE_DEVICE void copy_wide_keys(const PrefillTile& tile, uint32_t start, uint8_t* stage) {
+SPECACHE_DEVICE void copy_wide_keys(const PrefillTile& tile, uint32_t start, uint64_t page, uint8_t* stage) {
     constexpr uint32_t kRow = 4 * D, kPieces = kRow / 16;
-    const uint32_t end = tile.seq.n + tile.seq.n_rows;
-    const uint64_t page = load_device(reinterpret_cast<const uint64_t*>(tile.wide) + start / SPECACHE_PAGE);
+    const uint32_t there = tile.seq.n + tile.seq.n_rows - start;   // rows
     const uint8_t* from = reinterpret_cast<const uint8_t*>(page) +
-                          (uint64_t(tile.kv_head) * SPECACHE_PAGE + start % SPECACHE_PAGE) * kRow;
-#pragma unroll 4
-    for (uint32_t at = threadIdx.x; at < kTileKeys * kPieces; at += blockDim.x) {
-        const uint32_t row = at / kPieces;
-        copy_async_16(stage + piece_place(row, kRow, at % kPieces), from + at * 16, start + row < end ? 16 : 0);
-    }
+                          (uint64_t(tile.kv_head) * SPECACHE_PAGE + start % SPECACHE_PAGE) * kRow + threadIdx.x * 16;
+    const uint32_t step = blockDim.x / kPieces;
+    uint32_t row = threadIdx.x / kPieces, to = piece_place(row, kRow, threadIdx.x % kPieces);
+#pragma unroll 1
+    do {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            copy_async_16(stage + to, from, row < there ? 16 : 0);
+            to = (to + step * kRow) ^ step % 8 * 16;   // piece_place of the row `step` further down
+            from += step * kRow, row += step;
+        }
+    } while (row < kTileKeys);
 }
 
 // The parts of a packed page (kv_layout.cuh), bits and groups at run time.
@@ -222,8 +239,8 @@ SPECACHE_DEVICE void unpack_values(const specache_prefill_params& p, const uint8
 // Tile number `index`, if there is one; a batch of copies in any case, because batches are counted.
 template <class T, int D>
 SPECACHE_DEVICE void copy_keys(const specache_prefill_params& p, const PrefillTile& tile, uint32_t start,
-                               uint8_t* stage) {
-    if (start < tile.end_key && start >= tile.seq.nq) copy_wide_keys<D>(tile, start, stage);
+                               uint64_t page_of_wide, uint8_t* stage) {
+    if (page_of_wide != 0) copy_wide_keys<D>(tile, start, page_of_wide, stage);
     if (start < tile.end_key && start < tile.seq.nq) {
         const PackedParts parts{8 * D * p.bits, 128 * D / p.group_size};
         const uint64_t block = uint64_t(start / SPECACHE_PAGE) * p.n_kv_heads + tile.kv_head;
@@ -240,7 +257,8 @@ SPECACHE_DEVICE void copy_keys(const specache_prefill_params& p, const PrefillTi
 template <class T, int D>
 SPECACHE_DEVICE void prefill_scores(const uint8_t* queries, const uint8_t* stage, float (&s)[2][4][4]) {
     const uint32_t lane = threadIdx.x % 32, q_row = threadIdx.x / 32 * kWarpQueries + lane % 16;
-    const uint32_t k_row = lane % 8 + lane / 16 * 8;
+    const uint32_t q_place = piece_place(q_row, 2 * D, lane / 16);
+    const uint32_t k_place = piece_place(lane % 8 + lane / 16 * 8, 4 * D, lane / 8 % 2);
 #pragma unroll
     for (int i = 0; i < 32; i++) s[i / 16][i / 4 % 4][i % 4] = 0.0f;
 #pragma unroll
@@ -248,10 +266,10 @@ SPECACHE_DEVICE void prefill_scores(const uint8_t* queries, const uint8_t* stage
         uint32_t a[2][4], b[2][4];
 #pragma unroll
         for (uint32_t m = 0; m < 2; m++)
-            load_tiles(a[m], queries + piece_place(q_row + 16 * m, 2 * D, 2 * c + lane / 16));
+            load_tiles(a[m], queries + piece_pair(q_place, c) + m * 32 * D);
 #pragma unroll
         for (uint32_t n = 0; n < 2; n++)
-            load_tiles(b[n], stage + piece_place(k_row + 16 * n, 4 * D, 2 * c + lane / 8 % 2));
+            load_tiles(b[n], stage + piece_pair(k_place, c) + n * 64 * D);
 #if SPECACHE_INJECTED_BUG == 2   // the tests must see a wrong fragment
         const int first = 1;
 #else
@@ -322,7 +340,7 @@ template <int D> SPECACHE_DEVICE void prefill_softmax(PrefillAccumulator<D>& acc
 
 template <class T, int D>
 SPECACHE_DEVICE void add_values(PrefillAccumulator<D>& acc, const uint8_t* stage, const float (&p)[2][4][4]) {
-    const uint32_t lane = threadIdx.x % 32;
+    const uint32_t lane = threadIdx.x % 32, v_place = piece_place(lane % 16, 4 * D, D / 8 + lane / 16);
 #pragma unroll
     for (uint32_t step = 0; step < kTileKeys / 16; step++) {
         uint32_t a[2][4];
@@ -338,7 +356,7 @@ SPECACHE_DEVICE void add_values(PrefillAccumulator<D>& acc, const uint8_t* stage
         for (uint32_t n = 0; n < D / 16; n++) {
             // Keys 0-7 and 8-15 of an octet of channels, then of the next. In memory a key is a row: transposed.
             uint32_t b[4];
-            load_tiles_transposed(b, stage + piece_place(16 * step + lane % 16, 4 * D, D / 8 + 2 * n + lane / 16));
+            load_tiles_transposed(b, stage + piece_pair(v_place, n) + step * 64 * D);
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 mma_16(T{}, acc.out[i / 2][2 * n + i % 2], a[i / 2], b[i % 2 * 2], b[i % 2 * 2 + 1]);
@@ -391,12 +409,14 @@ SPECACHE_DEVICE void attend_keys(const specache_prefill_params& p, const Prefill
     uint32_t stage = 0;
 #pragma unroll 1
     for (uint32_t start = tile.first_key; start < tile.end_key; start += kTileKeys) {
+        const uint32_t next = start + (stages - 1) * kTileKeys;
+        const uint64_t next_page = wide_page(tile, next);   // arrives while others are waited for
         wait_for_keys(stages - 2);
 #if SPECACHE_INJECTED_BUG != 1   // the tests must see a missing barrier
         __syncthreads();         // all threads' copies are there, and nobody reads the stage before this one any more
 #endif
         const uint32_t free_stage = stage == 0 ? stages - 1 : stage - 1;
-        copy_keys<T, D>(p, tile, start + (stages - 1) * kTileKeys, ring + free_stage * kStage);
+        copy_keys<T, D>(p, tile, next, next_page, ring + free_stage * kStage);
         const uint8_t* keys = ring + stage * kStage;
         stage = stage + 1 == stages ? 0 : stage + 1;
         const uint32_t last = start + kTileKeys - 1;
@@ -435,8 +455,10 @@ template <class T, int D> SPECACHE_DEVICE void attend_prefill(const specache_pre
     if (tile.found == 0) return;
     const uint32_t stages = prefill_shape(D, p.shared_limit).stages;
     uint8_t* ring = memory + blockDim.x * 2 * D;
-    for (uint32_t s = 0; s + 1 < stages; s++)
-        copy_keys<T, D>(p, tile, tile.first_key + s * kTileKeys, ring + s * kTileKeys * 4 * D);
+    for (uint32_t s = 0; s + 1 < stages; s++) {
+        const uint32_t start = tile.first_key + s * kTileKeys;
+        copy_keys<T, D>(p, tile, start, wide_page(tile, start), ring + s * kTileKeys * 4 * D);
+    }
     copy_queries<T, D>(p, tile, memory);   // behind the first copies, whose latency it hides
     PrefillAccumulator<D> acc;
 #pragma unroll

@@ -47,6 +47,14 @@ SPECACHE_HOST_DEVICE PrefillShape prefill_shape(uint32_t head_dim, uint32_t shar
     return shape;
 }
 
+/* CTAs of a kernel on a multiprocessor: as many as its registers and shared memory hold. */
+SPECACHE_HOST_DEVICE uint32_t prefill_ctas_per_sm(uint32_t head_dim, PrefillShape shape, uint32_t shared_limit) {
+    const uint32_t most = SPECACHE_PREFILL_THREADS(head_dim) * SPECACHE_PREFILL_CTAS(head_dim) / (shape.warps * 32);
+    uint32_t ctas = 1;
+    while (ctas < most && prefill_fits(head_dim, shape, ctas + 1, shared_limit)) ctas++;
+    return ctas;
+}
+
 #ifdef __cplusplus
 }   // namespace specache
 #endif

@@ -51,7 +51,7 @@ pub fn prefill(
     let hidden = context.model.config.hidden_size;
     let longest = prompts.iter().map(|p| p.tokens.len()).max().unwrap_or(0);
     let stream_bytes = |p: &Prompt| match context.gpu {
-        Some(_) => PromptStream::bytes(&context.model.config, p.tokens.len()),
+        Some(ref gpu) => PromptStream::bytes(gpu, &context.model.config, p.tokens.len()),
         None => (p.tokens.len() * hidden * 4) as u64,
     };
     let chunk_bytes = context.gpu.as_ref().map_or(0, |gpu| ChunkMemory::bytes(gpu, &context.model.config, longest));

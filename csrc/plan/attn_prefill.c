@@ -44,3 +44,14 @@ specache_status specache_prefill_plan(const specache_prefill_params *p, specache
     const uint64_t tiles = queries / (shape.warps * kWarpQueries) + (p->n_seqs < queries ? p->n_seqs : queries);
     return planned(launch, kernel_of(p->head_dim, p->dtype), tiles * p->n_kv_heads, shape.warps * 32);
 }
+
+uint32_t specache_prefill_filled(const specache_prefill_params *p, uint32_t n_sms) {
+    specache_launch refusal;
+    clear(&refusal);
+    const PrefillShape shape = prefill_shape(p->head_dim, p->shared_limit);
+    if (check_shape(p, &refusal) != SPECACHE_OK || shape.warps == 0 || p->n_rows == 0 || n_sms == 0) return 0;
+    const uint64_t queries = (uint64_t)p->n_rows * (p->n_heads / p->n_kv_heads), tile = shape.warps * kWarpQueries;
+    const uint64_t ctas = (queries + tile - 1) / tile * p->n_kv_heads;
+    const uint64_t places = (uint64_t)n_sms * prefill_ctas_per_sm(p->head_dim, shape, p->shared_limit);
+    return (uint32_t)(ctas * 1000 / ((ctas + places - 1) / places * places));
+}

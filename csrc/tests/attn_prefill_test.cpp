@@ -354,8 +354,30 @@ static void plans() {
     plan(SPECACHE_BAD_ADDRESS, "out is", [](P& p) { p.out = 0; });
 }
 
+// Llama-3.1-8B on an H200 (132 multiprocessors with two CTAs each), and on smaller cards; worked by hand.
+static void waves() {
+    specache_prefill_params p{};
+    p.n_heads = 32, p.n_kv_heads = 8, p.head_dim = 128, p.bits = 2, p.group_size = 64, p.dtype = SPECACHE_BF16;
+    const auto filled = [&](uint32_t rows, uint32_t sms, uint32_t kib) {
+        p.n_rows = rows, p.shared_limit = kib << 10;
+        return specache_prefill_filled(&p, sms);
+    };
+    CHECK(filled(1024, 132, 227) == 969, "256 of 264");
+    CHECK(filled(1280, 132, 227) == 606, "320 of 528");
+    CHECK(filled(2048, 132, 227) == 969, "512 of 528");
+    CHECK(filled(1056, 132, 227) == 1000 && filled(1057, 132, 227) == 515, "264, and 272 of 528");
+    CHECK(filled(768, 108, 163) == 888, "192 of 216");
+    CHECK(filled(1280, 84, 99) == 952, "160 CTAs of 256 queries, one each: 160 of 168");
+    CHECK(filled(0, 132, 227) == 0 && filled(1024, 0, 227) == 0 && filled(1024, 132, 32) == 0, "nothing");
+    p.head_dim = 64;
+    CHECK(filled(1024, 132, 227) == 646, "256 of 396");
+    p.head_dim = 96;
+    CHECK(filled(1024, 132, 227) == 0, "no such kernel");
+}
+
 int main() {
     plans();
+    waves();
     all_cases();
     const auto rms = [](specache_dtype t) { return std::sqrt(squared_errors[t] / outputs[t]); };
     std::printf("attn_prefill_test: %d cases equal the twin, errors %.0e rms, %.0e at most (fp16), %.0e, %.0e (bf16) "

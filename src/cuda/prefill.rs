@@ -4,14 +4,15 @@ use std::ops::Range;
 
 use bytemuck::{Pod, bytes_of, cast_slice, cast_slice_mut};
 
+use super::GpuTarget;
 use super::dense::{self, Between};
 use super::dtype_code;
 use super::parts::Parts;
 use super::rows::{Dense, MAX_ROWS, Rows};
 use super::weights::GpuModel;
 use crate::device::cuda::bindings::abi::{
-    SPECACHE_NONE, specache_embed_params, specache_embed_plan, specache_layer_cache, specache_prefill_params,
-    specache_prefill_plan, specache_seq,
+    SPECACHE_BF16, SPECACHE_NONE, specache_embed_params, specache_embed_plan, specache_layer_cache,
+    specache_prefill_filled, specache_prefill_params, specache_prefill_plan, specache_seq,
 };
 use crate::device::cuda::{Gpu, PinnedMemory};
 use crate::device::order::StreamId;
@@ -28,13 +29,37 @@ const MOST_ROWS: usize = 4096;
 const ROWS_STEP: usize = 256;
 
 /// Rows of a chunk. With 512 a product does 512 multiply-adds for each weight that it reads, beyond the 200 to 300 where
-/// GPUs from A100 to H200 stop to wait for memory; more fill the last wave of a product's tiles better, and cost working
-/// memory, 172 KiB a row for Llama-3-8B: 1,280 rows. The model's shape alone decides, so that a prompt's bits depend
-/// neither on free memory nor on the prompts beside it.
-pub(crate) fn chunk_rows(config: &Config) -> usize {
+/// GPUs from A100 to H200 stop to wait for memory; more are better, and cost working memory, 172 KiB a row for
+/// Llama-3-8B. Of what [`CHUNK_BYTES`] allows it is the number whose attention fills the GPU's last wave best: that model's
+/// on 132 multiprocessors is 320 CTAs in 528 places with 1,280 rows, and 256 in 264 with 1,024. Behind a long history
+/// they take about as long each, so the rest of the places is time lost. The shapes of model and GPU alone decide, so that
+/// a prompt's bits depend neither on free memory nor on the prompts beside it.
+pub(super) fn chunk_rows(config: &Config, target: GpuTarget) -> usize {
     let numbers = 2 * config.n_heads * config.head_dim + Between::product_width(config);
     let row_bytes = numbers * 4 + Between::operand_width(config) * 2;
-    (CHUNK_BYTES / row_bytes / ROWS_STEP * ROWS_STEP).clamp(FEWEST_ROWS, MOST_ROWS)
+    let most = (CHUNK_BYTES / row_bytes / ROWS_STEP * ROWS_STEP).clamp(FEWEST_ROWS, MOST_ROWS);
+    let rows = (FEWEST_ROWS..=most).step_by(ROWS_STEP);
+    rows.max_by_key(|&rows| filled(config, target, rows)).expect("the fewest are among them") // of equals the last
+}
+
+/// Thousandths of the GPU's places for CTAs that attention of a chunk fills.
+#[allow(unsafe_code)]
+fn filled(config: &Config, target: GpuTarget, rows: usize) -> u32 {
+    let params = specache_prefill_params {
+        n_seqs: 1,
+        n_rows: rows as u32,
+        n_heads: config.n_heads as u32,
+        n_kv_heads: config.n_kv_heads as u32,
+        head_dim: config.head_dim as u32,
+        shared_limit: target.shared_limit,
+        // Whatever the cache's are.
+        bits: 2,
+        group_size: 64,
+        dtype: SPECACHE_BF16,
+        ..Default::default()
+    };
+    // SAFETY: arithmetic on a struct that lives as long as the call.
+    unsafe { specache_prefill_filled(&params, target.n_sms) }
 }
 
 /// What the rows of a chunk are computed in. The prompts of a prefill take turns with it.
@@ -78,7 +103,7 @@ impl ChunkLayout {
 impl ChunkMemory {
     /// Bytes on the device for prompts of at most `longest` tokens.
     pub(crate) fn bytes(model: &GpuModel, config: &Config, longest: usize) -> u64 {
-        ChunkLayout::new(model, config, longest.min(chunk_rows(config))).bytes as u64
+        ChunkLayout::new(model, config, longest.min(model.chunk_rows)).bytes as u64
     }
 
     /// Room for chunks of prompts of at most `longest` tokens.
@@ -86,7 +111,7 @@ impl ChunkMemory {
     /// # Errors
     /// [`crate::Error::OutOfMemory`], [`crate::Error::Device`].
     pub(crate) fn new(grants: &mut Grants, model: &GpuModel, config: &Config, longest: usize) -> Result<ChunkMemory> {
-        let at = ChunkLayout::new(model, config, longest.min(chunk_rows(config)));
+        let at = ChunkLayout::new(model, config, longest.min(model.chunk_rows));
         let memory = grants.device(at.bytes, "the working rows of a prefill")?;
         Ok(ChunkMemory { memory, at })
     }
@@ -131,14 +156,14 @@ struct Layout {
 }
 
 impl Layout {
-    fn new(config: &Config, n: usize) -> Layout {
+    fn new(config: &Config, n: usize, chunk: usize) -> Layout {
         let mut parts = Parts::default();
         Layout {
             x: parts.next(n * config.hidden_size * 4),
             rope: parts.next(n * config.head_dim * 4),
             bad_layer: parts.next(n * 4),
             tokens: parts.next(n * 4),
-            seqs: parts.next(n.div_ceil(chunk_rows(config)) * size_of::<specache_seq>()),
+            seqs: parts.next(n.div_ceil(chunk) * size_of::<specache_seq>()),
             caches: parts.next(config.n_layers * size_of::<specache_layer_cache>()),
             append: [parts.next(n * 8), parts.next(n * 8)],
             bytes: parts.bytes(),
@@ -153,8 +178,8 @@ impl Layout {
 
 impl PromptStream {
     /// Bytes on the device that a prompt of `n` tokens takes beside its cache and the working rows.
-    pub(crate) fn bytes(config: &Config, n: usize) -> u64 {
-        Layout::new(config, n).bytes as u64
+    pub(crate) fn bytes(model: &GpuModel, config: &Config, n: usize) -> u64 {
+        Layout::new(config, n, model.chunk_rows).bytes as u64
     }
 
     /// A prompt of `tokens` behind `start` tokens that are there, embedded. `nq`: positions that are read low-bit;
@@ -175,8 +200,8 @@ impl PromptStream {
         cache: impl Fn(usize) -> specache_layer_cache,
     ) -> Result<PromptStream> {
         let gpu = device.gpu().expect("a prompt on a GPU");
-        let (n, chunk) = (tokens.len(), chunk_rows(config));
-        let at = Layout::new(config, n);
+        let (n, chunk) = (tokens.len(), model.chunk_rows);
+        let at = Layout::new(config, n, chunk);
         let memory = grants.device(at.bytes, "the rows of a prompt")?;
         let mut host = PinnedMemory::new(gpu.driver(), at.told())?;
         let told = host.bytes_mut();
@@ -403,4 +428,26 @@ impl PromptStream {
 /// Writes entry `i` of a list of the kernels' structs that begins at `list`.
 fn put<T: Pod>(to: &mut [u8], list: usize, i: usize, value: &T) {
     to[list + i * size_of::<T>()..][..size_of::<T>()].copy_from_slice(bytes_of(value));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::config_of;
+
+    /// Worked by hand: CTAs have 128 queries where two find room on a multiprocessor, else 256.
+    #[test]
+    fn chunks_fill_the_last_wave() {
+        let llama = config_of("synthetic:llama-3.1-8b").unwrap();
+        let rows = |config: &Config, n_sms, arch| chunk_rows(config, GpuTarget::of(n_sms, arch));
+        assert_eq!(rows(&llama, 132, (9, 0)), 1024); // H200: 256 CTAs in 264 places
+        assert_eq!(rows(&llama, 108, (8, 0)), 768); // A100: 192 in 216; 1,280 are 320 in 432
+        assert_eq!(rows(&llama, 84, (8, 6)), 1280); // A6000: 160 in 168
+        assert_eq!(rows(&llama, 128, (8, 9)), 1024); // 4090: 128 in 128
+        let without_groups = Config { n_kv_heads: 32, ..llama.clone() }; // a CTA for 128 rows of each head
+        assert_eq!(rows(&without_groups, 132, (9, 0)), 1024);
+        // A shape that no kernel has is refused before; its chunks have the most rows.
+        let other = Config { head_dim: 96, ..llama };
+        assert!(rows(&other, 132, (9, 0)) >= FEWEST_ROWS);
+    }
 }

@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use bytemuck::cast_slice;
 
-use super::dtype_code;
 use super::host_gather::HostGather;
+use super::prefill::chunk_rows;
+use super::{GpuTarget, dtype_code};
 use crate::device::cuda::bindings::abi::SPECACHE_FP32;
 use crate::device::cuda::cublas::Cublas;
 use crate::device::{Buffer, Device, GatherWay, Kind, LinearPath};
@@ -27,6 +28,8 @@ pub(crate) struct GpuModel {
     /// What makes products beside the fused kernels.
     cublas: Option<Cublas>,
     path: LinearPath,
+    /// Rows of a chunk of a prefill.
+    pub(super) chunk_rows: usize,
     /// Threads of the host that gather, where they may.
     pub(super) host_gather: Option<Arc<HostGather>>,
 }
@@ -153,8 +156,10 @@ impl GpuModel {
         let path = device.options().linear;
         let cublas = open_cublas(device, model)?;
         let host_gather = start_host_gather(device)?;
+        let chunk_rows = chunk_rows(&model.config, GpuTarget::here(device));
+        let _memory = memory;
         let mut placed =
-            GpuModel { _memory: memory, embed, layers, final_norm, lm_head, inv_freq, cublas, path, host_gather };
+            GpuModel { _memory, embed, layers, final_norm, lm_head, inv_freq, cublas, path, chunk_rows, host_gather };
         placed.addresses().into_iter().filter(|at| **at != 0).for_each(|at| *at += base - 1);
         Ok(placed)
     }

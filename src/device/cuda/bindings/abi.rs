@@ -455,6 +455,7 @@ unsafe extern "C" {
         params: *const specache_prefill_params,
         launch: *mut specache_launch,
     ) -> specache_status;
+    pub fn specache_prefill_filled(params: *const specache_prefill_params, n_sms: u32) -> u32;
     pub fn specache_fetch_plan(params: *const specache_fetch_params, launch: *mut specache_launch) -> specache_status;
     pub fn specache_post_plan(params: *const specache_post_params, launch: *mut specache_launch) -> specache_status;
     pub fn specache_read_plan(params: *const specache_read_params, launch: *mut specache_launch) -> specache_status;
