@@ -67,7 +67,9 @@ import fnmatch, pathlib, re, sys
 out, sources = pathlib.Path(sys.argv[1]), sys.argv[2:]
 rows, bad = [], []
 for source in sources:
-    text = pathlib.Path(source).read_text()
+    # A program's kernels may lie in headers of a folder of its own.
+    parts = [pathlib.Path(source), *sorted(pathlib.Path(source).with_suffix("").glob("*.cuh"))]
+    text = "".join(part.read_text() for part in parts)
     limits = [(glob, int(n)) for n, glob in re.findall(r"registers: <= (\d+) (\S+)", text)]
     for log in sorted(out.glob(pathlib.Path(source).stem + ".sm_*.log")):
         arch = log.stem.split(".")[-1]
