@@ -9,8 +9,8 @@ use specache::error::{Error, Result};
 use specache::model::folder;
 use specache::tokenizer::{self, Tokenizer};
 
-use super::args::PromptArgs;
 use super::progress::say;
+use super::shared_args::PromptArgs;
 
 /// The tokenizer of a model; `None` for a folder without one and for random weights.
 ///

@@ -15,6 +15,7 @@ mod places;
 mod plan;
 mod precedence;
 mod progress;
+mod shared_args;
 mod shell;
 mod size;
 

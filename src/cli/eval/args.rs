@@ -9,7 +9,7 @@ use specache::error::{Error, Result};
 use specache::eval;
 use specache::kv::{KvMode, KvOptions};
 
-use crate::cli::args::{KvTuning, ModelArgs, kv_mode};
+use crate::cli::shared_args::{KvTuning, ModelArgs, kv_mode};
 
 pub const EXAMPLES: &str = "\
 Examples:

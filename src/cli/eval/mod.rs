@@ -22,10 +22,11 @@ use specache::kv::{KvMode, KvOptions};
 use specache::model::{Linear, Matrix, Weights, folder};
 use specache::tokenizer::Tokenizer;
 
-use super::args::{ModelArgs, version};
+use super::args::version;
 use super::input;
 use super::output::{AtomicFile, print, traced};
 use super::progress::{Progress, prefilled, say};
+use super::shared_args::ModelArgs;
 pub use args::Results;
 use args::{EvalArgs, EvalCommand};
 
