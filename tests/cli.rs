@@ -539,6 +539,31 @@ fn bench_prints_all_modes() {
     }
 }
 
+/// Forks share the complete host pages of the first, and the report says that they do.
+#[test]
+fn bench_with_forks_takes_host_memory_once() {
+    let args = ["bench", "-m", "synthetic:tiny", "-n", "2", "-r", "1", "-d", "1000", "-b", "4", "--kv", "specache"];
+    let json = |more: &[&str]| -> Value {
+        serde_json::from_str(&stdout(&[&args[..], &["-o", "json"], more].concat())).unwrap()
+    };
+    let (own, forks) = (json(&[]), json(&["--forks"]));
+    let bytes = |out: &Value, name: &str| out["models"][0]["modes"][0][name].as_u64().unwrap();
+    assert!(own["models"][0]["forks"] == false && forks["models"][0]["forks"] == true, "{own} {forks}");
+    assert_eq!(bytes(&own, "device_bytes"), bytes(&forks, "device_bytes"));
+    // 1,000 tokens of 2 layers and 2 KV heads: 15 of 16 pages and more are complete.
+    let (own, forks) = (bytes(&own, "host_bytes"), bytes(&forks, "host_bytes"));
+    assert!(own > 3 * forks && forks > own / 4, "{own}, {forks}");
+    let table = stdout(&[&args[..], &["--forks"]].concat());
+    assert!(table.contains("4 forks of one sequence, with its host pages in common"), "{table}");
+    let refused = |more: &[&str], said: &[&str]| {
+        assert_fails(&[&["bench", "-m", "synthetic:tiny", "--forks"], more].concat(), 2, said);
+    };
+    refused(&[], &["--forks", "-b 2"]);
+    refused(&["-b", "2", "-n", "0", "-p", "100"], &["--forks", "-n 0"]);
+    refused(&["-b", "2", "--overlap"], &["--forks", "--overlap"]);
+    refused(&["--simulate"], &["--forks", "has no effect"]);
+}
+
 #[test]
 fn bench_json_has_every_repetition() {
     let args = ["bench", "-m", &recall(), "-n", "4", "-r", "2", "--kv", "full,specache", "-o", "json"];

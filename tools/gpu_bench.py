@@ -32,10 +32,11 @@ GRID = [
     (LLAMA, 8192, 1, "full,specache", ["--linear", "cublas"]),
     (LLAMA, 8192, 8, "full,specache", ["--linear", "fused"]),
     (LLAMA, 32768, 8, "full,specache", []),
-    # The largest batches of `plan --vram 48GiB --host 110GiB -c 32768`, on a card of 48 GiB.
-    (LLAMA, 32768, 8, "full", ["--vram-budget", "48GiB"]),
-    (LLAMA, 32768, 27, "specache", ["--vram-budget", "48GiB"]),
-    (LLAMA, 32768, 48, "kivi", ["--vram-budget", "48GiB"]),
+    # The largest batches of `plan --vram 48GiB --host 1TiB -c 32896`, as on a card of 48 GiB. Forks: 16-bit pairs of 47 sequences are 188 GiB.
+    (LLAMA, 32768, 8, "full", ["--vram-budget", "48GiB", "--forks"]),
+    (LLAMA, 32768, 47, "specache", ["--vram-budget", "48GiB", "--forks"]),
+    (LLAMA, 32768, 49, "kivi", ["--vram-budget", "48GiB", "--forks"]),
+    (LLAMA, 32768, 74, "specache", ["--vram-budget", "48GiB", "--forks", "--kv-bits", "1"]),
     (LLAMA, 8192, 1, "full,specache", PROMPT),
     (LLAMA, 32768, 1, "full,specache", PROMPT),
     (LLAMA, 32768, 1, "full,specache", ["--no-graph"]),
@@ -46,6 +47,7 @@ TINY = [
     ("synthetic:tiny", 200, 1, "full,specache", []),
     ("synthetic:tiny", 200, 2, "specache", ["--linear", "cublas"]),
     ("synthetic:tiny", 200, 2, "specache", ["--gather", "cpu"]),
+    ("synthetic:tiny", 200, 3, "full,specache", ["--vram-budget", "64MiB", "--forks"]),
     ("synthetic:tiny", 200, 1, "full,specache", PROMPT),
 ]
 COLUMNS = ["model", "tokens", "batch", "mode", "options", "tok/s", "vs full", "GB/s", "of read", "exposed us", "device"]

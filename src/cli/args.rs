@@ -300,6 +300,9 @@ pub struct BenchArgs {
     /// Sequences that are decoded together; of a real prompt they are forks, which share its pages on the host
     #[arg(short, long, env = "SPECACHE_BATCH", value_name = "B,...", value_delimiter = ',', default_value = "1")]
     pub batch: Vec<usize>,
+    /// Sequences of random pairs are forks of one, too: a batch takes its host memory once, whatever its size
+    #[arg(long, env = "SPECACHE_BENCH_FORKS", value_parser = BoolishValueParser::new())]
+    pub forks: bool,
     /// Draw how fast each mode decodes; with --overlap, one step of each schedule as a time line
     #[arg(long, env = "SPECACHE_PLOT", value_name = "OUT.svg")]
     pub plot: Option<PathBuf>,

@@ -128,6 +128,11 @@ fn check_combination(args: &BenchArgs) -> Result<()> {
         _ if args.n_predict == Some(0) && (args.prompt.is_empty() || !alone) => {
             usage("-n 0: at least one is needed, but with -p")
         }
+        (true, _) if args.forks => usage("--forks: --overlap fills each cache with pairs of its own; leave it out"),
+        (false, false) if args.forks && args.n_predict == Some(0) => usage("--forks is about decoding; leave out -n 0"),
+        (false, false) if args.forks && args.batch.iter().all(|&batch| batch == 1) => {
+            usage("--forks: one sequence has none; give -b 2 or more")
+        }
         _ if args.n_predict == Some(0) && args.plot.is_some() => usage("--plot draws decoding; leave out -n 0"),
         _ if alone => Ok(()),
         _ if !args.prompt.is_empty() => usage("-p: --overlap and --simulate are about decoding; leave it out"),

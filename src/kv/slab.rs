@@ -105,6 +105,13 @@ pub struct SlabStats {
     pub arenas: Vec<ArenaStats>,
 }
 
+impl SlabStats {
+    /// Pages that somebody has or was promised.
+    pub fn promised(&self) -> usize {
+        self.leased + self.reserved
+    }
+}
+
 /// A slab of pages. Cheap to clone; clones are the same slab. It lives until the last page is freed.
 #[derive(Clone)]
 pub struct Slab(Arc<Inner>);

@@ -31,6 +31,8 @@ pub struct ModelResult {
     pub n: usize,
     /// Sequences that are decoded together.
     pub batch: usize,
+    /// They are forks of one, whose pages they share on the host.
+    pub forks: bool,
     /// Bytes of weights that a step reads.
     pub weight_bytes: u64,
     pub modes: Vec<ModeResult>,
@@ -49,7 +51,7 @@ pub struct ModeResult {
     pub kld: Option<f64>,
     /// Of all sequences.
     pub device_bytes: u64,
-    /// Of all sequences.
+    /// Of all sequences; what forks share counts once.
     pub host_bytes: u64,
     /// Bytes of all caches that a step reads at least, from the device's memory.
     pub kv_reads: u64,
@@ -81,12 +83,14 @@ pub fn bench(
     warn_beyond_training(engine, fill.depth());
     progress.announce(format_args!("{model}: {} tokens in the cache, batch {batch}", fill.depth()));
     let modes: Vec<KvOptions> = args.kv.iter().map(|&mode| args.tuning.options(mode)).collect();
-    check_room(engine, &modes, batch, capacity, &fill)?;
+    let forks = batch > 1 && (args.forks || matches!(fill, Fill::Prompt { .. }));
+    check_room(engine, &modes, batch, capacity, forks)?;
     let mut buffers = Buffers::default();
     let mut cases = Vec::new();
     for kv in modes {
         progress.show(format_args!("{model}: {} tokens into the cache, {}", fill.depth(), kv.mode.name()));
-        cases.push(Case::new(engine, kv, batch, capacity, &fill, &mut buffers)?);
+        let (fresh, copies) = if forks { (1, batch - 1) } else { (batch, 0) };
+        cases.push(Case::new(engine, kv, (fresh, copies), capacity, &fill, &mut buffers)?);
     }
     let kld = match &fill {
         Fill::Prompt { next, .. } if cases.iter().any(|case| case.kv().mode == KvMode::Full) => {
@@ -107,22 +111,18 @@ pub fn bench(
     }
     let modes = cases.into_iter().zip(kld).map(|(case, kld)| case.result(engine, fill.depth(), kld)).collect();
     let (model, synthetic) = (engine.model().name.clone(), engine.model().synthetic);
-    Ok(ModelResult { model, synthetic, depth: fill.depth(), n, batch, weight_bytes, modes })
+    Ok(ModelResult { model, synthetic, depth: fill.depth(), n, batch, forks, weight_bytes, modes })
 }
 
 /// Whether the caches of all modes have room together, before any of them is made: what one has been granted shows in free memory
 /// only when it is written.
-fn check_room(engine: &Engine, modes: &[KvOptions], batch: usize, capacity: usize, fill: &Fill) -> Result<()> {
+fn check_room(engine: &Engine, modes: &[KvOptions], batch: usize, capacity: usize, forks: bool) -> Result<()> {
     let all = |bytes: u64| bytes.saturating_mul(batch as u64);
     let (mut device, mut host) = (0u64, 0u64);
     for kv in modes {
         let one = engine.plan(kv, capacity)?;
         device = device.saturating_add(all(one.device()));
-        host = host.saturating_add(match fill {
-            Fill::Random { .. } => all(one.host),
-            // Forks share the prompt's pages.
-            Fill::Prompt { .. } => one.host,
-        });
+        host = host.saturating_add(if forks { one.host } else { all(one.host) });
     }
     let what =
         format!("{} KV modes with a batch of {batch} caches of {capacity} tokens each (--kv, -b, -d)", modes.len());
@@ -169,6 +169,8 @@ fn divergences(engine: &Engine, cases: &mut [Case], tokens: &[u32], buffers: &mu
 struct Case {
     sessions: Vec<Session>,
     tokens: Vec<u32>,
+    /// Of all sequences, what they share once.
+    host_bytes: u64,
     /// Tokens and seconds of the prompt.
     prefill: Option<(usize, f64)>,
     /// Figures after the warm-up.
@@ -177,38 +179,42 @@ struct Case {
 }
 
 impl Case {
-    /// Sequences of random pairs of their own; or forks of one prompt.
+    /// So many sequences that are filled, and so many forks of the first.
     fn new(
         engine: &Engine,
         kv: KvOptions,
-        batch: usize,
+        (fresh, forks): (usize, usize),
         capacity: usize,
         fill: &Fill,
         buffers: &mut Buffers,
     ) -> Result<Case> {
-        let (mut sessions, mut prefilled) = (vec![engine.session(kv, capacity)?], None);
-        let first_token;
-        match fill {
+        let pages_before = engine.host_pages().promised();
+        let sessions = (0..fresh).map(|_| engine.session(kv, capacity));
+        let (mut sessions, mut prefilled) = (sessions.collect::<Result<Vec<Session>>>()?, None);
+        let first = match fill {
             Fill::Random { tokens, first } => {
-                first_token = *first;
-                while sessions.len() < batch {
-                    sessions.push(engine.session(kv, capacity)?);
-                }
                 for (i, session) in sessions.iter_mut().enumerate() {
                     engine.device().run(|| session.fill_synthetic(*tokens, SEED + i as u64))?;
                 }
+                *first
             }
             Fill::Prompt { tokens, .. } => {
                 let (logits, seconds) = prefill(engine, &mut sessions[0], tokens, buffers)?;
-                (first_token, prefilled) = (argmax(&logits), Some((tokens.len(), seconds)));
-                while sessions.len() < batch {
-                    let fork = engine.device().run(|| sessions[0].fork())?;
-                    sessions.push(fork);
-                }
+                prefilled = Some((tokens.len(), seconds));
+                argmax(&logits)
             }
+        };
+        for _ in 0..forks {
+            let fork = engine.device().run(|| sessions[0].fork())?;
+            sessions.push(fork);
         }
-        let tokens = vec![first_token; batch];
-        Ok(Case { sessions, tokens, prefill: prefilled, before: Stats::default(), tok_s: Vec::new() })
+        // Forks with the same next token would want the same pairs at every step, and find them in the host's caches.
+        let vocab = engine.model().config.vocab_size as u32;
+        let token = |i: usize| if engine.model().synthetic && forks > 0 { (first + i as u32) % vocab } else { first };
+        let tokens = (0..sessions.len()).map(token).collect();
+        let pages = engine.host_pages();
+        let host_bytes = (pages.promised() - pages_before) as u64 * pages.page_bytes as u64;
+        Ok(Case { sessions, tokens, host_bytes, prefill: prefilled, before: Stats::default(), tok_s: Vec::new() })
     }
 
     fn warm_up(&mut self, engine: &Engine, buffers: &mut Buffers) -> Result<()> {
@@ -254,11 +260,10 @@ impl Case {
         let measured = (stats.exposed_steps - before.exposed_steps) as f64;
         let exposed_us = (stats.exposed - before.exposed).as_secs_f64() * 1e6;
         let shape = KvShape::new(&engine.model().config, &kv);
-        let sum = |of: fn(&CacheBytes) -> u64| self.sessions.iter().map(|session| of(&session.cache_bytes())).sum();
         ModeResult {
             kv,
-            device_bytes: sum(CacheBytes::device),
-            host_bytes: sum(|bytes| bytes.host),
+            device_bytes: self.sessions.iter().map(|session| session.cache_bytes().device()).sum(),
+            host_bytes: self.host_bytes,
             kv_reads: batch * CacheBytes::step_reads(&shape, &kv, depth),
             prefill_tok_s: self.prefill.map(|(tokens, seconds)| tokens as f64 / seconds),
             first_token_s: self.prefill.map(|(_, seconds)| seconds),

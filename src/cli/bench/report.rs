@@ -130,8 +130,12 @@ impl Report {
     fn print_table(&self, result: &ModelResult) -> Result<()> {
         let repetitions = result.modes.first().map_or(0, |mode| mode.tok_s.len());
         let fill = if result.synthetic { "random pairs" } else { "prompt" };
-        let ModelResult { model, depth, n, batch, modes, .. } = result;
-        let sequences = if *batch > 1 { format!(", {batch} sequences") } else { String::new() };
+        let ModelResult { model, depth, n, batch, forks, modes, .. } = result;
+        let sequences = match (*batch, *forks) {
+            (1, _) => String::new(),
+            (_, false) => format!(", {batch} sequences"),
+            (_, true) => format!(", {batch} forks of one sequence, with its host pages in common"),
+        };
         let rows: Vec<_> = modes.iter().map(|mode| row(mode, result)).collect();
         print(&format!(
             "\n## {model}: {depth} tokens in the cache ({fill}){sequences}, {repetitions} x {n} steps\n\n{}\n{}\n",
@@ -267,6 +271,7 @@ fn model_json(result: &ModelResult) -> Value {
         "depth": result.depth,
         "n_predict": result.n,
         "batch": result.batch,
+        "forks": result.forks,
         "weight_bytes_per_step": result.weight_bytes,
         "modes": result.modes.iter().map(mode).collect::<Vec<_>>(),
     })
