@@ -472,8 +472,9 @@ SPECACHE_ASSERT_SIZE(specache_prefill_params, 72);
 #ifndef __CUDACC_RTC__
 specache_status specache_prefill_plan(const specache_prefill_params *params, specache_launch *launch);
 
-/* For rows of one sequence behind a long history, whose CTAs take about as long each: thousandths of the GPU's places for
- * CTAs that are taken on average, until the last wave ends. 0 for a shape that the plan refuses. Looks at no address. */
+/* For rows of one sequence behind a long history, without a window, whose CTAs take about as long each: thousandths of the
+ * GPU's places for CTAs that are taken on average, until the last wave ends. 0 for a shape that the plan refuses, no rows or
+ * no multiprocessor. Looks at no address. */
 uint32_t specache_prefill_filled(const specache_prefill_params *params, uint32_t n_sms);
 #endif
 

@@ -21,13 +21,14 @@
 //
 // What to expect. A tile and warp at D = 128: 132 mma, 1056 clocks of a quarter's tensor cores on an A100; from shared
 // memory four warps take 96 KB in 768 clocks of its port (Q again each time, a third of that, because 128 registers of
-// O leave no room for it); 32 exponentials a lane are 256 clocks. In the machine code for sm_90a a usual tile is 530
-// instructions of a warp with four warps a CTA. So 60 to 70 % of the peak where that is 2048 FLOP a clock and
-// multiprocessor: about 200 TFLOP/s on an A100. sm_86 and sm_89 have half of it or less, and nothing but tensor cores to
-// wait for. On Hopper mma.sync reaches two thirds of the peak of 4096, which needs wgmma, and the port of shared memory
-// as much: 40 %, 400 TFLOP/s, is the most that can be hoped for. At the diagonal half of a tile is wasted for each
-// query, 16 keys: with a thousand tokens 3 %. Measured on an H200: 206 TFLOP/s, at 740 instructions and in chunks whose
-// last wave of CTAs was a fifth full; neither is so any more, and the kernel has not been timed since.
+// O leave no room for it); 32 exponentials a lane are 256 clocks, and the other 350 of a usual tile's 530 instructions
+// (sm_90a, four warps a CTA) are softmax, copies and addresses, which the second warp of the quarter hides. So 60 to 70 %
+// of the peak where that is 2048 FLOP a clock and multiprocessor: about 200 TFLOP/s on an A100. sm_86 and sm_89 have
+// half of it or less, and nothing but tensor cores to wait for. On Hopper mma.sync reaches two thirds of the peak of
+// 4096, which needs wgmma, and the port of shared memory as much: 40 %, 400 TFLOP/s, is the most that can be hoped for.
+// At the diagonal half of a tile is wasted for each query, 16 keys: with a thousand tokens 3 %.
+// Measured on an H200, in the shape of Llama-3.1-8B: 206 TFLOP/s, when a usual tile was 740 instructions and chunks of
+// 1,280 rows filled three fifths of two waves. Neither is so any more there; the kernel has not been timed since.
 // The host chooses chunks that fill the last wave (specache_prefill_filled). A few rows behind a long history are not
 // split by keys.
 //
@@ -111,8 +112,8 @@ SPECACHE_DEVICE uint32_t piece_place(uint32_t row, uint32_t row_bytes, uint32_t 
     return row * row_bytes + (piece ^ row % 8) * 16;
 }
 
-// From the place of piece 0 or 1 of a row to that of the piece 2 * pair further: one instruction for four pairs in a
-// row and none for the next four, because rows are multiples of 128 bytes and the permutation stays within them.
+// From the place of a piece that is 0 or 1 modulo 8 to that of the piece 2 * pair further in its row: one instruction for
+// four pairs and none for the next four, because rows are multiples of 128 bytes and the permutation stays within them.
 SPECACHE_DEVICE uint32_t piece_pair(uint32_t place, uint32_t pair) { return (place ^ pair % 4 * 32) + pair / 4 * 128; }
 
 // A query's first channel in q and out.
@@ -139,17 +140,23 @@ SPECACHE_DEVICE void copy_queries(const specache_prefill_params& p, const Prefil
 
 // ---- step 3: tiles of keys into the ring ------------------------------------------------------------------------
 
-// The page of a tile's keys; 0 where there is none, or a packed one.
+// Whether there is a tile from `start` on, with keys in a wide page.
+SPECACHE_DEVICE bool is_wide(const PrefillTile& tile, uint32_t start) {
+    return start < tile.end_key && start >= tile.seq.nq;
+}
+
+// That page.
 SPECACHE_DEVICE uint64_t wide_page(const PrefillTile& tile, uint32_t start) {
-    if (start >= tile.end_key || start < tile.seq.nq) return 0;
+    if (!is_wide(tile, start)) return 0;
     return load_device(reinterpret_cast<const uint64_t*>(tile.wide) + start / SPECACHE_PAGE);
 }
 
 // Keys beyond the last row become zeros: p is 0 there, and 0 times what lies in memory that nobody wrote might not be.
-// A thread copies one piece of every fourth or eighth row, as many rows as the CTA has threads for.
+// A thread copies the same piece of every fourth row (D = 128 and 128 threads) or of every eighth.
 template <int D>
 SPECACHE_DEVICE void copy_wide_keys(const PrefillTile& tile, uint32_t start, uint64_t page, uint8_t* stage) {
     constexpr uint32_t kRow = 4 * D, kPieces = kRow / 16;
+    static_assert(SPECACHE_PREFILL_THREADS(D) / kPieces * 4 <= kTileKeys, "four steps of the loop stay in the stage");
     const uint32_t there = tile.seq.n + tile.seq.n_rows - start;   // rows
     const uint8_t* from = reinterpret_cast<const uint8_t*>(page) +
                           (uint64_t(tile.kv_head) * SPECACHE_PAGE + start % SPECACHE_PAGE) * kRow + threadIdx.x * 16;
@@ -236,17 +243,18 @@ SPECACHE_DEVICE void unpack_values(const specache_prefill_params& p, const uint8
     }
 }
 
-// Tile number `index`, if there is one; a batch of copies in any case, because batches are counted.
+// The tile from `start` on, if there is one, of which `page` is the wide page; a batch of copies in any case, because
+// batches are counted.
 template <class T, int D>
 SPECACHE_DEVICE void copy_keys(const specache_prefill_params& p, const PrefillTile& tile, uint32_t start,
-                               uint64_t page_of_wide, uint8_t* stage) {
-    if (page_of_wide != 0) copy_wide_keys<D>(tile, start, page_of_wide, stage);
+                               uint64_t page, uint8_t* stage) {
+    if (is_wide(tile, start)) copy_wide_keys<D>(tile, start, page, stage);
     if (start < tile.end_key && start < tile.seq.nq) {
         const PackedParts parts{8 * D * p.bits, 128 * D / p.group_size};
         const uint64_t block = uint64_t(start / SPECACHE_PAGE) * p.n_kv_heads + tile.kv_head;
-        const uint8_t* page = reinterpret_cast<const uint8_t*>(tile.packed) + block * parts.bytes();
-        unpack_keys<T, D>(p, page, parts, start % SPECACHE_PAGE, stage);
-        unpack_values<T, D>(p, page, parts, start % SPECACHE_PAGE, stage);
+        const uint8_t* packed = reinterpret_cast<const uint8_t*>(tile.packed) + block * parts.bytes();
+        unpack_keys<T, D>(p, packed, parts, start % SPECACHE_PAGE, stage);
+        unpack_values<T, D>(p, packed, parts, start % SPECACHE_PAGE, stage);
     }
     copy_async_commit();
 }
@@ -410,7 +418,7 @@ SPECACHE_DEVICE void attend_keys(const specache_prefill_params& p, const Prefill
 #pragma unroll 1
     for (uint32_t start = tile.first_key; start < tile.end_key; start += kTileKeys) {
         const uint32_t next = start + (stages - 1) * kTileKeys;
-        const uint64_t next_page = wide_page(tile, next);   // arrives while others are waited for
+        const uint64_t next_page = wide_page(tile, next);   // arrives while copies are waited for
         wait_for_keys(stages - 2);
 #if SPECACHE_INJECTED_BUG != 1   // the tests must see a missing barrier
         __syncthreads();         // all threads' copies are there, and nobody reads the stage before this one any more

@@ -11,6 +11,7 @@ use crate::context::Context;
 use crate::cuda::{GpuModel, Place};
 use crate::device::cuda::graph::Exclusive;
 use crate::device::order::{Resource, StreamId, Uses};
+use crate::device::trace::Visit;
 use crate::device::{Device, Schedule};
 use crate::error::{Error, Result};
 use crate::kv::KvMode;
@@ -40,10 +41,13 @@ pub fn decode(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> R
         session.cache.take_waited(); // by prefills, forks and truncations: not this step's
         session.begin_call(session.needs_pre_decode());
     }
-    if let Err(given_up) = passes(context, batch, buffers) {
-        buffers.results.clear(); // a pre-decode's
-        return Err(given_up);
-    }
+    let _step = match passes(context, batch, buffers) {
+        Ok(step) => step,
+        Err(given_up) => {
+            buffers.results.clear(); // a pre-decode's
+            return Err(given_up);
+        }
+    };
     for next in batch.iter_mut() {
         next.session.stats.offloaded_bytes += next.session.cache.advance();
         next.session.stats.exposed += next.session.cache.take_waited();
@@ -53,10 +57,11 @@ pub fn decode(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> R
     Ok(())
 }
 
-fn passes(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> Result<()> {
+/// The step, to which whatever the caches then launch belongs too.
+fn passes(context: &Context, batch: &mut [Next], buffers: &mut Buffers) -> Result<Visit> {
     let fresh = |session: &Session| session.needs_pre_decode();
     if batch.iter().any(|next| fresh(next.session)) {
-        pass(context, batch, buffers, fresh, Pass::PreDecode)?;
+        drop(pass(context, batch, buffers, fresh, Pass::PreDecode)?);
         for Next { session, .. } in batch.iter_mut() {
             session.cache.take_waited(); // no step's either
         }
@@ -91,20 +96,21 @@ enum Pass {
     Step,
 }
 
-/// All layers for the rows of those sessions that take part. Stops between two layers when it is interrupted.
+/// All layers for the rows of those sessions that take part. Stops between two layers when it is interrupted. The
+/// calling thread is in the pass until what is returned is dropped.
 fn pass(
     context: &Context,
     batch: &mut [Next],
     buffers: &mut Buffers,
     takes_part: impl Fn(&Session) -> bool,
     kind: Pass,
-) -> Result<()> {
+) -> Result<Visit> {
     let (model, device) = (&context.model, &context.device);
     let config = &model.config;
     let dense = Dense { device, config, rope: &context.rope, path: Path::Rows, gpu: context.gpu.as_ref() };
     plan_rows(batch, buffers, takes_part, kind);
     buffers.on_gpu = context.gpu.is_some();
-    let _step = device.begin_step();
+    let step = device.begin_step();
     let Buffers { rows, attention, members, seqs, tokens, logits, fetches, results, .. } = buffers;
     let n_rows = seqs.iter().map(|s| s.n_rows).sum();
     rows.resize(config, n_rows);
@@ -186,7 +192,7 @@ fn pass(
         }
     }
     finish(batch, buffers, config.vocab_size, kind);
-    Ok(())
+    Ok(step)
 }
 
 /// Whether somebody has asked to stop this call.

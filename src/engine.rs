@@ -146,9 +146,11 @@ pub struct GpuBytes {
     pub tables: u64,
     /// What decode steps of all of them work in, cuBLASLt included.
     pub workspace: u64,
+    /// While one prompt of all tokens is prefilled: its rows, and those of a chunk that is computed.
+    pub prefill: u64,
 }
 
-/// What decode steps on a GPU need besides, for a model that need not be loaded. `number_bytes`: of a weight.
+/// What prefills and decode steps on a GPU need besides, for a model that need not be loaded. `number_bytes`: of a weight.
 pub fn plan_on_gpu(
     config: &Config,
     kv: &KvOptions,
@@ -162,6 +164,7 @@ pub fn plan_on_gpu(
     GpuBytes {
         tables: CacheBytes::gpu_tables(&KvShape::new(config, kv), kv, max_tokens),
         workspace: cuda::workspace_bytes(target, config, kv, max_tokens, batch, has_cublas) + library,
+        prefill: cuda::prefill_bytes(target, config, max_tokens, has_cublas),
     }
 }
 

@@ -4,9 +4,10 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::sync::LazyLock;
+use std::sync::{LazyLock, Mutex, PoisonError};
 
 use specache::capi;
 
@@ -265,7 +266,13 @@ fn example(name: &str) -> PathBuf {
     compile(&root().join("examples/c").join(name).with_extension("c"))
 }
 
+/// Once for all tests: one may run a program while another one asks for it.
 fn compile(source: &Path) -> PathBuf {
+    static COMPILED: Mutex<BTreeMap<PathBuf, PathBuf>> = Mutex::new(BTreeMap::new());
+    let mut compiled = COMPILED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(program) = compiled.get(source) {
+        return program.clone();
+    }
     let program = scratch(source.file_stem().unwrap().to_str().unwrap());
     std::fs::create_dir_all(program.parent().unwrap()).unwrap();
     let mut cc = Command::new("cc");
@@ -276,6 +283,7 @@ fn compile(source: &Path) -> PathBuf {
         .args(flags(&["--cflags", "--libs"]))
         .args(["-lpthread", "-o"])
         .arg(&program));
+    compiled.insert(source.to_path_buf(), program.clone());
     program
 }
 
@@ -320,7 +328,7 @@ fn two_sessions_in_one_batch() {
 
 #[test]
 fn own_log_and_cancel() {
-    let text = run(start(example("cancel")).arg(model()).arg(prompt()).arg("50"));
+    let text = run(start(example("cancel")).arg(model()).arg(prompt()).arg("5"));
     for words in [
         "plan: 927744 bytes on the device",
         "log 3: recall: 4 layers",

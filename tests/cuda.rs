@@ -16,7 +16,8 @@ use specache::device::choice::gpus;
 use specache::device::fault::{Fault, Faults};
 use specache::device::{Device, DeviceOptions, GatherWay, Schedule};
 use specache::engine::{GpuTarget, plan_on_gpu};
-use specache::kv::{KvMode, KvOptions};
+use specache::kv::cache::CacheBytes;
+use specache::kv::{KvMode, KvOptions, KvShape};
 use specache::model::{Dtype, Layer, Model, Rope, RopeScaling};
 use specache::sampler::{Sampler, SamplingOptions, argmax};
 use specache::session::{Buffers, Next, Prompt, Selections};
@@ -267,6 +268,27 @@ fn continued_prefill() {
         check("a talk", || SMALL.model(), gpu_options(), &every_mode(2, 64, 33, 7, Dtype::F16), TALK);
         let window = || model(64, 1, 4, Some(90)).model();
         check("a talk behind a window", window, gpu_options(), &every_mode(4, 32, 64, 7, Dtype::F16), TALK);
+    });
+}
+
+/// Rows that are computed together have no say in each other's bits, so it does not matter where prompts are cut.
+#[test]
+fn prompts_in_chunks() {
+    on_gpu("prompts_in_chunks", &[("SPECACHE_EMU_SEED", "2")], || {
+        let members = every_mode(2, 64, 33, 7, Dtype::F16);
+        let lives = [None, Some(48), Some(1), Some(65)].map(|prefill_rows| {
+            let device = gpu(DeviceOptions { prefill_rows, ..gpu_options() });
+            let engine = Engine::new(SMALL.model(), device.device.clone()).unwrap();
+            live(&engine, &members, &[(70, 2), (65, 2)], &mut Buffers::default())
+        });
+        for (cut, of) in lives[1..].iter().zip([48, 1, 65]) {
+            for ((cut, whole), member) in cut.iter().zip(&lives[0]).zip(&members) {
+                assert!(cut == whole, "{member:?} in chunks of {of} rows");
+            }
+        }
+        // What another number of rows does to cuBLASLt's products is its own affair, and within bounds.
+        let options = DeviceOptions { prefill_rows: Some(48), ..gpu_options() };
+        check("chunks of 48 rows", || ONE_LAYER.model(), options, &members, &[(150, 3)]);
     });
 }
 
@@ -817,6 +839,27 @@ fn takes_what_is_planned(engine: &Engine, number_bytes: u64, batches: impl IntoI
         let used = [Kind::Kv, Kind::Workspace].map(|kind| memory.used_for(kind));
         assert_eq!(used, [caches, planned.workspace], "{mode:?}, batch {batch}, weights of {number_bytes} bytes");
     }
+}
+
+/// What `plan` says of a prompt that is prefilled: as many bytes as the device then has at most.
+#[test]
+fn plans_are_what_a_prefill_takes() {
+    on_gpu("plans_are_what_a_prefill_takes", &[], || {
+        for (model, number_bytes) in [(SMALL.model(), 4), (Model::load("synthetic:tiny").unwrap(), 2)] {
+            let engine = Engine::new(model, Device::open(&gpu_options()).unwrap()).unwrap();
+            let (here, memory, config) = (&gpus().unwrap()[0], engine.device().device_memory(), &engine.model().config);
+            for (mode, n) in [(KvMode::Full, 1), (KvMode::Full, 300), (KvMode::Kivi, 350), (KvMode::SpeCache, 400)] {
+                let options = KvOptions { mode, ..KvOptions::default() };
+                let target = GpuTarget::of(here.n_sms, here.arch);
+                let planned = plan_on_gpu(config, &options, n, 1, target, number_bytes);
+                let scratch = CacheBytes::prefill_scratch(&KvShape::new(config, &options), &options, n);
+                let mut session = engine.session(options, n).unwrap();
+                let held = memory.used();
+                prefill(&engine, &mut session, &ids(3, n));
+                assert_eq!(memory.peak() - held, planned.prefill + scratch, "{mode:?}, {n}, {number_bytes}");
+            }
+        }
+    });
 }
 
 fn refuses_and_goes_on(engine: &Engine) {

@@ -192,10 +192,14 @@ fn others_in_the_batch_go_on() {
     let tokens = ids(5, 160);
     let run = |index: u32| {
         let faults = Arc::new(Faults::at(Fault::Copy, index));
-        let engine = engine(DeviceOptions { faults: Some(faults), ..options(1) });
+        let engine = engine(DeviceOptions { faults: Some(faults.clone()), ..options(1) });
         let mut sessions = [specache, full].map(|kv| engine.session(kv, 200).unwrap());
         for session in &mut sessions {
             prefill(&engine, session, &tokens[..150]).unwrap();
+        }
+        // Copies of all streams are counted: those of the prompt come first.
+        while index != u32::MAX && faults.left() > 0 {
+            std::thread::yield_now();
         }
         let mut buffers = Buffers::default();
         let mut rows = [vec![], vec![]];
@@ -227,10 +231,14 @@ fn a_page_out_that_fails_fails_its_sequence_alone() {
     let tokens = ids(5, 160);
     let run = |index: u32| {
         let faults = Arc::new(Faults::at(Fault::Copy, index));
-        let engine = engine(DeviceOptions { faults: Some(faults), ..options(1) });
+        let engine = engine(DeviceOptions { faults: Some(faults.clone()), ..options(1) });
         let mut sessions = [(); 2].map(|()| engine.session(kv, 200).unwrap());
         let mut prompts = sessions.each_mut().map(|session| Prompt { session, tokens: &tokens[..150] });
         let first = engine.prefill(&mut prompts, &mut Buffers::default()).unwrap();
+        // Copies of all streams are counted: the next ones are fetches.
+        while index != u32::MAX && !faults.has_struck() {
+            std::thread::yield_now();
+        }
         let mut buffers = Buffers::default();
         let mut rows = vec![];
         if first.iter().all(Result::is_ok) {
@@ -556,6 +564,7 @@ fn cancelled_while_decoding_and_gone_on_with() {
         let mut buffers = Buffers::default();
         let mut rows = vec![prefill(&engine, &mut session, &tokens[..150]).unwrap()];
         let flag = engine.interrupt_flag();
+        flag.store(cancel, Ordering::Relaxed); // once at least
         let canceller = cancel.then(|| {
             std::thread::spawn(move || {
                 for _ in 0..20 {

@@ -270,7 +270,7 @@ struct SlowPin {
 
 impl Pin for SlowPin {
     fn pin(&self, _: std::ptr::NonNull<u8>, bytes: usize) -> Result<(), String> {
-        std::thread::sleep(Duration::from_millis(3));
+        std::thread::sleep(Duration::from_millis(20));
         self.pinned.fetch_add(bytes, Ordering::Relaxed);
         self.threads.lock().unwrap().insert(std::thread::current().name().unwrap_or("").to_string());
         Ok(())
@@ -614,7 +614,7 @@ fn random_operations_on_many_threads_end_balanced() {
     slab.check().unwrap();
     let stats = slab.stats();
     assert_eq!((stats.leased, stats.reserved, stats.free), (0, 0, stats.capacity));
-    let enough = operations < 1_000_000 || (stats.high_water > 500 && stats.arenas.len() == 4);
+    let enough = operations < 1_000_000 || (stats.high_water > 50 && stats.arenas.len() > 1);
     assert!(enough, "a run that fills nothing shows nothing: {stats:?}");
     drop(slab);
     assert_eq!(meter.used(), 0);

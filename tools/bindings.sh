@@ -21,10 +21,12 @@ to=src/device/cuda/bindings
 
 tool=target/bindgen/bin/bindgen
 "$tool" --version 2>/dev/null | grep -qF "$bindgen_version" ||
-  cargo install --quiet --locked bindgen-cli --version "$bindgen_version" --root target/bindgen
-[ -d target/libclang/clang ] ||
-  PIP_ROOT_USER_ACTION=ignore python3 -m pip install --quiet --disable-pip-version-check --no-deps \
-    --target target/libclang "libclang==$libclang_version"
+  tools/retry.sh cargo install --quiet --locked bindgen-cli --version "$bindgen_version" --root target/bindgen
+[ -f target/libclang/.complete ] || {
+  PIP_ROOT_USER_ACTION=ignore tools/retry.sh python3 -m pip install --quiet --disable-pip-version-check --no-deps \
+    --upgrade --target target/libclang "libclang==$libclang_version"
+  touch target/libclang/.complete
+}
 export LIBCLANG_PATH=$PWD/target/libclang/clang/native
 # The wheel has no headers of its own: gcc's serve for stdint.h and stddef.h.
 system=(-isystem "$(gcc -print-file-name=include)")

@@ -31,7 +31,7 @@ fail() {
 
 # Runs a command in the background, as many at once as there are cores; `wait` is for all of them.
 beside() {
-  while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do wait -n || true; done
+  while [ "$(jobs -rp | wc -l)" -ge "$(nproc | awk '{print ($1 < 8 ? $1 : 8)}')" ]; do wait -n || true; done
   { "$@" || fail "$*: ended with an error"; } &
 }
 
@@ -139,8 +139,8 @@ fi
 nvrtc=target/nvrtc
 if [ ! -f "$nvrtc/.complete" ]; then
   rm -rf "$nvrtc"
-  PIP_ROOT_USER_ACTION=ignore python3 -m pip install --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
-    --target "$nvrtc" 'nvidia-cuda-nvrtc==13.0.*'
+  PIP_ROOT_USER_ACTION=ignore tools/retry.sh python3 -m pip install --quiet --disable-pip-version-check --no-deps \
+    --only-binary=:all: --upgrade --target "$nvrtc" 'nvidia-cuda-nvrtc==13.0.*'
   touch "$nvrtc/.complete"
 fi
 tools/nvrtc_check.py "$nvrtc/nvidia/cu13/lib" "${architectures[@]}" || fail "a kernel file does not compile by NVRTC"

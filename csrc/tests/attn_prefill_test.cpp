@@ -370,7 +370,8 @@ static void waves() {
     CHECK(filled(1280, 84, 99) == 952, "160 CTAs of 256 queries, one each: 160 of 168");
     CHECK(filled(0, 132, 227) == 0 && filled(1024, 0, 227) == 0 && filled(1024, 132, 32) == 0, "nothing");
     p.head_dim = 64;
-    CHECK(filled(1024, 132, 227) == 646, "256 of 396");
+    CHECK(filled(1024, 132, 227) == 646, "256 of 396: registers hold three");
+    CHECK(filled(1024, 128, 99) == 1000, "256 of 256: shared memory holds two");
     p.head_dim = 96;
     CHECK(filled(1024, 132, 227) == 0, "no such kernel");
 }

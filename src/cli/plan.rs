@@ -22,9 +22,6 @@ use super::size;
 /// Tokens of a context where none is given.
 const CONTEXT: usize = 32 << 10;
 
-/// Most bytes of the working rows of a prefill on a GPU, whatever the prompt's length.
-const GPU_ROWS: u64 = 256 << 20;
-
 /// Runs the command.
 ///
 /// # Errors
@@ -156,25 +153,26 @@ impl Plan {
     }
 
     /// What the engine asks for: a cache, and while a prompt is prefilled two layers of it at 16 bits and its residual
-    /// stream in f32; on a GPU working rows besides.
+    /// stream in f32; on a GPU also what is known of each token, and the rows of a chunk.
     fn need(&self, kv: &KvOptions, context: usize) -> Result<Need> {
         let cache = engine::plan(&self.config, kv, context)?;
         let pages = CacheBytes::prefill_scratch(&KvShape::new(&self.config, kv), kv, context);
-        let stream = (context as u64).saturating_mul(self.config.hidden_size as u64 * 4);
-        let rows = if self.target.is_some() { GPU_ROWS } else { 0 };
-        Ok(Need { kv: *kv, context, cache, workspace: pages.saturating_add(stream).saturating_add(rows) })
+        let rows = match self.target {
+            Some(_) => self.on_gpu(kv, context, 1).prefill,
+            None => (context as u64).saturating_mul(self.config.hidden_size as u64 * 4),
+        };
+        Ok(Need { kv: *kv, context, cache, workspace: pages.saturating_add(rows) })
     }
 
     /// What a GPU takes besides for `batch` sequences; nothing on the CPU.
-    fn on_gpu(&self, need: &Need, batch: u64) -> GpuBytes {
+    fn on_gpu(&self, kv: &KvOptions, context: usize, batch: u64) -> GpuBytes {
         let Some(target) = self.target else { return GpuBytes::default() };
-        let Need { kv, context, .. } = need;
-        engine::plan_on_gpu(&self.config, kv, *context, batch as usize, target, self.number_bytes)
+        engine::plan_on_gpu(&self.config, kv, context, batch as usize, target, self.number_bytes)
     }
 
     /// Device and host bytes of `batch` sequences, of which one is prefilled at a time.
     fn total(&self, need: &Need, batch: u64) -> (u64, u64) {
-        let GpuBytes { tables, workspace } = self.on_gpu(need, batch);
+        let GpuBytes { tables, workspace, .. } = self.on_gpu(&need.kv, need.context, batch);
         let caches = need.cache.device().saturating_add(tables).saturating_mul(batch);
         let device = caches.saturating_add(need.workspace).saturating_add(workspace);
         (device.saturating_add(self.weight_bytes), need.cache.host.saturating_mul(batch))
@@ -249,11 +247,10 @@ impl Plan {
         let mut text = format!("{model}: {batch} x {context} tokens; {rooms}\n\n");
         let header: Vec<&str> = ["bytes"].into_iter().chain(modes.iter().map(|mode| mode.kv.mode.name())).collect();
         text.push_str(&table(&header, &self.rows(modes)));
-        let rows = if self.target.is_some() { ", with 256 MiB for the GPU's working rows" } else { "" };
         let _ = writeln!(
             text,
             "\nWeights: all matrices (on the CPU device they are mapped files, and take memory only as they are read). \
-             Workspace: one prompt at a time{rows}. The residual of `full` is all pairs."
+             Workspace: one prompt at a time. The residual of `full` is all pairs."
         );
         let bound = modes.iter().filter(|mode| self.is_bound_by_host(mode)).map(|mode| mode.kv.mode.name());
         let bound: Vec<&str> = bound.collect();
@@ -303,13 +300,13 @@ impl Plan {
             row("residual, 16 bits", &|m| bytes(m.need.cache.wide)),
             row("prefetch slots", &|m| bytes(m.need.cache.slots)),
             row("loaded layers", &|m| bytes(m.need.cache.loads)),
-            row("lists of pages", &|m| bytes(self.on_gpu(&m.need, 1).tables)),
+            row("lists of pages", &|m| bytes(self.on_gpu(&m.need.kv, m.need.context, 1).tables)),
             row("KV on the device, a sequence", &|m| {
-                bytes(m.need.cache.device().saturating_add(self.on_gpu(&m.need, 1).tables))
+                bytes(m.need.cache.device().saturating_add(self.on_gpu(&m.need.kv, m.need.context, 1).tables))
             }),
             row("KV on the host, a sequence", &|m| bytes(m.need.cache.host)),
             row("workspace of a prefill", &|m| bytes(m.need.workspace)),
-            row("workspace of decode steps", &|m| bytes(self.on_gpu(&m.need, batch).workspace)),
+            row("workspace of decode steps", &|m| bytes(self.on_gpu(&m.need.kv, m.need.context, batch).workspace)),
             row("device, all", &|m| bytes(self.total(&m.need, batch).0)),
             row("host, all", &|m| bytes(self.total(&m.need, batch).1)),
             row("fits", &|m| if self.fits(&m.need, batch) { "yes".into() } else { "no".into() }),
@@ -332,7 +329,8 @@ impl Plan {
     fn json(&self, modes: &[Mode]) -> Value {
         let mode = |mode: &Mode| {
             let Need { cache, workspace, .. } = mode.need;
-            let GpuBytes { tables, workspace: decode_workspace } = self.on_gpu(&mode.need, self.batch as u64);
+            let GpuBytes { tables, workspace: decode_workspace, .. } =
+                self.on_gpu(&mode.kv, mode.need.context, self.batch as u64);
             let (device, host) = self.total(&mode.need, self.batch as u64);
             json!({
                 "kv": mode.kv.mode.name(),

@@ -17,7 +17,7 @@ pub use decode::layout::GpuTarget;
 pub(crate) use decode::layout::workspace_bytes;
 pub(crate) use decode::{Place, Workspace};
 
-pub(crate) use prefill::{ChunkMemory, PromptStream};
+pub(crate) use prefill::{ChunkMemory, PromptStream, prefill_bytes};
 pub(crate) use weights::{GpuModel, check_shape};
 
 use crate::device::cuda::Gpu;

@@ -16,7 +16,7 @@ use crate::device::cuda::bindings::abi::{
 };
 use crate::device::cuda::{Gpu, PinnedMemory};
 use crate::device::order::StreamId;
-use crate::device::{Buffer, Device, Event, Grants};
+use crate::device::{Buffer, Device, Event, Grants, LinearPath};
 use crate::error::Result;
 use crate::kv::host::WidePage;
 use crate::kv::{KvShape, PAGE};
@@ -32,8 +32,8 @@ const ROWS_STEP: usize = 256;
 /// GPUs from A100 to H200 stop to wait for memory; more are better, and cost working memory, 172 KiB a row for
 /// Llama-3-8B. Of what [`CHUNK_BYTES`] allows it is the number whose attention fills the GPU's last wave best: that model's
 /// on 132 multiprocessors is 320 CTAs in 528 places with 1,280 rows, and 256 in 264 with 1,024. Behind a long history
-/// they take about as long each, so the rest of the places is time lost. The shapes of model and GPU alone decide, so that
-/// a prompt's bits depend neither on free memory nor on the prompts beside it.
+/// they take about as long each, so most of what the other places could do is lost. The shapes of model and GPU alone decide,
+/// so that a prompt's bits depend neither on free memory nor on the prompts beside it.
 pub(super) fn chunk_rows(config: &Config, target: GpuTarget) -> usize {
     let numbers = 2 * config.n_heads * config.head_dim + Between::product_width(config);
     let row_bytes = numbers * 4 + Between::operand_width(config) * 2;
@@ -84,9 +84,10 @@ struct ChunkLayout {
 }
 
 impl ChunkLayout {
-    fn new(model: &GpuModel, config: &Config, rows: usize) -> ChunkLayout {
+    /// `cublas`: whether cuBLASLt makes the products.
+    fn new(config: &Config, rows: usize, cublas: bool) -> ChunkLayout {
         let (mut parts, heads) = (Parts::default(), config.n_heads * config.head_dim);
-        let cublas_rows = model.cublas(rows).map_or(0, |_| rows);
+        let cublas_rows = if cublas { rows } else { 0 };
         ChunkLayout {
             q: parts.next(rows * heads * 4),
             attn: parts.next(rows * heads * 4),
@@ -103,7 +104,7 @@ impl ChunkLayout {
 impl ChunkMemory {
     /// Bytes on the device for prompts of at most `longest` tokens.
     pub(crate) fn bytes(model: &GpuModel, config: &Config, longest: usize) -> u64 {
-        ChunkLayout::new(model, config, longest.min(model.chunk_rows)).bytes as u64
+        ChunkMemory::layout(model, config, longest).bytes as u64
     }
 
     /// Room for chunks of prompts of at most `longest` tokens.
@@ -111,9 +112,14 @@ impl ChunkMemory {
     /// # Errors
     /// [`crate::Error::OutOfMemory`], [`crate::Error::Device`].
     pub(crate) fn new(grants: &mut Grants, model: &GpuModel, config: &Config, longest: usize) -> Result<ChunkMemory> {
-        let at = ChunkLayout::new(model, config, longest.min(model.chunk_rows));
+        let at = ChunkMemory::layout(model, config, longest);
         let memory = grants.device(at.bytes, "the working rows of a prefill")?;
         Ok(ChunkMemory { memory, at })
+    }
+
+    fn layout(model: &GpuModel, config: &Config, longest: usize) -> ChunkLayout {
+        let rows = longest.min(model.chunk_rows);
+        ChunkLayout::new(config, rows, model.cublas(rows).is_some())
     }
 
     fn address(&self, part: usize) -> u64 {
@@ -123,6 +129,15 @@ impl ChunkMemory {
     fn between(&self) -> Between {
         Between { operand: self.address(self.at.operand), products: self.address(self.at.products) }
     }
+}
+
+/// Bytes on the device that a prompt of `n` tokens takes beside its cache while it is prefilled, with `--linear auto`, of a model
+/// that need not be loaded. `has_cublas`: whether its weights are such that cuBLASLt makes products.
+pub(crate) fn prefill_bytes(target: GpuTarget, config: &Config, n: usize, has_cublas: bool) -> u64 {
+    let chunk = chunk_rows(config, target);
+    let rows = n.min(chunk);
+    let working = ChunkLayout::new(config, rows, has_cublas && rows > LinearPath::AUTO_ROWS);
+    (working.bytes + Layout::new(config, n, chunk).bytes) as u64
 }
 
 /// A prompt on its way through the layers.
@@ -446,8 +461,12 @@ mod tests {
         assert_eq!(rows(&llama, 128, (8, 9)), 1024); // 4090: 128 in 128
         let without_groups = Config { n_kv_heads: 32, ..llama.clone() }; // a CTA for 128 rows of each head
         assert_eq!(rows(&without_groups, 132, (9, 0)), 1024);
-        // A shape that no kernel has is refused before; its chunks have the most rows.
+        let one = Config { n_kv_heads: 1, n_heads: 16, ..llama.clone() }; // 1,536 rows at most: 192 CTAs in 264 places
+        assert_eq!(rows(&one, 132, (9, 0)), 1536);
+        let small = config_of("synthetic:llama-3.2-1b").unwrap(); // D = 64, three CTAs each: 384 in 396 places
+        assert_eq!(rows(&small, 132, (9, 0)), 1536);
+        // A shape that no kernel has is refused before; nothing fills, and of equals the most rows are taken.
         let other = Config { head_dim: 96, ..llama };
-        assert!(rows(&other, 132, (9, 0)) >= FEWEST_ROWS);
+        assert_eq!(rows(&other, 132, (9, 0)), 1536);
     }
 }

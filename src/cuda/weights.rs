@@ -156,10 +156,20 @@ impl GpuModel {
         let path = device.options().linear;
         let cublas = open_cublas(device, model)?;
         let host_gather = start_host_gather(device)?;
-        let chunk_rows = chunk_rows(&model.config, GpuTarget::here(device));
-        let _memory = memory;
-        let mut placed =
-            GpuModel { _memory, embed, layers, final_norm, lm_head, inv_freq, cublas, path, chunk_rows, host_gather };
+        let suitable = || chunk_rows(&model.config, GpuTarget::here(device));
+        let chunk_rows = device.options().prefill_rows.unwrap_or_else(suitable);
+        let mut placed = GpuModel {
+            _memory: memory,
+            embed,
+            layers,
+            final_norm,
+            lm_head,
+            inv_freq,
+            cublas,
+            path,
+            chunk_rows,
+            host_gather,
+        };
         placed.addresses().into_iter().filter(|at| **at != 0).for_each(|at| *at += base - 1);
         Ok(placed)
     }

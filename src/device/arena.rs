@@ -524,10 +524,11 @@ mod tests {
     #[test]
     fn a_mapping_that_the_system_refuses_takes_nothing_from_the_budget() {
         let meter = Meter::new("host", Some(u64::MAX - 1));
-        let plan = ArenaPlan::new(1 << 40, 1 << 6, 64 << 30, u64::MAX);
-        let refused = Arena::map(plan, &ArenaOptions::default(), &meter, "64 TiB").err().unwrap();
+        // More than there are addresses, so that no setting of the system's allows it.
+        let plan = ArenaPlan::new(1 << 40, 1 << 9, 64 << 30, u64::MAX);
+        let refused = Arena::map(plan, &ArenaOptions::default(), &meter, "512 TiB").err().unwrap();
         let text = refused.to_string();
-        assert!(text.contains("64 TiB") && text.contains("ulimit -v") && !text.contains("--host-kv-budget"), "{text}");
+        assert!(text.contains("512 TiB") && text.contains("ulimit -v") && !text.contains("--host-kv-budget"), "{text}");
         assert_eq!(meter.used(), 0);
     }
 

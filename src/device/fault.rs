@@ -37,8 +37,13 @@ impl Faults {
         kind == self.kind && self.left.fetch_sub(1, Ordering::Relaxed) == 0
     }
 
+    /// Operations that come before the one that fails; below 0 if it has.
+    pub fn left(&self) -> i64 {
+        self.left.load(Ordering::Relaxed)
+    }
+
     /// Whether the fault has happened: a sweep ends where it did not.
     pub fn has_struck(&self) -> bool {
-        self.left.load(Ordering::Relaxed) < 0
+        self.left() < 0
     }
 }

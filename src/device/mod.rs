@@ -80,6 +80,8 @@ pub struct DeviceOptions {
     pub order: Option<Arc<Mutex<Checker>>>,
     /// Fill new buffers with a pattern that reads as NaN, so that a read of what nobody wrote shows (tests).
     pub poison: bool,
+    /// Rows of a prompt that a GPU computes at a time; `None`: as many as suit model and GPU (tests).
+    pub prefill_rows: Option<usize>,
     /// An operation that is to fail (tests).
     pub faults: Option<Arc<Faults>>,
 }
@@ -102,6 +104,7 @@ impl Default for DeviceOptions {
             trace: false,
             order: None,
             poison: false,
+            prefill_rows: None,
             faults: None,
         }
     }

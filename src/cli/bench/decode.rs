@@ -235,7 +235,7 @@ impl Case {
         for _ in 0..n {
             self.step(engine, buffers)?;
         }
-        self.tok_s.push((n * self.sessions.len()) as f64 / start.elapsed().as_secs_f64());
+        self.tok_s.push((n * self.sessions.len()) as f64 / start.elapsed().as_secs_f64().max(1e-9));
         engine.device().measure_waits(true);
         let measured = (0..waits).try_for_each(|_| self.step(engine, buffers));
         engine.device().measure_waits(false);

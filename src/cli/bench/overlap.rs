@@ -77,7 +77,7 @@ struct Bench<'a> {
     tokens: Vec<u32>,
     buffers: Buffers,
     steps: Vec<StepRun>,
-    /// Of all measured steps, in their order.
+    /// Of all measured steps, and what the warm-up's last one has left over; after a whole run in the order of steps.
     slices: Vec<Slice>,
 }
 
@@ -155,7 +155,8 @@ impl<'a> Bench<'a> {
             *token = self.buffers.argmax(i)?;
         }
         let new = self.trace().take();
-        let number = new.iter().filter(|s| s.stream == StreamId::Compute).map(|s| s.place.step).max().unwrap_or(0);
+        let own = new.iter().filter(|slice| slice.stream == StreamId::Compute);
+        let number = own.map(|slice| slice.place.step).max().expect("a step computes");
         if let Some(schedule) = schedule {
             self.slices.extend(new);
             self.steps.push(StepRun { schedule, us, number });

@@ -164,9 +164,14 @@ impl Timing {
                 continue;
             }
             state.free.extend([span.begin, span.end]);
-            let (Ok(begin), Ok(took)) = (self.elapsed_us(origin, span.begin), self.elapsed_us(span.begin, span.end))
-            else {
-                continue;
+            let times =
+                self.elapsed_us(origin, span.begin).and_then(|us| Ok((us, self.elapsed_us(span.begin, span.end)?)));
+            let (begin, took) = match times {
+                Ok(times) => times,
+                Err(why) => {
+                    self.driver.fail(why.to_string());
+                    continue;
+                }
             };
             if span.waits && span.place.step == step {
                 waited_us += took;
@@ -177,7 +182,7 @@ impl Timing {
                 trace.push(Slice { stream, node: None, name, waits, place, begin_us, end_us, bytes });
             }
         }
-        Duration::from_secs_f64(waited_us / 1e6)
+        Duration::from_secs_f64(waited_us.max(0.0) / 1e6)
     }
 
     fn move_origin(&self, state: &mut State) -> Result<()> {
@@ -218,7 +223,7 @@ impl Timing {
         let (Some(begin), Some(end)) = (begin, end) else { unreachable!("a refused event is a failure") };
         let us = self.elapsed_us(begin, end)?;
         self.lock().free.extend([begin, end]);
-        Ok(Duration::from_secs_f64(us / 1e6))
+        Ok(Duration::from_secs_f64(us.max(0.0) / 1e6))
     }
 }
 
