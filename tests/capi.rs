@@ -289,7 +289,8 @@ fn compile(source: &Path) -> PathBuf {
 
 fn start(program: impl AsRef<std::ffi::OsStr>) -> Command {
     let mut command = Command::new(program);
-    command.env("LD_LIBRARY_PATH", lib());
+    // As on a machine without a GPU.
+    command.env("LD_LIBRARY_PATH", lib()).env("SPECACHE_LIBCUDA", common::NO_DRIVER);
     command
 }
 
@@ -303,7 +304,7 @@ fn prompt() -> String {
 
 /// What the command line says to the same.
 fn cli(prompt: &str, n: &str) -> String {
-    let mut cli = Command::new(env!("CARGO_BIN_EXE_specache-engine"));
+    let mut cli = common::command(&[]);
     run(cli.args(["generate", "-n", n, "-p", prompt, "-m"]).arg(model()))
 }
 

@@ -40,7 +40,7 @@ fn tokens_are_those_of_the_command_line() {
     let ids = tokenize(engine, &prompt_text());
     for (mode, name) in ["full", "kivi", "offload", "fetch", "specache"].into_iter().enumerate() {
         for (temperature, seed) in [(0.0, 0), (1.5, 7)] {
-            let mut cli = std::process::Command::new(env!("CARGO_BIN_EXE_specache-engine"));
+            let mut cli = common::command(&[]);
             let output = cli
                 .args(["generate", "-m", fixture("recall").to_str().unwrap(), "-f", prompt.to_str().unwrap()])
                 .args(["-n", "40", "--json", "--ignore-eos", "--kv-bits", "1", "--kv-top-k", "16", "--kv", name])
@@ -889,7 +889,7 @@ fn a_conversation() {
     for (template, kept_all) in [(plain, true), (rewrites, false)] {
         std::fs::write(folder.join("chat_template.jinja"), template).unwrap();
         for (mode, name) in ["full", "kivi", "offload", "fetch", "specache"].into_iter().enumerate() {
-            let mut cli = std::process::Command::new(env!("CARGO_BIN_EXE_specache-engine"));
+            let mut cli = common::command(&[]);
             cli.args(["chat", "--device", "cpu", "--temp", "0", "-n", "5", "--kv", name, "-m"]).arg(&folder);
             cli.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
             let mut child = cli.spawn().unwrap();

@@ -36,11 +36,8 @@ fn eval(args: &[&str]) -> Command {
 
 /// `eval` of the model in this folder.
 fn eval_of(model: &Path, args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_specache-engine"));
-    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("SPECACHE_")) {
-        command.env_remove(name);
-    }
-    command.arg("eval").args(args).args(["--device", "cpu", "-m"]).arg(model).stdin(Stdio::null());
+    let mut command = common::command(&["eval"]);
+    command.args(args).args(["--device", "cpu", "-m"]).arg(model);
     command
 }
 
@@ -461,7 +458,7 @@ fn longbench_is_generate_and_a_metric() {
     );
     let file = folder.join("prompt.txt");
     fs::write(&file, &prompt).unwrap();
-    let mut generate = Command::new(env!("CARGO_BIN_EXE_specache-engine"));
+    let mut generate = common::command(&[]);
     generate
         .args(["generate", "--json", "--temp", "0", "-n", "32", "--kv", "full", "--device", "cpu", "-f"])
         .arg(&file);
@@ -830,7 +827,7 @@ fn bad_input_is_refused_by_name() {
     let output = eval(&["longbench", "--data", data, "--tasks", "trec"]).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("trec.jsonl"), "{}", text(&output.stderr));
-    let mut random = Command::new(env!("CARGO_BIN_EXE_specache-engine"));
+    let mut random = common::command(&[]);
     let output = random.args(["eval", "ppl", "-m", "synthetic:tiny", "--tokens", ids]).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(text(&output.stderr).contains("random weights have no quality"), "{}", text(&output.stderr));
@@ -918,10 +915,10 @@ fn the_command_line_wins_over_variables_that_exclude_it() {
         assert_eq!(output.status.code(), Some(2), "{args:?}, {variables:?}");
         assert!(text(&output.stderr).contains(words), "{args:?}, {variables:?}: {}", text(&output.stderr));
     }
-    let mut simulate = Command::new(env!("CARGO_BIN_EXE_specache-engine"));
+    let mut simulate = common::command(&[]);
     simulate.args(["bench", "--simulate", "-d", "1000"]).env("SPECACHE_BENCH_OVERLAP", "1");
     assert!(simulate.output().unwrap().status.success());
-    let mut simulate = Command::new(env!("CARGO_BIN_EXE_specache-engine"));
+    let mut simulate = common::command(&[]);
     simulate.args(["bench", "-d", "1000"]).env("SPECACHE_BENCH_OVERLAP", "no").env("SPECACHE_BENCH_SIMULATE", "yes");
     assert!(text(&simulate.output().unwrap().stdout).starts_with("Simulated"));
 }

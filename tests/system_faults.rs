@@ -11,7 +11,7 @@ mod common;
 use std::ffi::{CString, c_char, c_int, c_long};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 use std::sync::OnceLock;
 
 use common::{fixture, kv, options};
@@ -205,11 +205,8 @@ fn each_read_of_a_sharded_model_may_fail() {
 fn faulty(folder: &Path, fault: &str, args: &[&str]) -> (bool, Output) {
     let report = folder.with_extension("struck");
     let _ = fs::remove_file(&report);
-    let mut command = Command::new(env!("CARGO_BIN_EXE_specache-engine"));
-    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("SPECACHE_")) {
-        command.env_remove(name);
-    }
-    command.args(args).stdin(Stdio::null()).env("LD_PRELOAD", library());
+    let mut command = common::command(args);
+    command.env("LD_PRELOAD", library());
     let output = command.env(FOLDER, folder).env("FAULTY", fault).env("FAULTY_REPORT", &report).output().unwrap();
     (report.exists(), output)
 }

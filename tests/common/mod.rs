@@ -12,18 +12,21 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use specache::cpu::Isa;
-use specache::device::{Device, DeviceOptions};
+use specache::device::{Device, DeviceChoice, DeviceOptions};
 use specache::kv::{KvMode, KvOptions};
 use specache::teacher::{Forced, forced};
 use specache::{Engine, Session};
 
-/// The program without the environment's own settings.
+/// Where no driver is: with it in `SPECACHE_LIBCUDA` a program runs as on a machine without a GPU.
+pub const NO_DRIVER: &str = "/nowhere/libcuda.so";
+
+/// The program without the environment's own settings, as on a machine without a GPU.
 pub fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_specache-engine"));
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("SPECACHE_")) {
         command.env_remove(name);
     }
-    command.args(args).stdin(Stdio::null());
+    command.args(args).stdin(Stdio::null()).env("SPECACHE_LIBCUDA", NO_DRIVER);
     command
 }
 
@@ -73,9 +76,9 @@ pub fn npy(path: impl AsRef<Path>) -> Vec<Vec<f32>> {
     numbers.chunks_exact(dims[1]).map(<[f32]>::to_vec).collect()
 }
 
-/// Buffers are poisoned, so that whatever nobody wrote reads as NaN.
+/// The CPU, whatever this machine has. Buffers are poisoned, so that whatever nobody wrote reads as NaN.
 pub fn options(threads: usize) -> DeviceOptions {
-    DeviceOptions { threads: Some(threads), poison: true, ..Default::default() }
+    DeviceOptions { choice: DeviceChoice::Cpu, threads: Some(threads), poison: true, ..Default::default() }
 }
 
 pub fn device(threads: usize) -> Device {
