@@ -163,7 +163,7 @@ fn budgets_of_a_gpu() {
         fails(create(&tiny, &recall), Status::OutOfMemory, "raise device_budget");
         assert!(last_error().contains("the weights"), "{}", last_error());
         let other = EngineOptions { device: c"cuda:9".as_ptr(), ..cuda() };
-        fails(create(&other, &recall), Status::Usage, "there are 1 GPUs");
+        fails(create(&other, &recall), Status::Usage, "there is one GPU, cuda:0");
 
         // Without one of ours the GPU's own memory is the limit.
         let free = engine(&fixture("recall"), &cuda());

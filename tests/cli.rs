@@ -361,8 +361,8 @@ fn memory_is_refused_before_it_is_taken() {
     assert_fails(&[&generate[..], &budget].concat(), 4, &["device memory", "--vram-budget", "1024"]);
     let host = ["-n", "4000", "--host-kv-budget", "1KiB"];
     assert_fails(&[&generate[..], &host].concat(), 4, &["host memory", "--host-kv-budget"]);
-    // 550 GB: more than any machine that runs this has left.
-    let absurd = ["-n", "268000000", "--kv", "full"];
+    // 550 GB: of the memory that is free, and of a budget where more is.
+    let absurd = ["-n", "268000000", "--kv", "full", "--vram-budget", "500GB"];
     assert_fails(&[&generate[..], &absurd].concat(), 4, &["out of", "bytes are available"]);
     let batch = ["bench", "--overlap", "-m", "synthetic:tiny", "-b", "40", "-d", "500", "--vram-budget", "1MiB"];
     assert_fails(&batch, 4, &["a batch of 40 KV caches", "-b, -d", "1048576 bytes are available", "--vram-budget"]);

@@ -99,7 +99,7 @@ fn the_command_line_says_what_there_is() {
     for (library, device, expected, words) in [
         (&good, "cuda", 5, "undefined symbol"),
         (&good, "cuda", 5, "install a newer NVIDIA driver"),
-        (&good, "cuda:5", 2, "there are 2 GPUs, counted from 0"),
+        (&good, "cuda:5", 2, "there are 2 GPUs, cuda:0 to cuda:1"),
         (&PathBuf::from("nowhere.so"), "cuda:0", 5, "no NVIDIA driver"),
         (&good, "gpu", 2, "auto, cpu, cuda or cuda:N"),
     ] {

@@ -148,8 +148,8 @@ impl GpuModel {
             });
         }
         let mut memory = device
-            .grant_for(Kind::Weights, layout.bytes as u64, 0, "the weights")?
-            .device(layout.bytes, "the weights")?;
+            .grant_for(Kind::Weights, layout.bytes as u64, 0, "a copy of the weights")?
+            .device(layout.bytes, "a copy of the weights")?;
         layout.parts.iter().for_each(|(at, bytes)| memory.write(*at, bytes));
         device.sound()?;
         let base = memory.address();

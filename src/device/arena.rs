@@ -331,6 +331,7 @@ impl Arena {
             let stages = self.stages.iter().map(|s| s.load(Ordering::Acquire));
             self.chunks().iter().zip(stages).filter(|(_, s)| *s >= least).map(|(c, _)| c.bytes as u64).sum()
         };
+        let pinned_bytes = bytes_at(PINNED); // first: they are prepared too
         ArenaStats {
             bytes: self.mapping.bytes as u64,
             pages: self.pages(),
@@ -338,7 +339,7 @@ impl Arena {
             replaced_bytes: self.replaced.load(Ordering::Relaxed) as u64,
             placement: self.placement.clone(),
             prepared_bytes: bytes_at(PAGEABLE),
-            pinned_bytes: bytes_at(PINNED),
+            pinned_bytes,
             not_pinned: self.not_pinned.get().cloned(),
         }
     }

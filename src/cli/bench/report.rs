@@ -180,7 +180,10 @@ impl Report {
             mb(best.kv_reads)
         );
         match self.machine.read_gbps {
-            _ if result.weight_bytes < LARGEST_CACHE => line += "; so few weights may stay in the CPU's caches",
+            _ if result.weight_bytes < LARGEST_CACHE => {
+                let whose = if self.machine.is_gpu { "GPU" } else { "CPU" };
+                line += &format!("; so few weights may stay in the {whose}'s caches");
+            }
             Some(limit) if gbps <= limit => line += &format!(", {:.0} % of what memory gives", 100.0 * gbps / limit),
             Some(_) => line += "; more than was measured above: the machine was busier then",
             None => {}

@@ -47,7 +47,11 @@ impl Driver {
     pub(crate) fn open(library: Option<&Path>, index: usize) -> Result<Driver> {
         let gpus = probe::probe(library).map_err(|why| Error::Device(format!("no CUDA device: {why}")))?;
         let gpu = gpus.get(index).cloned().ok_or_else(|| {
-            Error::Usage(format!("--device cuda:{index}: there are {} GPUs, counted from 0", gpus.len()))
+            let there = match gpus.len() {
+                1 => "there is one GPU, cuda:0".to_string(),
+                n => format!("there are {n} GPUs, cuda:0 to cuda:{}", n - 1),
+            };
+            Error::Usage(format!("--device cuda:{index}: {there}"))
         })?;
         if !gpu.is_supported() {
             return Err(Error::Device(format!("no CUDA device: {gpu}")));
