@@ -2,12 +2,12 @@
 //!
 //! Each test runs in a process of its own: the driver reads its environment once, and after a fault it stays broken.
 
-use std::ffi::{CString, c_char, c_int};
+use std::ffi::{CString, c_char, c_int, c_uint};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::{Arc, Mutex, OnceLock};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use libloading::Library;
 use specache::device::order::Checker;
@@ -103,10 +103,21 @@ fn youngest(folder: &Path) -> SystemTime {
 #[allow(unsafe_code)]
 fn report(faulty: bool) {
     let mut text = vec![0u8; 1 << 16];
-    // SAFETY: the library is open already; both functions have these types (csrc/emu/driver, cuda.h).
+    // SAFETY: the library is open already; all functions have these types (csrc/emu/driver, cuda.h).
     let (errors, released) = unsafe {
         let library = Library::new("libcuda.so.1").unwrap();
         let report = library.get::<unsafe extern "C" fn(*mut c_char, usize) -> c_int>("specache_emu_report").unwrap();
+        let state =
+            library.get::<unsafe extern "C" fn(c_int, *mut c_uint, *mut c_int) -> c_int>("cuDevicePrimaryCtxGetState");
+        let (state, begin) = (state.unwrap(), Instant::now());
+        // A thread that prepares pages may hold the driver a moment longer than its engine lives.
+        let is_active = || {
+            let (mut flags, mut active) = (0, 0);
+            state(0, &mut flags, &mut active) == 0 && active != 0
+        };
+        while !faulty && begin.elapsed() < Duration::from_secs(20) && is_active() {
+            std::thread::yield_now();
+        }
         let release = library.get::<unsafe extern "C" fn(c_int) -> c_int>("cuDevicePrimaryCtxRelease_v2").unwrap();
         let released = release(0);
         (report(text.as_mut_ptr().cast(), text.len()), released)

@@ -234,6 +234,14 @@ CUresult CUDAAPI cuDevicePrimaryCtxRelease(CUdevice device) {
     });
 }
 
+CUresult CUDAAPI cuDevicePrimaryCtxGetState(CUdevice device, unsigned* flags, int* active) {
+    return call(__func__, kInit, [&](Device&, Device::Lock&) {
+        if (device != 0) return CUDA_ERROR_INVALID_DEVICE;
+        if (const CUresult result = answer(flags, 0u); result != CUDA_SUCCESS) return result;
+        return answer(active, int(primary_count > 0));
+    });
+}
+
 CUresult CUDAAPI cuCtxSetCurrent(CUcontext context) {
     return call(__func__, kInit, [&](Device&, Device::Lock&) {
         if (context != nullptr && (context != kPrimary || primary_count == 0)) return CUDA_ERROR_INVALID_CONTEXT;
