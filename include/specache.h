@@ -235,7 +235,8 @@ int32_t specache_engine_trace(specache_engine *engine, int32_t on);
 
 /* Writes what was traced since the last time to a file (a C string; replaced if it exists) in the Chrome trace format, which
  * Perfetto opens. A regular file is replaced when all is written: after a failure it is as before, and nothing of the trace is
- * lost. Another file of this name with ".<process>.<number>.partial" behind it is there meanwhile.
+ * lost. Another file of this name with ".<process>.<number>.partial" behind it is there meanwhile. A copy that is still under
+ * way, such as a step's prefetch for the next one, is in the file after this one.
  * SPECACHE_ERR_HANDLE, _USAGE for an engine without options.trace, _FAILED. */
 int32_t specache_engine_trace_write(specache_engine *engine, const char *path);
 
