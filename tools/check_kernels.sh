@@ -29,9 +29,12 @@ fail() {
   echo "FAIL  $*" | tee -a "$out/failures"
 }
 
-# Runs a command in the background, as many at once as there are cores; `wait` is for all of them.
+# Each compiler takes up to a gigabyte.
+jobs=$(($(nproc) < 8 ? $(nproc) : 8))
+
+# Runs a command in the background, so many at once; `wait` is for all of them.
 beside() {
-  while [ "$(jobs -rp | wc -l)" -ge "$(nproc | awk '{print ($1 < 8 ? $1 : 8)}')" ]; do wait -n || true; done
+  while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n || true; done
   { "$@" || fail "$*: ended with an error"; } &
 }
 

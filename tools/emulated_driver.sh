@@ -45,7 +45,7 @@ compile() { # source
 }
 export -f compile is_current
 export objects include script=tools/emulated_driver.sh
-printf '%s\n' "${sources[@]}" | xargs -P "$(nproc | awk '{print ($1 < 8 ? $1 : 8)}')" -I{} bash -euc 'compile {}'
+printf '%s\n' "${sources[@]}" | xargs -P $(($(nproc) < 8 ? $(nproc) : 8)) -I{} bash -euc 'compile {}'
 
 linked=()
 for source in "${sources[@]}"; do linked+=("$objects/$(basename "$source").o"); done

@@ -48,7 +48,7 @@ build() { # architecture
   }
   export -f compile
   for program in "${tests[@]}" probe linear_bench; do echo "$program $(source_of "$program")"; done |
-    xargs -P "$(nproc | awk '{print ($1 < 8 ? $1 : 8)}')" -L 1 bash -euc 'compile "$@"' _
+    xargs -P $(($(nproc) < 8 ? $(nproc) : 8)) -L 1 bash -euc 'compile "$@"' _
   rm -rf "$bin/plan"
   bytes=$(du -sb "$bin" | cut -f 1)
   echo "$bin: $((bytes >> 20)) MiB for sm_$1"

@@ -32,7 +32,8 @@ GRID = [
     (LLAMA, 8192, 1, "full,specache", ["--linear", "cublas"]),
     (LLAMA, 8192, 8, "full,specache", ["--linear", "fused"]),
     (LLAMA, 32768, 8, "full,specache", []),
-    # The largest batches of `plan --vram 48GiB --host 1TiB -c 32896`, as on a card of 48 GiB. Forks: 16-bit pairs of 47 sequences are 188 GiB.
+    # The largest batches of `plan --vram 48GiB --host 1TiB -c 32896`, as on a card of 48 GiB. Forks, as the 16-bit pairs of 47
+    # sequences are 188 GiB.
     (LLAMA, 32768, 8, "full", ["--vram-budget", "48GiB", "--forks"]),
     (LLAMA, 32768, 47, "specache", ["--vram-budget", "48GiB", "--forks"]),
     (LLAMA, 32768, 49, "kivi", ["--vram-budget", "48GiB", "--forks"]),

@@ -157,7 +157,7 @@ impl GpuModel {
         let cublas = open_cublas(device, model)?;
         let host_gather = start_host_gather(device)?;
         let suitable = || chunk_rows(&model.config, GpuTarget::here(device));
-        let chunk_rows = device.options().prefill_rows.unwrap_or_else(suitable);
+        let chunk_rows = device.options().prefill_rows.map_or_else(suitable, |rows| rows.max(1));
         let mut placed = GpuModel {
             _memory: memory,
             embed,
